@@ -1,0 +1,115 @@
+"""A model on disk: a folder with `model.safetensors` and `recipe.json`, and nothing that could be executed."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vitbench import vit
+from vitbench.configs import Config
+from vitbench.errors import InputError, one_of
+from vitbench.layers import RUNTIME_LAYERS
+from vitbench.paths import replaced, writable_folder
+from vitbench.recipe import Recipe
+
+WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
+
+
+class Manifest(Config):
+    """The content of recipe.json: the recipe and the SHA-256 of the weights file beside it."""
+
+    recipe: Recipe
+    sha256: str
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The model's recipe with its present structure filled in.
+
+    Raises:
+        InputError: the model was not made by vitbench, so that nothing says how to rebuild it.
+    """
+    if not isinstance(getattr(model, "recipe", None), Recipe):
+        raise InputError(
+            f"this {type(model).__name__} has no recipe to rebuild it from; "
+            "make the model with vitbench.create_model, vitbench.baseline or vitbench.load"
+        )
+    layers = {
+        name: {"layer": type(module).__name__, **module.spec()}
+        for name, module in model.named_modules()
+        if type(module).__name__ in RUNTIME_LAYERS
+    }
+    return model.recipe.having(layers=layers)
+
+
+def save(model: nn.Module, path: str | Path) -> Path:
+    """Write the model to the folder `path`, which appears whole or not at all. Same model, same bytes."""
+    path, recipe = Path(path).expanduser(), recipe_of(model)
+    writable_folder(path.parent, "output folder")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    try:
+        with replaced(path) as fresh:
+            save_file(tensors, fresh / WEIGHTS)
+            manifest = Manifest(recipe=recipe, sha256=_sha256(fresh / WEIGHTS))
+            (fresh / RECIPE).write_text(json.dumps(manifest.to_dict(), sort_keys=True, indent=1) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"the model could not be written to {str(path)!r} ({error}); free some space or choose another folder"
+        ) from error
+    return path
+
+
+def load(path: str | Path) -> nn.Module:
+    """Read a model that `save` wrote. Nothing in the folder is executed; sizes, names and the checksum are checked.
+
+    Raises:
+        InputError: not such a folder, a damaged file, or tensors that do not fit the recipe.
+    """
+    path = Path(path).expanduser()
+    manifest = read_manifest(path)
+    recipe = manifest.recipe
+    if _sha256(path / WEIGHTS) != manifest.sha256:
+        raise InputError(
+            f"{str(path / WEIGHTS)!r} is damaged (its checksum is not the recipe's); make or copy it again"
+        )
+    model = vit.skeleton(recipe.architecture)
+    known = dict(model.named_modules())
+    for name, spec in recipe.layers.items():
+        one_of("layer in the recipe", name, known)
+        layer = RUNTIME_LAYERS[one_of("runtime layer", spec.get("layer"), RUNTIME_LAYERS)]
+        try:
+            with torch.device("meta"):
+                vit.replace_module(model, name, layer(**{key: value for key, value in spec.items() if key != "layer"}))
+        except TypeError as error:
+            raise InputError(f"the recipe of {str(path)!r} does not fit {layer.__name__} ({error})") from None
+    try:
+        model.load_state_dict(load_file(path / WEIGHTS), assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the tensors in {str(path)!r} do not fit its recipe: {reason}") from None
+    model.recipe = recipe
+    return model.requires_grad_(False).eval()
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The recipe of a saved model and its checksum, without reading the weights."""
+    path = Path(path).expanduser()
+    if not (path / RECIPE).is_file() or not (path / WEIGHTS).is_file():
+        raise InputError(f"{str(path)!r} is not a saved model; give a folder with {WEIGHTS} and {RECIPE}")
+    try:
+        return Manifest(**json.loads((path / RECIPE).read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise InputError(f"{str(path / RECIPE)!r} is damaged ({error}); make or copy the model again") from None
+
+
+def size_on_disk(path: str | Path) -> int:
+    """Bytes of everything in the model's folder."""
+    return sum(file.stat().st_size for file in Path(path).iterdir())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,143 @@
+"""Batches of model input: images resized, augmented and normalised, in a fixed order for a fixed seed."""
+
+import random
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vitbench.data import Split
+from vitbench.recipe import Preprocess
+
+Augment = Literal["none", "shift", "shift-flip", "timm"]
+EVAL_WORKERS = 2
+
+
+def eval_batches(
+    split: Split, preprocess: Preprocess, batch_size: int = 128, device: str | torch.device = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in order: x (B, 3, size, size) float32, normalised, and labels (B,) int64.
+
+    Small images held in memory are resized in batches by torch; all others go through timm's own eval transform.
+    """
+    if split.array is not None:
+        images = torch.from_numpy(split.array)
+        for start in range(0, len(split), batch_size):
+            x = _to_input(images[start : start + batch_size].to(device), preprocess)
+            yield x, torch.from_numpy(split.labels[start : start + batch_size]).to(device)
+        return
+    for x, y in _pil_loader(split, _timm_eval_transform(preprocess), batch_size, order=None, seed=0):
+        yield x.to(device), y.to(device)
+
+
+def train_batches(
+    split: Split,
+    preprocess: Preprocess,
+    batch_size: int,
+    augment: Augment,
+    seed: int,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in an order drawn from `seed`, the last incomplete batch dropped; shapes as `eval_batches`.
+
+    augment: "shift" moves each image by up to an eighth of its side, filling with black; "shift-flip" also mirrors
+    half of them; "timm" is timm's training transform (random resized crop, flip, RandAugment, random erasing).
+    """
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    order = order[: max(1, len(split) // batch_size) * batch_size]
+    if augment == "timm" or split.array is None:
+        transform = _timm_train_transform(preprocess) if augment == "timm" else _timm_eval_transform(preprocess)
+        for x, y in _pil_loader(split, transform, batch_size, order=order.tolist(), seed=seed):
+            yield x.to(device), y.to(device)
+        return
+    generator = torch.Generator().manual_seed(seed + 1)
+    images, labels = torch.from_numpy(split.array).to(device), torch.from_numpy(split.labels).to(device)
+    for chosen in order.split(batch_size):
+        x = images[chosen.to(device)]
+        if augment != "none":
+            x = _shift(x, generator)
+        if augment == "shift-flip":
+            flips = torch.rand(len(x), generator=generator).lt(0.5).to(device)
+            x = torch.where(flips[:, None, None, None], x.flip(2), x)
+        yield _to_input(x, preprocess), labels[chosen.to(device)]
+
+
+def _to_input(images: Tensor, preprocess: Preprocess) -> Tensor:
+    """uint8 (B, H, W, 3) -> float (B, 3, size, size), normalised."""
+    x = images.permute(0, 3, 1, 2).float() / 255
+    if x.shape[-2:] != (preprocess.size, preprocess.size):
+        mode = preprocess.interpolation
+        smooth = {} if mode == "nearest" else {"antialias": True, "align_corners": False}
+        x = F.interpolate(x, size=(preprocess.size, preprocess.size), mode=mode, **smooth).clamp(0, 1)
+    mean, std = (torch.tensor(value, device=x.device)[:, None, None] for value in (preprocess.mean, preprocess.std))
+    return (x - mean) / std
+
+
+def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each of (B, H, W, 3) by its own whole number of pixels, up to H // 8 each way, filling with zeros."""
+    batch, height, width, _ = images.shape
+    reach = max(1, height // 8)
+    offsets = torch.randint(0, 2 * reach + 1, (2, batch, 1), generator=generator).to(images.device)
+    padded = F.pad(images, (0, 0, reach, reach, reach, reach))
+    rows = offsets[0] + torch.arange(height, device=images.device)
+    columns = offsets[1] + torch.arange(width, device=images.device)
+    which = torch.arange(batch, device=images.device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]]
+
+
+def _timm_eval_transform(preprocess: Preprocess):
+    from timm.data import create_transform
+
+    return create_transform(
+        input_size=preprocess.size,
+        interpolation=preprocess.interpolation,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        crop_pct=preprocess.crop_pct,
+    )
+
+
+def _timm_train_transform(preprocess: Preprocess):
+    from timm.data import create_transform
+
+    return create_transform(
+        input_size=preprocess.size,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        re_prob=0.25,
+        interpolation=preprocess.interpolation,
+        mean=preprocess.mean,
+        std=preprocess.std,
+    )
+
+
+class _Transformed:
+    """A split with a transform, as a DataLoader wants it; each image's random draws come from (seed, position)."""
+
+    def __init__(self, split: Split, transform, seed: int):
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image, label = self.split[i]
+        draw = (self.seed * 1_000_003 + i) % 2**32
+        random.seed(draw)
+        np.random.seed(draw)
+        torch.manual_seed(draw)
+        return self.transform(image), label
+
+
+def _pil_loader(split: Split, transform, batch_size: int, order: list[int] | None, seed: int) -> DataLoader:
+    # worker processes keep their own random state, so the per-image seeding never touches this process
+    return DataLoader(
+        _Transformed(split, transform, seed),
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=EVAL_WORKERS,
+    )

@@ -1,0 +1,233 @@
+"""The command line: parse, call one function, print."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from vitbench.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns 0, or 1 where a notebook failed; a wrong input prints one line and returns 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        if options.debug:
+            raise
+        print(f"vitbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nvitbench: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vitbench", description="Compress Vision Transformers, measure what it really costs, and compare."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the notebooks of a profile and write the report")
+    run.add_argument("profile", help="quick, cifar10, imagenet, or a path to a YAML file of notebook parameters")
+    run.add_argument("--only", nargs="+", default=[], metavar="NOTEBOOK", help="only these, by name or number (05)")
+    run.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="parameters in place of the profile's, for example dataset=FOLDER train.epochs=5",
+    )
+    run.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="method notebooks at once (1: timings are then undisturbed)"
+    )
+    run.add_argument("--out", default="", metavar="DIR", help="results folder (default: results/runs/PROFILE)")
+    run.set_defaults(command=_run)
+
+    show = commands.add_parser("list", help="show notebooks, profiles, methods, or models")
+    show.add_argument(
+        "what", nargs="?", choices=("notebooks", "profiles", "methods", "models"), help="default: all but models"
+    )
+    show.set_defaults(command=_list)
+
+    small = commands.add_parser("compress", help="compress a model and save it")
+    small.add_argument("model", help="a folder with a saved model, or a model's name with --checkpoint or --pretrained")
+    small.add_argument(
+        "--method",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="one method, or several in order; none saves the model as it is",
+    )
+    small.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="config of a method; with several methods write METHOD.KEY=VALUE",
+    )
+    small.add_argument("--out", required=True, metavar="DIR", help="folder to save the compressed model to")
+    small.add_argument(
+        "--dataset", default="", help="images for the methods that need some: digits, a hub name, a folder"
+    )
+    small.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
+    small.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
+    small.add_argument("--classes", type=int, metavar="N", help="outputs of a model given by name (default: its own)")
+    small.set_defaults(command=_compress)
+
+    size = commands.add_parser("measure", help="measure a saved model and add its rows to a results folder")
+    size.add_argument("model", help="a folder with a saved model")
+    size.add_argument("--dataset", default="digits", help="digits, a Hugging Face name, or a folder (default: digits)")
+    size.add_argument("--dataset-name", default="", metavar="NAME", help="how rows and figures name the data set")
+    size.add_argument(
+        "--splits",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="how to cut the data, for example test=1.0 (every image is a test image)",
+    )
+    size.add_argument("--versus", default="", metavar="DIR", help="a saved baseline to take turns with in the timings")
+    size.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
+    size.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")
+    size.add_argument("--rounds", type=int, default=60, help="timed calls of each model (default: 60)")
+    size.add_argument("--out", required=True, metavar="DIR", help="results folder to add the rows to")
+    size.set_defaults(command=_measure)
+
+    report = commands.add_parser("report", help="write report.html from the rows of a results folder")
+    report.add_argument("folder", help="a results folder, or its records.jsonl")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vitbench import lessons, paths, suite
+
+    if options.workers < 1:
+        raise InputError(f"--workers {options.workers}: give a whole number of 1 or more")
+    known = lessons.find_lessons()
+    chosen = lessons.choose(known, options.only)
+    values = lessons.read_profile(options.profile, options.settings, known)
+    out = Path(options.out) if options.out else paths.home() / "results" / "runs" / Path(options.profile).stem
+    outcomes = suite.run_suite(chosen, values, out.resolve(), options.workers)
+    for outcome in outcomes:
+        print(
+            f"{outcome.status:8} {outcome.lesson.name}"
+            + (f": {outcome.error}\n         {outcome.copy}" if outcome.error else "")
+        )
+    if (out / "records.jsonl").exists():
+        _print_results(out)
+    left = [lesson.name for lesson in chosen if lesson.name not in {outcome.lesson.name for outcome in outcomes}]
+    if left:
+        print(f"not run, because the baseline failed: {', '.join(left)}")
+    return 1 if left or any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def _print_results(out: Path) -> None:
+    from vitbench.comparison import findings
+    from vitbench.records import load_records
+    from vitbench.report import table_text, write_report
+
+    rows = load_records(out)
+    if not (rows["status"] == "ok").any():
+        return
+    print(f"\n{table_text(rows)}\n")
+    for sentence in findings(rows):
+        print(sentence)
+    print(f"\nreport: {write_report(out)}")
+
+
+def _list(options: argparse.Namespace) -> int:
+    from vitbench import lessons
+    from vitbench.methods import METHODS
+    from vitbench.vit import model_names
+
+    if options.what in (None, "notebooks"):
+        print("notebooks:")
+        for lesson in lessons.find_lessons():
+            print(f"  {lesson.name:24} {lesson.minutes:4.1f} min  {lesson.title}")
+    if options.what in (None, "profiles"):
+        print("profiles:")
+        for name, path in lessons.profiles().items():
+            print(f"  {name:24} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    if options.what in (None, "methods"):
+        print("methods:")
+        for name, method in METHODS.items():
+            values = ", ".join(f"{key}={value}" for key, value in method.config().to_dict().items())
+            print(f"  {name:24} {(method.handler.__doc__ or '').splitlines()[0]}\n  {'':24} {values}")
+    if options.what == "models":
+        print("\n".join(model_names()))
+    return 0
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from vitbench import artifact, methods, vit
+    from vitbench.data import load_data
+
+    configs = [methods.make_config(name, values) for name, values in _method_settings(options).items()]
+    if (Path(options.model) / artifact.RECIPE).is_file():
+        model = artifact.load(options.model)
+    elif not (options.checkpoint or options.pretrained):
+        raise InputError(
+            f"{options.model!r} is not a folder with a saved model; for a model by name give --checkpoint or --pretrained"
+        )
+    else:
+        model = vit.create_model(
+            options.model, num_classes=options.classes, pretrained=options.pretrained, checkpoint=options.checkpoint
+        )
+    data = load_data(options.dataset) if options.dataset else None
+    path = artifact.save(methods.compress(model, configs, data), options.out)
+    print(f"{path}: {artifact.size_on_disk(path):,} bytes, {artifact.read_manifest(path).recipe.method}")
+    return 0
+
+
+def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    from vitbench.lessons import parse_setting
+
+    values: dict[str, dict[str, Any]] = {name: {} for name in options.method}
+    for setting in options.settings:
+        key, value = parse_setting(setting)
+        name, dot, inner = key.rpartition(".")
+        name = name if dot else "".join(options.method[:1])
+        if name not in values or (not dot and len(values) > 1):
+            raise InputError(
+                f"--set {setting}: give METHOD.KEY=VALUE with METHOD one of those in --method ({', '.join(values) or 'none given'})"
+            )
+        values[name][inner] = value
+    return values
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from vitbench.lessons import parse_setting
+    from vitbench.measure import measure
+    from vitbench.runs import Run
+    from vitbench.suite import open_data
+
+    data = open_data(options.dataset, options.dataset_name, dict(parse_setting(text) for text in options.splits))
+    measure(
+        options.model,
+        data,
+        Run(options.out),
+        versus=options.versus,
+        batches=options.batches,
+        threads=options.threads,
+        rounds=options.rounds,
+    )
+    _print_results(Path(options.out))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from vitbench.report import write_report
+
+    print(write_report(options.folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The comparison table: one line a method, every number from a row."""
+
+import pandas as pd
+
+from vitbench.errors import InputError
+
+MEGA = 1e6
+
+
+def subject(rows: pd.DataFrame, dataset: str = "", model: str = "") -> pd.DataFrame:
+    """The ok rows of one model on one image set; without names, those of the last row."""
+    good = rows[rows["status"] == "ok"]
+    if dataset:
+        good = good[good["dataset"] == dataset]
+    if model:
+        good = good[good["model"] == model]
+    if not len(good):
+        raise InputError(
+            f"no rows of {model or 'any model'} on {dataset or 'any data set'}; run the baseline and a method first"
+        )
+    last = good.iloc[-1]
+    return good[(good["dataset"] == last["dataset"]) & (good["model"] == last["model"])]
+
+
+def methods(rows: pd.DataFrame) -> list[str]:
+    """The methods in `rows`, the baseline first, the others in the order they came."""
+    found = list(dict.fromkeys(rows["method"]))
+    return sorted(found, key=lambda method: method != "baseline")
+
+
+def value(rows: pd.DataFrame, method: str, metric: str, batch: int | None = None) -> pd.Series | None:
+    """The last row of a method's metric (at a batch size), or None."""
+    chosen = (rows["method"] == method) & (rows["metric"] == metric)
+    if batch is not None:
+        chosen &= rows["batch"] == batch
+    found = rows[chosen]
+    return found.iloc[-1] if len(found) else None
+
+
+def comparison(rows: pd.DataFrame, dataset: str = "", model: str = "") -> pd.DataFrame:
+    """One line a method.
+
+    Columns: top1, low, high (per cent); bytes (MB) and `x smaller`; MACs (M); for each batch size the median latency
+    (ms) and its ratio to the baseline timed in turn; peak RSS (MB). A number that was not measured is NaN.
+    """
+    rows = subject(rows, dataset, model)
+    batches = sorted({int(batch) for batch in rows["batch"].dropna()})
+    base = value(rows, "baseline", "bytes")
+    table = []
+    for method in methods(rows):
+
+        def number(
+            metric: str, scale: float = 1.0, batch: int | None = None, field: str = "value", method=method
+        ) -> float:
+            row = value(rows, method, metric, batch)
+            return float("nan") if row is None or row[field] is None else row[field] * scale
+
+        line = {
+            "method": method,
+            "top1 %": number("top1", 100),
+            "low %": number("top1", 100, field="low"),
+            "high %": number("top1", 100, field="high"),
+            "MB": number("bytes", 1 / MEGA),
+            "x smaller": (base["value"] if base is not None else float("nan")) / number("bytes"),
+            "M MACs": number("macs", 1 / MEGA),
+        }
+        for batch in batches:
+            line[f"p50 ms b{batch}"] = number("latency_p50", batch=batch)
+            line[f"ratio b{batch}"] = 1.0 if method == "baseline" else number("latency_ratio", batch=batch)
+        line["peak MB"] = number("peak_rss", 1 / MEGA)
+        table.append(line)
+    return pd.DataFrame(table).set_index("method")
+
+
+def findings(rows: pd.DataFrame) -> list[str]:
+    """One sentence a compressed method: what it saves, what it costs, and whether the accuracies can be told apart."""
+    rows, sentences = subject(rows), []
+    base_accuracy, base_bytes = value(rows, "baseline", "top1"), value(rows, "baseline", "bytes")
+    for method in methods(rows):
+        accuracy, size = value(rows, method, "top1"), value(rows, method, "bytes")
+        if method == "baseline" or any(row is None for row in (accuracy, size, base_accuracy, base_bytes)):
+            continue
+        points = 100 * (accuracy["value"] - base_accuracy["value"])
+        overlap = accuracy["low"] <= base_accuracy["high"] and base_accuracy["low"] <= accuracy["high"]
+        text = (
+            f"{method}: {size['value'] / base_bytes['value']:.3f} of the baseline's bytes, top-1 {100 * accuracy['value']:.2f} % "
+            f"against {100 * base_accuracy['value']:.2f} % ({points:+.2f} points; the 95 % intervals "
+            f"{'overlap' if overlap else 'do not overlap'})"
+        )
+        ratios = rows[(rows["method"] == method) & (rows["metric"] == "latency_ratio")].sort_values("batch")
+        for _, row in ratios.iterrows():
+            text += (
+                f"; {row['value']:.2f} of its time at batch {int(row['batch'])} [{row['low']:.2f}, {row['high']:.2f}]"
+            )
+        sentences.append(text + ".")
+    return sentences

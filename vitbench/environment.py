@@ -1,0 +1,83 @@
+"""What a row was made on: machine, versions, source. Captured once a process, kept once by its hash."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import psutil
+import torch
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def environment() -> dict:
+    """Machine and versions; no host name, user or path."""
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    packages = {
+        dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]
+    }
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "int8_engine": torch.backends.quantized.engine,
+        "vnni": torch.cpu._is_vnni_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "gpus": gpus,
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def environment_id() -> str:
+    """The hash that rows refer to."""
+    return hashlib.sha256(json.dumps(environment(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_environment(folder: Path) -> str:
+    """Keep the environment as `folder`/<id>.json; returns the id."""
+    name = environment_id()
+    target = folder / f"{name}.json"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{name}.{os.getpid()}"
+        part.write_text(json.dumps(environment(), indent=1) + "\n")
+        part.replace(target)
+    return name
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the source that this package runs from, with "+changes" if files differ from it; else its version."""
+    source = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(source), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(source))
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {importlib.metadata.version('vitbench')}"

@@ -1,0 +1,230 @@
+"""Figures from rows alone, in one style: legible in grey, safe for colour-blind readers, labelled in place."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from vitbench.comparison import MEGA, methods, subject, value
+from vitbench.errors import one_of
+from vitbench.paths import writable_folder
+from vitbench.statistics import pareto_front
+
+# Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "vitbench",  # the same rows give the same file
+    "svg.fonttype": "none",
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+}
+COSTS = {
+    "bytes": ("size on disk (MB)", 1 / MEGA),
+    "latency_ratio": ("median latency / baseline's, batch {batch}, timed in turn", 1.0),
+    "macs": ("multiply-accumulates for one image (M)", 1 / MEGA),
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The project's look, for the figures here and for a notebook's own."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def look(method: str, among: Sequence[str]) -> dict[str, str]:
+    """The colour and marker of a method, by its place among those shown."""
+    place = list(among).index(method)
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str, rows: pd.DataFrame | None = None) -> list[Path]:
+    """Write `name`.png and `name`.svg, and with `rows` a `name`.csv of the rows that the figure shows, with their keys."""
+    folder = writable_folder(folder, "figures folder")
+    made = [folder / f"{name}.png", folder / f"{name}.svg"]
+    with style():
+        figure.savefig(made[0])
+        figure.savefig(made[1], metadata={"Date": None})
+    if rows is not None:
+        made.append(folder / f"{name}.csv")
+        columns = [
+            "key",
+            "model",
+            "dataset",
+            "method",
+            "metric",
+            "batch",
+            "value",
+            "low",
+            "high",
+            "unit",
+            "source",
+            "commit",
+        ]
+        rows[columns].to_csv(made[-1], index=False)
+    return made
+
+
+def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[Figure, pd.DataFrame]:
+    """Accuracy against a cost ("bytes", "latency_ratio" or "macs"), with 95 % intervals and the Pareto front.
+
+    Returns the figure and the rows that it shows.
+    """
+    label, scale = COSTS[one_of("cost", cost, COSTS)]
+    rows = subject(rows)
+    names, points, shown = methods(rows), [], []
+    at = batch if cost == "latency_ratio" else None
+    for method in names:
+        gain, price = value(rows, method, "top1"), value(rows, method, cost, at)
+        if gain is None or (price is None and not (cost == "latency_ratio" and method == "baseline")):
+            continue
+        x = (1.0, None, None) if price is None else (price["value"] * scale, price["low"], price["high"])
+        points.append((method, x, gain))
+        shown += [row for row in (gain, price) if row is not None]
+    with style():
+        figure, axes = plt.subplots(figsize=(6.4, 4.2))
+        for method, (x, low, high), gain in points:
+            spread = None if low is None or np.isnan(low) else [[x - low], [high - x]]
+            errors = 100 * np.array([[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]])
+            kind = look(method, names)
+            axes.errorbar(
+                x,
+                100 * gain["value"],
+                yerr=errors,
+                xerr=spread,
+                fmt=kind["marker"],
+                color=kind["color"],
+                ms=8,
+                capsize=3,
+            )
+            axes.annotate(
+                method, (x, 100 * gain["value"]), xytext=(9, 5), textcoords="offset points", color=kind["color"]
+            )
+        front = pareto_front([x for _, (x, *_), _ in points], [gain["value"] for *_, gain in points])
+        line = [(points[i][1][0], 100 * points[i][2]["value"]) for i in front]
+        axes.plot(*zip(*line, strict=True), color="#777777", lw=1, ls="--", zorder=0, drawstyle="steps-post")
+        widest = max(x for _, (x, *_), _ in points)
+        axes.set_xlim(0, 1.3 * widest)
+        axes.set(
+            xlabel=label.format(batch=batch),
+            ylabel="top-1 on test images (%)",
+            title=_title(rows, "accuracy against cost"),
+        )
+        _note(figure, "bars: 95 % intervals; dashed: Pareto front; left and up is better")
+    return figure, pd.DataFrame(shown)
+
+
+def training_curves(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Loss on the training images and accuracy on the val split, epoch by epoch."""
+    rows = subject(rows)
+    shown = [value(rows, "baseline", "train_loss"), value(rows, "baseline", "val_top1")]
+    shown = [row for row in shown if row is not None]
+    with style():
+        figure, panels = plt.subplots(1, max(1, len(shown)), figsize=(8.2, 3.3), squeeze=False)
+        for axes, row in zip(panels[0], shown, strict=False):
+            percent = row["metric"] == "val_top1"
+            curve = np.array(row["samples"]) * (100 if percent else 1)
+            axes.plot(np.arange(1, len(curve) + 1), curve, color=COLOURS[2 if percent else 1])
+            axes.annotate(
+                f"{curve[-1]:.3g}", (len(curve), curve[-1]), xytext=(-6, 8), textcoords="offset points", ha="right"
+            )
+            axes.set(xlabel="epoch", ylabel="top-1 on val images (%)" if percent else "training loss (nats)")
+        panels[0][0].set_title(_title(rows, "training"))
+    return figure, pd.DataFrame(shown)
+
+
+def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Every timed call of every method, as the share of calls that took at most so long, one panel a batch size."""
+    rows = subject(rows)
+    timed = rows[(rows["metric"] == "latency_p50") & rows["samples"].notna()]
+    batches, names = sorted(timed["batch"].unique()), methods(rows)
+    with style():
+        figure, panels = plt.subplots(1, len(batches), figsize=(4.4 * len(batches), 3.6), squeeze=False, sharey=True)
+        for axes, batch in zip(panels[0], batches, strict=True):
+            for place, (_, row) in enumerate(timed[timed["batch"] == batch].iterrows()):
+                kind, dashes = look(row["method"], names), ("-", "--", ":", "-.")[place % 4]
+                sns.ecdfplot(x=row["samples"], ax=axes, color=kind["color"], ls=dashes, label=row["method"])
+                axes.axvline(row["value"], color=kind["color"], lw=0.8, alpha=0.5)
+            calls = np.concatenate([row for row in timed[timed["batch"] == batch]["samples"]])
+            axes.set_xlim(0, 1.1 * np.percentile(calls, 98))
+            axes.set(xlabel=f"ms for one call, batch {int(batch)}", ylabel="share of calls")
+            axes.legend(loc="lower right")
+        panels[0][0].set_title(_title(rows, "latency"))
+        _note(figure, "thin vertical lines: medians; curves end where 2 % of the calls are left out")
+    return figure, timed
+
+
+def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """For each compressed method, what bits and MACs promise and what disk and clock say, as ratios to the baseline."""
+    rows = subject(rows)
+    names = [method for method in methods(rows) if method != "baseline"]
+    pairs = [
+        ("bytes: weights x bits", "bytes_predicted", None),
+        ("bytes: on disk", "bytes", None),
+        ("MACs", "macs", None),
+    ]
+    bars, shown = [], []
+    for method in names:
+        for label, metric, _ in pairs:
+            base, own = value(rows, "baseline", metric), value(rows, method, metric)
+            if base is not None and own is not None:
+                bars.append((method, label, own["value"] / base["value"], None))
+                shown += [base, own]
+        ratios = rows[(rows["method"] == method) & (rows["metric"] == "latency_ratio")].sort_values("batch")
+        for _, row in ratios.iterrows():
+            bars.append((method, f"latency, batch {int(row['batch'])}", row["value"], (row["low"], row["high"])))
+            shown.append(row)
+    with style():
+        figure, panels = plt.subplots(
+            1, max(1, len(names)), figsize=(max(6.4, 4.2 * len(names)), 3.4), squeeze=False, sharey=True
+        )
+        for axes, method in zip(panels[0], names, strict=False):
+            own = [bar for bar in bars if bar[0] == method]
+            for place, (_, label, ratio, interval) in enumerate(own):
+                measured = label != "MACs" and "weights x bits" not in label
+                axes.barh(
+                    place,
+                    ratio,
+                    color=COLOURS[2] if measured else "white",
+                    edgecolor=COLOURS[2],
+                    hatch="" if measured else "///",
+                )
+                if interval:
+                    axes.plot(interval, [place, place], color="black", lw=2)
+                right = max(ratio, interval[1] if interval else 0)
+                axes.annotate(f"{ratio:.2f}", (right, place), xytext=(5, 0), textcoords="offset points", va="center")
+            axes.axvline(1, color="black", lw=1)
+            axes.set_yticks(range(len(own)), [label for _, label, *_ in own])
+            axes.set_xlim(0, 1.15 * max(1.0, *(ratio for *_, ratio, _ in own)))
+            axes.set(xlabel="ratio to the baseline (1 = no gain)", title=method)
+            axes.invert_yaxis()
+        _note(figure, "hatched: predicted; filled: measured; black bar: 95 % interval")
+    return figure, pd.DataFrame(shown)
+
+
+def _title(rows: pd.DataFrame, what: str) -> str:
+    last = rows.iloc[-1]
+    return f"{last['model']} on {last['dataset']}: {what}"
+
+
+def _note(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=8, color="#555555", x=0.99, ha="right")

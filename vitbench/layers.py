@@ -1,0 +1,98 @@
+"""Runtime layers: what stands in a compressed model in the place of a dense layer.
+
+A runtime layer keeps its compressed weights as buffers (so that they are saved as they are), can be built empty from
+its `spec` (so that a file needs no code of the method that made it), and says how many multiply-accumulates it does.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RUNTIME_LAYERS: dict[str, type[nn.Module]] = {}
+
+
+def runtime_layer(cls: type[nn.Module]) -> type[nn.Module]:
+    """Make a layer class known to saved models under its own name."""
+    RUNTIME_LAYERS[cls.__name__] = cls
+    return cls
+
+
+@runtime_layer
+class DynamicInt8Linear(nn.Module):
+    """y = x W^T + b with W in int8 and x quantized to 8 bits on the fly, per tensor.
+
+    W ~ scale[:, None] * weight, with one scale for each output row. On an x86 or Arm CPU torch's int8 kernel does the
+    product in integers; elsewhere the same integers are multiplied in floating point, which is exact but not fast.
+
+    Shapes: x (..., in_features) -> (..., out_features); weight int8 (out, in), scale (out,), bias (out,) or None.
+    """
+
+    overhead = ("scale",)  # buffers that are not weights of the layer
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(out_features))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self._packed = None
+
+    def spec(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and _int8_engine() != "none":
+            if self._packed is None:
+                self._packed = self._pack()
+            return torch.ops.quantized.linear_dynamic(x.float(), self._packed, not _has_vnni()).to(x.dtype)
+        return self.reference(x)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The kernel's arithmetic written out: asymmetric 8-bit x over the tensor's range, integer product, rescale."""
+        low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+        step = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+        zero = torch.round(-low / step)
+        codes = (torch.round(x / step) + zero).clamp(0, 255) - zero
+        y = F.linear(codes.float(), self.weight.float()) * (step * self.scale)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def _pack(self) -> Any:
+        with warnings.catch_warnings():  # torch announces that these tensors will go; `reference` is what is left then
+            warnings.simplefilter("ignore")
+            zeros = torch.zeros(self.out_features, dtype=torch.long)
+            weight = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
+            return torch.ops.quantized.linear_prepack(weight, self.bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "DynamicInt8Linear":
+        self._packed = None  # moved or converted: pack again at the next call
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # packed weights belong to this process
+
+
+def _int8_engine() -> str:
+    return torch.backends.quantized.engine if hasattr(torch.ops.quantized, "linear_dynamic") else "none"
+
+
+def _has_vnni() -> bool:
+    """Without VNNI the kernel's 16-bit sums can overflow, so x then keeps to 7 bits, as torch itself does."""
+    return torch.cpu._is_vnni_supported()
+
+
+# MACs that torch's counter does not know: the packed weight has no shape, so the count comes from x and y.
+def _linear_dynamic_flops(x_shape: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    return 2 * out_shape.numel() * x_shape[-1]
+
+
+def flop_formulas() -> dict[Any, Any]:
+    """Formulas for torch's FlopCounterMode, for the operators that runtime layers call."""
+    return {torch.ops.quantized.linear_dynamic: _linear_dynamic_flops}

@@ -1,0 +1,159 @@
+"""Measure a saved model: accuracy, size, MACs, latency, memory. Each number becomes a row, once."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vitbench import artifact, environment, progress
+from vitbench.baseline import Baseline
+from vitbench.data import ImageData
+from vitbench.errors import InputError
+from vitbench.measure import accuracy, cost, memory, timing
+from vitbench.measure.child import ChildError
+from vitbench.measure.value import Value
+from vitbench.records import Row
+from vitbench.runs import Run
+
+DEFAULT_BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What one piece of work yields: a (metric, unit, context) for each value, in order, and the work."""
+
+    title: str
+    slots: list[tuple[str, str, dict[str, Any]]]
+    work: Callable[[], Iterable[Value]]
+
+
+def measure(
+    path: str | Path,
+    data: ImageData,
+    run: Run,
+    *,
+    versus: str | Path = "",
+    batches: Sequence[int] = DEFAULT_BATCHES,
+    threads: int = 2,
+    rounds: int = 60,
+    device: str = "auto",
+) -> pd.DataFrame:
+    """Measure the model saved at `path` and write one row a metric to `run`; what is there already is not done again.
+
+    Args:
+        path: a folder written by `save`; it is loaded, and what was loaded is what is measured.
+        data: accuracy is that of its test split.
+        versus: another saved model to take turns with in the timings, for a ratio that holds on a noisy machine.
+        batches: batch sizes to time.
+        threads: of the timed process.
+        rounds: how often each model is timed.
+        device: where accuracy is computed. Latency and memory are those of the CPU.
+
+    Returns:
+        This model's rows, new and old.
+    """
+    path = Path(path)
+    if threads < 1 or rounds < 10 or not batches or min(batches) < 1:
+        raise InputError(
+            f"threads = {threads}, rounds = {rounds}, batches = {tuple(batches)}: at least 1 thread, 10 rounds, batch 1"
+        )
+    manifest = artifact.read_manifest(path)
+    about = _about(manifest.recipe, data)
+    done = run.done()
+    todo, wanted = [], set()
+    for group in _groups(path, data, versus, batches, threads, rounds, device):
+        rows = [
+            Row(
+                **about,
+                metric=metric,
+                unit=unit,
+                context={**context, "artifact": manifest.sha256[:12]},
+                source="measured",
+                value=0,
+            )
+            for metric, unit, context in group.slots
+        ]
+        keys = {row.identity() for row in rows}
+        wanted |= keys
+        if not keys <= done:
+            todo.append((group, rows))
+    bar = progress.bar(todo, f"measuring {about['method']}", unit="group") if todo else []
+    for group, rows in bar:
+        bar.set_postfix_str(group.title)
+        run.append(_measured(group, rows))
+    frame = run.rows()
+    return frame[frame["key"].isin(wanted)].reset_index(drop=True)
+
+
+def _measured(group: _Group, rows: list[Row]) -> list[Row]:
+    try:
+        values = list(group.work())
+    except (ChildError, RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        print(f"{group.title} could not be measured: {reason}")
+        return [row.having(status="failed", error=reason, value=None, source="") for row in rows]
+    return [row.having(metric=value.metric, **value.fields()) for row, value in zip(rows, values, strict=True)]
+
+
+def _groups(path, data, versus, batches, threads, rounds, device) -> Iterable[_Group]:
+    test = data.needs("test")
+    context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
+    metrics = ["top1", "top5"] if len(data.classes) > 5 else ["top1"]
+    slots = [(metric, "fraction", context) for metric in metrics]
+    yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device))
+
+    units = {"params": "weights", "macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
+    yield _Group("size", [(metric, unit, {}) for metric, unit in units.items()], lambda: cost.cost(path))
+
+    machine = {"backend": "eager", "threads": threads, "device": f"cpu: {environment.cpu_name()}"}
+    against = {"versus": artifact.read_manifest(versus).recipe.method} if versus else {}
+    slots = [
+        (metric, unit, {**machine, "batch": batch, **against})
+        for batch in batches
+        for metric, unit in timing.metrics(bool(versus)).items()
+    ]
+    yield _Group("latency", slots, lambda: timing.latency(path, versus, batches, threads, rounds))
+
+    slots = [("peak_rss", "bytes", machine), ("import_rss", "bytes", machine)]
+    yield _Group("memory", slots, lambda: memory.peak_rss(path, threads))
+
+
+def _about(recipe, data: ImageData) -> dict[str, Any]:
+    return {
+        "model": recipe.architecture.name,
+        "dataset": data.name,
+        "data_fingerprint": data.fingerprint,
+        "method": recipe.method,
+        "config": {"origin": recipe.origin, "methods": [step.to_dict() for step in recipe.methods]},
+        "seed": recipe.origin.get("train", {}).get("seed", 0),
+    }
+
+
+def training_rows(base: Baseline, data: ImageData) -> list[Row]:
+    """The training curves of a baseline as rows: the last value, and one sample an epoch. None for an untrained one."""
+    if not base.history:
+        return []
+    manifest = artifact.read_manifest(base.path)
+    context = {"artifact": manifest.sha256[:12], "epochs": len(base.history)}
+    rows = []
+    for metric, key, unit, source in (
+        ("train_loss", "loss", "nats", "measured: mean over each epoch's training batches, after augmentation"),
+        ("val_top1", "val_top1", "fraction", "measured: val split after each epoch"),
+    ):
+        curve = [epoch[key] for epoch in base.history]
+        if all(math.isfinite(value) for value in curve):
+            rows.append(
+                Row(
+                    **_about(manifest.recipe, data),
+                    metric=metric,
+                    unit=unit,
+                    value=curve[-1],
+                    samples=curve,
+                    source=source,
+                    context=context,
+                )
+            )
+    return rows

@@ -1,0 +1,19 @@
+"""top1 and top5 on the test split, with 95 % Wilson intervals."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vitbench import artifact
+from vitbench.data import ImageData
+from vitbench.measure.value import Value
+from vitbench.statistics import wilson
+from vitbench.training import evaluate, pick_device
+
+
+def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str) -> Iterator[Value]:
+    """Load the model and score it on every test image; `metrics` is top1, or top1 and top5."""
+    found = evaluate(artifact.load(path), data.test, device=pick_device(device), title="scoring")
+    for metric in metrics:
+        hits = getattr(found, metric)
+        low, high = wilson(hits.sum(), len(hits))
+        yield Value(metric, float(hits.mean()), "measured: test images, Wilson 95 %", low, high)

@@ -1,0 +1,59 @@
+"""Work that must not share a process: `in_child` runs a registered job in a fresh interpreter with fixed threads."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {}
+TIME_LIMIT = 1800
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class ChildError(RuntimeError):
+    """The child process failed; the message is the last line it said."""
+
+
+def job(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Make a function callable by name in a child process; arguments and result are JSON."""
+    JOBS[function.__name__] = function
+    return function
+
+
+def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
+    """Run the job `name` in a fresh process that uses `threads` threads."""
+    source = str(Path(__file__).resolve().parents[2])
+    env = os.environ | {variable: str(threads) for variable in THREAD_VARIABLES}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
+    with tempfile.TemporaryDirectory() as folder:
+        task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
+        task.write_text(json.dumps({"job": name, "threads": threads, "arguments": arguments}))
+        command = [sys.executable, "-m", "vitbench.measure.child", str(task), str(answer)]
+        try:
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            raise ChildError(f"{name} took more than {TIME_LIMIT} s") from None
+        if done.returncode or not answer.exists():
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise ChildError(f"{name} failed: {said[-1]}")
+        return json.loads(answer.read_text())
+
+
+def main(task: str, answer: str) -> None:
+    """The child's side."""
+    import torch
+
+    import vitbench.measure  # noqa: F401  (registers the jobs)
+    from vitbench.measure.child import JOBS as jobs  # this file runs as __main__; the jobs registered in its import
+
+    order = json.loads(Path(task).read_text())
+    torch.set_num_threads(order["threads"])
+    Path(answer).write_text(json.dumps(jobs[order["job"]](**order["arguments"])))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,41 @@
+"""Counts: weights, multiply-accumulates, bytes on disk, and the bytes that the bits per weight predict."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitbench import artifact
+from vitbench.layers import flop_formulas
+from vitbench.measure.value import Value
+from vitbench.vit import set_fused_attention
+
+
+def cost(path: Path) -> Iterator[Value]:
+    """Count on the loaded model; `bytes` is the size of its folder."""
+    model = artifact.load(path)
+    yield Value("params", count_params(model), "measured: weights in the loaded model, scales not counted")
+    yield Value("macs", count_macs(model), "measured: torch FlopCounterMode / 2, one image")
+    yield Value("bytes", artifact.size_on_disk(path), "measured: files on disk")
+    predicted = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    yield Value("bytes_predicted", predicted, "modelled: weights x bits / 8, scales included, no headers")
+
+
+def count_params(model: nn.Module) -> int:
+    """Weights and biases, however many bits each takes. Steps and zero points are not weights."""
+    overhead = {
+        f"{name}.{buffer}" for name, module in model.named_modules() for buffer in getattr(module, "overhead", ())
+    }
+    return sum(tensor.numel() for key, tensor in model.state_dict().items() if key not in overhead)
+
+
+@torch.inference_mode()
+def count_macs(model: nn.Module) -> int:
+    """Multiply-accumulates for one image: convolutions, linear layers and attention products, by what really runs."""
+    size = model.recipe.preprocess.size
+    set_fused_attention(model, False)  # some versions of torch count the fused kernel as nothing
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        model(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops() // 2

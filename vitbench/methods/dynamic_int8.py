@@ -1,0 +1,64 @@
+"""Dynamic int8 quantization: weights to 8 bits ahead of time, activations to 8 bits as they pass.
+
+The survey (Chen et al. 2024, arXiv 2404.10407) applies PyTorch's `quantize_dynamic` to every linear layer. The same
+here for the four linear layers of each block, with one step for each output row of the weights:
+
+    s_i = max_j |W_ij| / 127,    Q_ij = round(W_ij / s_i),    y = s_i s_x (Q_i . (q_x - z_x)) + b_i
+
+where (s_x, z_x) are taken from the range of x at each call. No image is needed to set it up.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitbench.configs import Config
+from vitbench.data import ImageData
+from vitbench.layers import DynamicInt8Linear
+from vitbench.methods import register
+from vitbench.vit import LINEAR_TYPES, linears, replace_module
+
+
+class DynamicInt8(Config):
+    """Which linear layers of the blocks to quantize, and whether each output row of the weights has its own step.
+
+    `per_channel` False gives all rows the step of the largest weight, as an illustration of what that costs.
+    """
+
+    layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
+    per_channel: bool = True
+
+
+def quantize_rows(weight: Tensor, per_channel: bool = True) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes and steps of a weight matrix.
+
+    Args:
+        weight: (out, in), floating point.
+        per_channel: one step for each row; otherwise all rows share the largest.
+
+    Returns:
+        codes int8 (out, in) in [-127, 127] and steps float32 (out,), with weight ~ steps[:, None] * codes.
+        An all-zero row gets step 1.
+    """
+    largest = weight.abs().amax(dim=1) if per_channel else weight.abs().max().expand(len(weight))
+    steps = torch.where(largest > 0, largest / 127, torch.ones_like(largest)).float()
+    codes = torch.round(weight / steps[:, None]).clamp(-127, 127).to(torch.int8)
+    return codes, steps.contiguous()
+
+
+def to_dynamic_int8(linear: nn.Linear, per_channel: bool = True) -> DynamicInt8Linear:
+    """The int8 runtime layer of a dense linear layer."""
+    layer = DynamicInt8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    layer.weight, layer.scale = quantize_rows(linear.weight.detach(), per_channel)
+    if linear.bias is not None:
+        layer.bias = linear.bias.detach().float().clone()
+    return layer
+
+
+@register(DynamicInt8, identity=DynamicInt8(layers=()))
+def dynamic_int8(model: nn.Module, config: DynamicInt8, data: ImageData | None) -> nn.Module:
+    """Put int8 layers in the place of the dense ones. `data` is not used."""
+    for name, linear in linears(model, config.layers).items():
+        replace_module(model, name, to_dynamic_int8(linear, config.per_channel))
+    return model

@@ -1,0 +1,56 @@
+"""What a model is, in words that a file can keep: enough to rebuild its structure and to say where it came from."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from vitbench.configs import Config
+
+
+class Architecture(Config):
+    """A timm (or vitbench) Vision Transformer by name, with what was changed from the name's defaults."""
+
+    name: str
+    num_classes: int = Field(ge=1)
+    img_size: int = Field(ge=1)
+
+
+class Preprocess(Config):
+    """How an image becomes the model's input: resize, centre crop, scale to [0, 1], subtract `mean`, divide by `std`.
+
+    The shorter side is resized to floor(size / crop_pct) pixels before a crop of size x size; crop_pct = 1 with a
+    square image is a plain resize.
+    """
+
+    size: int = Field(ge=1)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
+    crop_pct: float = Field(default=1.0, gt=0, le=1)
+
+
+class Step(Config):
+    """One compression method that was applied, with its config."""
+
+    method: str
+    config: dict[str, Any]
+
+
+class Recipe(Config):
+    """The description that travels with a model: structure, input, origin, and the methods applied in order.
+
+    `layers` maps a module's name to the runtime layer that stands in its place (see `vitbench.layers`).
+    `origin` says how the weights were made: training config, data, seed, starting weights.
+    """
+
+    format: Literal[1] = 1
+    architecture: Architecture
+    preprocess: Preprocess
+    origin: dict[str, Any] = {}
+    methods: tuple[Step, ...] = ()
+    layers: dict[str, dict[str, Any]] = {}
+
+    @property
+    def method(self) -> str:
+        """`baseline`, or the names of the methods in the order they were applied, joined by `+`."""
+        return "+".join(step.method for step in self.methods) or "baseline"

@@ -1,0 +1,147 @@
+"""`report.html`: one self-contained page made from the rows of a results folder."""
+
+import base64
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from vitbench import figures
+from vitbench.comparison import comparison, findings, subject
+from vitbench.errors import InputError
+from vitbench.records import load_records, records_file
+
+ENVIRONMENT_FACTS = ("system", "python", "cpu", "cores", "memory_gib", "cpu_capability", "int8_engine", "gpus")
+PACKAGES = ("torch", "torchvision", "timm", "numpy")
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into a results folder; it needs no network and nothing beside it but the linked notebooks.
+
+    Raises:
+        InputError: no records there, a damaged records file, or a folder that cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    source = records_file(folder)
+    folder = source.parent
+    rows = load_records(source)
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("vitbench"), autoescape=True)
+    page = templates.get_template("report.html").render(**_content(folder, rows))
+    part = folder / f".report.{os.getpid()}"
+    try:
+        part.write_text(page, encoding="utf-8")
+        part.replace(folder / "report.html")
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(
+            f"{str(folder / 'report.html')!r} cannot be written ({error.strerror}); free some space or copy the folder"
+        ) from None
+    return folder / "report.html"
+
+
+def table_text(rows: pd.DataFrame) -> str:
+    """The comparison table as plain text for a terminal."""
+    return comparison(rows).map(_cell).to_string()
+
+
+def _content(folder: Path, rows: pd.DataFrame) -> dict[str, Any]:
+    chosen = subject(rows)
+    table = comparison(chosen)
+    return {
+        "title": f"{chosen.iloc[-1]['model']} on {chosen.iloc[-1]['dataset']}",
+        "rows": len(rows),
+        "findings": findings(chosen),
+        "failures": [
+            f"{row.method}, {row.metric}: {row.status}, {row.error}"
+            for row in rows[rows["status"] != "ok"].itertuples()
+        ],
+        "columns": list(table.columns),
+        "table": [
+            [method, *(_cell(cell) for cell in line)] for method, line in zip(table.index, table.values, strict=True)
+        ],
+        "figures": _figures(chosen),
+        "protocol": _protocol(chosen),
+        "machines": _machines(folder, chosen),
+        "notebooks": sorted(
+            path.name for path in (folder / "notebooks").glob("[!.]*.ipynb") if ".running." not in path.name
+        ),
+    }
+
+
+def _cell(number: float) -> str:
+    if not isinstance(number, int | float) or math.isnan(number):
+        return "-"
+    return f"{number:.2f}" if abs(number) < 100 else f"{number:.1f}"
+
+
+def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
+    made = [("Accuracy against size on disk.", *figures.tradeoff(rows, "bytes"))]
+    timed = rows[rows["metric"] == "latency_ratio"]
+    if len(timed):
+        batch = int(timed["batch"].min())
+        made += [
+            (f"Accuracy against median latency at batch {batch}.", *figures.tradeoff(rows, "latency_ratio", batch)),
+            ("What bits and MACs promise, and what disk and clock say.", *figures.predicted_beside_measured(rows)),
+            ("Every timed call.", *figures.latencies(rows)),
+        ]
+    pages = []
+    for caption, figure, _ in made:
+        svg = io.BytesIO()
+        with figures.style():
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+        plt.close(figure)
+        pages.append({"caption": caption, "data": base64.b64encode(svg.getvalue()).decode()})
+    return pages
+
+
+def _protocol(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    facts = [("data", f"{rows.iloc[-1]['dataset']}, fingerprint {rows.iloc[-1]['data_fingerprint']}")]
+    scored = rows[rows["metric"] == "top1"]
+    if len(scored):
+        context = scored.iloc[-1]["context"]
+        facts.append(
+            (
+                "accuracy",
+                f"{context['images']} test images ({context['cut']}), which chose nothing; Wilson 95 % intervals",
+            )
+        )
+    timed = rows[rows["metric"] == "latency_p50"]
+    if len(timed):
+        row = timed.iloc[-1]
+        facts.append(
+            (
+                "latency",
+                f"{row['source'].removeprefix('measured: ')}; {row['context']['threads']} threads; backend {row['context']['backend']}",
+            )
+        )
+    for metric in ("macs", "bytes", "peak_rss"):
+        found = rows[rows["metric"] == metric]
+        if len(found):
+            facts.append((metric, found.iloc[-1]["source"].removeprefix("measured: ")))
+    facts.append(("seeds", ", ".join(str(seed) for seed in sorted(rows["seed"].unique()))))
+    facts.append(("source", ", ".join(sorted(rows["commit"].unique()))))
+    for origin in {json.dumps(config["origin"], sort_keys=True) for config in rows["config"] if "origin" in config}:
+        facts.append(("weights", origin))
+    return facts
+
+
+def _machines(folder: Path, rows: pd.DataFrame) -> list[tuple[str, str]]:
+    facts = []
+    for env_id in sorted(rows["env_id"].unique()):
+        file = folder / "environments" / f"{env_id}.json"
+        if not file.is_file():
+            facts.append((env_id or "unknown", "not kept"))
+            continue
+        found = json.loads(file.read_text())
+        text = ", ".join(f"{key} {found[key]}" for key in ENVIRONMENT_FACTS if found.get(key))
+        versions = ", ".join(
+            f"{name} {found['packages'][name]}" for name in PACKAGES if name in found.get("packages", {})
+        )
+        facts.append((env_id, f"{text}; {versions}"))
+    return facts

@@ -1,0 +1,40 @@
+"""A results folder: records.jsonl, environments/, models/, figures/, notebooks/ and report.html."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from vitbench import environment, paths
+from vitbench.records import Row, append_rows, load_records, read_rows
+
+
+class Run:
+    """A results folder to add rows, models and figures to.
+
+    Args:
+        folder: an existing or new folder; "" means `results/runs/quick` in the project.
+    """
+
+    def __init__(self, folder: str | Path = ""):
+        folder = folder or paths.home() / "results" / "runs" / "quick"
+        self.folder = paths.writable_folder(folder, "results folder")
+        self.records = self.folder / "records.jsonl"
+        self.models = self.folder / "models"
+        self.figures = self.folder / "figures"
+        self.notebooks = self.folder / "notebooks"
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows with the environment and the commit they were made with."""
+        env_id = environment.write_environment(self.folder / "environments")
+        append_rows(self.records, [row.stamped(env_id, environment.commit()) for row in rows])
+
+    def done(self) -> set[str]:
+        """Keys of the rows that are there as ok or skipped."""
+        if not self.records.exists():
+            return set()
+        return {row.key for row in read_rows(self.records) if row.status != "failed"}
+
+    def rows(self) -> pd.DataFrame:
+        """All rows, the latest about each thing."""
+        return load_records(self.records)

@@ -1,0 +1,44 @@
+"""Intervals over rows: binomial for accuracy, bootstrap for ratios of paired timings, and the Pareto front."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(correct), int(total)).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """median(a) / median(b) of timings taken in turn, with its 95 % bootstrap interval over the rounds.
+
+    a[i] and b[i] are of one round, so a slow spell of the machine moves both. The interval is that of this run's
+    rounds; it does not cover what another machine or day would change.
+    """
+    from scipy.stats import bootstrap
+
+    def ratio(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.median(x, axis=axis) / np.median(y, axis=axis)
+
+    pair = (np.asarray(a, float), np.asarray(b, float))
+    found = bootstrap(
+        pair, ratio, paired=True, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=seed
+    )
+    return float(ratio(*pair)), float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def pareto_front(cost: Sequence[float], gain: Sequence[float]) -> np.ndarray:
+    """Positions of the points that no other beats: no higher gain at the same or lower cost. Sorted by cost."""
+    cost, gain = np.asarray(cost, float), np.asarray(gain, float)
+    front, best = [], -np.inf
+    for i in np.lexsort((-gain, cost)):
+        if gain[i] > best:
+            front.append(i)
+            best = gain[i]
+    return np.array(front, dtype=int)

@@ -1,0 +1,199 @@
+"""Run the notebooks with papermill: the baseline first, then the methods, then the comparison; finished work is skipped."""
+
+import hashlib
+import json
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from filelock import FileLock, Timeout
+
+from vitbench import progress
+from vitbench.baseline import prepare
+from vitbench.data import ImageData, load_data
+from vitbench.errors import InputError, one_of
+from vitbench.lessons import STAGES, Lesson
+from vitbench.paths import home
+from vitbench.runs import Run
+from vitbench.training import TrainConfig
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a lesson: done, skipped (finished before) or failed, and then `error`; `copy` is its executed copy."""
+
+    lesson: Lesson
+    status: str
+    copy: Path
+    error: str = ""
+
+
+def open_data(dataset: str, name: str = "", splits: dict[str, Any] | None = None) -> ImageData:
+    """`load_data` with the split settings as a mapping, as profiles and the command line give them."""
+    allowed = ("test", "val", "calibration", "train", "label", "seed")
+    for key in splits or {}:
+        one_of("key of splits", key, allowed)
+    return load_data(dataset, name=name, **(splits or {}))
+
+
+def preflight(values: dict[str, Any]) -> str:
+    """Load the data and check the model against it, so that a wrong setting ends before any work. Returns the fingerprint."""
+    data = open_data(values.get("dataset", "digits"), values.get("dataset_name", ""), values.get("splits"))
+    prepare(
+        values.get("model", "vit_mini_patch2_8"),
+        data,
+        TrainConfig(**values.get("train", {})),
+        pretrained=values.get("pretrained", False),
+        checkpoint=values.get("checkpoint", ""),
+    )
+    return data.fingerprint
+
+
+def run_suite(lessons: list[Lesson], values: dict[str, Any], out: Path, workers: int = 1) -> list[Outcome]:
+    """Run `lessons` with the parameters `values` into the results folder `out`.
+
+    A lesson whose executed copy was made from the same notebook, package sources, parameters and data is skipped.
+    A lesson that fails does not stop its neighbours, but nothing is compared or compressed without a baseline.
+    """
+    fingerprint = preflight(values)
+    run = Run(out)
+    os.environ["VITBENCH_HOME"] = str(home())  # the kernels, wherever they start, use this project's caches
+    try:
+        with FileLock(run.folder / "suite.lock", timeout=0):
+            return _run_stages(lessons, values, run, workers, fingerprint)
+    except Timeout:
+        raise InputError(f"another run is at work in {str(run.folder)!r}; wait for it or give another --out") from None
+
+
+def _run_stages(
+    lessons: list[Lesson], values: dict[str, Any], run: Run, workers: int, fingerprint: str
+) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    sources = _package_hash()
+    upstream = ""
+    with progress.bar(
+        None, "notebooks", total=round(60 * sum(lesson.minutes for lesson in lessons)), unit="s of work"
+    ) as bar:
+        for stage in STAGES:
+            here = [lesson for lesson in lessons if lesson.stage == stage]
+            if stage != "baseline" and any(
+                outcome.status == "failed" and outcome.lesson.stage == "baseline" for outcome in outcomes
+            ):
+                break
+            keys = {lesson.name: _key(lesson, values, sources, fingerprint, upstream) for lesson in here}
+            outcomes += _run_stage(here, keys, values, run, workers, bar)
+            upstream += "".join(keys.values())  # what is compared depends on what was measured
+    return outcomes
+
+
+def _run_stage(
+    lessons: list[Lesson], keys: dict[str, str], values: dict[str, Any], run: Run, workers: int, bar
+) -> list[Outcome]:
+    outcomes, waiting = [], []
+    for lesson in lessons:
+        if _finished_key(_copy(run, lesson)) == keys[lesson.name]:
+            outcomes.append(Outcome(lesson, "skipped", _copy(run, lesson)))
+            bar.update(60 * lesson.minutes)
+        else:
+            waiting.append(lesson)
+    if not waiting:
+        return outcomes
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        running = {pool.submit(_run_one, lesson, keys[lesson.name], values, run): lesson for lesson in waiting}
+        outcomes += _watch(running, run, bar)
+    return outcomes
+
+
+def _watch(running: dict[Future, Lesson], run: Run, bar) -> list[Outcome]:
+    """Move the bar with the cells that are done, until every future is."""
+    moved = dict.fromkeys((lesson.name for lesson in running.values()), 0.0)
+    pending = set(running)
+    while pending:
+        _, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        busy = []
+        for future, lesson in running.items():
+            share = 1.0 if future.done() else _share_done(_copy(run, lesson, running=True), lesson)
+            if share > moved[lesson.name]:
+                bar.update(60 * lesson.minutes * (share - moved[lesson.name]))
+                moved[lesson.name] = share
+            if not future.done():
+                busy.append(lesson.name)
+        bar.set_postfix_str(", ".join(busy))
+    return [future.result() for future in running]
+
+
+def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run) -> Outcome:
+    import papermill
+
+    partial, final = _copy(run, lesson, running=True), _copy(run, lesson)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    parameters = {name: value for name, value in values.items() if name in lesson.parameters} | {"out": str(run.folder)}
+    error, start = "", time.monotonic()
+    try:
+        papermill.execute_notebook(
+            str(lesson.path), str(partial), parameters, progress_bar=False, kernel_name="python3"
+        )
+    except papermill.PapermillExecutionError as failure:
+        error = (
+            f"cell {failure.cell_index} (In [{failure.exec_count}]): {failure.ename}: {failure.evalue}".splitlines()[0]
+        )
+    except Exception as failure:  # a kernel that died or did not start
+        error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else 'no message'}"
+    if partial.exists():
+        notebook = nbformat.read(partial, as_version=4)
+        notebook.metadata["vitbench"] = {
+            **notebook.metadata.get("vitbench", {}),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        if not error:
+            notebook.metadata["vitbench"]["run_key"] = key
+        nbformat.write(notebook, partial)
+        partial.replace(final)
+    return Outcome(lesson, "failed" if error else "done", final, error)
+
+
+def _copy(run: Run, lesson: Lesson, running: bool = False) -> Path:
+    return run.notebooks / f"{lesson.name}{'.running' if running else ''}.ipynb"
+
+
+def _share_done(partial: Path, lesson: Lesson) -> float:
+    try:
+        cells = json.loads(partial.read_text())["cells"]
+    except (OSError, ValueError):  # not written yet, or being written
+        return 0.0
+    done = sum(
+        cell["metadata"].get("papermill", {}).get("status") == "completed"
+        for cell in cells
+        if cell["cell_type"] == "code"
+    )
+    return min(1.0, done / max(1, lesson.cells + 1))  # papermill adds a cell with the parameters
+
+
+def _finished_key(copy: Path) -> str:
+    try:
+        return json.loads(copy.read_text())["metadata"].get("vitbench", {}).get("run_key", "")
+    except (OSError, ValueError):
+        return ""
+
+
+def _key(lesson: Lesson, values: dict[str, Any], sources: str, fingerprint: str, upstream: str) -> str:
+    used = {name: value for name, value in values.items() if name in lesson.parameters}
+    facts = [
+        lesson.path.read_text(encoding="utf-8"),
+        used,
+        sources,
+        fingerprint,
+        upstream if lesson.stage == "comparison" else "",
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _package_hash() -> str:
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

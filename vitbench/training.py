@@ -1,0 +1,268 @@
+"""The one training loop, and `evaluate`. Every method that trains goes through `train`."""
+
+import math
+import os
+import random
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from vitbench import progress
+from vitbench.batches import Augment, eval_batches, train_batches
+from vitbench.configs import Config
+from vitbench.data import ImageData, Split
+from vitbench.errors import InputError
+from vitbench.paths import writable_folder
+from vitbench.vit import set_fused_attention
+
+CHECKPOINT_SECONDS = 5.0
+
+
+class TrainConfig(Config):
+    """How to train: AdamW, linear warm-up, cosine decay to a hundredth of `lr`.
+
+    `kd_weight` and `temperature` matter only with a teacher: the loss is then
+    (1 - kd_weight) CE + kd_weight T^2 KL(teacher || student), both softened by T (Hinton et al. 2015).
+    `precision` "auto" is bf16 on a GPU and on a CPU with bf16 instructions for widths of 192 or more, else fp32.
+    """
+
+    epochs: int = Field(default=40, ge=0)
+    batch_size: int = Field(default=128, ge=1)
+    lr: float = Field(default=4e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_epochs: float = Field(default=5.0, ge=0)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    augment: Augment = "none"
+    mixup: float = Field(default=0.4, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    clip_norm: float = Field(default=1.0, gt=0)
+    kd_weight: float = Field(default=0.5, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    seed: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model did on a split: for each image, in the split's order, whether the right class was first / in five."""
+
+    top1: np.ndarray
+    top5: np.ndarray
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The named device, or with "auto" a GPU if there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(
+            f"device {device!r} cannot be used here ({reason}); allowed: auto, cpu, or a GPU that torch sees"
+        ) from None
+    return torch.device(device)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, split: Split, *, batch_size: int = 128, device: str = "cpu", title: str = ""
+) -> Evaluation:
+    """Score `model` on every image of `split` with the preprocessing of its recipe."""
+    model = model.to(device).eval()
+    first, fifth = [], []
+    batches: Iterable = eval_batches(split, model.recipe.preprocess, batch_size, device)
+    if title:
+        batches = progress.bar(batches, title, total=math.ceil(len(split) / batch_size), unit="batch")
+    for x, y in batches:
+        ranked = model(x).float().topk(min(5, model.recipe.architecture.num_classes), dim=1).indices
+        hits = ranked == y[:, None]
+        first.append(hits[:, 0].cpu())
+        fifth.append(hits.any(dim=1).cpu())
+    return Evaluation(torch.cat(first).numpy(), torch.cat(fifth).numpy())
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    config: TrainConfig,
+    *,
+    teacher: nn.Module | None = None,
+    checkpoint: str | Path = "",
+    device: str = "auto",
+    title: str = "training",
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train `model` in place on `data.train`; the same config and machine give the same weights, bit for bit.
+
+    Every epoch's order and random draws come from (seed, epoch) alone, so a run that was killed and goes on from
+    `checkpoint` ends with the weights of a run that was not.
+
+    Args:
+        teacher: its softened answers join the loss (see `TrainConfig`); not trained.
+        checkpoint: a file to save the state of the run to and to resume from; removed by whoever keeps the result.
+
+    Returns:
+        The trained model (its moving average where `ema` > 0) and the history: one dict an epoch with `epoch`,
+        `loss`, `lr`, `val_top1` (a fraction; NaN without a val split). The last epoch is the result: no epoch is chosen.
+    """
+    split, target = data.needs("train"), pick_device(device)
+    if len(split) < config.batch_size:
+        raise InputError(
+            f"batch_size = {config.batch_size} is more than the {len(split)} training images; give a smaller one"
+        )
+    set_fused_attention(model, target.type != "cpu")  # on a CPU the fused kernel's backward pass is the slower one
+    run = _Run(model.to(target), config, len(split) // config.batch_size, teacher, target, data)
+    history = run.resume(checkpoint)
+    saved = time.monotonic()
+    with progress.bar(None, title, total=config.epochs * run.steps, unit="step") as bar:
+        bar.update(len(history) * run.steps)
+        for epoch in range(len(history), config.epochs):
+            loss = run.epoch(epoch, split, bar)
+            result = float("nan")
+            if len(data.val):
+                result = float(
+                    evaluate(run.result(), data.val, batch_size=4 * config.batch_size, device=target).top1.mean()
+                )
+            bar.set_postfix(loss=f"{loss:.3f}", val_top1=f"{result:.3f}")
+            history.append(
+                {"epoch": epoch + 1, "loss": loss, "lr": run.rate(run.steps * (epoch + 1)), "val_top1": result}
+            )
+            if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                run.save(checkpoint, history)
+                saved = time.monotonic()
+    trained = run.result()
+    if trained is not model:
+        model.load_state_dict(trained.state_dict())
+    set_fused_attention(model, True)
+    return model.eval(), history
+
+
+class _Run:
+    """The moving parts of one training run."""
+
+    def __init__(self, model, config, steps, teacher, device, data):
+        from timm.data import Mixup
+        from timm.optim import param_groups_weight_decay
+        from timm.utils import ModelEmaV3
+
+        self.model, self.config, self.steps, self.device = model, config, steps, device
+        self.classes = model.recipe.architecture.num_classes
+        self.optimizer = torch.optim.AdamW(
+            param_groups_weight_decay(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98), fused=True
+        )
+        self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
+        self.teacher = teacher.to(device).eval() if teacher is not None else None
+        self.mixup = None
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=self.classes
+            )
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(model, device))
+
+    def rate(self, step: int) -> float:
+        """The learning rate before optimiser step `step`: linear warm-up, then a cosine to a hundredth."""
+        warm, total = self.config.warmup_epochs * self.steps, max(1, self.config.epochs * self.steps)
+        if step < warm:
+            return self.config.lr * (step + 1) / (warm + 1)
+        done = (step - warm) / max(1.0, total - warm)
+        return self.config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+    def epoch(self, epoch: int, split: Split, bar) -> float:
+        """Train one epoch; returns the mean loss."""
+        seed = (self.config.seed * 100_003 + epoch) % 2**31
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        self.model.train()
+        total, config = torch.zeros((), device=self.device), self.config
+        batches = train_batches(
+            split, self.model.recipe.preprocess, config.batch_size, config.augment, seed, self.device
+        )
+        for i, (x, y) in enumerate(batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(epoch * self.steps + i)
+            loss = self._loss(x, y)
+            if not torch.isfinite(loss):
+                raise InputError(
+                    f"the loss is {loss.item()} in epoch {epoch + 1}: training diverged; give a smaller lr than {config.lr}"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.model)
+            total += loss.detach()
+            bar.update(1)
+        return float(total) / self.steps
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        config = self.config
+        labels = y
+        if self.mixup:
+            x, labels = self.mixup(x, y)
+        smoothing = 0.0 if self.mixup else config.label_smoothing  # Mixup has smoothed its labels itself
+        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            logits = self.model(x)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.inference_mode():
+            wanted = self.teacher(x).float()
+        t = config.temperature
+        kd = F.kl_div(
+            F.log_softmax(logits.float() / t, 1),
+            F.log_softmax(wanted.clone() / t, 1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        return (1 - config.kd_weight) * loss + config.kd_weight * t**2 * kd
+
+    def result(self) -> nn.Module:
+        return self.ema.module if self.ema else self.model
+
+    def save(self, path: str | Path, history: list[dict[str, float]]) -> None:
+        state = {
+            "config": self.config.to_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        state |= {"ema": self.ema.module.state_dict() if self.ema else {}, "history": history}
+        writable_folder(Path(path).parent, "checkpoint folder")
+        part = f"{path}.{os.getpid()}.part"
+        torch.save(state, part)
+        os.replace(part, path)
+
+    def resume(self, path: str | Path) -> list[dict[str, float]]:
+        """Take up the run that `path` holds; an unreadable or foreign checkpoint is left aside and training starts anew."""
+        if not path or not Path(path).is_file():
+            return []
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            if state["config"] != self.config.to_dict():
+                return []
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+            return state["history"]
+        except Exception as error:  # a torn or foreign file: any of the reader's kinds
+            print(f"the checkpoint {Path(path).name} cannot be used ({type(error).__name__}); training starts anew")
+            return []
+
+
+def _bf16_pays(model: nn.Module, device: torch.device) -> bool:
+    if device.type == "cuda":
+        return True
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_bf16 and model.embed_dim >= 192

@@ -1,0 +1,214 @@
+"""The only file that knows timm's Vision Transformers inside: names, shapes, preprocessing, layer types, MACs."""
+
+import difflib
+import hashlib
+from pathlib import Path
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+from vitbench.errors import InputError
+from vitbench.recipe import Architecture, Preprocess, Recipe
+
+LINEAR_TYPES = ("qkv", "proj", "fc1", "fc2")
+
+# Small Vision Transformers for small images; the same timm class, so that every method applies to them unchanged.
+SMALL_VITS = {
+    "vit_mini_patch2_8": dict(img_size=8, patch_size=2, embed_dim=64, depth=4, num_heads=4),
+    "vit_mini_patch4_32": dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=6),
+}
+
+
+def model_names() -> list[str]:
+    """Names that `create_model` takes: vitbench's small models and timm's Vision Transformers."""
+    return [*SMALL_VITS, *timm.list_models(["vit_*", "deit_*", "deit3_*"])]
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    pretrained: bool = False,
+    checkpoint: str | Path = "",
+    seed: int = 0,
+) -> VisionTransformer:
+    """Make a Vision Transformer with a `recipe` attribute.
+
+    Args:
+        name: one of vitbench's small models (`SMALL_VITS`) or any timm name whose class is VisionTransformer.
+        num_classes: outputs of the head; None keeps the name's own.
+        img_size: input height and width in pixels; None keeps the name's own.
+        pretrained: load timm's weights (needs the network once). A head of another size starts afresh.
+        checkpoint: a .safetensors or state-dict file in timm's names, loaded without executing anything in it.
+        seed: of the random start.
+
+    Raises:
+        InputError: unknown name, another kind of model, weights that do not fit.
+    """
+    torch.manual_seed(seed)
+    _check_name(name)
+    if pretrained and (name in SMALL_VITS or not timm.is_model_pretrained(name)):
+        raise InputError(
+            f"there are no pretrained weights for {name!r}; set pretrained=False and train it, or give a checkpoint"
+        )
+    if pretrained and checkpoint:
+        raise InputError("both pretrained=True and a checkpoint were given; give one of them")
+    model = _construct(name, num_classes, img_size, pretrained)
+    architecture = Architecture(name=name, num_classes=model.num_classes, img_size=model.patch_embed.img_size[0])
+    origin = {"start": "random", "head": "random"}
+    if pretrained:
+        own_head = model.num_classes == model.pretrained_cfg["num_classes"]
+        tag = model.pretrained_cfg.get("tag", "")
+        origin = {"start": f"timm:{name.split('.')[0]}.{tag}".rstrip("."), "head": "same" if own_head else "random"}
+    if checkpoint:
+        origin = load_weights(model, checkpoint)
+    model.recipe = Recipe(architecture=architecture, preprocess=_preprocess(model, name), origin=origin)
+    return model.eval()
+
+
+def skeleton(architecture: Architecture) -> VisionTransformer:
+    """The dense structure of `architecture` without memory behind it (on the meta device)."""
+    _check_name(architecture.name)
+    with torch.device("meta"):
+        return _construct(architecture.name, architecture.num_classes, architecture.img_size, False)
+
+
+def _check_name(name: str) -> None:
+    """Only names that are registered here: a name with a hub's prefix would fetch what a stranger wrote."""
+    if name in SMALL_VITS or timm.is_model(name.split(".")[0]):
+        return
+    near = difflib.get_close_matches(name, model_names(), n=1)
+    raise InputError(
+        f"unknown model {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; allowed: "
+        f"{', '.join(SMALL_VITS)} and timm's vit_* and deit_* names (`vitbench list models` shows them)"
+    )
+
+
+def _construct(name: str, num_classes: int | None, img_size: int | None, pretrained: bool) -> VisionTransformer:
+    changes = {
+        key: value for key, value in {"num_classes": num_classes, "img_size": img_size}.items() if value is not None
+    }
+    if name in SMALL_VITS:
+        return _init_small(VisionTransformer(**{"num_classes": 10, **SMALL_VITS[name], **changes}))
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **changes)
+    except TypeError as error:  # a model without an img_size argument, for example
+        raise InputError(f"{name!r} is not a Vision Transformer that vitbench can compress ({error})") from None
+    except Exception as error:
+        if not pretrained:
+            raise
+        reason = str(error).strip().splitlines()[0][:160]
+        raise InputError(
+            f"the pretrained weights of {name!r} could not be fetched ({reason}); check the network, or give a checkpoint file"
+        ) from error
+    if not isinstance(model, VisionTransformer):
+        raise InputError(
+            f"{name!r} is a {type(model).__name__}, not a VisionTransformer; "
+            f"allowed: timm's vit_* and deit_* models and {', '.join(SMALL_VITS)}"
+        )
+    return model
+
+
+def _init_small(model: VisionTransformer) -> VisionTransformer:
+    """Xavier weights suit narrow layers better than timm's fixed 0.02; a faint patch embedding lets positions count."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "head":
+            nn.init.xavier_uniform_(module.weight)
+    nn.init.trunc_normal_(model.patch_embed.proj.weight, std=0.03)
+    return model
+
+
+def _preprocess(model: VisionTransformer, name: str) -> Preprocess:
+    size = model.patch_embed.img_size[0]
+    if name in SMALL_VITS:
+        return Preprocess(size=size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
+    config = timm.data.resolve_model_data_config(model)
+    return Preprocess(
+        size=size,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+    )
+
+
+def load_weights(model: VisionTransformer, path: str | Path) -> dict[str, str]:
+    """Load a weights file into `model` in place; a head for another number of classes is left at its random start.
+
+    Returns where the weights come from: `start`, the file's name and the beginning of its SHA-256, and `head`, "same"
+    or "random".
+
+    Raises:
+        InputError: no such file, not a weights file, or weights of another architecture.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise InputError(f"checkpoint {str(path)!r} does not exist; give a .safetensors or state-dict file")
+    try:
+        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+        state = checkpoint_filter_fn(dict(state), model)
+    except Exception as error:  # each format's reader raises its own kinds
+        reason = str(error).strip().splitlines()[0][:160]
+        raise InputError(f"checkpoint {path.name!r} is not a safetensors or plain state-dict file ({reason})") from None
+    own = model.state_dict()
+    head = {key for key in ("head.weight", "head.bias") if key in state and key in own}
+    fresh_head = any(state[key].shape != own[key].shape for key in head)
+    if fresh_head:
+        state = {key: value for key, value in state.items() if key not in head} | {key: own[key] for key in head}
+    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if wrong or missing or surplus:
+        details = [f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}" for key in wrong[:2]]
+        details += [
+            f"{len(keys)} {what} (first: {keys[0]})"
+            for what, keys in (("missing", missing), ("unknown", surplus))
+            if keys
+        ]
+        raise InputError(
+            f"checkpoint {path.name!r} is of another architecture: {'; '.join(details)}; name the model that it was made for"
+        )
+    model.load_state_dict(state)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return {"start": f"{path.name}:{digest}", "head": "random" if fresh_head else "same"}
+
+
+def linears(model: nn.Module, types: tuple[str, ...] = LINEAR_TYPES) -> dict[str, nn.Linear]:
+    """The dense linear layers of the blocks, by name, whose type (the name's last part) is in `types`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith("blocks.") and name.rsplit(".", 1)[-1] in types and isinstance(module, nn.Linear)
+    }
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module called `name`, in place."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def set_fused_attention(model: nn.Module, fused: bool) -> None:
+    """Choose between torch's fused attention kernel and the written-out softmax, in place."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+
+
+def analytic_macs(model: VisionTransformer) -> int:
+    """Multiply-accumulates for one image, from shapes alone.
+
+    With N tokens, width d, hidden width h, L blocks: L (N d 3d + 2 N^2 d + N d d + 2 N d h) for the blocks, plus the
+    patch embedding and the head. Norms, softmax and GELU are not counted, as is usual.
+    """
+    patches, d, prefix = model.patch_embed.num_patches, model.embed_dim, model.num_prefix_tokens
+    n = patches + prefix
+    patch = model.patch_embed.proj.weight.numel() * patches
+    head = d * model.num_classes
+    blocks = 0
+    for block in model.blocks:
+        a, h = block.attn.attn_dim, block.mlp.fc1.out_features
+        blocks += 4 * n * d * a + 2 * n * n * a + 2 * n * d * h
+    return patch + blocks + head
