@@ -1,5 +1,7 @@
 """The comparison table: one line a method, every number from a row."""
 
+import json
+
 import pandas as pd
 
 from vitbench.errors import InputError
@@ -8,7 +10,11 @@ MEGA = 1e6
 
 
 def subject(rows: pd.DataFrame, dataset: str = "", model: str = "") -> pd.DataFrame:
-    """The ok rows of one model on one image set; without names, those of the last row."""
+    """The ok rows of one baseline and what was made from it; without names, those of the last row.
+
+    Rows of the same model trained in another way (other epochs, another seed) are another subject. A column `label`
+    is added: the method's name, with the settings that differ where one method was run with several.
+    """
     good = rows[rows["status"] == "ok"]
     if dataset:
         good = good[good["dataset"] == dataset]
@@ -18,19 +24,47 @@ def subject(rows: pd.DataFrame, dataset: str = "", model: str = "") -> pd.DataFr
         raise InputError(
             f"no rows of {model or 'any model'} on {dataset or 'any data set'}; run the baseline and a method first"
         )
-    last = good.iloc[-1]
-    return good[(good["dataset"] == last["dataset"]) & (good["model"] == last["model"])]
+
+    def story(row: pd.Series) -> str:
+        return json.dumps(
+            [row["dataset"], row["data_fingerprint"], row["model"], row["config"].get("origin")], sort_keys=True
+        )
+
+    stories = good.apply(story, axis=1)
+    good = good[stories == stories.iloc[-1]].copy()
+    good["label"] = _labels(good)
+    return good
+
+
+def _labels(rows: pd.DataFrame) -> list[str]:
+    """Each row's method, with `key=value` for the settings in which the configs of that method differ."""
+    settings = [
+        {
+            f"{step['method']}.{key}" if len(row.config["methods"]) > 1 else key: value
+            for step in row.config.get("methods", [])
+            for key, value in step["config"].items()
+        }
+        for row in rows.itertuples()
+    ]
+    seen: dict[tuple[str, str], set[str]] = {}
+    for method, own in zip(rows["method"], settings, strict=True):
+        for key, setting in own.items():
+            seen.setdefault((method, key), set()).add(json.dumps(setting))
+    labels = []
+    for method, own in zip(rows["method"], settings, strict=True):
+        differing = [f"{key}={own[key]}" for key in own if len(seen[method, key]) > 1]
+        labels.append(method + (f" ({', '.join(differing)})" if differing else ""))
+    return labels
 
 
 def methods(rows: pd.DataFrame) -> list[str]:
-    """The methods in `rows`, the baseline first, the others in the order they came."""
-    found = list(dict.fromkeys(rows["method"]))
-    return sorted(found, key=lambda method: method != "baseline")
+    """The labels in `rows`, the baseline first, the others in the order they came."""
+    return sorted(dict.fromkeys(rows["label"]), key=lambda label: label != "baseline")
 
 
 def value(rows: pd.DataFrame, method: str, metric: str, batch: int | None = None) -> pd.Series | None:
-    """The last row of a method's metric (at a batch size), or None."""
-    chosen = (rows["method"] == method) & (rows["metric"] == metric)
+    """The last row of a metric of the method with that label (at a batch size), or None."""
+    chosen = (rows["label"] == method) & (rows["metric"] == metric)
     if batch is not None:
         chosen &= rows["batch"] == batch
     found = rows[chosen]
@@ -87,7 +121,7 @@ def findings(rows: pd.DataFrame) -> list[str]:
             f"against {100 * base_accuracy['value']:.2f} % ({points:+.2f} points; the 95 % intervals "
             f"{'overlap' if overlap else 'do not overlap'})"
         )
-        ratios = rows[(rows["method"] == method) & (rows["metric"] == "latency_ratio")].sort_values("batch")
+        ratios = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio")].sort_values("batch")
         for _, row in ratios.iterrows():
             text += (
                 f"; {row['value']:.2f} of its time at batch {int(row['batch'])} [{row['low']:.2f}, {row['high']:.2f}]"

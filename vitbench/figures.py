@@ -67,18 +67,8 @@ def save_figure(figure: Figure, folder: str | Path, name: str, rows: pd.DataFram
     if rows is not None:
         made.append(folder / f"{name}.csv")
         columns = [
-            "key",
-            "model",
-            "dataset",
-            "method",
-            "metric",
-            "batch",
-            "value",
-            "low",
-            "high",
-            "unit",
-            "source",
-            "commit",
+            *("key", "model", "dataset", "method", "config", "metric", "batch"),
+            *("value", "low", "high", "unit", "source", "commit"),
         ]
         rows[columns].to_csv(made[-1], index=False)
     return made
@@ -161,8 +151,8 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         figure, panels = plt.subplots(1, len(batches), figsize=(4.4 * len(batches), 3.6), squeeze=False, sharey=True)
         for axes, batch in zip(panels[0], batches, strict=True):
             for place, (_, row) in enumerate(timed[timed["batch"] == batch].iterrows()):
-                kind, dashes = look(row["method"], names), ("-", "--", ":", "-.")[place % 4]
-                sns.ecdfplot(x=row["samples"], ax=axes, color=kind["color"], ls=dashes, label=row["method"])
+                kind, dashes = look(row["label"], names), ("-", "--", ":", "-.")[place % 4]
+                sns.ecdfplot(x=row["samples"], ax=axes, color=kind["color"], ls=dashes, label=row["label"])
                 axes.axvline(row["value"], color=kind["color"], lw=0.8, alpha=0.5)
             calls = np.concatenate([row for row in timed[timed["batch"] == batch]["samples"]])
             axes.set_xlim(0, 1.1 * np.percentile(calls, 98))
@@ -189,7 +179,7 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
             if base is not None and own is not None:
                 bars.append((method, label, own["value"] / base["value"], None))
                 shown += [base, own]
-        ratios = rows[(rows["method"] == method) & (rows["metric"] == "latency_ratio")].sort_values("batch")
+        ratios = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio")].sort_values("batch")
         for _, row in ratios.iterrows():
             bars.append((method, f"latency, batch {int(row['batch'])}", row["value"], (row["low"], row["high"])))
             shown.append(row)

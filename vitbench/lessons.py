@@ -42,7 +42,7 @@ def lessons_folder() -> Path:
 
 def find_lessons(folder: Path | None = None) -> list[Lesson]:
     """All lessons of a folder, in the order in which they run."""
-    from papermill.inspection import _infer_parameters  # what inspect_notebook calls, for a notebook already read
+    import papermill
 
     found = []
     for path in sorted((folder or lessons_folder()).glob("[0-9]*.ipynb")):
@@ -55,7 +55,9 @@ def find_lessons(folder: Path | None = None) -> list[Lesson]:
                 title=first,
                 stage=about.get("stage", "method"),
                 minutes=float(about.get("minutes", 1)),
-                parameters={parameter.name: parameter.inferred_type_name for parameter in _infer_parameters(notebook)},
+                parameters={
+                    name: known["inferred_type_name"] for name, known in papermill.inspect_notebook(path).items()
+                },
                 cells=sum(cell.cell_type == "code" for cell in notebook.cells),
             )
         )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def _run_stages(
     sources = _package_hash()
     upstream = ""
     with progress.bar(
-        None, "notebooks", total=round(60 * sum(lesson.minutes for lesson in lessons)), unit="s of work"
+        None, "notebooks", sum(60 * lesson.minutes for lesson in lessons), layout=progress.TIME_ONLY
     ) as bar:
         for stage in STAGES:
             here = [lesson for lesson in lessons if lesson.stage == stage]
@@ -124,7 +125,7 @@ def _watch(running: dict[Future, Lesson], run: Run, bar) -> list[Outcome]:
                 moved[lesson.name] = share
             if not future.done():
                 busy.append(lesson.name)
-        bar.set_postfix_str(", ".join(busy))
+        bar.set_postfix_str(", ".join(busy), refresh=sys.stdout.isatty())
     return [future.result() for future in running]
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from vitbench import artifact, environment, progress
 from vitbench.baseline import Baseline
 from vitbench.data import ImageData
-from vitbench.errors import InputError
+from vitbench.errors import InputError, one_of
 from vitbench.measure import accuracy, cost, memory, timing
 from vitbench.measure.child import ChildError
 from vitbench.measure.value import Value
@@ -19,6 +19,7 @@ from vitbench.records import Row
 from vitbench.runs import Run
 
 DEFAULT_BATCHES = (1, 8)
+GROUPS = ("accuracy", "size", "latency", "memory")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def measure(
     threads: int = 2,
     rounds: int = 60,
     device: str = "auto",
+    what: Sequence[str] = GROUPS,
 ) -> pd.DataFrame:
     """Measure the model saved at `path` and write one row a metric to `run`; what is there already is not done again.
 
@@ -51,6 +53,7 @@ def measure(
         threads: of the timed process.
         rounds: how often each model is timed.
         device: where accuracy is computed. Latency and memory are those of the CPU.
+        what: which of accuracy, size, latency and memory to measure.
 
     Returns:
         This model's rows, new and old.
@@ -60,11 +63,15 @@ def measure(
         raise InputError(
             f"threads = {threads}, rounds = {rounds}, batches = {tuple(batches)}: at least 1 thread, 10 rounds, batch 1"
         )
+    for group in what:
+        one_of("group of metrics", group, GROUPS)
     manifest = artifact.read_manifest(path)
     about = _about(manifest.recipe, data)
     done = run.done()
     todo, wanted = [], set()
     for group in _groups(path, data, versus, batches, threads, rounds, device):
+        if group.title not in what:
+            continue
         rows = [
             Row(
                 **about,
