@@ -37,10 +37,10 @@ STYLE = {
     "svg.fonttype": "none",
     "axes.prop_cycle": mpl.cycler(color=COLOURS),
 }
-COSTS = {
-    "bytes": ("size on disk (MB)", 1 / MEGA),
-    "latency_ratio": ("median latency / baseline's, batch {batch}, timed in turn", 1.0),
-    "macs": ("multiply-accumulates for one image (M)", 1 / MEGA),
+COSTS = {  # cost -> what the title calls it, the axis label, and the scale of the axis
+    "bytes": ("size", "size on disk (MB)", 1 / MEGA),
+    "latency_ratio": ("time", "median latency / baseline's, batch {batch}, timed in turn", 1.0),
+    "macs": ("work", "multiply-accumulates for one image (M)", 1 / MEGA),
 }
 
 
@@ -79,7 +79,7 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
 
     Returns the figure and the rows that it shows.
     """
-    label, scale = COSTS[one_of("cost", cost, COSTS)]
+    word, label, scale = COSTS[one_of("cost", cost, COSTS)]
     rows = subject(rows)
     names, points, shown = methods(rows), [], []
     at = batch if cost == "latency_ratio" else None
@@ -106,18 +106,16 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
                 ms=8,
                 capsize=3,
             )
-            axes.annotate(
-                method, (x, 100 * gain["value"]), xytext=(9, 5), textcoords="offset points", color=kind["color"]
-            )
+        _label_points(axes, [(method, x, 100 * gain["value"]) for method, (x, *_), gain in points], names)
         front = pareto_front([x for _, (x, *_), _ in points], [gain["value"] for *_, gain in points])
         line = [(points[i][1][0], 100 * points[i][2]["value"]) for i in front]
         axes.plot(*zip(*line, strict=True), color="#777777", lw=1, ls="--", zorder=0, drawstyle="steps-post")
         widest = max(x for _, (x, *_), _ in points)
-        axes.set_xlim(0, 1.3 * widest)
+        axes.set_xlim(0, 1.6 * widest)  # room for the labels
         axes.set(
             xlabel=label.format(batch=batch),
             ylabel="top-1 on test images (%)",
-            title=_title(rows, "accuracy against cost"),
+            title=_title(rows, f"accuracy against {word}"),
         )
         _note(figure, "bars: 95 % intervals; dashed: Pareto front; left and up is better")
     return figure, pd.DataFrame(shown)
@@ -156,8 +154,9 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 axes.axvline(row["value"], color=kind["color"], lw=0.8, alpha=0.5)
             calls = np.concatenate([row for row in timed[timed["batch"] == batch]["samples"]])
             axes.set_xlim(0, 1.1 * np.percentile(calls, 98))
+            axes.set_ylim(0, 1.25)
             axes.set(xlabel=f"ms for one call, batch {int(batch)}", ylabel="share of calls")
-            axes.legend(loc="lower right")
+            axes.legend(loc="upper left")
         panels[0][0].set_title(_title(rows, "latency"))
         _note(figure, "thin vertical lines: medians; curves end where 2 % of the calls are left out")
     return figure, timed
@@ -184,9 +183,7 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
             bars.append((method, f"latency, batch {int(row['batch'])}", row["value"], (row["low"], row["high"])))
             shown.append(row)
     with style():
-        figure, panels = plt.subplots(
-            1, max(1, len(names)), figsize=(max(6.4, 4.2 * len(names)), 3.4), squeeze=False, sharey=True
-        )
+        figure, panels = plt.subplots(1, max(1, len(names)), figsize=(max(6.4, 4.2 * len(names)), 3.4), squeeze=False)
         for axes, method in zip(panels[0], names, strict=False):
             own = [bar for bar in bars if bar[0] == method]
             for place, (_, label, ratio, interval) in enumerate(own):
@@ -204,11 +201,23 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
                 axes.annotate(f"{ratio:.2f}", (right, place), xytext=(5, 0), textcoords="offset points", va="center")
             axes.axvline(1, color="black", lw=1)
             axes.set_yticks(range(len(own)), [label for _, label, *_ in own])
-            axes.set_xlim(0, 1.15 * max(1.0, *(ratio for *_, ratio, _ in own)))
+            axes.set_xlim(0, 1.15 * max(1.0, *(interval[1] if interval else ratio for *_, ratio, interval in own)))
             axes.set(xlabel="ratio to the baseline (1 = no gain)", title=method)
             axes.invert_yaxis()
         _note(figure, "hatched: predicted; filled: measured; black bar: 95 % interval")
     return figure, pd.DataFrame(shown)
+
+
+def _label_points(axes, points: list[tuple[str, float, float]], names: Sequence[str]) -> None:
+    """Write each point's name beside it; names of points that lie together are stacked."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    for place, (name, x, y) in enumerate(points):
+        near = sum(
+            abs(x - other) < 0.3 * (right - left) and abs(y - height) < 0.06 * (top - bottom)
+            for _, other, height in points[:place]
+        )
+        colour = look(name, names)["color"]
+        axes.annotate(name, (x, y), xytext=(9, 5 + 13 * near), textcoords="offset points", color=colour, fontsize=9)
 
 
 def _title(rows: pd.DataFrame, what: str) -> str:
