@@ -203,11 +203,14 @@ def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _measure(options: argparse.Namespace) -> int:
+    from vitbench import artifact
     from vitbench.lessons import parse_setting
     from vitbench.measure import measure
     from vitbench.runs import Run
     from vitbench.suite import open_data
 
+    for model in filter(None, (options.model, options.versus)):
+        artifact.read_manifest(model)
     data = open_data(options.dataset, options.dataset_name, dict(parse_setting(text) for text in options.splits))
     measure(
         options.model,

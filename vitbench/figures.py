@@ -17,7 +17,7 @@ from vitbench.paths import writable_folder
 from vitbench.statistics import pareto_front
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+COLOURS = ("#000000", "#D55E00", "#56B4E9", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 STYLE = {
     "figure.dpi": 110,
@@ -108,9 +108,10 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
             )
         _label_points(axes, [(method, x, 100 * gain["value"]) for method, (x, *_), gain in points], names)
         front = pareto_front([x for _, (x, *_), _ in points], [gain["value"] for *_, gain in points])
-        line = [(points[i][1][0], 100 * points[i][2]["value"]) for i in front]
-        axes.plot(*zip(*line, strict=True), color="#777777", lw=1, ls="--", zorder=0, drawstyle="steps-post")
         widest = max(x for _, (x, *_), _ in points)
+        line = [(points[i][1][0], 100 * points[i][2]["value"]) for i in front]
+        line.append((1.6 * widest, line[-1][1]))  # to the right, nothing better was found
+        axes.plot(*zip(*line, strict=True), color="#777777", lw=1, ls="--", zorder=0, drawstyle="steps-post")
         axes.set_xlim(0, 1.6 * widest)  # room for the labels
         axes.set(
             xlabel=label.format(batch=batch),
@@ -131,7 +132,7 @@ def training_curves(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         for axes, row in zip(panels[0], shown, strict=False):
             percent = row["metric"] == "val_top1"
             curve = np.array(row["samples"]) * (100 if percent else 1)
-            axes.plot(np.arange(1, len(curve) + 1), curve, color=COLOURS[2 if percent else 1])
+            axes.plot(np.arange(1, len(curve) + 1), curve, color=COLOURS[3 if percent else 1])
             axes.annotate(
                 f"{curve[-1]:.3g}", (len(curve), curve[-1]), xytext=(-6, 8), textcoords="offset points", ha="right"
             )
@@ -141,25 +142,43 @@ def training_curves(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Every timed call of every method, as the share of calls that took at most so long, one panel a batch size."""
+    """Every timed call, as the share of calls that took at most so long, one panel a batch size.
+
+    Where methods were timed in turn with the baseline, a call's time is given in medians of the baseline's calls of the
+    same process; a baseline alone is given in ms.
+    """
     rows = subject(rows)
-    timed = rows[(rows["metric"] == "latency_p50") & rows["samples"].notna()]
-    batches, names = sorted(timed["batch"].unique()), methods(rows)
+    names = methods(rows)
+    paired = rows[rows["metric"] == "latency_ratio"]
+    shown = rows[rows["metric"].isin(["latency_p50", "latency_ratio"] if len(paired) else ["latency_p50"])]
+    shown = shown[shown["samples"].notna() & (shown["label"].isin(paired["label"]) | (not len(paired)))]
+    batches = sorted(shown["batch"].unique())
     with style():
         figure, panels = plt.subplots(1, len(batches), figsize=(4.4 * len(batches), 3.6), squeeze=False, sharey=True)
         for axes, batch in zip(panels[0], batches, strict=True):
-            for place, (_, row) in enumerate(timed[timed["batch"] == batch].iterrows()):
-                kind, dashes = look(row["label"], names), ("-", "--", ":", "-.")[place % 4]
-                sns.ecdfplot(x=row["samples"], ax=axes, color=kind["color"], ls=dashes, label=row["label"])
-                axes.axvline(row["value"], color=kind["color"], lw=0.8, alpha=0.5)
-            calls = np.concatenate([row for row in timed[timed["batch"] == batch]["samples"]])
-            axes.set_xlim(0, 1.1 * np.percentile(calls, 98))
-            axes.set_ylim(0, 1.25)
-            axes.set(xlabel=f"ms for one call, batch {int(batch)}", ylabel="share of calls")
-            axes.legend(loc="upper left")
-        panels[0][0].set_title(_title(rows, "latency"))
-        _note(figure, "thin vertical lines: medians; curves end where 2 % of the calls are left out")
-    return figure, timed
+            calls = _calls(shown[shown["batch"] == batch], bool(len(paired)))
+            for place, (method, times) in enumerate(calls.items()):
+                kind, dashes = look(method, names), ("-", "--", ":", "-.")[place % 4]
+                sns.ecdfplot(x=times, ax=axes, color=kind["color"], ls=dashes, label=method)
+                axes.axvline(np.median(times), color=kind["color"], lw=0.8, alpha=0.5)
+            axes.set_xlim(0, 1.1 * max(np.percentile(times, 98) for times in calls.values()))
+            axes.set(ylim=(0, 1.25), yticks=np.linspace(0, 1, 6), ylabel="share of calls")
+            unit = "time of one call / baseline's median" if len(paired) else "ms for one call"
+            axes.set_xlabel(f"{unit}, batch {int(batch)}")
+            axes.legend(loc="upper left", fontsize=9)
+        panels[0][0].set_title(_title(rows, "every timed call"))
+        _note(figure, "thin vertical lines: medians; the slowest 2 % of the calls may lie outside")
+    return figure, shown
+
+
+def _calls(shown: pd.DataFrame, paired: bool) -> dict[str, np.ndarray]:
+    """Each method's calls; paired, in units of the baseline's median, with the baseline's own calls first."""
+    own = {row.label: np.array(row.samples) for row in shown[shown["metric"] == "latency_p50"].itertuples()}
+    if not paired:
+        return own
+    base = {row.label: np.array(row.samples) for row in shown[shown["metric"] == "latency_ratio"].itertuples()}
+    calls = {"baseline": np.concatenate([times / np.median(times) for times in base.values()])}
+    return calls | {label: own[label] / np.median(base[label]) for label in base}
 
 
 def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -191,8 +210,8 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
                 axes.barh(
                     place,
                     ratio,
-                    color=COLOURS[2] if measured else "white",
-                    edgecolor=COLOURS[2],
+                    color=COLOURS[3] if measured else "white",
+                    edgecolor=COLOURS[3],
                     hatch="" if measured else "///",
                 )
                 if interval:

@@ -1,5 +1,6 @@
 """Where images come from: scikit-learn's digits, or a Hugging Face set by hub name or local folder."""
 
+import contextlib
 import hashlib
 import io
 import re
@@ -131,11 +132,13 @@ def _load_tables(name_or_path: str) -> dict[str, Any]:
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(str(folder))
+        elif is_path and not any(folder.rglob("*.parquet")):
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(folder.resolve()), drop_labels=False, **options)
         elif is_path:
             loaded = datasets.load_dataset(str(folder.resolve()), **options)
         else:
-            _ask_hub(name_or_path)
-            loaded = datasets.load_dataset(name_or_path, **options)
+            with _hub_or_cache(name_or_path):
+                loaded = datasets.load_dataset(name_or_path, **options)
     except Exception as error:  # the library raises many kinds, some its own, some of its network client
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if is_path:
@@ -147,17 +150,23 @@ def _load_tables(name_or_path: str) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _ask_hub(name: str) -> None:
-    """Fail at once on a name that the hub does not have; without a network, go on with what was downloaded before."""
+@contextlib.contextmanager
+def _hub_or_cache(name: str) -> Iterator[None]:
+    """Fail at once on a name that the hub does not have; without a network, look only at what was downloaded before."""
     import datasets
     import huggingface_hub
 
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
     except huggingface_hub.errors.HfHubHTTPError:
         raise
     except Exception:  # no network: the kinds differ with the hub client's version
         datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _check_folder(folder: Path) -> None:

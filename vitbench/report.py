@@ -126,9 +126,15 @@ def _protocol(rows: pd.DataFrame) -> list[tuple[str, str]]:
             facts.append((metric, found.iloc[-1]["source"].removeprefix("measured: ")))
     facts.append(("seeds", ", ".join(str(seed) for seed in sorted(rows["seed"].unique()))))
     facts.append(("source", ", ".join(sorted(rows["commit"].unique()))))
-    for origin in {json.dumps(config["origin"], sort_keys=True) for config in rows["config"] if "origin" in config}:
-        facts.append(("weights", origin))
+    for origin in {
+        json.dumps(config["origin"], sort_keys=True): config["origin"] for config in rows["config"]
+    }.values():
+        facts.append(("weights", _words(origin)))
     return facts
+
+
+def _words(mapping: dict[str, Any]) -> str:
+    return "; ".join(f"{key}: {_words(item) if isinstance(item, dict) else item}" for key, item in mapping.items())
 
 
 def _machines(folder: Path, rows: pd.DataFrame) -> list[tuple[str, str]]:

@@ -123,7 +123,7 @@ def _watch(running: dict[Future, Lesson], run: Run, bar) -> list[Outcome]:
             if share > moved[lesson.name]:
                 bar.update(60 * lesson.minutes * (share - moved[lesson.name]))
                 moved[lesson.name] = share
-            if not future.done():
+            if future.running():
                 busy.append(lesson.name)
         bar.set_postfix_str(", ".join(busy), refresh=sys.stdout.isatty())
     return [future.result() for future in running]
@@ -138,7 +138,12 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run) -> Outc
     error, start = "", time.monotonic()
     try:
         papermill.execute_notebook(
-            str(lesson.path), str(partial), parameters, progress_bar=False, kernel_name="python3"
+            str(lesson.path),
+            str(partial),
+            parameters,
+            progress_bar=False,
+            kernel_name="python3",
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # of the kernel; its warnings are not the user's
         )
     except papermill.PapermillExecutionError as failure:
         error = (

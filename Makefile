@@ -1,0 +1,34 @@
+# make run   creates the environment if need be and runs the quick suite (PROFILE=cifar10 for another, ARGS for options)
+# make test  creates the environment if need be and passes the tests
+PYTHON ?= python3
+PROFILE ?= quick
+BIN := .venv/bin
+
+.PHONY: run test setup format reference
+
+run: setup
+	$(BIN)/vitbench run $(PROFILE) $(ARGS)
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest --nbmake tests notebooks $(ARGS)
+
+setup: .venv/.done
+
+.venv/.done: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("vitbench needs Python 3.11 or newer and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# make reference FROM=results/runs/quick AS=digits-quick  keeps a run's rows, environments and comparison figures
+reference:
+	mkdir -p results/reference/$(AS)/figures
+	cp -r $(FROM)/records.jsonl $(FROM)/environments results/reference/$(AS)/
+	cp $(FROM)/figures/90_* results/reference/$(AS)/figures/

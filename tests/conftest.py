@@ -1,0 +1,61 @@
+"""Shared pieces of the tests. Everything is written below a temporary home, whose notebooks are this checkout's."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+_home = tempfile.TemporaryDirectory(prefix="vitbench-tests-")  # set before any import, for the kernels of notebooks too
+(Path(_home.name) / "notebooks").symlink_to(ROOT / "notebooks")
+os.environ["VITBENCH_HOME"] = _home.name
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+import torch  # noqa: E402
+
+from vitbench.baseline import baseline  # noqa: E402
+from vitbench.data import load_data  # noqa: E402
+from vitbench.training import TrainConfig  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def home() -> Path:
+    return Path(_home.name)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_data("digits")
+
+
+@pytest.fixture(scope="session")
+def base(digits):
+    """A baseline that was trained a little, enough to be far from chance."""
+    return baseline("vit_mini_patch2_8", digits, TrainConfig(epochs=10, mixup=0.0))
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Makes a folder of images, one sub-folder a class, optionally below split folders."""
+    from PIL import Image
+
+    def make(splits=("",), classes=("cat", "dog", "owl"), count=10, size=(12, 10), mode="RGB", name="set"):
+        rng = np.random.default_rng(0)
+        for split in splits:
+            for label in classes:
+                folder = tmp_path / name / split / label
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+                    Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+        return tmp_path / name
+
+    return make

@@ -1,0 +1,143 @@
+"""Tables, figures and the report are made of rows alone."""
+
+import re
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from vitbench import figures
+from vitbench.comparison import comparison, findings, subject
+from vitbench.errors import InputError
+from vitbench.records import Row, append_rows, load_records
+from vitbench.report import write_report
+
+
+def make_rows(methods=("baseline", "dynamic_int8"), top1=(0.97, 0.96), size=(800_000, 240_000), **about):
+    rows = []
+    for i, method in enumerate(methods):
+        steps = [] if method == "baseline" else [{"method": method, "config": {"bits": 8}}]
+        facts = {"model": "vit", "dataset": "digits", "data_fingerprint": "f", "method": method}
+        facts |= {"config": {"origin": {"start": "random"}, "methods": steps}, "source": "measured: test", **about}
+        test = {"split": "test", "images": 359, "cut": "given"}
+        rows += [
+            Row(
+                **facts,
+                metric="top1",
+                value=top1[i],
+                low=top1[i] - 0.02,
+                high=top1[i] + 0.02,
+                unit="fraction",
+                context=test,
+            ),
+            Row(**facts, metric="bytes", value=size[i], unit="bytes"),
+            Row(**facts, metric="bytes_predicted", value=size[i] - 9000, unit="bytes"),
+            Row(**facts, metric="macs", value=3.5e6, unit="MACs"),
+        ]
+        for batch in (1, 8):
+            context = {"batch": batch, "threads": 2, "backend": "eager", "device": "cpu: test"}
+            samples = [1.0 + 0.01 * n + i for n in range(20)]
+            rows.append(Row(**facts, metric="latency_p50", value=1.1 + i, unit="ms", samples=samples, context=context))
+            if i:
+                context = {**context, "versus": "baseline"}
+                ratio = {"value": 0.5, "low": 0.4, "high": 0.6, "samples": [2.0] * 20}
+                rows.append(Row(**facts, metric="latency_ratio", unit="ratio", context=context, **ratio))
+    return rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    append_rows(tmp_path / "records.jsonl", make_rows())
+    return tmp_path
+
+
+def test_the_table_holds_the_rows_numbers(folder):
+    table = comparison(load_records(folder))
+    assert list(table.index) == ["baseline", "dynamic_int8"]
+    line = table.loc["dynamic_int8"]
+    assert (line["top1 %"], line["MB"], line["ratio b1"]) == (96.0, 0.24, 0.5)
+    assert line["x smaller"] == pytest.approx(800 / 240)
+
+
+def test_the_sentence_says_whether_intervals_overlap(folder, tmp_path):
+    (sentence,) = findings(load_records(folder))
+    assert "0.300 of the baseline's bytes" in sentence
+    assert "-1.00 points; the 95 % intervals overlap" in sentence
+    append_rows(tmp_path / "far.jsonl", make_rows(top1=(0.97, 0.80)))
+    assert "do not overlap" in findings(load_records(tmp_path / "far.jsonl"))[0]
+
+
+def test_another_training_is_another_subject(folder):
+    other = make_rows(methods=("baseline",))
+    for row in other:
+        changed = row.having(config={"origin": {"start": "random", "train": {"epochs": 9}}, "methods": []})
+        append_rows(folder / "records.jsonl", [changed])
+    assert list(comparison(load_records(folder)).index) == ["baseline"]
+
+
+def test_one_method_with_two_settings_gets_two_lines(folder):
+    for row in make_rows()[-5:]:
+        config = {"origin": {"start": "random"}, "methods": [{"method": "dynamic_int8", "config": {"bits": 4}}]}
+        append_rows(folder / "records.jsonl", [row.having(config=config)])
+    labels = list(comparison(load_records(folder)).index)
+    assert labels == ["baseline", "dynamic_int8 (bits=8)", "dynamic_int8 (bits=4)"]
+
+
+@pytest.mark.parametrize("cost", figures.COSTS)
+def test_the_tradeoff_shows_rows_and_names_every_method(folder, cost):
+    figure, shown = figures.tradeoff(load_records(folder), cost)
+    words = {text.get_text() for text in figure.axes[0].texts}
+    assert {"baseline", "dynamic_int8"} <= words
+    assert set(shown["metric"]) == {"top1", cost}
+    assert "%" in figure.axes[0].get_ylabel()
+    plt.close(figure)
+
+
+def test_figures_are_the_same_files_again(folder, tmp_path):
+    rows = load_records(folder)
+    for make in (figures.predicted_beside_measured, figures.latencies, figures.tradeoff):
+        files = []
+        for attempt in ("a", "b"):
+            figure, shown = make(rows)
+            files.append(figures.save_figure(figure, tmp_path / attempt, "x", shown))
+            plt.close(figure)
+        assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+    keys = set(pd.read_csv(tmp_path / "a" / "x.csv")["key"])
+    assert keys <= set(rows["key"])
+
+
+def test_colours_differ_in_lightness_too():
+    def lightness(colour):
+        r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        return 0.3 * r + 0.59 * g + 0.11 * b
+
+    greys = [lightness(colour) for colour in figures.COLOURS]
+    assert all(abs(a - b) > 15 for a, b in zip(greys, greys[1:], strict=False))
+
+
+def test_the_report_is_whole_in_itself(folder):
+    page = write_report(folder).read_text()
+    assert "0.24" in page
+    assert page.count("<img") == 4
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+    assert not list(folder.glob(".report*"))
+
+
+def test_the_report_escapes_what_comes_from_data(tmp_path):
+    append_rows(tmp_path / "records.jsonl", make_rows(dataset="<script>alert(1)</script>"))
+    assert "<script>" not in write_report(tmp_path).read_text()
+
+
+def test_failures_are_told(folder):
+    failed = make_rows()[-1].having(status="failed", value=None, error="no kernel", metric="energy")
+    append_rows(folder / "records.jsonl", [failed])
+    assert "no kernel" in write_report(folder).read_text()
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(InputError, match="no records at"):
+        write_report(tmp_path)
+    failed = make_rows()[0].having(status="failed", value=None, error="broken")
+    append_rows(tmp_path / "records.jsonl", [failed])
+    with pytest.raises(InputError, match="no rows of any model"):
+        subject(load_records(tmp_path))

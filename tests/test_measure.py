@@ -1,0 +1,121 @@
+"""Measurements: rows that are made once, intervals, timing in turn, memory of a fresh process."""
+
+import numpy as np
+import pytest
+import torch
+
+from vitbench import artifact, statistics
+from vitbench.errors import InputError
+from vitbench.measure import child, measure, training_rows
+from vitbench.measure.memory import peak_bytes
+from vitbench.methods import compress, make_config
+from vitbench.records import read_rows
+from vitbench.runs import Run
+
+
+@pytest.fixture(scope="module")
+def measured(base, digits, tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("run"))
+    path = artifact.save(compress(base.model, make_config("dynamic_int8")), run.models / "int8")
+    measure(base.path, digits, run, rounds=10, threads=1)
+    rows = measure(path, digits, run, versus=base.path, rounds=10, threads=1)
+    return run, path, rows
+
+
+def test_every_metric_has_its_row(measured):
+    _, _, rows = measured
+    assert set(rows["status"]) == {"ok"}
+    counts = rows["metric"].value_counts()
+    assert set(counts.index) >= {"top1", "top5", "params", "macs", "bytes", "latency_ratio", "peak_rss"}
+    assert all(counts[f"latency_p{p}"] == 2 for p in (50, 90, 95, 99))
+    assert set(rows["batch"].dropna()) == {1, 8}
+
+
+def test_values_make_sense(measured, base):
+    _, path, rows = measured
+    value = rows.set_index("metric")["value"]
+    assert value["bytes"] == artifact.size_on_disk(path) <= 0.35 * artifact.size_on_disk(base.path)
+    assert value["params"] == sum(p.numel() for p in base.model.parameters())
+    assert value["bytes_predicted"] < value["bytes"]
+    assert value["peak_rss"] >= value["import_rss"] > 1e8
+    top1 = rows[rows.metric == "top1"].iloc[0]
+    assert 0 <= top1.low <= top1.value <= top1.high <= 1
+    timed = rows[(rows.metric == "latency_p50") & (rows.batch == 1)].iloc[0]
+    assert len(timed.samples) == 10
+    assert timed.value == pytest.approx(np.median(timed.samples))
+
+
+def test_the_same_again_measures_nothing(measured, base, digits, monkeypatch):
+    run, path, rows = measured
+    before = run.records.read_bytes()
+    monkeypatch.setattr(child.subprocess, "run", lambda *_, **__: pytest.fail("measured again"))
+    again = measure(path, digits, run, versus=base.path, rounds=10, threads=1)
+    assert run.records.read_bytes() == before
+    assert list(again["key"]) == list(rows["key"])
+
+
+def test_rows_name_their_environment_and_source(measured):
+    run, _, rows = measured
+    assert (run.folder / "environments" / f"{rows.iloc[0]['env_id']}.json").is_file()
+    assert rows.iloc[0]["commit"]
+
+
+def test_training_curves_are_rows(base, digits):
+    rows = {row.metric: row for row in training_rows(base, digits)}
+    assert len(rows["val_top1"].samples) == 10
+    assert rows["train_loss"].value == base.history[-1]["loss"]
+
+
+def test_a_job_that_fails_becomes_failed_rows(base, digits, tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    monkeypatch.setattr(child, "TIME_LIMIT", 0.01)
+    measure(base.path, digits, run, what=("memory", "size"))
+    status = {row.metric: (row.status, row.error) for row in read_rows(run.records)}
+    assert status["bytes"][0] == "ok"
+    assert status["peak_rss"][0] == "failed"
+    assert "took more than" in status["peak_rss"][1]
+    monkeypatch.setattr(child, "TIME_LIMIT", 600)
+    rows = measure(base.path, digits, run, what=("memory",))
+    assert set(rows["status"]) == {"ok"}
+
+
+def test_the_child_says_why_it_failed():
+    with pytest.raises(child.ChildError, match="not a saved model"):
+        child.in_child("answer_one_image", 1, path="/nowhere")
+
+
+def test_wrong_settings(base, digits, tmp_path):
+    with pytest.raises(InputError, match="rounds = 3"):
+        measure(base.path, digits, Run(tmp_path), rounds=3)
+    with pytest.raises(InputError, match="unknown group of metrics 'speed'"):
+        measure(base.path, digits, Run(tmp_path), what=("speed",))
+    with pytest.raises(InputError, match="not a saved model"):
+        measure(tmp_path, digits, Run(tmp_path))
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_bytes()
+    held = torch.ones(100 * 2**20 // 4)
+    assert peak_bytes() - before > 50 * 2**20
+    assert held.sum() > 0
+
+
+def test_wilson_against_a_known_interval():
+    low, high = statistics.wilson(8, 10)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert statistics.wilson(10, 10)[1] == 1.0
+
+
+def test_the_ratio_of_medians_is_inside_its_interval_and_sees_through_a_slow_spell():
+    rng = np.random.default_rng(0)
+    spell = np.where(np.arange(60) < 20, 3.0, 1.0)  # the machine was three times slower for a while
+    b = spell * rng.normal(10, 0.3, 60)
+    a = 0.5 * spell * rng.normal(10, 0.3, 60)
+    ratio, low, high = statistics.median_ratio(a, b)
+    assert low <= ratio <= high
+    assert ratio == pytest.approx(0.5, abs=0.05)
+
+
+def test_pareto_front_by_hand():
+    cost, gain = [3, 1, 2, 2, 5], [0.9, 0.5, 0.8, 0.7, 0.9]
+    assert statistics.pareto_front(cost, gain).tolist() == [1, 2, 0]

@@ -1,0 +1,79 @@
+"""What every registered method must keep to; a new method is covered on the day it is added."""
+
+import pytest
+import torch
+
+from vitbench import artifact
+from vitbench.errors import InputError
+from vitbench.methods import METHODS, compress, make_config
+from vitbench.training import evaluate
+from vitbench.vit import set_fused_attention
+
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+@EVERY
+def test_identity_changes_nothing(name, base, digits):
+    x = torch.randn(4, 3, 8, 8)
+    same = compress(base.model, METHODS[name].identity, digits)
+    assert torch.allclose(same(x), base.model(x), atol=1e-5)
+
+
+@EVERY
+def test_the_given_model_stays_as_it_is(name, base, digits):
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
+    compress(base.model, make_config(name), digits)
+    after = base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@EVERY
+def test_saved_and_loaded_it_answers_the_same_and_is_smaller(name, base, digits, tmp_path):
+    small = compress(base.model, make_config(name), digits)
+    path = artifact.save(small, tmp_path / name)
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.allclose(artifact.load(path)(x), small(x), atol=1e-5)
+    assert artifact.size_on_disk(path) < artifact.size_on_disk(base.path)
+
+
+@EVERY
+def test_fused_and_written_out_attention_agree(name, base, digits):
+    small = compress(base.model, make_config(name), digits)
+    x = torch.randn(4, 3, 8, 8)
+    fused = small(x)
+    set_fused_attention(small, False)
+    assert torch.allclose(small(x), fused, atol=2e-2 * fused.abs().max())
+
+
+@EVERY
+def test_it_is_deterministic(name, base, digits, tmp_path):
+    paths = [artifact.save(compress(base.model, make_config(name), digits), tmp_path / str(i)) for i in range(2)]
+    assert artifact.read_manifest(paths[0]) == artifact.read_manifest(paths[1])
+
+
+@EVERY
+def test_accuracy_stays_far_from_chance(name, base, digits):
+    small = compress(base.model, make_config(name), digits)
+    assert evaluate(small, digits.val).top1.mean() > 0.5
+
+
+@EVERY
+def test_the_config_goes_through_json_and_refuses_unknown_keys(name):
+    config = make_config(name)
+    assert make_config(name, config.to_dict()) == config
+    with pytest.raises(InputError, match="unknown key 'surprise'"):
+        make_config(name, {"surprise": 1})
+
+
+def test_a_list_of_configs_is_a_combination(base, digits):
+    name = next(iter(METHODS))
+    twice = compress(base.model, [METHODS[name].identity, make_config(name)], digits)
+    assert twice.recipe.method == f"{name}+{name}"
+
+
+def test_unknown_methods(base):
+    with pytest.raises(InputError, match="unknown method 'dynamic_int9'.*did you mean 'dynamic_int8'"):
+        make_config("dynamic_int9")
+    with pytest.raises(InputError, match="not a method's config"):
+        compress(base.model, base.model.recipe.preprocess)

@@ -1,0 +1,196 @@
+"""The notebooks: their form, and the quick suite from start to end, killed once on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+import yaml
+
+from vitbench import lessons
+from vitbench.errors import InputError
+from vitbench.lessons import choose, find_lessons, read_profile
+from vitbench.records import read_rows
+
+NOTEBOOKS = sorted(lessons.lessons_folder().glob("*.ipynb"))
+FORM = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@FORM
+def test_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.vitbench.stage in lessons.STAGES
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert 12 <= len(notebook.cells) <= 40
+    first = notebook.cells[0].source
+    assert first.startswith("# ")
+    assert "**You will learn**" in first
+    assert "minute" in first
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == code[:1], "one parameters cell, and it is the first code"
+    text = "\n".join(cell.source for cell in notebook.cells)
+    assert "What to remember" in text
+    assert text.count("<details>") == text.count("</details>") >= 2
+
+
+@FORM
+def test_parameters_are_typed_explained_and_the_quick_runs(path):
+    import papermill
+
+    declared = papermill.inspect_notebook(str(path))
+    quick = yaml.safe_load((path.parent / "profiles" / "quick.yaml").read_text())
+    assert declared
+    for name, parameter in declared.items():
+        assert parameter["inferred_type_name"] in lessons.KINDS, f"{name} has no type"
+        assert parameter["help"], f"{name} is not explained"
+        if name in quick:
+            assert eval(parameter["default"]) == quick[name], f"{name}: the default is not the quick run's"
+
+
+@FORM
+def test_links_between_lessons_lead_somewhere(path):
+    import re
+
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    for target in re.findall(r"\]\(([^)#]+\.ipynb)\)", text):
+        if "{" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_every_profile_sets_known_parameters_of_the_right_type():
+    for name in lessons.profiles():
+        read_profile(name, [], find_lessons())
+
+
+def test_lessons_run_in_order():
+    stages = [lessons.STAGES.index(lesson.stage) for lesson in find_lessons()]
+    assert stages == sorted(stages)
+    assert [lesson.name for lesson in choose(find_lessons(), ["05", "01_baseline"])] == [
+        "01_baseline",
+        "05_quantization",
+    ]
+
+
+def test_settings_reach_into_mappings():
+    values = read_profile("quick", ["train.epochs=3", "threads=1"], find_lessons())
+    assert values["train"]["epochs"] == 3
+    assert values["train"]["batch_size"] == 128
+    assert values["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("colour=red", "unknown parameter 'colour'; allowed"),
+        ("threads=many", "threads = 'many' is a str; the notebooks declare it as int"),
+        ("threads.x=1", "threads is not a mapping"),
+        ("threads", "give key=value"),
+        ("train=[1", "not valid YAML"),
+    ],
+)
+def test_wrong_settings(setting, message):
+    with pytest.raises(InputError, match=message):
+        read_profile("quick", [setting], find_lessons())
+
+
+def suite(*arguments, **options):
+    command = [sys.executable, "-m", "vitbench.cli", "run", "quick", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
+
+
+@pytest.fixture(scope="module")
+def killed_then_finished(home, tmp_path_factory):
+    """The quick suite, killed while it trains and again while a notebook measures, then run to its end."""
+    out = tmp_path_factory.mktemp("suite") / "quick"
+    command = [sys.executable, "-m", "vitbench.cli", "run", "quick", "--out", str(out)]
+
+    def kill_when(reached):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while not reached():
+            assert child.poll() is None, "the suite ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        time.sleep(2)  # the orphaned kernel notices within a second
+
+    known = set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.pt"))
+    kill_when(lambda: set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.pt")) - known)
+    kill_when(lambda: (out / "records.jsonl").exists() and b'"latency_p50"' in (out / "records.jsonl").read_bytes())
+    return out, suite("--out", str(out))
+
+
+def test_the_suite_finishes_after_two_kills(killed_then_finished):
+    out, done = killed_then_finished
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in (out / "notebooks").iterdir()} == {path.name for path in NOTEBOOKS}
+    assert (out / "report.html").is_file()
+    for name in ("90_accuracy_size", "90_accuracy_latency"):
+        assert all((out / "figures" / f"{name}.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
+    assert "dynamic_int8" in done.stdout
+
+
+def test_no_row_twice_and_none_lost(killed_then_finished):
+    out, _ = killed_then_finished
+    rows = read_rows(out)
+    assert len({row.key for row in rows}) == len(rows)
+    for method in ("baseline", "dynamic_int8"):
+        metrics = [row.metric for row in rows if row.method == method]
+        assert metrics.count("top1") == 1
+        assert metrics.count("latency_p50") == 2
+
+
+def test_the_quick_numbers(killed_then_finished):
+    out, _ = killed_then_finished
+    value = {(row.method, row.metric): row.value for row in read_rows(out)}
+    assert value["baseline", "top1"] >= 0.97
+    assert value["dynamic_int8", "bytes"] <= 0.35 * value["baseline", "bytes"]
+    assert abs(value["dynamic_int8", "top1"] - value["baseline", "top1"]) <= 0.015
+
+
+def test_a_second_run_skips_everything(killed_then_finished):
+    out, _ = killed_then_finished
+    before = {path: path.stat().st_mtime_ns for path in (out / "notebooks").iterdir()}
+    start = time.monotonic()
+    done = suite("--out", str(out))
+    assert done.returncode == 0
+    assert done.stdout.count("skipped") == len(NOTEBOOKS)
+    assert {path: path.stat().st_mtime_ns for path in (out / "notebooks").iterdir()} == before
+    assert time.monotonic() - start < 60
+
+
+def test_executed_copies_say_what_made_them(killed_then_finished):
+    out, _ = killed_then_finished
+    copy = json.loads((out / "notebooks" / "01_baseline.ipynb").read_text())
+    assert copy["metadata"]["papermill"]["parameters"]["dataset"] == "digits"
+    assert copy["metadata"]["vitbench"]["run_key"]
+    text = json.dumps(copy)
+    assert "Traceback" not in text
+    assert not any(output.get("name") == "stderr" for cell in copy["cells"] for output in cell.get("outputs", []))
+
+
+def test_a_notebook_that_fails_is_named_with_its_cell(home, tmp_path, monkeypatch):
+    folder = tmp_path / "home"
+    (folder / "notebooks" / "profiles").mkdir(parents=True)
+    (folder / "results").symlink_to(home / "results")
+    for path in NOTEBOOKS:
+        if path.stem == "00_start_here":
+            notebook = nbformat.read(path, as_version=4)
+            notebook.cells.insert(3, nbformat.v4.new_code_cell("raise RuntimeError('on purpose')"))
+            nbformat.write(notebook, folder / "notebooks" / path.name)
+    (folder / "notebooks" / "profiles" / "quick.yaml").write_text("images: 100\n")
+    done = suite("--out", str(tmp_path / "out"), env=os.environ | {"VITBENCH_HOME": str(folder)})
+    assert done.returncode == 1
+    assert "00_start_here: cell" in done.stdout
+    assert "RuntimeError: on purpose" in done.stdout
+    assert str(tmp_path / "out" / "notebooks" / "00_start_here.ipynb") in done.stdout
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "notebooks" / "00_start_here.ipynb").is_file()

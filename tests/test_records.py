@@ -1,0 +1,140 @@
+"""Rows: the schema, the append-only file, and what happens when something goes wrong while writing."""
+
+import errno
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from vitbench import records
+from vitbench.errors import InputError
+from vitbench.records import Row, append_rows, load_records, read_rows
+
+
+def row(**changes):
+    values = {
+        "model": "m",
+        "dataset": "d",
+        "data_fingerprint": "f",
+        "method": "baseline",
+        "metric": "top1",
+        "value": 0.9,
+    }
+    return Row(**{**values, "unit": "fraction", "source": "measured: test", **changes})
+
+
+def test_rows_come_back_as_they_went(tmp_path):
+    wanted = row(samples=[1.0, 2.5], context={"batch": 1, "threads": 2}, config={"methods": []}, low=0.8, high=0.95)
+    append_rows(tmp_path / "records.jsonl", [wanted])
+    (found,) = read_rows(tmp_path)
+    assert found.value == 0.9
+    assert found.samples == [1.0, 2.5]
+    assert len(found.key) == 16
+    frame = load_records(tmp_path)
+    assert (frame.loc[0, "batch"], frame.loc[0, "threads"]) == (1, 2)
+
+
+def test_a_line_is_one_json_object_with_the_schemas_fields(tmp_path):
+    append_rows(tmp_path / "records.jsonl", [row(), row(metric="bytes", value=10)])
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert [set(json.loads(line)) for line in lines] == [set(Row.model_fields)] * 2
+
+
+def test_what_is_there_is_not_added_again(tmp_path):
+    file = tmp_path / "records.jsonl"
+    assert append_rows(file, [row()]) == 1
+    assert append_rows(file, [row(value=0.1)]) == 0
+    assert append_rows(file, [row(seed=1)]) == 1
+    assert append_rows(file, [row(context={"artifact": "other"})]) == 1
+    assert len(read_rows(file)) == 3
+
+
+def test_a_failed_row_can_be_followed_by_a_good_one(tmp_path):
+    file = tmp_path / "records.jsonl"
+    append_rows(file, [row(status="failed", value=None, source="", error="out of memory")])
+    assert append_rows(file, [row()]) == 1
+    assert list(load_records(file)["status"]) == ["ok"]
+    assert list(load_records(file, latest=False)["status"]) == ["failed", "ok"]
+
+
+def test_of_two_artifacts_the_later_is_read(tmp_path):
+    file = tmp_path / "records.jsonl"
+    append_rows(file, [row(value=value, context={"artifact": str(value), "batch": 1}) for value in (0.1, 0.2)])
+    append_rows(file, [row(value=0.3, context={"artifact": "x", "batch": 8})])
+    assert list(load_records(file)["value"]) == [0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"value": None}, "needs a finite value"),
+        ({"source": "guessed"}, "starts with measured, modelled or estimated"),
+        ({"status": "failed"}, "needs an error"),
+        ({"status": "perhaps"}, "status = 'perhaps'"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"value": float("nan")}, "finite"),
+    ],
+)
+def test_rows_that_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        row(**changes)
+
+
+def test_a_torn_file_is_named_and_left_alone(tmp_path):
+    file = tmp_path / "records.jsonl"
+    append_rows(file, [row(), row(seed=1)])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    for action in (lambda: read_rows(file), lambda: append_rows(file, [row(seed=2)])):
+        with pytest.raises(InputError, match="line 2 .* not a whole row.*the 1 rows before it are good"):
+            action()
+    assert file.read_bytes() == whole[:-20]
+
+
+def test_a_foreign_line_is_named(tmp_path):
+    file = tmp_path / "records.jsonl"
+    append_rows(file, [row()])
+    file.write_text(file.read_text() + '{"schema_version": 2}\n')
+    with pytest.raises(InputError, match="line 2"):
+        read_rows(file)
+
+
+def test_a_full_disk_takes_nothing_with_it(tmp_path, monkeypatch):
+    file = tmp_path / "records.jsonl"
+    append_rows(file, [row()])
+    before, write = file.read_bytes(), os.write
+
+    def full(handle, data):
+        if b"metric" in data and len(data) > 100:
+            return write(handle, data[:60])  # part of it still fits
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(
+        records.os, "write", lambda handle, data: full(handle, data) if len(data) > 100 else full(handle, b"")
+    )
+    with pytest.raises(InputError, match="No space left"):
+        append_rows(file, [row(seed=seed) for seed in (1, 2)])
+    assert file.read_bytes() == before
+
+
+def _write_some(file, writer):
+    for i in range(20):
+        append_rows(file, [row(seed=writer * 1000 + i), row(seed=i, method="shared")])
+
+
+def test_several_writers_lose_nothing_and_double_nothing(tmp_path):
+    file = tmp_path / "records.jsonl"
+    writers = [multiprocessing.get_context("fork").Process(target=_write_some, args=(file, n)) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    rows = read_rows(file)
+    assert len(rows) == 4 * 20 + 20
+    assert len({found.key for found in rows}) == len(rows)
+
+
+def test_no_records(tmp_path):
+    with pytest.raises(InputError, match="no records at"):
+        read_rows(tmp_path)

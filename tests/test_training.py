@@ -1,0 +1,173 @@
+"""Training: the same seed gives the same weights, also after a kill; a teacher is heard."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from vitbench import training, vit
+from vitbench.baseline import baseline
+from vitbench.data import load_data
+from vitbench.errors import InputError
+from vitbench.training import TrainConfig, evaluate, train
+
+SHORT = TrainConfig(epochs=3, batch_size=64, ema=0.9, augment="shift")
+
+
+def weights(model):
+    return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+def short_run(data, config=SHORT, **options):
+    model, history = train(vit.create_model("vit_mini_patch2_8", seed=config.seed), data, config, **options)
+    return weights(model), history
+
+
+def test_same_seed_same_weights_and_another_seed_others(digits):
+    first, history = short_run(digits)
+    again, same_history = short_run(digits)
+    other, _ = short_run(digits, SHORT.having(seed=1))
+    assert torch.equal(first, again)
+    assert history == same_history
+    assert not torch.equal(first, other)
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(digits, tmp_path, monkeypatch, mixup):
+    config = SHORT.having(mixup=mixup)
+    whole, history = short_run(digits, config)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    epochs = training._Run.epoch
+
+    def interrupted(self, epoch, split, bar):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return epochs(self, epoch, split, bar)
+
+    monkeypatch.setattr(training._Run, "epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        short_run(digits, config, checkpoint=tmp_path / "run.pt")
+    monkeypatch.setattr(training._Run, "epoch", epochs)
+    resumed, resumed_history = short_run(digits, config, checkpoint=tmp_path / "run.pt")
+    assert torch.equal(whole, resumed)
+    assert history == resumed_history
+
+
+def test_a_torn_or_foreign_checkpoint_is_left_aside(digits, tmp_path, capsys):
+    (tmp_path / "run.pt").write_bytes(b"torn")
+    whole, _ = short_run(digits)
+    again, _ = short_run(digits, checkpoint=tmp_path / "run.pt")
+    assert torch.equal(whole, again)
+    assert "cannot be used" in capsys.readouterr().out
+
+
+def test_kill_minus_nine_during_training(tmp_path, home):
+    code = (
+        "import torch; torch.set_num_threads(2)\n"
+        "from vitbench import training; training.CHECKPOINT_SECONDS = 0.0\n"
+        "from vitbench import baseline, load_data, TrainConfig\n"
+        "made = baseline('vit_mini_patch2_8', load_data('digits', train=600), TrainConfig(epochs=8, seed=7))\n"
+        "print(made.path)"
+    )
+    command = [sys.executable, "-c", code]
+    cache = home / "results" / "cache"
+    before = set(cache.glob("*/training.pt"))
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not set(cache.glob("*/training.pt")) - before:
+        assert child.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not set(cache.glob("*/training.pt")) - before
+    made = baseline("vit_mini_patch2_8", load_data("digits", train=600), TrainConfig(epochs=8, seed=7))
+    assert str(made.path) == done.stdout.strip().splitlines()[-1]
+    whole, _ = train(
+        vit.create_model("vit_mini_patch2_8", seed=7), load_data("digits", train=600), TrainConfig(epochs=8, seed=7)
+    )
+    assert torch.equal(weights(made.model), weights(whole))
+
+
+def test_a_baseline_is_trained_once(digits, base, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
+    again = baseline("vit_mini_patch2_8", digits, TrainConfig(epochs=10, mixup=0.0))
+    assert again.path == base.path
+    assert torch.equal(weights(again.model), weights(base.model))
+
+
+def test_a_trained_baseline_is_far_from_chance(base, digits):
+    assert evaluate(base.model, digits.val).top1.mean() > 0.6
+
+
+def test_a_teacher_that_answers_one_class_is_followed(digits):
+    class Teacher(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10) * 20.0
+
+    config = TrainConfig(epochs=3, kd_weight=1.0, temperature=1.0, mixup=0.0)
+    model, _ = train(vit.create_model("vit_mini_patch2_8"), digits, config, teacher=Teacher())
+    answers = evaluate(model, digits.val).top1
+    assert answers.mean() == pytest.approx((digits.val.labels == 3).mean())
+
+
+def test_evaluate_counts_right_answers(digits):
+    class Oracle(torch.nn.Module):
+        def __init__(self, model, labels):
+            super().__init__()
+            self.recipe, self.labels, self.at = model.recipe, torch.from_numpy(labels), 0
+
+        def forward(self, x):
+            y = self.labels[self.at : self.at + len(x)]
+            self.at += len(x)
+            return torch.nn.functional.one_hot(y, 10).float()
+
+    labels = digits.test.labels.copy()
+    labels[:36] = (labels[:36] + 1) % 10
+    found = evaluate(Oracle(vit.create_model("vit_mini_patch2_8"), labels), digits.test)
+    assert found.top1.sum() == 359 - 36
+    assert not found.top1[:36].any()
+    assert found.top1.dtype == np.bool_
+
+
+def test_bf16_training_learns_too(digits):
+    _, history = short_run(digits, SHORT.having(precision="bf16", ema=0.0))
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": -1}, "epochs = -1"),
+        ({"lr": "fast"}, "lr = 'fast'"),
+        ({"learning_rate": 1}, "unknown key 'learning_rate'.*allowed: epochs"),
+        ({"augment": "mirror"}, "augment = 'mirror'"),
+    ],
+)
+def test_wrong_configs(values, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**values)
+
+
+def test_what_cannot_be_trained(digits):
+    model = vit.create_model("vit_mini_patch2_8")
+    with pytest.raises(InputError, match="more than the 1294 training images"):
+        train(model, digits, TrainConfig(batch_size=5000))
+    with pytest.raises(InputError, match="no train images"):
+        train(model, load_data("digits", test=1.0), TrainConfig(epochs=1))
+    with pytest.raises(InputError, match="diverged"):
+        train(model, digits, TrainConfig(epochs=3, lr=1e30, warmup_epochs=0))
+    with pytest.raises(InputError, match="device 'abacus'"):
+        train(model, digits, TrainConfig(epochs=1), device="abacus")
+
+
+def test_a_random_head_is_never_measured(digits):
+    with pytest.raises(InputError, match="random head"):
+        baseline("vit_mini_patch2_8", digits, TrainConfig(epochs=0))

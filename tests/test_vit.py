@@ -1,0 +1,84 @@
+"""Models: what timm's Vision Transformers are made of, and which weights fit."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vitbench import vit
+from vitbench.errors import InputError
+from vitbench.measure.cost import count_macs
+
+
+@pytest.mark.parametrize("name", ["vit_mini_patch2_8", "vit_mini_patch4_32", "deit_tiny_patch16_224"])
+def test_counted_macs_are_those_of_the_formula(name):
+    model = vit.create_model(name)
+    assert count_macs(model) == pytest.approx(vit.analytic_macs(model), rel=1e-3)
+
+
+def test_macs_of_deit_small_by_hand():
+    model = vit.skeleton(vit.Architecture(name="deit_small_patch16_224", num_classes=1000, img_size=224))
+    blocks = 12 * (12 * 197 * 384**2 + 2 * 197**2 * 384)
+    assert vit.analytic_macs(model) == blocks + 196 * 16 * 16 * 3 * 384 + 384 * 1000
+
+
+def test_preprocessing_is_timms():
+    preprocess = vit.create_model("deit_tiny_patch16_224").recipe.preprocess
+    assert (preprocess.size, preprocess.interpolation, preprocess.crop_pct) == (224, "bicubic", 0.9)
+
+
+def test_linears_of_the_blocks_by_type():
+    model = vit.create_model("vit_mini_patch2_8")
+    assert len(vit.linears(model)) == 16
+    assert set(vit.linears(model, ("proj",))) == {f"blocks.{i}.attn.proj" for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "vit_mini_patch2"}, "did you mean 'vit_mini_patch2_8'"),
+        ({"name": "hf-hub:someone/model"}, "unknown model"),
+        ({"name": "resnet18"}, "not a VisionTransformer|not a Vision Transformer"),
+        ({"name": "vit_mini_patch2_8", "pretrained": True}, "no pretrained weights"),
+        ({"name": "vit_mini_patch2_8", "checkpoint": "nowhere.safetensors"}, "does not exist"),
+    ],
+)
+def test_models_that_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        vit.create_model(**arguments)
+
+
+def test_checkpoints_in_both_formats(tmp_path):
+    start = vit.create_model("vit_mini_patch2_8", seed=1)
+    state = {key: value.contiguous() for key, value in start.state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save({"model": state}, tmp_path / "a.pth")
+    for name in ("a.safetensors", "a.pth"):
+        model = vit.create_model("vit_mini_patch2_8", checkpoint=tmp_path / name)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+        assert model.recipe.origin["start"].startswith(name)
+    other_head = vit.create_model("vit_mini_patch2_8", num_classes=5, checkpoint=tmp_path / "a.pth")
+    assert other_head.recipe.origin["head"] == "random"
+    assert torch.equal(other_head.blocks[0].attn.qkv.weight, start.blocks[0].attn.qkv.weight)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    start = vit.create_model("vit_mini_patch2_8")
+    save_file({key: value.contiguous() for key, value in start.state_dict().items()}, tmp_path / "mini.safetensors")
+    with pytest.raises(InputError, match="of another architecture"):
+        vit.create_model("vit_mini_patch4_32", checkpoint=tmp_path / "mini.safetensors")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(InputError, match="not a safetensors or plain state-dict"):
+        vit.create_model("vit_mini_patch2_8", checkpoint=tmp_path / "text.pth")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    import pickle
+
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harmed"), "w"))
+
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps({"model": Harm()}))
+    with pytest.raises(InputError, match="not a safetensors or plain state-dict"):
+        vit.create_model("vit_mini_patch2_8", checkpoint=tmp_path / "bad.pth")
+    assert not (tmp_path / "harmed").exists()
