@@ -28,7 +28,7 @@ def test_form(path):
     assert notebook.metadata.kernelspec.name == "python3"
     assert notebook.metadata.vitbench.stage in lessons.STAGES
     assert not any(cell.outputs or cell.execution_count for cell in code)
-    assert 12 <= len(notebook.cells) <= 40
+    assert 12 <= len(notebook.cells) <= 36
     first = notebook.cells[0].source
     assert first.startswith("# ")
     assert "**You will learn**" in first
