@@ -141,11 +141,11 @@ def test_two_suites_do_not_share_a_folder(tmp_path, capsys):
     assert "another run is at work" in capsys.readouterr().err
 
 
-def test_a_missing_extra_says_how_to_install_it():
-    from vitbench.errors import InputError, require
-
-    with pytest.raises(InputError, match=r"pip install 'vitbench\[onnx\]'"):
-        require("a_module_that_nobody_has", "onnx")
+def test_a_missing_extra_says_how_to_install_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    assert cli.main(["measure", str(tmp_path), "--backend", "onnxruntime", "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'vitbench[onnx]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_a_stranger_runs_nothing(tmp_path):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitbench import artifact, statistics
+from vitbench import artifact, backends, statistics
+from vitbench.comparison import comparison
 from vitbench.errors import InputError
 from vitbench.measure import child, measure, training_rows
 from vitbench.measure.memory import peak_bytes
@@ -119,3 +120,29 @@ def test_the_ratio_of_medians_is_inside_its_interval_and_sees_through_a_slow_spe
 def test_pareto_front_by_hand():
     cost, gain = [3, 1, 2, 2, 5], [0.9, 0.5, 0.8, 0.7, 0.9]
     assert statistics.pareto_front(cost, gain).tolist() == [1, 2, 0]
+
+
+def test_another_backend_answers_the_same_and_stands_in_columns_of_its_own(base, digits, tmp_path):
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    run = Run(tmp_path)
+    rows = measure(base.path, digits, run, what=("latency",), batches=(1,), rounds=10, backend="onnxruntime")
+    assert set(rows["status"]) == {"ok"}
+    assert "p50 ms b1 onnxruntime" in comparison(run.rows())
+
+
+def test_a_backend_that_cannot_run_a_model_says_why_in_its_row(measured, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "require", lambda *_: None)
+    rows = measure(
+        measured[1], digits, Run(tmp_path), what=("latency",), batches=(1,), rounds=10, backend="onnxruntime"
+    )
+    assert set(rows["status"]) == {"skipped"}
+    assert "onnxruntime has no form of DynamicInt8Linear" in rows.iloc[0]["error"]
+
+
+def test_a_backend_with_another_answer_is_refused(base, monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "wrong", lambda model, x: lambda images: model(images) + 1)
+    with pytest.raises(RuntimeError, match="wrong differs from eager"):
+        backends.prepare("wrong", base.model, torch.randn(1, 3, 8, 8))
+    with pytest.raises(InputError, match="unknown backend 'turbo'; allowed: eager, onnxruntime"):
+        backends.available("turbo")

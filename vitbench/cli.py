@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
     size.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")
     size.add_argument("--rounds", type=int, default=60, help="timed calls of each model (default: 60)")
+    size.add_argument(
+        "--backend", default="eager", help="what runs the timed models: eager or onnxruntime (default: eager)"
+    )
     size.add_argument("--out", required=True, metavar="DIR", help="results folder to add the rows to")
     size.set_defaults(command=_measure)
 
@@ -203,12 +206,13 @@ def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from vitbench import artifact
+    from vitbench import artifact, backends
     from vitbench.lessons import parse_setting
     from vitbench.measure import measure
     from vitbench.runs import Run
     from vitbench.suite import open_data
 
+    backends.available(options.backend)
     for model in filter(None, (options.model, options.versus)):
         artifact.read_manifest(model)
     data = open_data(options.dataset, options.dataset_name, dict(parse_setting(text) for text in options.splits))
@@ -220,6 +224,7 @@ def _measure(options: argparse.Namespace) -> int:
         batches=options.batches,
         threads=options.threads,
         rounds=options.rounds,
+        backend=options.backend,
     )
     _print_results(Path(options.out))
     return 0

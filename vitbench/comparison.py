@@ -1,12 +1,14 @@
 """The comparison table: one line a method, every number from a row."""
 
 import json
+from typing import Any
 
 import pandas as pd
 
 from vitbench.errors import InputError
 
 MEGA = 1e6
+EAGER = "eager"
 
 
 def subject(rows: pd.DataFrame, dataset: str = "", model: str = "") -> pd.DataFrame:
@@ -62,31 +64,46 @@ def methods(rows: pd.DataFrame) -> list[str]:
     return sorted(dict.fromkeys(rows["label"]), key=lambda label: label != "baseline")
 
 
-def value(rows: pd.DataFrame, method: str, metric: str, batch: int | None = None) -> pd.Series | None:
-    """The last row of a metric of the method with that label (at a batch size), or None."""
-    chosen = (rows["label"] == method) & (rows["metric"] == metric)
+def in_backend(rows: pd.DataFrame, backend: str = EAGER) -> pd.Series:
+    """Which rows were measured in `backend`, or have no backend at all (accuracy, bytes)."""
+    return (rows["backend"] == backend) | rows["backend"].isna()
+
+
+def value(
+    rows: pd.DataFrame, method: str, metric: str, batch: int | None = None, backend: str = EAGER
+) -> pd.Series | None:
+    """The last row of a metric of the method with that label (at a batch size, in a backend), or None."""
+    chosen = (rows["label"] == method) & (rows["metric"] == metric) & in_backend(rows, backend)
     if batch is not None:
         chosen &= rows["batch"] == batch
     found = rows[chosen]
     return found.iloc[-1] if len(found) else None
 
 
+def ratios(rows: pd.DataFrame, method: str) -> list[pd.Series]:
+    """The method's latency ratios in eager mode, one for each batch size, smallest first."""
+    own = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio") & (rows["backend"] == EAGER)]
+    return [value(rows, method, "latency_ratio", batch) for batch in sorted(own["batch"].unique())]
+
+
 def comparison(rows: pd.DataFrame, dataset: str = "", model: str = "") -> pd.DataFrame:
     """One line a method.
 
-    Columns: top1, low, high (per cent); bytes (MB) and `x smaller`; MACs (M); for each batch size the median latency
-    (ms) and its ratio to the baseline timed in turn; peak RSS (MB). A number that was not measured is NaN.
+    Columns: top1, low, high (per cent); bytes (MB) and `x smaller`; MACs (M); for each batch size (and each backend
+    other than eager, named) the median latency (ms) and its ratio to the baseline timed in turn in the same backend;
+    peak RSS (MB). A number that was not measured is NaN.
     """
     rows = subject(rows, dataset, model)
-    batches = sorted({int(batch) for batch in rows["batch"].dropna()})
+    found = rows[rows["metric"] == "latency_p50"]
+    timed = sorted(
+        {(row.backend, int(row.batch)) for row in found.itertuples()}, key=lambda pair: (pair[0] != EAGER, *pair)
+    )
     base = value(rows, "baseline", "bytes")
     table = []
     for method in methods(rows):
 
-        def number(
-            metric: str, scale: float = 1.0, batch: int | None = None, field: str = "value", method=method
-        ) -> float:
-            row = value(rows, method, metric, batch)
+        def number(metric: str, scale: float = 1.0, field: str = "value", method=method, **where: Any) -> float:
+            row = value(rows, method, metric, **where)
             return float("nan") if row is None or row[field] is None else row[field] * scale
 
         line = {
@@ -98,9 +115,13 @@ def comparison(rows: pd.DataFrame, dataset: str = "", model: str = "") -> pd.Dat
             "x smaller": (base["value"] if base is not None else float("nan")) / number("bytes"),
             "M MACs": number("macs", 1 / MEGA),
         }
-        for batch in batches:
-            line[f"p50 ms b{batch}"] = number("latency_p50", batch=batch)
-            line[f"ratio b{batch}"] = 1.0 if method == "baseline" else number("latency_ratio", batch=batch)
+        for backend, batch in timed:
+            where, name = (
+                {"batch": batch, "backend": backend},
+                f"b{batch}" if backend == EAGER else f"b{batch} {backend}",
+            )
+            line[f"p50 ms {name}"] = number("latency_p50", **where)
+            line[f"ratio {name}"] = 1.0 if method == "baseline" else number("latency_ratio", **where)
         line["peak MB"] = number("peak_rss", 1 / MEGA)
         table.append(line)
     return pd.DataFrame(table).set_index("method")
@@ -121,8 +142,7 @@ def findings(rows: pd.DataFrame) -> list[str]:
             f"against {100 * base_accuracy['value']:.2f} % ({points:+.2f} points; the 95 % intervals "
             f"{'overlap' if overlap else 'do not overlap'})"
         )
-        ratios = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio")].sort_values("batch")
-        for _, row in ratios.iterrows():
+        for row in ratios(rows, method):
             text += (
                 f"; {row['value']:.2f} of its time at batch {int(row['batch'])} [{row['low']:.2f}, {row['high']:.2f}]"
             )

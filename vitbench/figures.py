@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from vitbench.comparison import MEGA, methods, subject, value
+from vitbench.comparison import MEGA, in_backend, methods, ratios, subject, value
 from vitbench.errors import one_of
 from vitbench.paths import writable_folder
 from vitbench.statistics import pareto_front
@@ -149,6 +149,7 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     rows = subject(rows)
     names = methods(rows)
+    rows = rows[in_backend(rows)]
     paired = rows[rows["metric"] == "latency_ratio"]
     shown = rows[rows["metric"].isin(["latency_p50", "latency_ratio"] if len(paired) else ["latency_p50"])]
     shown = shown[shown["samples"].notna() & (shown["label"].isin(paired["label"]) | (not len(paired)))]
@@ -197,8 +198,7 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
             if base is not None and own is not None:
                 bars.append((method, label, own["value"] / base["value"], None))
                 shown += [base, own]
-        ratios = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio")].sort_values("batch")
-        for _, row in ratios.iterrows():
+        for row in ratios(rows, method):
             bars.append((method, f"latency, batch {int(row['batch'])}", row["value"], (row["low"], row["high"])))
             shown.append(row)
     with style():

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-
 TIME_ONLY = "{desc}: {percentage:3.0f} %|{bar}| {elapsed} gone, {remaining} left{postfix}"
 
 

@@ -16,8 +16,8 @@ LINEAR_TYPES = ("qkv", "proj", "fc1", "fc2")
 
 # Small Vision Transformers for small images; the same timm class, so that every method applies to them unchanged.
 SMALL_VITS = {
-    "vit_mini_patch2_8": dict(img_size=8, patch_size=2, embed_dim=64, depth=4, num_heads=4),
-    "vit_mini_patch4_32": dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=6),
+    "vit_mini_patch2_8": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4},
+    "vit_mini_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6},
 }
 
 

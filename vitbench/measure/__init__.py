@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from vitbench import artifact, environment, progress
+from vitbench import artifact, backends, environment, progress
 from vitbench.baseline import Baseline
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
@@ -29,6 +29,7 @@ class _Group:
     title: str
     slots: list[tuple[str, str, dict[str, Any]]]
     work: Callable[[], Iterable[Value]]
+    obstacle: str = ""  # why it cannot be had
 
 
 def measure(
@@ -41,6 +42,7 @@ def measure(
     threads: int = 2,
     rounds: int = 60,
     device: str = "auto",
+    backend: str = "eager",
     what: Sequence[str] = GROUPS,
 ) -> pd.DataFrame:
     """Measure the model saved at `path` and write one row a metric to `run`; what is there already is not done again.
@@ -53,6 +55,7 @@ def measure(
         threads: of the timed process.
         rounds: how often each model is timed.
         device: where accuracy is computed. Latency and memory are those of the CPU.
+        backend: what runs the timed models, eager or onnxruntime (see `vitbench.backends`).
         what: which of accuracy, size, latency and memory to measure.
 
     Returns:
@@ -65,11 +68,12 @@ def measure(
         )
     for group in what:
         one_of("group of metrics", group, GROUPS)
+    backends.available(backend)
     manifest = artifact.read_manifest(path)
     about = _about(manifest.recipe, data)
     done = run.done()
     todo, wanted = [], set()
-    for group in _groups(path, data, versus, batches, threads, rounds, device):
+    for group in _groups(path, data, versus, batches, threads, rounds, device, backend):
         if group.title not in what:
             continue
         rows = [
@@ -96,6 +100,8 @@ def measure(
 
 
 def _measured(group: _Group, rows: list[Row]) -> list[Row]:
+    if group.obstacle:
+        return [row.having(status="skipped", error=group.obstacle, value=None, source="") for row in rows]
     try:
         values = list(group.work())
     except (ChildError, RuntimeError, MemoryError) as error:
@@ -105,7 +111,7 @@ def _measured(group: _Group, rows: list[Row]) -> list[Row]:
     return [row.having(metric=value.metric, **value.fields()) for row, value in zip(rows, values, strict=True)]
 
 
-def _groups(path, data, versus, batches, threads, rounds, device) -> Iterable[_Group]:
+def _groups(path, data, versus, batches, threads, rounds, device, backend) -> Iterable[_Group]:
     test = data.needs("test")
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
     metrics = ["top1", "top5"] if len(data.classes) > 5 else ["top1"]
@@ -115,16 +121,24 @@ def _groups(path, data, versus, batches, threads, rounds, device) -> Iterable[_G
     units = {"params": "weights", "macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
     yield _Group("size", [(metric, unit, {}) for metric, unit in units.items()], lambda: cost.cost(path))
 
-    machine = {"backend": "eager", "threads": threads, "device": f"cpu: {environment.cpu_name()}"}
-    against = {"versus": artifact.read_manifest(versus).recipe.method} if versus else {}
+    machine = {"threads": threads, "device": f"cpu: {environment.cpu_name()}"}
+    timed = {**machine, "backend": backend, "rounds": rounds}
+    if versus:
+        other = artifact.read_manifest(versus)
+        timed["versus"] = f"{other.recipe.method}:{other.sha256[:12]}"
     slots = [
-        (metric, unit, {**machine, "batch": batch, **against})
+        (metric, unit, {**timed, "batch": batch})
         for batch in batches
         for metric, unit in timing.metrics(bool(versus)).items()
     ]
-    yield _Group("latency", slots, lambda: timing.latency(path, versus, batches, threads, rounds))
+    yield _Group(
+        "latency",
+        slots,
+        lambda: timing.latency(path, versus, batches, threads, rounds, backend),
+        backends.obstacle(backend, artifact.read_manifest(path).recipe),
+    )
 
-    slots = [("peak_rss", "bytes", machine), ("import_rss", "bytes", machine)]
+    slots = [(metric, "bytes", {**machine, "backend": "eager"}) for metric in ("peak_rss", "import_rss")]
     yield _Group("memory", slots, lambda: memory.peak_rss(path, threads))
 
 

@@ -24,13 +24,17 @@ def metrics(against_baseline: bool) -> dict[str, str]:
     return {f"latency_p{p}": "ms" for p in PERCENTILES} | ratio
 
 
-def latency(path: Path, versus: str | Path, batches: Sequence[int], threads: int, rounds: int) -> Iterator[Value]:
+def latency(
+    path: Path, versus: str | Path, batches: Sequence[int], threads: int, rounds: int, backend: str
+) -> Iterator[Value]:
     """Time the model at `path`, in turn with the one at `versus` if given, in a child process, batch size by batch size."""
     models = [str(path), *([str(versus)] if versus else [])]
     with FileLock(
         writable_folder(model_cache(), "cache") / "timing.lock"
     ):  # two timings at once would disturb each other
-        timed = in_child("time_models", threads, models=models, batches=list(batches), rounds=rounds)["times"]
+        timed = in_child("time_models", threads, models=models, batches=list(batches), rounds=rounds, backend=backend)[
+            "times"
+        ]
     for times in timed:
         own = times[0]
         how = f"measured: {len(own)} calls in a fresh process after warm-up{', in turn with the baseline' if versus else ''}"
@@ -42,7 +46,7 @@ def latency(path: Path, versus: str | Path, batches: Sequence[int], threads: int
 
 
 @job
-def time_models(models: list[str], batches: list[int], rounds: int) -> dict[str, Any]:
+def time_models(models: list[str], batches: list[int], rounds: int, backend: str) -> dict[str, Any]:
     """Milliseconds of each call: `times[batch][model]` is a list. The order within a round alternates."""
     import torch
 
@@ -50,17 +54,20 @@ def time_models(models: list[str], batches: list[int], rounds: int) -> dict[str,
 
     loaded = [artifact.load(path) for path in models]
     with torch.inference_mode():
-        return {"times": [_time_batch(loaded, batch, rounds) for batch in batches]}
+        return {"times": [_time_batch(loaded, batch, rounds, backend) for batch in batches]}
 
 
-def _time_batch(models: list, batch: int, rounds: int) -> list[list[float]]:
+def _time_batch(models: list, batch: int, rounds: int, backend: str) -> list[list[float]]:
     import torch
 
+    from vitbench import backends
+
     inputs = [torch.randn(batch, 3, size, size) for size in (model.recipe.preprocess.size for model in models)]
+    ready = [backends.prepare(backend, model, x) for model, x in zip(models, inputs, strict=True)]
 
     def call(i: int) -> float:
         start = time.perf_counter()
-        models[i](inputs[i])
+        ready[i](inputs[i])
         return (time.perf_counter() - start) * 1000
 
     times: list[list[float]] = [[] for _ in models]

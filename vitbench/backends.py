@@ -1,0 +1,63 @@
+"""What runs a model: eager PyTorch, or ONNX Runtime. Prepared once, checked against eager's answer, then called."""
+
+import io
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vitbench.errors import one_of, require
+from vitbench.recipe import Recipe
+
+TOLERANCE = 1e-3  # largest difference from eager's logits, relative to the largest logit
+
+
+def eager(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model as PyTorch runs it, operator by operator."""
+    return model
+
+
+def onnxruntime(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model exported for inputs shaped like `x` and run by ONNX Runtime's CPU provider, with torch's thread count."""
+    runtime = require("onnxruntime", "onnx")
+    require("onnxscript", "onnx")
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(file)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+BACKENDS = {"eager": eager, "onnxruntime": onnxruntime}
+
+
+def prepare(backend: str, model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Make `model` callable in `backend` for inputs shaped like `x`.
+
+    Raises:
+        InputError: unknown backend, or its extra is not installed.
+        RuntimeError: its answer is not eager's.
+    """
+    call = BACKENDS[one_of("backend", backend, BACKENDS)](model, x)
+    wanted = model(x)
+    apart = float((call(x) - wanted).abs().max() / wanted.abs().max())
+    if apart > TOLERANCE:
+        raise RuntimeError(
+            f"{backend} differs from eager by {apart:.1e} of the largest logit; at most {TOLERANCE} is allowed"
+        )
+    return call
+
+
+def available(backend: str) -> None:
+    """Raise `InputError` if `backend` is unknown or what it needs is not installed."""
+    if one_of("backend", backend, BACKENDS) == "onnxruntime":
+        require("onnxruntime", "onnx")
+        require("onnxscript", "onnx")
+
+
+def obstacle(backend: str, recipe: Recipe) -> str:
+    """Why `backend` cannot run a model with this recipe; "" if it can."""
+    layers = sorted({spec["layer"] for spec in recipe.layers.values()})
+    return f"{backend} has no form of {', '.join(layers)}" if backend != "eager" and layers else ""
