@@ -177,6 +177,27 @@ def test_executed_copies_say_what_made_them(killed_then_finished):
     assert not any(output.get("name") == "stderr" for cell in copy["cells"] for output in cell.get("outputs", []))
 
 
+@FORM
+def test_every_figure_is_seen_in_the_executed_notebook(path, killed_then_finished):
+    out, _ = killed_then_finished
+    for cell in nbformat.read(out / "notebooks" / path.name, as_version=4).cells:
+        if cell.cell_type == "code" and ("plt.subplots" in cell.source or "save_figure(" in cell.source):
+            kinds = [kind for output in cell.outputs for kind in output.get("data", {})]
+            assert "image/png" in kinds, cell.source
+
+
+@FORM
+def test_outputs_are_short_and_name_no_path(path, killed_then_finished):
+    out, _ = killed_then_finished
+    for cell in nbformat.read(out / "notebooks" / path.name, as_version=4).cells[3:]:
+        if cell.cell_type == "code":
+            assert len(cell.outputs) <= 8, cell.source
+            texts = [
+                output.get("text", "") or str(output.get("data", {}).get("text/plain", "")) for output in cell.outputs
+            ]
+            assert str(out) not in "".join(texts), cell.source
+
+
 def test_a_notebook_that_fails_is_named_with_its_cell(home, tmp_path, monkeypatch):
     folder = tmp_path / "home"
     (folder / "notebooks" / "profiles").mkdir(parents=True)

@@ -49,6 +49,8 @@ def style() -> Iterator[None]:
     """The project's look, for the figures here and for a notebook's own."""
     with mpl.rc_context(STYLE):
         yield
+        interactive = mpl.is_interactive()
+    mpl.interactive(interactive)  # a notebook's backend may have set it inside; taking it back would hide later figures
 
 
 def look(method: str, among: Sequence[str]) -> dict[str, str]:
@@ -57,21 +59,18 @@ def look(method: str, among: Sequence[str]) -> dict[str, str]:
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str, rows: pd.DataFrame | None = None) -> list[Path]:
+def save_figure(figure: Figure, folder: str | Path, name: str, rows: pd.DataFrame | None = None) -> None:
     """Write `name`.png and `name`.svg, and with `rows` a `name`.csv of the rows that the figure shows, with their keys."""
     folder = writable_folder(folder, "figures folder")
-    made = [folder / f"{name}.png", folder / f"{name}.svg"]
     with style():
-        figure.savefig(made[0])
-        figure.savefig(made[1], metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png")
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     if rows is not None:
-        made.append(folder / f"{name}.csv")
         columns = [
             *("key", "model", "dataset", "method", "config", "metric", "batch"),
             *("value", "low", "high", "unit", "source", "commit"),
         ]
-        rows[columns].to_csv(made[-1], index=False)
-    return made
+        rows[columns].to_csv(folder / f"{name}.csv", index=False)
 
 
 def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[Figure, pd.DataFrame]:

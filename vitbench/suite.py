@@ -121,7 +121,7 @@ def _watch(running: dict[Future, Lesson], run: Run, bar) -> list[Outcome]:
         for future, lesson in running.items():
             share = 1.0 if future.done() else _share_done(_copy(run, lesson, running=True), lesson)
             if share > moved[lesson.name]:
-                bar.update(60 * lesson.minutes * (share - moved[lesson.name]))
+                bar.update(min(60 * lesson.minutes * (share - moved[lesson.name]), bar.total - bar.n))
                 moved[lesson.name] = share
             if future.running():
                 busy.append(lesson.name)
