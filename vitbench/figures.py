@@ -161,13 +161,14 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 kind, dashes = look(method, names), ("-", "--", ":", "-.")[place % 4]
                 sns.ecdfplot(x=times, ax=axes, color=kind["color"], ls=dashes, label=method)
                 axes.axvline(np.median(times), color=kind["color"], lw=0.8, alpha=0.5)
-            axes.set_xlim(0, 1.1 * max(np.percentile(times, 98) for times in calls.values()))
+            widest = max(min(np.percentile(times, 98), 2 * np.median(times)) for times in calls.values())
+            axes.set_xlim(0, 1.1 * widest)
             axes.set(ylim=(0, 1.25), yticks=np.linspace(0, 1, 6), ylabel="share of calls")
             unit = "time of one call / baseline's median" if len(paired) else "ms for one call"
             axes.set_xlabel(f"{unit}, batch {int(batch)}")
             axes.legend(loc="upper left", fontsize=9)
         panels[0][0].set_title(_title(rows, "every timed call"))
-        _note(figure, "thin vertical lines: medians; the slowest 2 % of the calls may lie outside")
+        _note(figure, "thin vertical lines: medians; the slowest calls may lie outside")
     return figure, shown
 
 

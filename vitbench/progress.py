@@ -21,6 +21,7 @@ def bar(work: Iterable | None, title: str, total: float | None = None, unit: str
         mininterval=0.1 if sys.stdout.isatty() else 2.0,
         ncols=90 if notebook else 100,
         bar_format=layout or None,
+        ascii=False,
     )
 
 
