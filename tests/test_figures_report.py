@@ -106,6 +106,17 @@ def test_figures_are_the_same_files_again(folder, tmp_path):
     assert keys <= set(rows["key"])
 
 
+def test_many_methods_and_none_can_be_drawn(tmp_path):
+    names = ("baseline", *(f"method_{i}" for i in range(7)))
+    append_rows(tmp_path / "many.jsonl", make_rows(names, [0.9] * 8, [1000] * 8))
+    append_rows(tmp_path / "one.jsonl", make_rows(names[:1]))
+    for make in (figures.predicted_beside_measured, figures.latencies, figures.tradeoff):
+        for file in ("many", "one"):
+            figure, _ = make(load_records(tmp_path / f"{file}.jsonl"))
+            assert max(figure.get_size_inches()) < 16
+            plt.close(figure)
+
+
 def test_colours_differ_in_lightness_too():
     def lightness(colour):
         r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
@@ -139,5 +150,5 @@ def test_nothing_to_report(tmp_path):
         write_report(tmp_path)
     failed = make_rows()[0].having(status="failed", value=None, error="broken")
     append_rows(tmp_path / "records.jsonl", [failed])
-    with pytest.raises(InputError, match="no rows of any model"):
+    with pytest.raises(InputError, match="no ok row"):
         subject(load_records(tmp_path))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitbench import artifact, backends, statistics
+from vitbench import artifact, backends, statistics, vit
 from vitbench.comparison import comparison
 from vitbench.errors import InputError
 from vitbench.measure import child, measure, training_rows
@@ -92,6 +92,9 @@ def test_wrong_settings(base, digits, tmp_path):
         measure(base.path, digits, Run(tmp_path), what=("speed",))
     with pytest.raises(InputError, match="not a saved model"):
         measure(tmp_path, digits, Run(tmp_path))
+    other = artifact.save(vit.create_model("vit_mini_patch2_8", num_classes=7), tmp_path / "seven")
+    with pytest.raises(InputError, match="has 7 outputs and digits has 10 classes"):
+        measure(other, digits, Run(tmp_path))
 
 
 def test_peak_memory_grows_with_what_is_held():

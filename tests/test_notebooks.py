@@ -198,20 +198,29 @@ def test_outputs_are_short_and_name_no_path(path, killed_then_finished):
             assert str(out) not in "".join(texts), cell.source
 
 
-def test_a_notebook_that_fails_is_named_with_its_cell(home, tmp_path, monkeypatch):
+def test_a_notebook_that_fails_is_named_with_its_cell_and_stops_no_other(home, tmp_path):
     folder = tmp_path / "home"
     (folder / "notebooks" / "profiles").mkdir(parents=True)
     (folder / "results").symlink_to(home / "results")
-    for path in NOTEBOOKS:
-        if path.stem == "00_start_here":
-            notebook = nbformat.read(path, as_version=4)
-            notebook.cells.insert(3, nbformat.v4.new_code_cell("raise RuntimeError('on purpose')"))
-            nbformat.write(notebook, folder / "notebooks" / path.name)
-    (folder / "notebooks" / "profiles" / "quick.yaml").write_text("images: 100\n")
-    done = suite("--out", str(tmp_path / "out"), env=os.environ | {"VITBENCH_HOME": str(folder)})
+    (folder / "notebooks" / "profiles" / "quick.yaml").write_text("pause: 0.5\n")
+    for name, last in (
+        ("10_good", "print(pause)"),
+        ("11_bad", "raise RuntimeError('on purpose')"),
+        ("12_good", "1 + 1"),
+    ):
+        cells = [nbformat.v4.new_markdown_cell(f"# {name}"), nbformat.v4.new_code_cell("pause: float = 0.0  # seconds")]
+        cells[1].metadata["tags"] = ["parameters"]
+        notebook = nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell(last)])
+        notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
+    out = tmp_path / "out"
+    done = suite("--out", str(out), "--workers", "2", env=os.environ | {"VITBENCH_HOME": str(folder)})
     assert done.returncode == 1
-    assert "00_start_here: cell" in done.stdout
-    assert "RuntimeError: on purpose" in done.stdout
-    assert str(tmp_path / "out" / "notebooks" / "00_start_here.ipynb") in done.stdout
+    assert "11_bad: cell 3 (In [3]): RuntimeError: on purpose" in done.stdout
+    assert str(out / "notebooks" / "11_bad.ipynb") in done.stdout
+    assert done.stdout.count("done ") == 2
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "out" / "notebooks" / "00_start_here.ipynb").is_file()
+    assert {path.stem for path in (out / "notebooks").iterdir()} == {"10_good", "11_bad", "12_good"}
+    again = suite("--out", str(out), env=os.environ | {"VITBENCH_HOME": str(folder)})
+    assert again.stdout.count("skipped ") == 2
+    assert again.returncode == 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from torch import nn
 
 from vitbench import artifact, batches, image_sources, paths, training, vit
 from vitbench import data as data_module
-from vitbench.data import ImageData, file_name
+from vitbench.data import ImageData
 from vitbench.errors import InputError
+from vitbench.recipe import Recipe
 from vitbench.training import TrainConfig
 
 
@@ -39,7 +41,7 @@ def baseline(
 
     With `train.epochs` = 0 the pretrained or checkpoint weights are taken as they are, for the classes they know.
     The cache's key is the hash of the architecture, the starting weights, the data's fingerprint, the training config,
-    the versions of torch and timm, the thread count, and the sources that decide the result.
+    the versions of torch and timm, the kind of device, the thread count, and the sources that decide the result.
     A run that was killed goes on from its last checkpoint; two processes that ask for one baseline train it once.
 
     Raises:
@@ -47,7 +49,7 @@ def baseline(
     """
     train = train or TrainConfig()
     start = prepare(model, data, train, pretrained=pretrained, checkpoint=checkpoint)
-    folder = paths.model_cache() / f"{file_name(model)}-{file_name(data.name)}-{_key(start.recipe)}"
+    folder = paths.model_cache() / f"{_plain(model)}-{_plain(data.name)}-{_key(start.recipe, device)}"
     if folder.is_dir() and (folder / "history.json").is_file():
         return _read(folder)
     paths.writable_folder(folder, "model cache")
@@ -104,12 +106,18 @@ def _read(folder: Path) -> Baseline:
     )
 
 
-def _key(recipe) -> str:
+def _plain(text: str) -> str:
+    """`text` with everything but letters, digits, '.', '_' and '-' turned into '-', for the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-") or "unnamed"
+
+
+def _key(recipe: Recipe, device: str) -> str:
     sources = [Path(module.__file__).read_bytes() for module in (vit, training, batches, data_module, image_sources)]
     facts = {
         "recipe": recipe.to_dict(),
         "versions": [torch.__version__, timm.__version__],
         "threads": torch.get_num_threads(),
+        "device": training.pick_device(device).type,
         "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -14,7 +14,7 @@ from vitbench.data import Split
 from vitbench.recipe import Preprocess
 
 Augment = Literal["none", "shift", "shift-flip", "timm"]
-EVAL_WORKERS = 2
+LOADER_WORKERS = 2
 
 
 def eval_batches(
@@ -139,5 +139,5 @@ def _pil_loader(split: Split, transform, batch_size: int, order: list[int] | Non
         _Transformed(split, transform, seed),
         batch_size=batch_size,
         sampler=order,
-        num_workers=EVAL_WORKERS,
+        num_workers=LOADER_WORKERS,
     )

@@ -11,21 +11,15 @@ MEGA = 1e6
 EAGER = "eager"
 
 
-def subject(rows: pd.DataFrame, dataset: str = "", model: str = "") -> pd.DataFrame:
-    """The ok rows of one baseline and what was made from it; without names, those of the last row.
+def subject(rows: pd.DataFrame) -> pd.DataFrame:
+    """The ok rows of one baseline and what was made from it: the baseline of the last row.
 
-    Rows of the same model trained in another way (other epochs, another seed) are another subject. A column `label`
-    is added: the method's name, with the settings that differ where one method was run with several.
+    Rows of another model or data set, or of the same model trained in another way (other epochs, another seed), are
+    another subject. A column `label` is added: the method's name, with the settings that differ where one method was run with several.
     """
     good = rows[rows["status"] == "ok"]
-    if dataset:
-        good = good[good["dataset"] == dataset]
-    if model:
-        good = good[good["model"] == model]
     if not len(good):
-        raise InputError(
-            f"no rows of {model or 'any model'} on {dataset or 'any data set'}; run the baseline and a method first"
-        )
+        raise InputError("the records hold no ok row; run the baseline and a method first")
 
     def story(row: pd.Series) -> str:
         return json.dumps(
@@ -86,14 +80,14 @@ def ratios(rows: pd.DataFrame, method: str) -> list[pd.Series]:
     return [value(rows, method, "latency_ratio", batch) for batch in sorted(own["batch"].unique())]
 
 
-def comparison(rows: pd.DataFrame, dataset: str = "", model: str = "") -> pd.DataFrame:
+def comparison(rows: pd.DataFrame) -> pd.DataFrame:
     """One line a method.
 
     Columns: top1, low, high (per cent); bytes (MB) and `x smaller`; MACs (M); for each batch size (and each backend
     other than eager, named) the median latency (ms) and its ratio to the baseline timed in turn in the same backend;
     peak RSS (MB). A number that was not measured is NaN.
     """
-    rows = subject(rows, dataset, model)
+    rows = subject(rows)
     found = rows[rows["metric"] == "latency_p50"]
     timed = sorted(
         {(row.backend, int(row.batch)) for row in found.itertuples()}, key=lambda pair: (pair[0] != EAGER, *pair)

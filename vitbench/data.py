@@ -5,7 +5,6 @@ which methods collect statistics.
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +38,6 @@ class Split:
     def array(self) -> np.ndarray | None:
         """All images as uint8 (N, H, W, 3) where the source holds them in memory, else None."""
         return self.source.array[self.indices] if isinstance(self.source, ArrayImages) else None
-
-    def head(self, count: int) -> "Split":
-        """The first `count` images."""
-        return Split(self.name, self.source, self.indices[:count], self.labels[:count])
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +216,3 @@ def _fingerprint(splits: dict[str, Split], classes: Sequence[str]) -> str:
         digest.update(split.indices.astype("<i8").tobytes())
         digest.update(split.labels.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
-
-
-def file_name(text: str) -> str:
-    """`text` with everything but letters, digits, '.', '_' and '-' turned into '-', for use as a file's name."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-") or "unnamed"

@@ -1,6 +1,7 @@
 """Figures from rows alone, in one style: legible in grey, safe for colour-blind readers, labelled in place."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitbench.comparison import MEGA, in_backend, methods, ratios, subject, value
@@ -186,48 +188,62 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
     """For each compressed method, what bits and MACs promise and what disk and clock say, as ratios to the baseline."""
     rows = subject(rows)
     names = [method for method in methods(rows) if method != "baseline"]
-    pairs = [
-        ("bytes: weights x bits", "bytes_predicted", None),
-        ("bytes: on disk", "bytes", None),
-        ("MACs", "macs", None),
-    ]
-    bars, shown = [], []
-    for method in names:
-        for label, metric, _ in pairs:
-            base, own = value(rows, "baseline", metric), value(rows, method, metric)
-            if base is not None and own is not None:
-                bars.append((method, label, own["value"] / base["value"], None))
-                shown += [base, own]
-        for row in ratios(rows, method):
-            bars.append((method, f"latency, batch {int(row['batch'])}", row["value"], (row["low"], row["high"])))
-            shown.append(row)
+    columns = min(3, max(1, len(names)))
+    lines = math.ceil(max(1, len(names)) / columns)
+    shown = []
     with style():
-        figure, panels = plt.subplots(1, max(1, len(names)), figsize=(max(6.4, 4.2 * len(names)), 3.4), squeeze=False)
-        for axes, method in zip(panels[0], names, strict=False):
-            own = [bar for bar in bars if bar[0] == method]
-            for place, (_, label, ratio, interval) in enumerate(own):
-                measured = label != "MACs" and "weights x bits" not in label
-                axes.barh(
-                    place,
-                    ratio,
-                    color=COLOURS[3] if measured else "white",
-                    edgecolor=COLOURS[3],
-                    hatch="" if measured else "///",
-                )
-                if interval:
-                    axes.plot(interval, [place, place], color="black", lw=2)
-                right = max(ratio, interval[1] if interval else 0)
-                axes.annotate(f"{ratio:.2f}", (right, place), xytext=(5, 0), textcoords="offset points", va="center")
-            axes.axvline(1, color="black", lw=1)
-            axes.set_yticks(range(len(own)), [label for _, label, *_ in own])
-            axes.set_xlim(0, 1.15 * max(1.0, *(interval[1] if interval else ratio for *_, ratio, interval in own)))
-            axes.set(xlabel="ratio to the baseline (1 = no gain)", title=method)
-            axes.invert_yaxis()
+        figure, panels = plt.subplots(lines, columns, figsize=(max(6.4, 4.6 * columns), 3.4 * lines), squeeze=False)
+        for axes, method in zip(panels.flat, names, strict=False):
+            bars, used = _promises(rows, method)
+            _draw_bars(axes, bars)
+            axes.set_title(method)
+            shown += used
+        for axes in panels.flat[len(names) :]:
+            axes.axis("off")
+        if not names:
+            panels[0][0].text(0.5, 0.5, "no compressed method has been measured yet", ha="center")
         _note(figure, "hatched: predicted; filled: measured; black bar: 95 % interval")
-    return figure, pd.DataFrame(shown)
+    return figure, pd.DataFrame(shown, columns=rows.columns)
 
 
-def _label_points(axes, points: list[tuple[str, float, float]], names: Sequence[str]) -> None:
+Bar = tuple[str, float, tuple[float, float] | None, bool]  # label, ratio to the baseline, interval, measured
+
+
+def _promises(rows: pd.DataFrame, method: str) -> tuple[list[Bar], list[pd.Series]]:
+    """The bars of one method and the rows behind them."""
+    bars: list[Bar] = []
+    used = []
+    for label, metric, measured in (
+        ("bytes: weights x bits", "bytes_predicted", False),
+        ("bytes: on disk", "bytes", True),
+        ("MACs", "macs", False),
+    ):
+        base, own = value(rows, "baseline", metric), value(rows, method, metric)
+        if base is not None and own is not None:
+            bars.append((label, own["value"] / base["value"], None, measured))
+            used += [base, own]
+    for row in ratios(rows, method):
+        bars.append((f"latency, batch {int(row['batch'])}", row["value"], (row["low"], row["high"]), True))
+        used.append(row)
+    return bars, used
+
+
+def _draw_bars(axes: Axes, bars: list[Bar]) -> None:
+    for place, (_, ratio, interval, measured) in enumerate(bars):
+        colour = COLOURS[3] if measured else "white"
+        axes.barh(place, ratio, color=colour, edgecolor=COLOURS[3], hatch="" if measured else "///")
+        if interval:
+            axes.plot(interval, [place, place], color="black", lw=2)
+        right = interval[1] if interval else ratio
+        axes.annotate(f"{ratio:.2f}", (right, place), xytext=(5, 0), textcoords="offset points", va="center")
+    axes.axvline(1, color="black", lw=1)
+    axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
+    axes.set_xlim(0, 1.15 * max([1.0, *(interval[1] if interval else ratio for _, ratio, interval, _ in bars)]))
+    axes.set_xlabel("ratio to the baseline (1 = no gain)")
+    axes.invert_yaxis()
+
+
+def _label_points(axes: Axes, points: list[tuple[str, float, float]], names: Sequence[str]) -> None:
     """Write each point's name beside it; names of points that lie together are stacked."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     for place, (name, x, y) in enumerate(points):

@@ -102,7 +102,7 @@ def train(
     device: str = "auto",
     title: str = "training",
 ) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Train `model` in place on `data.train`; the same config and machine give the same weights, bit for bit.
+    """Train `model` in place on `data.train`; on one CPU the same config gives the same weights, bit for bit.
 
     Every epoch's order and random draws come from (seed, epoch) alone, so a run that was killed and goes on from
     `checkpoint` ends with the weights of a run that was not.

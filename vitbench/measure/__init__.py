@@ -70,6 +70,12 @@ def measure(
         one_of("group of metrics", group, GROUPS)
     backends.available(backend)
     manifest = artifact.read_manifest(path)
+    outputs = manifest.recipe.architecture.num_classes
+    if outputs != len(data.classes):
+        raise InputError(
+            f"the model has {outputs} outputs and {data.name} has {len(data.classes)} classes; "
+            f"give the images that the model was made for, or train it on these first"
+        )
     about = _about(manifest.recipe, data)
     done = run.done()
     todo, wanted = [], set()
