@@ -132,6 +132,17 @@ def test_a_read_only_folder(tmp_path):
     assert run("run", "quick", "--out", tmp_path / "out").returncode == 2
 
 
+def test_a_full_disk_gets_one_line(base, tmp_path, capsys, monkeypatch):
+    from vitbench import environment
+
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "environments"))
+
+    monkeypatch.setattr(environment, "write_environment", full)
+    assert cli.main(["measure", str(base.path), "--rounds", "10", "--batches", "1", "--out", str(tmp_path)]) == 2
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_two_suites_do_not_share_a_folder(tmp_path, capsys):
     from filelock import FileLock
 

@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print."""
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"vitbench: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if options.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(
+            f"vitbench: {error.filename or 'a file'} cannot be written ({error.strerror}); give a folder with free space "
+            "that you own; what was finished is kept",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\nvitbench: stopped; the same command goes on from here", file=sys.stderr)
