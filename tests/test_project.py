@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from vitbench.comparison import comparison, subject
+from vitbench.records import load_records, read_rows
 
 
 def ranges(lines):
@@ -65,6 +67,29 @@ def test_the_readmes_commands_exist():
 def test_the_readmes_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
+
+
+REFERENCES = sorted((ROOT / "results" / "reference").glob("*/records.jsonl"))
+
+
+def table_lines(file):
+    """The README's lines for one reference run, made from its rows."""
+    rows = load_records(file)
+    for method, line in comparison(rows).iterrows():
+        accuracy = f"{line['top1 %']:.2f} [{line['low %']:.2f}, {line['high %']:.2f}]"
+        ratios = "1 | 1" if method == "baseline" else f"{line['ratio b1']:.2f} | {line['ratio b8']:.2f}"
+        about = subject(rows).iloc[-1]
+        yield f"| {file.parent.name} | {about['model']} | {method} | {accuracy} | {line['MB']:.2f} | {ratios} |"
+
+
+@pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.parent.name)
+def test_the_readmes_numbers_are_the_reference_rows(file):
+    readme = (ROOT / "README.md").read_text()
+    for line in table_lines(file):
+        assert line in readme
+    for row in read_rows(file):
+        assert (file.parent / "environments" / f"{row.env_id}.json").is_file()
+        assert not row.commit.endswith("+changes"), "a reference row names a commit that holds its source"
 
 
 def test_files_stay_small():
