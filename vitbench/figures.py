@@ -107,13 +107,13 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
                 ms=8,
                 capsize=3,
             )
-        _label_points(axes, [(method, x, 100 * gain["value"]) for method, (x, *_), gain in points], names)
         front = pareto_front([x for _, (x, *_), _ in points], [gain["value"] for *_, gain in points])
         widest = max(x for _, (x, *_), _ in points)
         line = [(points[i][1][0], 100 * points[i][2]["value"]) for i in front]
         line.append((1.6 * widest, line[-1][1]))  # to the right, nothing better was found
         axes.plot(*zip(*line, strict=True), color="#777777", lw=1, ls="--", zorder=0, drawstyle="steps-post")
         axes.set_xlim(0, 1.6 * widest)  # room for the labels
+        _label_points(axes, [(method, x, 100 * gain["value"]) for method, (x, *_), gain in points], names)
         axes.set(
             xlabel=label.format(batch=batch),
             ylabel="top-1 on test images (%)",
@@ -252,12 +252,20 @@ def _label_points(axes: Axes, points: list[tuple[str, float, float]], names: Seq
             for _, other, height in points[:place]
         )
         colour = look(name, names)["color"]
-        axes.annotate(name, (x, y), xytext=(9, 5 + 13 * near), textcoords="offset points", color=colour, fontsize=9)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(9, 5 + 13 * near),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9,
+            bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85},
+        )
 
 
 def _title(rows: pd.DataFrame, what: str) -> str:
     last = rows.iloc[-1]
-    return f"{last['model']} on {last['dataset']}: {what}"
+    return f"{what}\n{last['model']} on {last['dataset']}"
 
 
 def _note(figure: Figure, text: str) -> None:
