@@ -14,9 +14,9 @@ SHARED = ROOT.parent / "shared"
 _home = tempfile.TemporaryDirectory(prefix="vitbench-tests-")  # set before any import, for the kernels of notebooks too
 (Path(_home.name) / "notebooks").symlink_to(ROOT / "notebooks")
 os.environ["VITBENCH_HOME"] = _home.name
-os.environ["MPLBACKEND"] = "Agg"
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
+import matplotlib as mpl  # noqa: E402
 import torch  # noqa: E402
 
 from vitbench.baseline import baseline  # noqa: E402
@@ -24,6 +24,7 @@ from vitbench.data import load_data  # noqa: E402
 from vitbench.training import TrainConfig  # noqa: E402
 
 torch.set_num_threads(2)
+mpl.use("Agg")  # here only: a kernel shows its figures in the notebook
 
 
 @pytest.fixture(scope="session")

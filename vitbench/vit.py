@@ -100,7 +100,7 @@ def _construct(name: str, num_classes: int | None, img_size: int | None, pretrai
     except Exception as error:
         if not pretrained:
             raise
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = str(error).strip().splitlines()[0].split(". ")[0][:160]
         raise InputError(
             f"the pretrained weights of {name!r} could not be fetched ({reason}); check the network, or give a checkpoint file"
         ) from error
