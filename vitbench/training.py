@@ -121,7 +121,7 @@ def train(
             f"batch_size = {config.batch_size} is more than the {len(split)} training images; give a smaller one"
         )
     set_fused_attention(model, target.type != "cpu")  # on a CPU the fused kernel's backward pass is the slower one
-    run = _Run(model.to(target), config, len(split) // config.batch_size, teacher, target, data)
+    run = _Run(model.to(target), config, len(split) // config.batch_size, teacher, target)
     history = run.resume(checkpoint)
     saved = time.monotonic()
     with progress.bar(None, title, total=config.epochs * run.steps, unit="step") as bar:
@@ -150,7 +150,7 @@ def train(
 class _Run:
     """The moving parts of one training run."""
 
-    def __init__(self, model, config, steps, teacher, device, data):
+    def __init__(self, model, config, steps, teacher, device):
         from timm.data import Mixup
         from timm.optim import param_groups_weight_decay
         from timm.utils import ModelEmaV3
