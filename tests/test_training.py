@@ -16,7 +16,7 @@ from vitbench.data import load_data
 from vitbench.errors import InputError
 from vitbench.training import TrainConfig, evaluate, train
 
-SHORT = TrainConfig(epochs=3, batch_size=64, ema=0.9, augment="shift")
+SHORT = TrainConfig(epochs=3, batch_size=64, ema=0.9, augment="shift", mixup=0.4)
 
 
 def weights(model):

@@ -35,14 +35,14 @@ class TrainConfig(Config):
     `precision` "auto" is bf16 on a GPU and on a CPU with bf16 instructions for widths of 192 or more, else fp32.
     """
 
-    epochs: int = Field(default=40, ge=0)
+    epochs: int = Field(default=60, ge=0)
     batch_size: int = Field(default=128, ge=1)
     lr: float = Field(default=4e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     warmup_epochs: float = Field(default=5.0, ge=0)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     augment: Augment = "none"
-    mixup: float = Field(default=0.4, ge=0)
+    mixup: float = Field(default=0.8, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
