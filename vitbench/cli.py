@@ -203,6 +203,10 @@ def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from vitbench.lessons import parse_setting
 
     values: dict[str, dict[str, Any]] = {name: {} for name in options.method}
+    if len(values) < len(options.method):
+        raise InputError(
+            f"--method {' '.join(options.method)}: name each method once; compress the result again for a second time"
+        )
     for setting in options.settings:
         key, value = parse_setting(setting)
         name, dot, inner = key.rpartition(".")

@@ -15,7 +15,8 @@ def subject(rows: pd.DataFrame) -> pd.DataFrame:
     """The ok rows of one baseline and what was made from it: the baseline of the last row.
 
     Rows of another model or data set, or of the same model trained in another way (other epochs, another seed), are
-    another subject. A column `label` is added: the method's name, with the settings that differ where one method was run with several.
+    another subject. A column `label` is added: the method's name, with the settings that differ where one method was
+    run with several.
     """
     good = rows[rows["status"] == "ok"]
     if not len(good):

@@ -10,7 +10,7 @@ class InputError(ValueError):
     """Something that was given cannot be used. The command line prints the message alone and exits with status 2."""
 
 
-def one_of(kind: str, given: object, allowed: Iterable[str], hint: str = "") -> str:
+def one_of(kind: str, given: object, allowed: Iterable[str]) -> str:
     """`given` if it is in `allowed`; otherwise an `InputError` that lists what is allowed and the nearest name."""
     allowed = list(allowed)
     if given in allowed:
@@ -18,7 +18,7 @@ def one_of(kind: str, given: object, allowed: Iterable[str], hint: str = "") -> 
     near = difflib.get_close_matches(str(given), allowed, n=1)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
     names = ", ".join(allowed) if allowed else "none"
-    raise InputError(f"unknown {kind} {str(given)!r}{guess}; allowed: {names}{'; ' + hint if hint else ''}")
+    raise InputError(f"unknown {kind} {str(given)!r}{guess}; allowed: {names}")
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -249,16 +249,17 @@ class _Run:
             return []
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["config"] != self.config.to_dict():
-                return []
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.ema:
-                self.ema.module.load_state_dict(state["ema"])
-            return state["history"]
+            same = state["config"] == self.config.to_dict()
         except Exception as error:  # a torn or foreign file: any of the reader's kinds
             print(f"the checkpoint {Path(path).name} cannot be used ({type(error).__name__}); training starts anew")
             return []
+        if not same:
+            return []
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+        return state["history"]
 
 
 def _bf16_pays(model: nn.Module, device: torch.device) -> bool:
