@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from vitbench.layers import RUNTIME_LAYERS
 from vitbench.paths import replaced, writable_folder
 from vitbench.recipe import Recipe
 
-WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
+WEIGHTS, RECIPE, SHARED = "model.safetensors", "recipe.json", "shared."
 
 
 class Manifest(Config):
@@ -37,19 +38,25 @@ def recipe_of(model: nn.Module) -> Recipe:
             f"this {type(model).__name__} has no recipe to rebuild it from; "
             "make the model with vitbench.create_model, vitbench.baseline or vitbench.load"
         )
-    layers = {
+    specs = {
         name: {"layer": type(module).__name__, **module.spec()}
         for name, module in model.named_modules()
         if type(module).__name__ in RUNTIME_LAYERS
     }
-    return model.recipe.having(layers=layers)
+    shared = {name.removeprefix(SHARED): spec for name, spec in specs.items() if name.startswith(SHARED)}
+    layers = {name: spec for name, spec in specs.items() if not name.startswith(SHARED)}
+    return model.recipe.having(layers=layers, shared=shared)
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
     """Write the model to the folder `path`, which appears whole or not at all. Same model, same bytes."""
     path, recipe = Path(path).expanduser(), recipe_of(model)
     writable_folder(path.parent, "output folder")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    stored = getattr(torch, recipe.storage)
+    tensors = {
+        key: (value.to(stored) if value.is_floating_point() else value).detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+    }
     try:
         with replaced(path) as fresh:
             save_file(tensors, fresh / WEIGHTS)
@@ -75,23 +82,39 @@ def load(path: str | Path) -> nn.Module:
         raise InputError(
             f"{str(path / WEIGHTS)!r} is damaged (its checksum is not the recipe's); make or copy it again"
         )
-    model = vit.skeleton(recipe.architecture)
-    known = dict(model.named_modules())
-    for name, spec in recipe.layers.items():
-        one_of("layer in the recipe", name, known)
-        layer = RUNTIME_LAYERS[one_of("runtime layer", spec.get("layer"), RUNTIME_LAYERS)]
-        try:
-            with torch.device("meta"):
-                vit.replace_module(model, name, layer(**{key: value for key, value in spec.items() if key != "layer"}))
-        except TypeError as error:
-            raise InputError(f"the recipe of {str(path)!r} does not fit {layer.__name__} ({error})") from None
+    model = _structure(path, recipe)
     try:
-        model.load_state_dict(load_file(path / WEIGHTS), assign=True)
+        tensors = load_file(path / WEIGHTS)
+        model.load_state_dict({key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()}, assign=True)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the tensors in {str(path)!r} do not fit its recipe: {reason}") from None
     model.recipe = recipe
     return model.requires_grad_(False).eval()
+
+
+def _structure(path: Path, recipe: Recipe) -> nn.Module:
+    """The model that a recipe describes, on the meta device: timm's structure with runtime layers in their places."""
+    model = vit.skeleton(recipe.architecture)
+    known = dict(model.named_modules())
+    if recipe.shared:
+        model.shared = nn.ModuleDict({name: _empty_layer(path, spec) for name, spec in recipe.shared.items()})
+    for name, spec in recipe.layers.items():
+        layer = _empty_layer(path, spec)
+        vit.replace_module(model, one_of("layer in the recipe", name, known), layer)
+        if hasattr(layer, "connect"):
+            one_of("shared module in the recipe", layer.shared, recipe.shared)
+            layer.connect(model.shared)
+    return model
+
+
+def _empty_layer(path: Path, spec: dict[str, Any]) -> nn.Module:
+    layer = RUNTIME_LAYERS[one_of("runtime layer", spec.get("layer"), RUNTIME_LAYERS)]
+    try:
+        with torch.device("meta"):
+            return layer(**{key: value for key, value in spec.items() if key != "layer"})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the recipe of {str(path)!r} does not fit {layer.__name__} ({error})") from None
 
 
 def read_manifest(path: str | Path) -> Manifest:

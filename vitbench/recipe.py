@@ -39,7 +39,9 @@ class Step(Config):
 class Recipe(Config):
     """The description that travels with a model: structure, input, origin, and the methods applied in order.
 
-    `layers` maps a module's name to the runtime layer that stands in its place (see `vitbench.layers`).
+    `layers` maps a module's name to the runtime layer that stands in its place (see `vitbench.layers`), and `shared`
+    names the modules that several layers share. `storage` is how floating-point tensors lie on disk; in memory they are
+    float32.
     `origin` says how the weights were made: training config, data, seed, starting weights.
     """
 
@@ -49,6 +51,8 @@ class Recipe(Config):
     origin: dict[str, Any] = {}
     methods: tuple[Step, ...] = ()
     layers: dict[str, dict[str, Any]] = {}
+    shared: dict[str, dict[str, Any]] = {}
+    storage: Literal["float32", "float16"] = "float32"
 
     @property
     def method(self) -> str:

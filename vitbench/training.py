@@ -1,14 +1,16 @@
 """The one training loop, and `evaluate`. Every method that trains goes through `train`."""
 
+import hashlib
+import json
 import math
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from vitbench.batches import Augment, eval_batches, train_batches
 from vitbench.configs import Config
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
-from vitbench.paths import writable_folder
+from vitbench.paths import model_cache, writable_folder
 from vitbench.vit import set_fused_attention
 
 CHECKPOINT_SECONDS = 5.0
@@ -32,12 +34,13 @@ class TrainConfig(Config):
 
     `kd_weight` and `temperature` matter only with a teacher: the loss is then
     (1 - kd_weight) CE + kd_weight T^2 KL(teacher || student), both softened by T (Hinton et al. 2015).
-    `precision` "auto" is bf16 on a GPU and on a CPU with bf16 instructions for widths of 192 or more, else fp32.
+    `beta2` is AdamW's second decay. `precision` "auto" is bf16 on a GPU and on a CPU with bf16 instructions for widths of 192 or more, else fp32.
     """
 
     epochs: int = Field(default=60, ge=0)
     batch_size: int = Field(default=128, ge=1)
     lr: float = Field(default=4e-3, gt=0)
+    beta2: float = Field(default=0.98, gt=0, lt=1)
     weight_decay: float = Field(default=0.05, ge=0)
     warmup_epochs: float = Field(default=5.0, ge=0)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
@@ -74,6 +77,14 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
+def checkpoint_path(model: nn.Module, data: ImageData, config: Config) -> Path:
+    """Where a run that starts from this very model, with these images and this config, keeps its checkpoint."""
+    digest = hashlib.sha256(json.dumps([config.to_dict(), data.fingerprint, torch.get_num_threads()]).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else repr(tensor.item()).encode())
+    return model_cache() / "unfinished" / f"{digest.hexdigest()[:16]}.pt"
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, split: Split, *, batch_size: int = 128, device: str = "cpu", title: str = ""
@@ -99,6 +110,8 @@ def train(
     *,
     teacher: nn.Module | None = None,
     checkpoint: str | Path = "",
+    groups: list[dict[str, Any]] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
     device: str = "auto",
     title: str = "training",
 ) -> tuple[nn.Module, list[dict[str, float]]]:
@@ -110,10 +123,15 @@ def train(
     Args:
         teacher: its softened answers join the loss (see `TrainConfig`); not trained.
         checkpoint: a file to save the state of the run to and to resume from; removed by whoever keeps the result.
+        groups: parameter groups for the optimiser in place of all of the model's, each with an `lr_scale`.
+        penalty: a term to add to the loss, called after each forward pass.
 
     Returns:
         The trained model (its moving average where `ema` > 0) and the history: one dict an epoch with `epoch`,
         `loss`, `lr`, `val_top1` (a fraction; NaN without a val split). The last epoch is the result: no epoch is chosen.
+
+    Raises:
+        InputError: fewer images than a batch, or a loss that is no longer finite; the last checkpoint is kept.
     """
     split, target = data.needs("train"), pick_device(device)
     if len(split) < config.batch_size:
@@ -121,7 +139,7 @@ def train(
             f"batch_size = {config.batch_size} is more than the {len(split)} training images; give a smaller one"
         )
     set_fused_attention(model, target.type != "cpu")  # on a CPU the fused kernel's backward pass is the slower one
-    run = _Run(model.to(target), config, len(split) // config.batch_size, teacher, target)
+    run = _Run(model.to(target), config, len(split) // config.batch_size, teacher, target, groups, penalty)
     history = run.resume(checkpoint)
     saved = time.monotonic()
     with progress.bar(None, title, total=config.epochs * run.steps, unit="step") as bar:
@@ -150,16 +168,19 @@ def train(
 class _Run:
     """The moving parts of one training run."""
 
-    def __init__(self, model, config, steps, teacher, device):
+    def __init__(self, model, config, steps, teacher, device, groups, penalty):
         from timm.data import Mixup
         from timm.optim import param_groups_weight_decay
         from timm.utils import ModelEmaV3
 
         self.model, self.config, self.steps, self.device = model, config, steps, device
         self.classes = model.recipe.architecture.num_classes
+        groups = groups or param_groups_weight_decay(model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(
-            param_groups_weight_decay(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98), fused=True
+            [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True
         )
+        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.penalty = penalty
         self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
         self.teacher = teacher.to(device).eval() if teacher is not None else None
         self.mixup = None
@@ -190,15 +211,16 @@ class _Run:
         )
         for i, (x, y) in enumerate(batches):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(epoch * self.steps + i)
+                group["lr"] = self.rate(epoch * self.steps + i) * group.get("lr_scale", 1.0)
             loss = self._loss(x, y)
             if not torch.isfinite(loss):
                 raise InputError(
-                    f"the loss is {loss.item()} in epoch {epoch + 1}: training diverged; give a smaller lr than {config.lr}"
+                    f"the loss is {loss.item()} at step {epoch * self.steps + i + 1} (epoch {epoch + 1}): training diverged; "
+                    f"give a smaller lr than {config.lr} (what was saved of the epochs before is kept)"
                 )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+            nn.utils.clip_grad_norm_(self.trained, config.clip_norm)
             self.optimizer.step()
             if self.ema:
                 self.ema.update(self.model)
@@ -215,8 +237,9 @@ class _Run:
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             logits = self.model(x)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        extra = self.penalty() if self.penalty else 0.0
         if self.teacher is None:
-            return loss
+            return loss + extra
         with torch.inference_mode():
             wanted = self.teacher(x).float()
         t = config.temperature
@@ -226,7 +249,7 @@ class _Run:
             log_target=True,
             reduction="batchmean",
         )
-        return (1 - config.kd_weight) * loss + config.kd_weight * t**2 * kd
+        return (1 - config.kd_weight) * loss + config.kd_weight * t**2 * kd + extra
 
     def result(self) -> nn.Module:
         return self.ema.module if self.ema else self.model

@@ -184,6 +184,12 @@ def linears(model: nn.Module, types: tuple[str, ...] = LINEAR_TYPES) -> dict[str
     }
 
 
+def ends(model: nn.Module) -> dict[str, nn.Module]:
+    """The dense layers at the two ends by name: the patch embedding's convolution and the classifier."""
+    found = {name: model.get_submodule(name) for name in ("patch_embed.proj", "head")}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module called `name`, in place."""
     parent, _, child = name.rpartition(".")

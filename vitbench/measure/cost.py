@@ -19,16 +19,20 @@ def cost(path: Path) -> Iterator[Value]:
     yield Value("params", count_params(model), "measured: weights in the loaded model, scales not counted")
     yield Value("macs", count_macs(model), "measured: torch FlopCounterMode / 2, one image")
     yield Value("bytes", artifact.size_on_disk(path), "measured: files on disk")
-    predicted = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    width = getattr(torch, model.recipe.storage).itemsize
+    predicted = sum(
+        tensor.numel() * (width if tensor.is_floating_point() else tensor.element_size())
+        for tensor in model.state_dict().values()
+    )
     yield Value("bytes_predicted", predicted, "modelled: weights x bits / 8, scales included, no headers")
 
 
 def count_params(model: nn.Module) -> int:
     """Weights and biases, however many bits each takes. Steps and zero points are not weights."""
-    overhead = {
-        f"{name}.{buffer}" for name, module in model.named_modules() for buffer in getattr(module, "overhead", ())
-    }
-    return sum(tensor.numel() for key, tensor in model.state_dict().items() if key not in overhead)
+    inside = {name: module for name, module in model.named_modules() if hasattr(module, "param_count")}
+    coded = sum(module.param_count for module in inside.values())
+    dense = {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] not in inside}
+    return coded + sum(tensor.numel() for tensor in dense.values())
 
 
 @torch.inference_mode()

@@ -58,8 +58,13 @@ def method_of(config: Config) -> Method:
 
 
 def make_config(name: str, values: dict[str, Any] | None = None) -> Config:
-    """The config of the method `name` with `values` in place of its defaults."""
-    return METHODS[one_of("method", name, METHODS)].config(**(values or {}))
+    """The config of the method `name` with `values` in place of its defaults, inside nested configs too."""
+    config = METHODS[one_of("method", name, METHODS)].config
+    defaults, values = config().to_dict(), dict(values or {})
+    for key, given in values.items():
+        if isinstance(given, dict) and isinstance(defaults.get(key), dict):
+            values[key] = {**defaults[key], **given}
+    return config(**values)
 
 
 def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageData | None = None) -> nn.Module:

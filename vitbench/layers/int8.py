@@ -1,8 +1,4 @@
-"""Runtime layers: what stands in a compressed model in the place of a dense layer.
-
-A runtime layer keeps its compressed weights as buffers (so that they are saved as they are), can be built empty from
-its `spec` (so that a file needs no code of the method that made it), and says how many multiply-accumulates it does.
-"""
+"""A linear layer whose product is made in 8-bit integers."""
 
 import warnings
 from typing import Any
@@ -11,14 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RUNTIME_LAYERS: dict[str, type[nn.Module]] = {}
-
-
-def runtime_layer(cls: type[nn.Module]) -> type[nn.Module]:
-    """Make a layer class known to saved models under its own name."""
-    RUNTIME_LAYERS[cls.__name__] = cls
-    return cls
-
+from vitbench.layers.registry import runtime_layer
 
 @runtime_layer
 class DynamicInt8Linear(nn.Module):
@@ -29,8 +18,6 @@ class DynamicInt8Linear(nn.Module):
 
     Shapes: x (..., in_features) -> (..., out_features); weight int8 (out, in), scale (out,), bias (out,) or None.
     """
-
-    overhead = ("scale",)  # buffers that are not weights of the layer
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
@@ -43,6 +30,11 @@ class DynamicInt8Linear(nn.Module):
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+
+    @property
+    def param_count(self) -> int:
+        """Weights and biases."""
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and _int8_engine() != "none":

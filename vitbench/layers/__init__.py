@@ -1,0 +1,22 @@
+"""Runtime layers: what stands in a compressed model in the place of a dense layer.
+
+A runtime layer keeps its compressed weights as buffers (so that they are saved as they are) and can be built empty from
+its `spec` (so that a file needs no code of the method that made it).
+"""
+
+from vitbench.layers.factored import FactoredLinear, SharedFactor
+from vitbench.layers.int8 import DynamicInt8Linear, flop_formulas
+from vitbench.layers.packed import PackedConv2d, PackedLinear, pack, unpack
+from vitbench.layers.registry import RUNTIME_LAYERS
+
+__all__ = [
+    "RUNTIME_LAYERS",
+    "DynamicInt8Linear",
+    "FactoredLinear",
+    "PackedConv2d",
+    "PackedLinear",
+    "SharedFactor",
+    "flop_formulas",
+    "pack",
+    "unpack",
+]

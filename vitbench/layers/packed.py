@@ -1,0 +1,124 @@
+"""Weights as codes of a few bits, really packed: b bits a code, so 4-bit codes lie two to a byte."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitbench.layers.registry import runtime_layer
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return math.ceil(count * bits / 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack whole numbers in [0, 2^bits) into bytes, the first code in the lowest bits.
+
+    Args:
+        codes: any shape, any whole-number type.
+        bits: 2 to 8.
+
+    Returns:
+        uint8 (ceil(count * bits / 8),).
+    """
+    flat = codes.flatten().to(torch.int64)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
+        raise ValueError(f"codes of {bits} bits lie in [0, {(1 << bits) - 1}]; given {int(flat.min())} to {int(flat.max())}")
+    if bits == 8:
+        return flat.to(torch.uint8)
+    groups = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)  # eight codes fill `bits` bytes
+    words = sum(groups[:, i] << (bits * i) for i in range(8))
+    octets = torch.stack([(words >> (8 * i)) & 255 for i in range(bits)], dim=1)
+    return octets.flatten()[: packed_bytes(flat.numel(), bits)].to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes of `pack`'s bytes, as float32 (count,)."""
+    if bits == 8:
+        return packed[:count].float()
+    if 8 % bits == 0:  # whole codes in each byte: no words to build
+        codes = torch.empty(packed.numel(), 8 // bits, device=packed.device)
+        for i in range(8 // bits):
+            codes[:, i] = (packed >> (bits * i)) & ((1 << bits) - 1)
+        return codes.flatten()[:count]
+    octets = F.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).to(torch.int64)
+    words = sum(octets[:, i] << (8 * i) for i in range(bits))
+    codes = torch.stack([(words >> (bits * i)) & ((1 << bits) - 1) for i in range(8)], dim=1)
+    return codes.flatten()[:count].float()
+
+
+class _Packed(nn.Module):
+    """Packed codes of a weight tensor, one step for each output row: W = step (codes - 2^(bits-1))."""
+
+    def __init__(self, shape: tuple[int, ...], bits: int, bias: bool):
+        super().__init__()
+        self.shape, self.bits = tuple(shape), bits
+        self.register_buffer("codes", torch.zeros(packed_bytes(math.prod(shape), bits), dtype=torch.uint8))
+        self.register_buffer("step", torch.ones(shape[0]))
+        self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
+
+    def spec(self) -> dict[str, Any]:
+        """What all packed layers need to be built empty."""
+        return {"bits": self.bits, "bias": self.bias is not None}
+
+    @property
+    def param_count(self) -> int:
+        """Weights and biases."""
+        return math.prod(self.shape) + (0 if self.bias is None else self.shape[0])
+
+    def fill(self, codes: Tensor, step: Tensor, bias: Tensor | None) -> "_Packed":
+        """Take signed codes in [-2^(bits-1), 2^(bits-1)) of the weight's shape, steps (out,), and the bias."""
+        self.codes = pack(codes.detach() + 2 ** (self.bits - 1), self.bits)
+        self.step = step.detach().flatten().float().clone()
+        self.bias = None if bias is None else bias.detach().float().clone()
+        return self
+
+    def weight(self) -> Tensor:
+        """The weight in floating point, made anew at each call so that only the codes stay in memory."""
+        codes = unpack(self.codes, self.bits, math.prod(self.shape)).view(self.shape[0], -1)
+        return codes.sub_(2 ** (self.bits - 1)).mul_(self.step[:, None]).view(self.shape)
+
+
+@runtime_layer
+class PackedLinear(_Packed):
+    """y = x W^T + b with W in packed codes, one step for each output row; x stays in floating point.
+
+    Shapes: x (..., in_features) -> (..., out_features); codes uint8 (ceil(out in bits / 8),), step (out,).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True):
+        super().__init__((out_features, in_features), bits, bias)
+        self.in_features, self.out_features = in_features, out_features
+
+    def spec(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"in_features": self.in_features, "out_features": self.out_features, **super().spec()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight().to(x.dtype), bias)
+
+
+@runtime_layer
+class PackedConv2d(_Packed):
+    """A convolution without padding whose stride is its kernel (a patch embedding), W in packed codes.
+
+    Shapes: x (B, in, H, W) -> (B, out, H / kernel, W / kernel).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, bits: int, bias: bool = True):
+        super().__init__((out_channels, in_channels, kernel, kernel), bits, bias)
+        self.stride = kernel
+
+    def spec(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        out, channels, kernel, _ = self.shape
+        return {"in_channels": channels, "out_channels": out, "kernel": kernel, **super().spec()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, self.weight().to(x.dtype), bias, stride=self.stride)

@@ -1,0 +1,93 @@
+"""Rounding to a few bits: steps that lose least, and steps that are learned with the weights (LSQ).
+
+A code is a whole number q in [-2^(b-1), 2^(b-1) - 1]; it stands for s (q - z), with step s and zero point z.
+"""
+
+import torch
+from torch import Tensor, nn
+
+CANDIDATES = 64  # steps tried for each row by `best_step`
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The lowest and the highest signed code."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def best_step(x: Tensor, bits: int, dim: int) -> Tensor:
+    """The step with the least squared rounding error of each slice, among `CANDIDATES` shares of its largest value.
+
+    Args:
+        x: (rows, columns).
+        dim: 1 gives every row a step (rows, 1), 0 every column one (1, columns).
+    """
+    low, high = code_range(bits)
+    top = x.abs().amax(dim=dim, keepdim=True).clamp(min=1e-8)
+    best, least = top / high, torch.full_like(top, float("inf"))
+    for share in torch.linspace(0.2, 1.1, CANDIDATES).tolist():
+        step = share * top / high
+        error = ((x / step).round().clamp(low, high) * step - x).square().sum(dim=dim, keepdim=True)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    return best
+
+
+class LearnedStep(nn.Module):
+    """A quantizer of a matrix whose steps, and zero points where it has some, are learned (LSQ, Esser et al. 2020).
+
+    Forward, with s the steps and z the zero points: x -> s (round(clamp(x / s + z, lowest, highest)) - z), where the
+    gradient passes through the rounding as if it were not there, and that of s is scaled by 1 / sqrt(count highest).
+
+    Args:
+        size: how many slices have a step of their own.
+        dim: 1 if the slices are rows, 0 if they are columns.
+        zero_point: whether a zero point is learned as well.
+    """
+
+    def __init__(self, size: int, bits: int, dim: int, zero_point: bool = False):
+        super().__init__()
+        self.bits, self.dim = bits, dim
+        shape = (size, 1) if dim == 1 else (1, size)
+        self.step = nn.Parameter(torch.ones(shape))
+        self.zero = nn.Parameter(torch.zeros(shape)) if zero_point else None
+
+    @torch.no_grad()
+    def start(self, x: Tensor, rule: str = "mse") -> None:
+        """Set the steps from the matrix to be quantized: "mse" by `best_step`; "lsq" by 2 mean|x| / sqrt(highest).
+
+        "lsq" also starts the zero points as the official UCT code does, at a tenth of (min x - s lowest).
+        """
+        low, high = code_range(self.bits)
+        if rule == "mse":
+            self.step.copy_(best_step(x, self.bits, self.dim))
+            return
+        self.step.copy_((2 * x.abs().mean(dim=self.dim, keepdim=True) / high**0.5).clamp(min=1e-8))
+        if self.zero is not None:
+            self.zero.copy_(0.1 * (x.amin(dim=self.dim, keepdim=True) - self.step * low))
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        low, high = code_range(self.bits)
+        scale = (x.numel() * high) ** -0.5
+        step = _scale_gradient(self.step.abs().clamp(min=1e-8), scale)
+        zero = 0.0 if self.zero is None else _round(_scale_gradient(self.zero, scale))
+        return _round((x / step + zero).clamp(low, high)), step, zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, step, zero = self._parts(x)
+        return (codes - zero) * step
+
+    @torch.no_grad()
+    def export(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (whole numbers, x's shape), steps and zero points (flat), with x ~ step (codes - zero)."""
+        codes, step, zero = self._parts(x)
+        zero = zero if isinstance(zero, Tensor) else torch.zeros_like(step)
+        return codes.round().to(torch.int64), step.flatten().clone(), zero.flatten().round().to(torch.int64)
+
+
+def _round(x: Tensor) -> Tensor:
+    """Rounding whose gradient is 1."""
+    return x + (x.round() - x).detach()
+
+
+def _scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x itself, with its gradient times `scale`."""
+    return (x - x * scale).detach() + x * scale
