@@ -85,7 +85,10 @@ def load(path: str | Path) -> nn.Module:
     model = _structure(path, recipe)
     try:
         tensors = load_file(path / WEIGHTS)
-        model.load_state_dict({key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()}, assign=True)
+        model.load_state_dict(
+            {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()},
+            assign=True,
+        )
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the tensors in {str(path)!r} do not fit its recipe: {reason}") from None

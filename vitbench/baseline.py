@@ -35,9 +35,10 @@ def baseline(
     *,
     pretrained: bool = False,
     checkpoint: str | Path = "",
+    img_size: int | None = None,
     device: str = "auto",
 ) -> Baseline:
-    """Make, or take from the cache, the model `model` trained on `data`.
+    """Make, or take from the cache, the model `model` trained on `data`, for images of `img_size` pixels a side.
 
     With `train.epochs` = 0 the pretrained or checkpoint weights are taken as they are, for the classes they know.
     The cache's key is the hash of the architecture, the starting weights, the data's fingerprint, the training config,
@@ -48,7 +49,7 @@ def baseline(
         InputError: nothing to start from without training, or weights whose classes are not the data's.
     """
     train = train or TrainConfig()
-    start = prepare(model, data, train, pretrained=pretrained, checkpoint=checkpoint)
+    start = prepare(model, data, train, pretrained=pretrained, checkpoint=checkpoint, img_size=img_size)
     folder = paths.model_cache() / f"{_plain(model)}-{_plain(data.name)}-{_key(start.recipe, device)}"
     if folder.is_dir() and (folder / "history.json").is_file():
         return _read(folder)
@@ -69,11 +70,24 @@ def baseline(
 
 
 def prepare(
-    model: str, data: ImageData, train: TrainConfig, *, pretrained: bool = False, checkpoint: str | Path = ""
+    model: str,
+    data: ImageData,
+    train: TrainConfig,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path = "",
+    img_size: int | None = None,
 ) -> nn.Module:
     """The model as it is before training, checked against the data, with its recipe; errors as `baseline`'s."""
     classes = len(data.classes)
-    start = vit.create_model(model, num_classes=classes, pretrained=pretrained, checkpoint=checkpoint, seed=train.seed)
+    start = vit.create_model(
+        model,
+        num_classes=classes,
+        img_size=img_size or None,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        seed=train.seed,
+    )
     if train.epochs == 0 and start.recipe.origin["head"] == "random":
         given = (
             "the weights were made for another number of classes"

@@ -65,7 +65,9 @@ class RowCoder(Coder):
         self.values, self.quantizers, self.scales = nn.ParameterList(), nn.ModuleList(), []
         for i, module in enumerate(modules.values()):
             weight = module.weight.detach().flatten(1)
-            scale = weight.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8)  # values near 1 suit one rate for all
+            scale = (
+                weight.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8)
+            )  # values near 1 suit one rate for all
             quantizer = LearnedStep(len(weight), bits, dim=1)
             quantizer.start(weight / scale)
             self.register_buffer(f"scale{i}", scale)
@@ -78,13 +80,17 @@ class RowCoder(Coder):
 
     def decode(self) -> dict[str, Tensor]:
         parts = enumerate(zip(self.names, self.values, self.quantizers, strict=True))
-        return {name: (quantize(value) * self._scale(i)).view(self.shapes[name]) for i, (name, value, quantize) in parts}
+        return {
+            name: (quantize(value) * self._scale(i)).view(self.shapes[name]) for i, (name, value, quantize) in parts
+        }
 
     def install(self, model: nn.Module) -> None:
         for i, (name, value, quantizer) in enumerate(zip(self.names, self.values, self.quantizers, strict=True)):
             codes, step, _ = quantizer.export(value)
             old = model.get_submodule(name)
-            vit.replace_module(model, name, _packed_like(old, self.bits).fill(codes, step * self._scale(i).flatten(), old.bias))
+            vit.replace_module(
+                model, name, _packed_like(old, self.bits).fill(codes, step * self._scale(i).flatten(), old.bias)
+            )
 
 
 def _packed_like(module: nn.Module, bits: int) -> PackedLinear | PackedConv2d:

@@ -19,9 +19,13 @@ def stacked(layers: dict[str, nn.Linear]) -> Tensor:
 
 
 @torch.inference_mode()
-def output_grams(model: nn.Module, layers: dict[str, nn.Linear], split: Split, batch_size: int = 32) -> dict[str, Tensor]:
+def output_grams(
+    model: nn.Module, layers: dict[str, nn.Linear], split: Split, batch_size: int = 32
+) -> dict[str, Tensor]:
     """For each layer, the sum over the tokens of `split` of y y^T with y = W x, without the bias: (out, out), float64."""
-    grams = {name: torch.zeros(layer.out_features, layer.out_features, dtype=torch.float64) for name, layer in layers.items()}
+    grams = {
+        name: torch.zeros(layer.out_features, layer.out_features, dtype=torch.float64) for name, layer in layers.items()
+    }
 
     def hook(name: str) -> Callable:
         def add(layer: nn.Linear, _: tuple, y: Tensor) -> None:
@@ -102,7 +106,9 @@ class FactorCoder(Coder):
         self.kind, self.names, self.bits, self.left = kind, list(layers), bits, left
         self.quantized = True
         self.register_buffer("target", stacked(layers))
-        self.register_buffer("right_scale", right.square().mean().sqrt().clamp(min=1e-8) if isinstance(left, Free) else torch.ones(()))
+        self.register_buffer(
+            "right_scale", right.square().mean().sqrt().clamp(min=1e-8) if isinstance(left, Free) else torch.ones(())
+        )
         self.right = nn.Parameter(right / self.right_scale)
         self.left_steps = LearnedStep(right.shape[0], bits, dim=0, zero_point=True)
         self.right_steps = LearnedStep(right.shape[1], bits, dim=0)
@@ -144,5 +150,7 @@ class FactorCoder(Coder):
         model.shared[self.kind] = factor
         for name, chunk in zip(self.names, latent.chunk(len(self.names)), strict=True):
             old = model.get_submodule(name)
-            new = FactoredLinear(old.in_features, old.out_features, self.rank, self.bits, self.kind, old.bias is not None)
+            new = FactoredLinear(
+                old.in_features, old.out_features, self.rank, self.bits, self.kind, old.bias is not None
+            )
             vit.replace_module(model, name, new.fill(chunk + offset, old.bias))

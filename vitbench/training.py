@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,11 @@ def checkpoint_path(model: nn.Module, data: ImageData, config: Config) -> Path:
     """Where a run that starts from this very model, with these images and this config, keeps its checkpoint."""
     digest = hashlib.sha256(json.dumps([config.to_dict(), data.fingerprint, torch.get_num_threads()]).encode())
     for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else repr(tensor.item()).encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+            if tensor.ndim
+            else repr(tensor.item()).encode()
+        )
     return model_cache() / "unfinished" / f"{digest.hexdigest()[:16]}.pt"
 
 
@@ -234,22 +238,23 @@ class _Run:
         if self.mixup:
             x, labels = self.mixup(x, y)
         smoothing = 0.0 if self.mixup else config.label_smoothing  # Mixup has smoothed its labels itself
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        with self.autocast():
             logits = self.model(x)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-        extra = self.penalty() if self.penalty else 0.0
-        if self.teacher is None:
-            return loss + extra
-        with torch.inference_mode():
+        if self.teacher is not None:
+            loss = (1 - config.kd_weight) * loss + config.kd_weight * self._distillation(x, logits.float())
+        return loss + self.penalty() if self.penalty else loss
+
+    def _distillation(self, x: Tensor, logits: Tensor) -> Tensor:
+        """T^2 KL(teacher || student), both softened by T."""
+        t = self.config.temperature
+        with torch.inference_mode(), self.autocast():
             wanted = self.teacher(x).float()
-        t = config.temperature
-        kd = F.kl_div(
-            F.log_softmax(logits.float() / t, 1),
-            F.log_softmax(wanted.clone() / t, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        return (1 - config.kd_weight) * loss + config.kd_weight * t**2 * kd + extra
+        soft = (F.log_softmax(answers / t, 1) for answers in (logits, wanted.clone()))
+        return t**2 * F.kl_div(*soft, log_target=True, reduction="batchmean")
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def result(self) -> nn.Module:
         return self.ema.module if self.ema else self.model

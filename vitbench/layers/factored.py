@@ -62,7 +62,14 @@ class FactoredLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, bits: int, shared: str, bias: bool = True, order: str = "reordered"
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bits: int,
+        shared: str,
+        bias: bool = True,
+        order: str = "reordered",
     ):
         super().__init__()
         self.in_features, self.out_features, self.rank, self.bits = in_features, out_features, rank, bits

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitbench.layers.registry import runtime_layer
 
+
 @runtime_layer
 class DynamicInt8Linear(nn.Module):
     """y = x W^T + b with W in int8 and x quantized to 8 bits on the fly, per tensor.

@@ -27,7 +27,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     flat = codes.flatten().to(torch.int64)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
-        raise ValueError(f"codes of {bits} bits lie in [0, {(1 << bits) - 1}]; given {int(flat.min())} to {int(flat.max())}")
+        raise ValueError(
+            f"codes of {bits} bits lie in [0, {(1 << bits) - 1}]; given {int(flat.min())} to {int(flat.max())}"
+        )
     if bits == 8:
         return flat.to(torch.uint8)
     groups = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)  # eight codes fill `bits` bytes

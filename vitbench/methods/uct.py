@@ -77,7 +77,15 @@ OFFICIAL = UCT(
     head_bits=4,
     rest_lr=1.0,
     train=TrainConfig(
-        epochs=275, batch_size=256, lr=1e-4, beta2=0.999, warmup_epochs=0, mixup=0.0, augment="timm", kd_weight=0.75, clip_norm=1e9
+        epochs=275,
+        batch_size=256,
+        lr=1e-4,
+        beta2=0.999,
+        warmup_epochs=0,
+        mixup=0.0,
+        augment="timm",
+        kd_weight=0.75,
+        clip_norm=1e9,
     ),
 )
 
@@ -97,7 +105,9 @@ def rank_of(model: nn.Module, config: UCT) -> int:
                 f"design); give the uncompressed model, or layers without {kind}"
             )
         if len(shapes) > 1 or len(vit.linears(model, (kind,))) < len(model.blocks):
-            raise InputError(f"the {kind} layers differ between blocks ({sorted(shapes)}); one factor cannot serve them all")
+            raise InputError(
+                f"the {kind} layers differ between blocks ({sorted(shapes)}); one factor cannot serve them all"
+            )
         most[kind] = min(shapes.pop())
     rank = config.rank or max(1, round(config.rank_ratio * width))
     tight = [kind for kind, limit in most.items() if rank > limit]
@@ -133,7 +143,9 @@ def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) ->
     grams = {}
     if config.form == "direct" and config.start == "activations" and config.layers:
         if data is None:
-            raise InputError("start=activations needs calibration images and no data set was given; give one, or start=weights")
+            raise InputError(
+                "start=activations needs calibration images and no data set was given; give one, or start=weights"
+            )
         grams = output_grams(model, vit.linears(model, config.layers), data.needs("calibration"))
     coders = []
     for kind in config.layers:
@@ -175,7 +187,9 @@ def _warm_up(coded: CodedModel, config: UCT) -> None:
             _start_quantizers(coders, config.steps_rule)
         loss = sum(coder.mismatch(coder.decode()) for coder in coders)
         if not torch.isfinite(loss):
-            raise InputError(f"the weights' error is {loss.item()} at step {step + 1} of the warm start; the given weights are not finite")
+            raise InputError(
+                f"the weights' error is {loss.item()} at step {step + 1} of the warm start; the given weights are not finite"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
