@@ -19,7 +19,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 import matplotlib as mpl  # noqa: E402
 import torch  # noqa: E402
 
-from vitbench.baseline import baseline  # noqa: E402
+from vitbench.cache import baseline  # noqa: E402
 from vitbench.data import load_data  # noqa: E402
 from vitbench.training import TrainConfig  # noqa: E402
 

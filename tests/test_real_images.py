@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import SHARED
-from vitbench.baseline import baseline
+from vitbench.cache import baseline
 from vitbench.data import load_data
 from vitbench.methods import compress, make_config
 from vitbench.training import TrainConfig, evaluate

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vitbench import training, vit
-from vitbench.baseline import baseline
+from vitbench.cache import baseline
 from vitbench.data import load_data
 from vitbench.errors import InputError
 from vitbench.training import TrainConfig, evaluate, train

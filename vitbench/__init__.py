@@ -8,7 +8,7 @@ rows  = measure(path, data, Run("out"), versus=base.path)
 """
 
 from vitbench.artifact import load, save, size_on_disk
-from vitbench.baseline import Baseline, baseline
+from vitbench.cache import Made, baseline, compressed
 from vitbench.data import ImageData, Split, load_data
 from vitbench.errors import InputError
 from vitbench.measure import measure
@@ -21,7 +21,7 @@ from vitbench.vit import create_model
 
 __all__ = [
     "METHODS",
-    "Baseline",
+    "Made",
     "ImageData",
     "InputError",
     "Row",
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "baseline",
     "compress",
+    "compressed",
     "create_model",
     "evaluate",
     "load",

@@ -136,6 +136,25 @@ def size_on_disk(path: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(path).iterdir())
 
 
+def parts(path: str | Path) -> dict[str, int]:
+    """Bytes on disk by what they hold; their sum is `size_on_disk`."""
+    held = dict.fromkeys(
+        ("block weights", "shared factors", "patch embedding and head", "norms, biases, embeddings"), 0
+    )
+    for key, tensor in load_file(Path(path) / WEIGHTS).items():
+        parent, _, last = key.rpartition(".")
+        if key.startswith(SHARED):
+            part = "shared factors"
+        elif parent in ("patch_embed.proj", "head") and last != "bias":
+            part = "patch embedding and head"
+        elif parent.rpartition(".")[-1] in vit.LINEAR_TYPES and last != "bias":
+            part = "block weights"
+        else:
+            part = "norms, biases, embeddings"
+        held[part] += tensor.numel() * tensor.element_size()
+    return {**held, "names and recipe": size_on_disk(path) - sum(held.values())}
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

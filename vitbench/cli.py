@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitbench.errors import InputError
+from vitbench.records import GROUPS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         metavar="KEY=VALUE",
         dest="settings",
-        help="config of a method; with several methods write METHOD.KEY=VALUE",
+        help="config of a method, nested keys with dots (train.epochs=5); with several methods write METHOD.KEY=VALUE",
     )
     small.add_argument("--out", required=True, metavar="DIR", help="folder to save the compressed model to")
     small.add_argument(
@@ -88,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     small.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
     small.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
+    small.add_argument(
+        "--random", action="store_true", help="random weights for a model given by name: to measure size and speed only"
+    )
+    small.add_argument("--img-size", type=int, metavar="N", help="input height and width of a model given by name")
     small.add_argument("--classes", type=int, metavar="N", help="outputs of a model given by name (default: its own)")
     small.set_defaults(command=_compress)
 
@@ -108,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--rounds", type=int, default=60, help="timed calls of each model (default: 60)")
     size.add_argument(
         "--backend", default="eager", help="what runs the timed models: eager or onnxruntime (default: eager)"
+    )
+    size.add_argument(
+        "--what",
+        nargs="+",
+        default=list(GROUPS),
+        metavar="GROUP",
+        help=f"which of {', '.join(GROUPS)} to measure (default: all)",
     )
     size.add_argument("--out", required=True, metavar="DIR", help="results folder to add the rows to")
     size.set_defaults(command=_measure)
@@ -185,13 +197,18 @@ def _compress(options: argparse.Namespace) -> int:
     configs = [methods.make_config(name, values) for name, values in _method_settings(options).items()]
     if (Path(options.model) / artifact.RECIPE).is_file():
         model = artifact.load(options.model)
-    elif not (options.checkpoint or options.pretrained):
+    elif not (options.checkpoint or options.pretrained or options.random):
         raise InputError(
-            f"{options.model!r} is not a folder with a saved model; for a model by name give --checkpoint or --pretrained"
+            f"{options.model!r} is not a folder with a saved model; "
+            "for a model by name give --checkpoint, --pretrained or --random"
         )
     else:
         model = vit.create_model(
-            options.model, num_classes=options.classes, pretrained=options.pretrained, checkpoint=options.checkpoint
+            options.model,
+            num_classes=options.classes,
+            img_size=options.img_size,
+            pretrained=options.pretrained,
+            checkpoint=options.checkpoint,
         )
     data = load_data(options.dataset) if options.dataset else None
     path = artifact.save(methods.compress(model, configs, data), options.out)
@@ -209,13 +226,22 @@ def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         )
     for setting in options.settings:
         key, value = parse_setting(setting)
-        name, dot, inner = key.rpartition(".")
-        name = name if dot else "".join(options.method[:1])
-        if name not in values or (not dot and len(values) > 1):
+        first, dot, rest = key.partition(".")
+        if first in values and dot:
+            name, key = first, rest
+        elif len(values) == 1:
+            (name,) = values
+        else:
             raise InputError(
                 f"--set {setting}: give METHOD.KEY=VALUE with METHOD one of those in --method ({', '.join(values) or 'none given'})"
             )
-        values[name][inner] = value
+        *outer, last = key.split(".")
+        place = values[name]
+        for part in outer:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise InputError(f"--set {setting}: {part} was given a value of its own before; give one or the other")
+        place[last] = value
     return values
 
 
@@ -239,6 +265,7 @@ def _measure(options: argparse.Namespace) -> int:
         threads=options.threads,
         rounds=options.rounds,
         backend=options.backend,
+        what=options.what,
     )
     _print_results(Path(options.out))
     return 0

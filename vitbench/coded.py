@@ -148,7 +148,7 @@ class CodedModel(nn.Module):
         model = self.vit
         for coder in self.coders:
             coder.install(model)
-        for name, module in model.named_modules():
+        for module in model.modules():
             if hasattr(module, "connect"):
                 module.connect(model.shared)
         if rest == "float16":
@@ -165,6 +165,22 @@ def _nearest_half(x: Tensor) -> Tensor:
     return torch.where((x != 0) & (x.abs() < least), least * x.sign(), x).half().float()
 
 
+def dense_layers(model: nn.Module, types: Sequence[str]) -> dict[str, dict[str, nn.Linear]]:
+    """Type -> the dense linear layers of that type by name, one in each block.
+
+    Raises:
+        InputError: some blocks have no dense layer of a type.
+    """
+    found = {kind: vit.linears(model, (kind,)) for kind in types}
+    for kind, layers in found.items():
+        if len(layers) < len(model.blocks):
+            raise InputError(
+                f"{model.recipe.architecture.name} has a dense {kind} layer in {len(layers)} of {len(model.blocks)} blocks "
+                f"(compressed already, or of another design); give the uncompressed model, or layers without {kind}"
+            )
+    return found
+
+
 def ends(model: nn.Module, bits: int | None, names: Sequence[str] = ("patch_embed.proj", "head")) -> list[Coder]:
     """A coder of the patch embedding and the head (or the one in `names`), or none."""
     found = {name: module for name, module in vit.ends(model).items() if name in names}
@@ -179,6 +195,11 @@ def train_codes(
     if config.train.epochs:
         if data is None:
             raise InputError("training the codes needs images and no data set was given; give one, or train.epochs=0")
+        if len(data.classes) != (outputs := coded.recipe.architecture.num_classes):
+            raise InputError(
+                f"the model has {outputs} outputs and {data.name} has {len(data.classes)} classes; give the images that the "
+                "model was made for, or train.epochs=0"
+            )
         checkpoint = training.checkpoint_path(coded, data, config)
         _, history = training.train(
             coded,

@@ -15,48 +15,80 @@ def subject(rows: pd.DataFrame) -> pd.DataFrame:
     """The ok rows of one baseline and what was made from it: the baseline of the last row.
 
     Rows of another model or data set, or of the same model trained in another way (other epochs, another seed), are
-    another subject. A column `label` is added: the method's name, with the settings that differ where one method was
-    run with several.
+    another subject. A column `label` is added: the method's name, with the settings that differ from the first
+    that were run.
     """
     good = rows[rows["status"] == "ok"]
     if not len(good):
         raise InputError("the records hold no ok row; run the baseline and a method first")
-
-    def story(row: pd.Series) -> str:
-        return json.dumps(
-            [row["dataset"], row["data_fingerprint"], row["model"], row["config"].get("origin")], sort_keys=True
-        )
-
-    stories = good.apply(story, axis=1)
+    stories = good.apply(_story, axis=1)
     good = good[stories == stories.iloc[-1]].copy()
     good["label"] = _labels(good)
     return good
 
 
+def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The values of a metric for the model and images of the last row, of every seed: columns label, seed, value.
+
+    A seed is that of the whole way, baseline and method; all other settings are the label's.
+    """
+    good = rows[(rows["status"] == "ok") & (rows["metric"] == metric)]
+    good = good.assign(config=good["config"].map(_seedless))
+    stories = good.apply(_story, axis=1)
+    good = good[stories == stories.iloc[-1]].copy()
+    good["label"] = _labels(good)
+    return good.drop_duplicates(["label", "seed"], keep="last")[["label", "seed", "value"]]
+
+
+def _seedless(config: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(config, dict):
+        return {key: _seedless(value) for key, value in config.items() if key != "seed"}
+    return [_seedless(item) for item in config] if isinstance(config, list) else config
+
+
+def _story(row: pd.Series) -> str:
+    """What a baseline and all that was made from it have in common."""
+    return json.dumps(
+        [row["dataset"], row["data_fingerprint"], row["model"], row["config"].get("origin")], sort_keys=True
+    )
+
+
 def _labels(rows: pd.DataFrame) -> list[str]:
-    """Each row's method, with `key=value` for the settings in which the configs of that method differ."""
+    """Each row's method, with `key=value` for the settings that are not those of the method's first row."""
     settings = [
         {
             f"{step['method']}.{key}" if len(row.config["methods"]) > 1 else key: value
             for step in row.config.get("methods", [])
-            for key, value in step["config"].items()
+            for key, value in _flat(step["config"]).items()
         }
         for row in rows.itertuples()
     ]
-    seen: dict[tuple[str, str], set[str]] = {}
-    for method, own in zip(rows["method"], settings, strict=True):
-        for key, setting in own.items():
-            seen.setdefault((method, key), set()).add(json.dumps(setting))
+    usual: dict[str, dict[str, Any]] = {}
     labels = []
     for method, own in zip(rows["method"], settings, strict=True):
-        differing = [f"{key}={own[key]}" for key in own if len(seen[method, key]) > 1]
+        first = usual.setdefault(method, own)
+        differing = [f"{key}={own[key]}" for key in own if own[key] != first.get(key, own[key])]
         labels.append(method + (f" ({', '.join(differing)})" if differing else ""))
     return labels
 
 
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of nested configs as `train.epochs` and the like."""
+    flat = {}
+    for key, value in config.items():
+        inner = _flat(value) if isinstance(value, dict) else None
+        flat |= {key: value} if inner is None else {f"{key}.{name}": item for name, item in inner.items()}
+    return flat
+
+
 def methods(rows: pd.DataFrame) -> list[str]:
-    """The labels in `rows`, the baseline first, the others in the order they came."""
-    return sorted(dict.fromkeys(rows["label"]), key=lambda label: label != "baseline")
+    """The labels that were timed (all, if none was), the baseline first, the others in the order they came.
+
+    Settings of which only accuracy and size were measured, such as the points of a sweep, are left to figures of their
+    own.
+    """
+    timed = rows[rows["metric"] == "latency_p50"]
+    return sorted(dict.fromkeys((timed if len(timed) else rows)["label"]), key=lambda label: label != "baseline")
 
 
 def in_backend(rows: pd.DataFrame, backend: str = EAGER) -> pd.Series:

@@ -117,28 +117,9 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
         axes.set(
             xlabel=label.format(batch=batch),
             ylabel="top-1 on test images (%)",
-            title=_title(rows, f"accuracy against {word}"),
+            title=heading(rows, f"accuracy against {word}"),
         )
-        _note(figure, "bars: 95 % intervals; dashed: Pareto front; left and up is better")
-    return figure, pd.DataFrame(shown)
-
-
-def training_curves(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Loss on the training images and accuracy on the val split, epoch by epoch."""
-    rows = subject(rows)
-    shown = [value(rows, "baseline", "train_loss"), value(rows, "baseline", "val_top1")]
-    shown = [row for row in shown if row is not None]
-    with style():
-        figure, panels = plt.subplots(1, max(1, len(shown)), figsize=(8.2, 3.3), squeeze=False)
-        for axes, row in zip(panels[0], shown, strict=False):
-            percent = row["metric"] == "val_top1"
-            curve = np.array(row["samples"]) * (100 if percent else 1)
-            axes.plot(np.arange(1, len(curve) + 1), curve, color=COLOURS[3 if percent else 1])
-            axes.annotate(
-                f"{curve[-1]:.3g}", (len(curve), curve[-1]), xytext=(-6, 8), textcoords="offset points", ha="right"
-            )
-            axes.set(xlabel="epoch", ylabel="top-1 on val images (%)" if percent else "training loss (nats)")
-        panels[0][0].set_title(_title(rows, "training"))
+        note(figure, "bars: 95 % intervals; dashed: Pareto front; left and up is better")
     return figure, pd.DataFrame(shown)
 
 
@@ -169,8 +150,8 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             unit = "time of one call / baseline's median" if len(paired) else "ms for one call"
             axes.set_xlabel(f"{unit}, batch {int(batch)}")
             axes.legend(loc="upper left", fontsize=9)
-        panels[0][0].set_title(_title(rows, "every timed call"))
-        _note(figure, "thin vertical lines: medians; the slowest calls may lie outside")
+        panels[0][0].set_title(heading(rows, "every timed call"))
+        note(figure, "thin vertical lines: medians; the slowest calls may lie outside")
     return figure, shown
 
 
@@ -202,7 +183,7 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
             axes.axis("off")
         if not names:
             panels[0][0].text(0.5, 0.5, "no compressed method has been measured yet", ha="center")
-        _note(figure, "hatched: predicted; filled: measured; black bar: 95 % interval")
+        note(figure, "hatched: predicted; filled: measured; black bar: 95 % interval")
     return figure, pd.DataFrame(shown, columns=rows.columns)
 
 
@@ -263,10 +244,12 @@ def _label_points(axes: Axes, points: list[tuple[str, float, float]], names: Seq
         )
 
 
-def _title(rows: pd.DataFrame, what: str) -> str:
+def heading(rows: pd.DataFrame, what: str) -> str:
+    """A figure's title: what it shows, and of which model on which images."""
     last = rows.iloc[-1]
     return f"{what}\n{last['model']} on {last['dataset']}"
 
 
-def _note(figure: Figure, text: str) -> None:
+def note(figure: Figure, text: str) -> None:
+    """A line of small print below a figure."""
     figure.supxlabel(text, fontsize=8, color="#555555", x=0.99, ha="right")

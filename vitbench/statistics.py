@@ -33,6 +33,17 @@ def median_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> tuple
     return float(ratio(*pair)), float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of a few independent values (seeds, say) and its 95 % Student t interval; NaN bounds for fewer than two."""
+    from scipy.stats import t
+
+    x = np.asarray(values, float)
+    if len(x) < 2:
+        return float(x.mean()), float("nan"), float("nan")
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
+
+
 def pareto_front(cost: Sequence[float], gain: Sequence[float]) -> np.ndarray:
     """Positions of the points that no other beats: no higher gain at the same or lower cost. Sorted by cost."""
     cost, gain = np.asarray(cost, float), np.asarray(gain, float)

@@ -14,7 +14,7 @@ import nbformat
 from filelock import FileLock, Timeout
 
 from vitbench import progress
-from vitbench.baseline import prepare
+from vitbench.cache import prepare
 from vitbench.data import ImageData, load_data
 from vitbench.errors import InputError, one_of
 from vitbench.lessons import STAGES, Lesson
@@ -52,6 +52,7 @@ def preflight(values: dict[str, Any]) -> str:
         TrainConfig(**values.get("train", {})),
         pretrained=values.get("pretrained", False),
         checkpoint=values.get("checkpoint", ""),
+        img_size=values.get("img_size"),
     )
     return data.fingerprint
 

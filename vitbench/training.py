@@ -132,7 +132,7 @@ def train(
 
     Returns:
         The trained model (its moving average where `ema` > 0) and the history: one dict an epoch with `epoch`,
-        `loss`, `lr`, `val_top1` (a fraction; NaN without a val split). The last epoch is the result: no epoch is chosen.
+        `steps` (since the start), `loss`, `lr`, `val_top1` (a fraction; NaN without a val split). The last epoch is the result: no epoch is chosen.
 
     Raises:
         InputError: fewer images than a batch, or a loss that is no longer finite; the last checkpoint is kept.
@@ -156,9 +156,8 @@ def train(
                     evaluate(run.result(), data.val, batch_size=4 * config.batch_size, device=target).top1.mean()
                 )
             bar.set_postfix(loss=f"{loss:.3f}", val_top1=f"{result:.3f}")
-            history.append(
-                {"epoch": epoch + 1, "loss": loss, "lr": run.rate(run.steps * (epoch + 1)), "val_top1": result}
-            )
+            done = run.steps * (epoch + 1)
+            history.append({"epoch": epoch + 1, "steps": done, "loss": loss, "lr": run.rate(done), "val_top1": result})
             if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 run.save(checkpoint, history)
                 saved = time.monotonic()

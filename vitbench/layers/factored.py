@@ -113,6 +113,10 @@ class FactoredLinear(nn.Module):
         """Z D = W^T (in, out)."""
         return self.latent() @ self._factor.matrix()
 
+    def dense(self) -> Tensor:
+        """W (out, in) as it is after coding, float32."""
+        return self.decoded().T
+
     def reorders(self, tokens: int) -> bool:
         """Whether a call with so many tokens multiplies (x Z) first."""
         if self.order != "cheapest":

@@ -37,6 +37,10 @@ class DynamicInt8Linear(nn.Module):
         """Weights and biases."""
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
+    def dense(self) -> Tensor:
+        """W (out, in) as it is after rounding, float32."""
+        return self.weight.float() * self.scale[:, None]
+
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and _int8_engine() != "none":
             if self._packed is None:

@@ -79,8 +79,8 @@ class _Packed(nn.Module):
         self.bias = None if bias is None else bias.detach().float().clone()
         return self
 
-    def weight(self) -> Tensor:
-        """The weight in floating point, made anew at each call so that only the codes stay in memory."""
+    def dense(self) -> Tensor:
+        """The weight in float32, made anew at each call so that only the codes stay in memory."""
         codes = unpack(self.codes, self.bits, math.prod(self.shape)).view(self.shape[0], -1)
         return codes.sub_(2 ** (self.bits - 1)).mul_(self.step[:, None]).view(self.shape)
 
@@ -102,7 +102,7 @@ class PackedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight().to(x.dtype), bias)
+        return F.linear(x, self.dense().to(x.dtype), bias)
 
 
 @runtime_layer
@@ -123,4 +123,4 @@ class PackedConv2d(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, self.weight().to(x.dtype), bias, stride=self.stride)
+        return F.conv2d(x, self.dense().to(x.dtype), bias, stride=self.stride)

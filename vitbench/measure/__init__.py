@@ -9,17 +9,16 @@ from typing import Any
 import pandas as pd
 
 from vitbench import artifact, backends, environment, progress
-from vitbench.baseline import Baseline
+from vitbench.cache import Made
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
-from vitbench.measure import accuracy, cost, memory, timing
+from vitbench.measure import accuracy, cost, memory, timing, weights
 from vitbench.measure.child import ChildError
 from vitbench.measure.value import Value
-from vitbench.records import Row
+from vitbench.records import GROUPS, Row
 from vitbench.runs import Run
 
 DEFAULT_BATCHES = (1, 8)
-GROUPS = ("accuracy", "size", "latency", "memory")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def measure(
         rounds: how often each model is timed.
         device: where accuracy is computed. Latency and memory are those of the CPU.
         backend: what runs the timed models, eager or onnxruntime (see `vitbench.backends`).
-        what: which of accuracy, size, latency and memory to measure.
+        what: which of accuracy, size, weights (their error; needs `versus`), latency and memory to measure.
 
     Returns:
         This model's rows, new and old.
@@ -125,7 +124,18 @@ def _groups(path, data, versus, batches, threads, rounds, device, backend) -> It
     yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device))
 
     units = {"params": "weights", "macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
-    yield _Group("size", [(metric, unit, {}) for metric, unit in units.items()], lambda: cost.cost(path))
+    slots = [(metric, unit, {}) for metric, unit in units.items()]
+    slots += [("part_bytes", "bytes", {"part": part}) for part in artifact.parts(path)]
+    yield _Group("size", slots, lambda: cost.cost(path))
+
+    own = artifact.read_manifest(path).recipe
+    names = weights.coded_layers(own)
+    if versus and names:
+        other = artifact.read_manifest(versus)
+        context = {"versus": f"{other.recipe.method}:{other.sha256[:12]}", "layers": names}
+        yield _Group(
+            "weights", [("weight_error", "fraction", context)], lambda: weights.weight_error(path, versus, names)
+        )
 
     machine = {"threads": threads, "device": f"cpu: {environment.cpu_name()}"}
     timed = {**machine, "backend": backend, "rounds": rounds}
@@ -141,10 +151,12 @@ def _groups(path, data, versus, batches, threads, rounds, device, backend) -> It
         "latency",
         slots,
         lambda: timing.latency(path, versus, batches, threads, rounds, backend),
-        backends.obstacle(backend, artifact.read_manifest(path).recipe),
+        backends.obstacle(backend, own),
     )
 
-    slots = [(metric, "bytes", {**machine, "backend": "eager"}) for metric in ("peak_rss", "import_rss")]
+    slots = [
+        (metric, "bytes", {**machine, "backend": "eager"}) for metric in ("peak_rss", "import_rss", "peak_tensors")
+    ]
     yield _Group("memory", slots, lambda: memory.peak_rss(path, threads))
 
 
@@ -159,28 +171,20 @@ def _about(recipe, data: ImageData) -> dict[str, Any]:
     }
 
 
-def training_rows(base: Baseline, data: ImageData) -> list[Row]:
-    """The training curves of a baseline as rows: the last value, and one sample an epoch. None for an untrained one."""
-    if not base.history:
+def training_rows(made: Made, data: ImageData) -> list[Row]:
+    """The training curves of a model as rows: the last value, and one sample an epoch. None for an untrained one."""
+    if not made.history:
         return []
-    manifest = artifact.read_manifest(base.path)
-    context = {"artifact": manifest.sha256[:12], "epochs": len(base.history)}
+    manifest = artifact.read_manifest(made.path)
+    about, steps = _about(manifest.recipe, data), made.history[-1].get("steps", 0) // len(made.history)
+    context = {"artifact": manifest.sha256[:12], "epochs": len(made.history), "steps_per_epoch": steps or 1}
     rows = []
     for metric, key, unit, source in (
         ("train_loss", "loss", "nats", "measured: mean over each epoch's training batches, after augmentation"),
         ("val_top1", "val_top1", "fraction", "measured: val split after each epoch"),
     ):
-        curve = [epoch[key] for epoch in base.history]
+        curve = [epoch[key] for epoch in made.history]
         if all(math.isfinite(value) for value in curve):
-            rows.append(
-                Row(
-                    **_about(manifest.recipe, data),
-                    metric=metric,
-                    unit=unit,
-                    value=curve[-1],
-                    samples=curve,
-                    source=source,
-                    context=context,
-                )
-            )
+            row = Row(**about, metric=metric, unit=unit, value=curve[-1], samples=curve, source=source, context=context)
+            rows.append(row)
     return rows

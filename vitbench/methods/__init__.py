@@ -74,13 +74,16 @@ def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageDa
         model: a Vision Transformer made by vitbench; it is not changed.
         configs: one method's config, or a list of them (a combination).
         data: images for the methods that calibrate or train; never its test split.
+
+    Returns:
+        The compressed model; one that a method trained has a `history`, as `training.train` returns it.
     """
     result = copy.deepcopy(model)
     for config in [configs] if isinstance(configs, Config) else configs:
         method = method_of(config)
-        recipe = result.recipe
         result = method.handler(result, config, data)
-        result.recipe = recipe.having(methods=(*recipe.methods, Step(method=method.name, config=config.to_dict())))
+        steps = (*result.recipe.methods, Step(method=method.name, config=config.to_dict()))
+        result.recipe = result.recipe.having(methods=steps)
     return result.requires_grad_(False).eval()
 
 

@@ -13,6 +13,7 @@ over Z, D, the steps, and all else in the ViT. In the paper Z is made by an enco
 constant and the encoder is linear in it, Z can as well be the parameter itself ("direct"), started from the closed form.
 """
 
+import copy
 from typing import Literal
 
 import torch
@@ -20,12 +21,11 @@ from pydantic import Field
 from torch import nn
 
 from vitbench import progress, vit
-from vitbench.coded import Coding, CodedModel, ends, find_teacher, train_codes
+from vitbench.coded import CodedModel, Coding, dense_layers, ends, find_teacher, train_codes
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.factors import Encoder, FactorCoder, Free, closed_form, output_grams, stacked
-from vitbench.layers import FactoredLinear
-from vitbench.layers.factored import Order
+from vitbench.layers.factored import Order, factored_layers
 from vitbench.methods import register
 from vitbench.training import TrainConfig
 from vitbench.vit import LINEAR_TYPES
@@ -96,20 +96,15 @@ def rank_of(model: nn.Module, config: UCT) -> int:
     Raises:
         InputError: layers of a type are missing or differ in shape, or the rank is above what a type allows.
     """
-    width, most = model.embed_dim, {}
-    for kind in config.layers:
-        shapes = {tuple(layer.weight.shape) for layer in vit.linears(model, (kind,)).values()}
-        if not shapes:
-            raise InputError(
-                f"{model.recipe.architecture.name} has no dense {kind} layers in its blocks (compressed already, or of another "
-                f"design); give the uncompressed model, or layers without {kind}"
-            )
-        if len(shapes) > 1 or len(vit.linears(model, (kind,))) < len(model.blocks):
+    most = {}
+    for kind, layers in dense_layers(model, config.layers).items():
+        shapes = {tuple(layer.weight.shape) for layer in layers.values()}
+        if len(shapes) > 1:
             raise InputError(
                 f"the {kind} layers differ between blocks ({sorted(shapes)}); one factor cannot serve them all"
             )
         most[kind] = min(shapes.pop())
-    rank = config.rank or max(1, round(config.rank_ratio * width))
+    rank = config.rank or max(1, round(config.rank_ratio * model.embed_dim))
     tight = [kind for kind, limit in most.items() if rank > limit]
     if tight:
         raise InputError(
@@ -128,15 +123,22 @@ def uct(model: nn.Module, config: UCT, data: ImageData | None) -> nn.Module:
     coded = CodedModel(model, [*_coders(model, config, data, rank), *_ends(model, config)])
     _warm_up(coded, config)
     small, small.history = train_codes(coded, config, data, teacher, config.mse_weight)
-    set_order(small, config.order)
+    for layer in factored_layers(small).values():
+        layer.order = config.order
     return small
 
 
-def set_order(model: nn.Module, order: Order) -> None:
-    """Change how the factored layers multiply, in place."""
-    for module in model.modules():
-        if isinstance(module, FactoredLinear):
-            module.order = order
+def set_order(model: nn.Module, order: Order) -> nn.Module:
+    """The same compressed model (a copy) with its factored layers multiplying in another order."""
+    model = copy.deepcopy(model)
+    for layer in factored_layers(model).values():
+        layer.order = order
+    steps = [
+        step.having(config={**step.config, "order": order}) if step.method == "uct" else step
+        for step in model.recipe.methods
+    ]
+    model.recipe = model.recipe.having(methods=tuple(steps))
+    return model
 
 
 def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) -> list[FactorCoder]:

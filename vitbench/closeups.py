@@ -1,0 +1,121 @@
+"""Figures that look into one model or one family of settings; like all figures, from rows alone."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vitbench.comparison import MEGA, subject, value
+from vitbench.figures import COLOURS, MARKERS, heading, note, style
+
+PARTS = {  # what the bytes of a saved model hold -> colour
+    "block weights": COLOURS[3],
+    "shared factors": COLOURS[1],
+    "patch embedding and head": COLOURS[4],
+    "norms, biases, embeddings": COLOURS[2],
+    "names and recipe": "#BBBBBB",
+}
+Drawn = tuple[Figure, pd.DataFrame]
+
+
+def training_curves(rows: pd.DataFrame, labels: list[str] | None = None) -> Drawn:
+    """Loss on the training images and accuracy on the val split, step by step, of the models with these labels."""
+    rows, labels = subject(rows), labels or ["baseline"]
+    metrics = [metric for metric in ("train_loss", "val_top1") if (rows["metric"] == metric).any()]
+    shown = []
+    with style():
+        figure, panels = plt.subplots(1, max(1, len(metrics)), figsize=(8.2, 3.3), squeeze=False)
+        for axes, metric in zip(panels[0], metrics, strict=False):
+            percent = metric == "val_top1"
+            for place, label in enumerate(labels):
+                row = value(rows, label, metric)
+                if row is None:
+                    continue
+                curve = np.array(row["samples"]) * (100 if percent else 1)
+                steps = row["context"].get("steps_per_epoch", 1) * np.arange(1, len(curve) + 1)
+                kind = {"color": COLOURS[(3, 1, 5, 4)[place % 4]], "ls": ("-", "--", ":", "-.")[place % 4]}
+                axes.plot(steps, curve, **kind, marker="." if len(curve) < 30 else "", label=label)
+                axes.annotate(
+                    f"{curve[-1]:.3g}", (steps[-1], curve[-1]), xytext=(-6, 8), textcoords="offset points", ha="right"
+                )
+                shown.append(row)
+            axes.set(xlabel="optimiser step", ylabel="top-1 on val images (%)" if percent else "training loss (nats)")
+        if len(labels) > 1:
+            panels[0][-1].legend(fontsize=8)
+        panels[0][0].set_title(heading(rows, "training"))
+    return figure, pd.DataFrame(shown)
+
+
+def parts(rows: pd.DataFrame, labels: list[str]) -> Drawn:
+    """What the bytes on disk hold, one bar a model."""
+    rows = subject(rows)
+    shown = rows[(rows["metric"] == "part_bytes") & rows["label"].isin(labels)]
+    held = shown["context"].map(lambda context: context["part"])
+    with style():
+        figure, axes = plt.subplots(figsize=(7.6, 1.0 + 0.55 * len(labels)))
+        for place, label in enumerate(labels):
+            left = 0.0
+            for part, colour in PARTS.items():
+                width = shown["value"][(shown["label"] == label) & (held == part)].sum() / MEGA
+                axes.barh(place, width, left=left, color=colour, edgecolor="white", label=None if place else part)
+                left += width
+            axes.annotate(f"{left:.3g} MB", (left, place), xytext=(4, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.margins(x=0.15)
+        axes.set(xlabel="size on disk (MB)", title=heading(rows, "what the bytes hold"))
+        axes.invert_yaxis()
+        axes.legend(fontsize=8, loc="lower right")
+    return figure, shown
+
+
+def layer_errors(rows: pd.DataFrame, labels: list[str]) -> Drawn:
+    """The relative error of each layer's weights, one line a model."""
+    rows, shown = subject(rows), []
+    with style():
+        figure, axes = plt.subplots(figsize=(8.2, 3.4))
+        for place, label in enumerate(labels):
+            row = value(rows, label, "weight_error")
+            if row is None:
+                continue
+            names = [name.removeprefix("blocks.") for name in row["context"]["layers"]]
+            axes.plot(
+                names, 100 * np.array(row["samples"]), marker=MARKERS[place], color=COLOURS[place + 1], label=label
+            )
+            shown.append(row)
+        axes.tick_params(axis="x", rotation=90, labelsize=7 if len(shown) and len(names) > 24 else 8)
+        axes.set(ylabel="||W' - W|| / ||W|| (%)", title=heading(rows, "error of the weights, layer by layer"))
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)
+    return figure, pd.DataFrame(shown)
+
+
+def families(rows: pd.DataFrame, named: dict[str, list[str]]) -> Drawn:
+    """Accuracy against bytes, a line for each family: its name -> the labels of its settings."""
+    rows, shown = subject(rows), []
+    base = value(rows, "baseline", "top1")
+    with style():
+        figure, axes = plt.subplots(figsize=(7.2, 4.4))
+        for place, (name, labels) in enumerate(named.items()):
+            found = [(value(rows, label, "bytes"), value(rows, label, "top1")) for label in labels]
+            found = sorted(
+                ((size, gain) for size, gain in found if size is not None), key=lambda pair: pair[0]["value"]
+            )
+            x = [size["value"] / MEGA for size, _ in found]
+            y = np.array([[100 * gain[key] for key in ("value", "low", "high")] for _, gain in found]).reshape(-1, 3)
+            spread = [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]]
+            kind = {
+                "color": COLOURS[(3, 3, 1, 1, 5, 4)[place % 6]],
+                "marker": MARKERS[place],
+                "ls": ("-", ":")[place % 2],
+            }
+            axes.errorbar(x, y[:, 0], yerr=spread, capsize=2, elinewidth=0.7, label=name, **kind)
+            shown += [row for pair in found for row in pair]
+        axes.axhline(100 * base["value"], color="black", lw=1)
+        axes.annotate(
+            "baseline", (0.99, 100 * base["value"]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
+        axes.set(xlabel="size on disk (MB)", ylabel="top-1 on test images (%)", title=heading(rows, "at equal bytes"))
+        axes.set_xlim(left=0)
+        axes.legend(fontsize=8, loc="lower right")
+        note(figure, "bars: 95 % intervals of the test images; left and up is better")
+    return figure, pd.DataFrame([*shown, base])
