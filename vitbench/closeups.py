@@ -35,9 +35,9 @@ def training_curves(rows: pd.DataFrame, labels: list[str] | None = None) -> Draw
                 steps = row["context"].get("steps_per_epoch", 1) * np.arange(1, len(curve) + 1)
                 kind = {"color": COLOURS[(3, 1, 5, 4)[place % 4]], "ls": ("-", "--", ":", "-.")[place % 4]}
                 axes.plot(steps, curve, **kind, marker="." if len(curve) < 30 else "", label=label)
-                axes.annotate(
-                    f"{curve[-1]:.3g}", (steps[-1], curve[-1]), xytext=(-6, 8), textcoords="offset points", ha="right"
-                )
+                if len(labels) == 1:
+                    end, place = (steps[-1], curve[-1]), {"xytext": (-6, 8), "textcoords": "offset points"}
+                    axes.annotate(f"{curve[-1]:.3g}", end, **place, ha="right")
                 shown.append(row)
             axes.set(xlabel="optimiser step", ylabel="top-1 on val images (%)" if percent else "training loss (nats)")
         if len(labels) > 1:
@@ -52,7 +52,7 @@ def parts(rows: pd.DataFrame, labels: list[str]) -> Drawn:
     shown = rows[(rows["metric"] == "part_bytes") & rows["label"].isin(labels)]
     held = shown["context"].map(lambda context: context["part"])
     with style():
-        figure, axes = plt.subplots(figsize=(7.6, 1.0 + 0.55 * len(labels)))
+        figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.5 * len(labels)))
         for place, label in enumerate(labels):
             left = 0.0
             for part, colour in PARTS.items():
@@ -64,7 +64,8 @@ def parts(rows: pd.DataFrame, labels: list[str]) -> Drawn:
         axes.margins(x=0.15)
         axes.set(xlabel="size on disk (MB)", title=heading(rows, "what the bytes hold"))
         axes.invert_yaxis()
-        axes.legend(fontsize=8, loc="lower right")
+        axes.grid(False, axis="y")
+        axes.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.32))
     return figure, shown
 
 
@@ -90,9 +91,10 @@ def layer_errors(rows: pd.DataFrame, labels: list[str]) -> Drawn:
 
 
 def families(rows: pd.DataFrame, named: dict[str, list[str]]) -> Drawn:
-    """Accuracy against bytes, a line for each family: its name -> the labels of its settings."""
+    """Test error against bytes, a line for each family: its name -> the labels of its settings."""
     rows, shown = subject(rows), []
     base = value(rows, "baseline", "top1")
+    least = 0.5 / base["context"]["images"]  # no error at all has no place on a logarithmic axis
     with style():
         figure, axes = plt.subplots(figsize=(7.2, 4.4))
         for place, (name, labels) in enumerate(named.items()):
@@ -101,21 +103,21 @@ def families(rows: pd.DataFrame, named: dict[str, list[str]]) -> Drawn:
                 ((size, gain) for size, gain in found if size is not None), key=lambda pair: pair[0]["value"]
             )
             x = [size["value"] / MEGA for size, _ in found]
-            y = np.array([[100 * gain[key] for key in ("value", "low", "high")] for _, gain in found]).reshape(-1, 3)
-            spread = [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]]
-            kind = {
-                "color": COLOURS[(3, 3, 1, 1, 5, 4)[place % 6]],
-                "marker": MARKERS[place],
-                "ls": ("-", ":")[place % 2],
-            }
-            axes.errorbar(x, y[:, 0], yerr=spread, capsize=2, elinewidth=0.7, label=name, **kind)
+            error, low, high = (
+                100 * np.array([max(1 - gain[key], least) for _, gain in found]) for key in ("value", "high", "low")
+            )
+            kind = {"color": COLOURS[(3, 3, 1, 1, 5, 4)[place % 6]], "marker": MARKERS[place % len(MARKERS)]}
+            spread = {"yerr": [error - low, high - error], "capsize": 2, "elinewidth": 0.7}
+            axes.errorbar(x, error, **spread, **kind, ls=(":", "-")[place % 2], label=name)
             shown += [row for pair in found for row in pair]
-        axes.axhline(100 * base["value"], color="black", lw=1)
-        axes.annotate(
-            "baseline", (0.99, 100 * base["value"]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-        )
-        axes.set(xlabel="size on disk (MB)", ylabel="top-1 on test images (%)", title=heading(rows, "at equal bytes"))
+        level = 100 * max(1 - base["value"], least)
+        axes.axhline(level, color="black", lw=1)
+        corner = {"xycoords": ("axes fraction", "data"), "xytext": (0, 3), "textcoords": "offset points"}
+        axes.annotate(f"baseline, {value(rows, 'baseline', 'bytes')['value'] / MEGA:.3g} MB", (0.01, level), **corner)
+        axes.set(xlabel="size on disk (MB)", ylabel="wrong on test images (%)", yscale="log")
+        axes.set_title(heading(rows, "errors against size"))
         axes.set_xlim(left=0)
-        axes.legend(fontsize=8, loc="lower right")
-        note(figure, "bars: 95 % intervals of the test images; left and up is better")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.legend(fontsize=8)
+        note(figure, "bars: 95 % intervals of the test images; left and down is better")
     return figure, pd.DataFrame([*shown, base])

@@ -109,6 +109,7 @@ class CodedModel(nn.Module):
         self.embed_dim = model.embed_dim
         self.mismatch: Tensor | float = 0.0  # of the last forward pass in training
         self._decoded: dict[str, Tensor] | None = None
+        model.requires_grad_(True)
         for coder in coders:
             for name in coder.names:
                 model.get_submodule(name).weight.requires_grad_(False)

@@ -12,8 +12,9 @@ from vitbench.recipe import Recipe
 
 
 def coded_layers(recipe: Recipe) -> list[str]:
-    """Names of the block layers that something stands in for, in the model's order."""
-    return [name for name in recipe.layers if name.rpartition(".")[-1] in vit.LINEAR_TYPES]
+    """Names of the blocks' linear layers that something stands in for, block by block."""
+    kinds = vit.LINEAR_TYPES
+    return [name for name in recipe.layers if name.startswith("blocks.") and name.rpartition(".")[-1] in kinds]
 
 
 @torch.inference_mode()
