@@ -100,6 +100,9 @@ def _structure(path: Path, recipe: Recipe) -> nn.Module:
     """The model that a recipe describes, on the meta device: timm's structure with runtime layers in their places."""
     model = vit.skeleton(recipe.architecture)
     known = dict(model.named_modules())
+    for name in recipe.shared:
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise InputError(f"the recipe of {str(path)!r} has a shared module {name!r}; allowed are plain names")
     if recipe.shared:
         model.shared = nn.ModuleDict({name: _empty_layer(path, spec) for name, spec in recipe.shared.items()})
     for name, spec in recipe.layers.items():

@@ -1,6 +1,6 @@
 """Linear layers W^T ~ Z D in packed codes, with one factor D for all blocks."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,8 @@ class FactoredLinear(nn.Module):
         order: str = "reordered",
     ):
         super().__init__()
+        if order not in get_args(Order):
+            raise ValueError(f"order = {order!r}; allowed: {', '.join(get_args(Order))}")
         self.in_features, self.out_features, self.rank, self.bits = in_features, out_features, rank, bits
         self.shared, self.order = shared, order
         self.register_buffer("codes", torch.zeros(packed_bytes(in_features * rank, bits), dtype=torch.uint8))

@@ -1,0 +1,90 @@
+"""Packed codes and factored layers: what is packed comes back, and both orders of multiplying agree."""
+
+import pytest
+import torch
+
+from vitbench import layers, vit
+from vitbench.layers import FactoredLinear, PackedConv2d, PackedLinear, SharedFactor, pack, unpack
+from vitbench.layers.factored import reordered_share
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
+def test_what_is_packed_comes_back(bits, count):
+    codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(bits))
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.numel() == -(-count * bits // 8)
+    assert torch.equal(unpack(packed, bits, count).long(), codes)
+
+
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_codes_outside_the_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"lie in \[0, 7\]"):
+        pack(torch.tensor([1, wrong]), 3)
+
+
+def factored(order="reordered", rank=5, bits=4):
+    torch.manual_seed(0)
+    layer, factor = FactoredLinear(12, 9, rank, bits, "qkv", order=order), SharedFactor(rank, 9, bits)
+    zero = torch.randint(0, 2**bits, (rank,))
+    factor.fill(torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rank, 9)), torch.rand(9), torch.rand(rank), zero)
+    layer.fill(torch.randint(0, 2**bits, (12, rank)), torch.randn(9))
+    layer.connect(torch.nn.ModuleDict({"qkv": factor}))
+    return layer
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_both_orders_give_x_times_the_dense_matrix(bits):
+    x = torch.randn(2, 7, 12)
+    layer = factored(bits=bits)
+    wanted = torch.nn.functional.linear(x, layer.dense(), layer.bias)
+    for order in ("reordered", "decode_first", "cheapest"):
+        layer.order = order
+        assert torch.allclose(layer(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cheapest_order_is_the_one_with_fewer_products():
+    layer = FactoredLinear(100, 100, 72, 4, "proj", order="cheapest")
+    assert layer.reorders(100)  # few tokens: decoding costs more than it saves
+    assert not layer.reorders(1000)
+    few, many = 163, 164  # n r (i + o) = i r o + n i o at n = 163.6
+    assert layer.reorders(few)
+    assert not layer.reorders(many)
+
+
+def test_packed_layers_are_dense_layers_with_their_weights():
+    torch.manual_seed(0)
+    dense, conv = torch.nn.Linear(10, 6), torch.nn.Conv2d(3, 5, 4, stride=4)
+    for old, new, x in (
+        (dense, PackedLinear(10, 6, 3), torch.randn(2, 10)),
+        (conv, PackedConv2d(3, 5, 4, 3), torch.randn(2, 3, 8, 8)),
+    ):
+        codes = torch.randint(-4, 4, old.weight.shape)
+        step = torch.rand(len(codes))
+        new.fill(codes, step, old.bias)
+        old.weight.data = codes * step.view(-1, *[1] * (codes.ndim - 1))
+        assert torch.allclose(new(x), old(x), atol=1e-5)
+        assert new.param_count == sum(p.numel() for p in old.parameters())
+
+
+@pytest.mark.parametrize("name", layers.RUNTIME_LAYERS)
+def test_every_layer_is_built_again_from_its_spec(name):
+    made = {
+        "DynamicInt8Linear": lambda: layers.DynamicInt8Linear(4, 3),
+        "PackedLinear": lambda: PackedLinear(4, 3, 5, bias=False),
+        "PackedConv2d": lambda: PackedConv2d(3, 2, 4, 8),
+        "SharedFactor": lambda: SharedFactor(3, 4, 4),
+        "FactoredLinear": lambda: FactoredLinear(4, 3, 2, 4, "fc1", order="cheapest"),
+    }[name]()
+    again = type(made)(**made.spec())
+    assert again.spec() == made.spec()
+    shapes = [{key: value.shape for key, value in layer.state_dict().items()} for layer in (made, again)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_papers_shares_of_multiply_accumulates():
+    assert reordered_share(384, 277) == pytest.approx(0.962, abs=5e-4)
+    assert reordered_share(768, 502) == pytest.approx(0.872, abs=5e-4)
+    assert reordered_share(384, 288) == 1.0
+    assert vit.LINEAR_TYPES == ("qkv", "proj", "fc1", "fc2")

@@ -1,0 +1,64 @@
+"""Steps: the best fixed ones, and those that are learned."""
+
+import pytest
+import torch
+
+from vitbench.quantizers import LearnedStep, best_step, code_range
+
+
+def error(x, step, bits):
+    low, high = code_range(bits)
+    return ((x / step).round().clamp(low, high) * step - x).square().sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_best_step_beats_the_range_and_its_neighbours(bits, dim):
+    x = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    step = best_step(x, bits, dim)
+    widest = x.abs().amax(dim=dim, keepdim=True) / code_range(bits)[1]
+    assert step.shape == widest.shape
+    assert error(x, step, bits) <= error(x, widest, bits)
+    assert error(x, step, bits) < min(error(x, 0.8 * step, bits), error(x, 1.25 * step, bits))
+
+
+def test_a_row_of_zeros_is_kept():
+    x = torch.zeros(2, 5)
+    assert torch.equal((x / best_step(x, 4, 1)).round(), x)
+
+
+def test_gradients_are_those_of_lsq():
+    x = torch.tensor([[0.3, -2.0, 5.0, -5.0]], requires_grad=True)
+    quantizer = LearnedStep(1, 3, dim=1)  # codes -4 .. 3
+    quantizer(x).sum().backward()
+    assert x.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]  # 5 and -5 are outside [-4, 3]
+    inside = (round(0.3) - 0.3) + (-2.0 + 2.0)
+    assert quantizer.step.grad.item() == pytest.approx((inside + 3 - 4) / (4 * 3) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["mse", "lsq"])
+def test_exported_codes_are_what_the_forward_pass_uses(rule):
+    x = 0.3 + torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    quantizer = LearnedStep(6, 4, dim=0, zero_point=True)
+    quantizer.start(x, rule)
+    quantizer.zero.data += torch.linspace(-3, 3, 6)
+    codes, step, zero = quantizer.export(x)
+    assert (int(codes.min()), int(codes.max())) >= (-8, -8)
+    assert int(codes.max()) <= 7
+    assert torch.allclose((codes - zero) * step, quantizer(x), atol=1e-5)
+
+
+def test_training_the_step_lowers_the_error():
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    quantizer = LearnedStep(8, 3, dim=0)
+    quantizer.step.data.fill_(2.0)
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.02)
+    before = float((quantizer(x) - x).square().mean().detach())
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (quantizer(x) - x).square().mean()
+        loss.backward()
+        optimizer.step()
+    loss = float(loss.detach())
+    assert loss < 0.3 * before
+    assert loss < 1.1 * float(error(x, best_step(x, 3, 0), 3) / x.numel())

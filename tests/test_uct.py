@@ -1,0 +1,290 @@
+"""UCT: the file's size, both orders, the closed form, the two forms of training, and what is refused."""
+
+import os
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vitbench import artifact, training, vit
+from vitbench.cache import compressed
+from vitbench.errors import InputError
+from vitbench.factors import closed_form, output_grams, stacked
+from vitbench.layers.factored import factored_layers
+from vitbench.measure.cost import count_macs
+from vitbench.measure.memory import peak_tensors
+from vitbench.methods import compress, make_config, uct
+from vitbench.methods.uct import OFFICIAL, UCT, set_order
+from vitbench.training import TrainConfig, evaluate
+
+ROUNDED = UCT(train=TrainConfig(epochs=0))
+SHORT = UCT(train=TrainConfig(epochs=2, lr=2e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0))
+
+
+def quick_factors(target, rank, gram=None):
+    """Any factors: a file's size does not depend on them."""
+    return target[:, :rank].contiguous(), target[:rank].contiguous()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("deit_small_patch16_224", 277, 5.70, 14.7), ("deit_base_patch16_224", 502, 19.1, 17.2)],
+    ids=["DeiT-S", "DeiT-B"],
+)
+def published(request, tmp_path_factory):
+    """A model of the paper's shapes with random weights: dense and packed, the folders, and the limits."""
+    name, rank, mebibytes, ratio = request.param
+    folder = tmp_path_factory.mktemp("shapes")
+    dense = vit.create_model(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uct, "closed_form", quick_factors)
+        small = compress(dense, UCT(rank=rank, start="weights", steps_rule="lsq", train=TrainConfig(epochs=0)))
+    paths = artifact.save(dense, folder / "dense"), artifact.save(small, folder / "small")
+    return dense, small, *paths, mebibytes, ratio, rank
+
+
+def test_published_shapes_fit_the_published_sizes(published):
+    _, small, dense_path, path, mebibytes, ratio, _ = published
+    size = artifact.size_on_disk(path)
+    assert size <= mebibytes * 2**20
+    assert artifact.size_on_disk(dense_path) >= ratio * size
+    assert sum(artifact.parts(path).values()) == size
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(artifact.load(path)(x), small(x))
+
+
+@torch.inference_mode()
+def test_both_orders_agree_on_published_shapes(published):
+    _, small, *_ = published
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    first = small(x)
+    for order in ("decode_first", "cheapest"):
+        assert (set_order(small, order)(x) - first).abs().max() <= 1e-4 * first.abs().max()
+
+
+def test_multiply_accumulates_of_published_shapes(published):
+    dense, small, *_, rank = published
+    tokens, d = 197, dense.embed_dim
+    linears = 12 * tokens * 12 * d**2
+    others = count_macs(dense) - linears
+    wanted = {384: 0.962, 768: 0.872}[d]
+    assert (count_macs(small) - others) / linears == pytest.approx(wanted, abs=5e-4)
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all that operators return."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen.update(tuple(tensor.shape) for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor))
+        return result
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+
+@torch.inference_mode()
+def test_reordered_inference_never_holds_a_decoded_matrix(published):
+    _, small, *_ = published
+    decoded = {(layer.in_features, layer.out_features) for layer in factored_layers(small).values()}
+    decoded |= {pair[::-1] for pair in decoded}
+    peaks = {}
+    for order in ("reordered", "decode_first"):
+        model = set_order(small, order)
+        with Shapes() as shapes:
+            model.blocks(torch.zeros(1, 197, model.embed_dim))
+        assert bool(shapes.seen & decoded) == (order == "decode_first")
+        peaks[order] = peak_tensors(model, torch.zeros(1, 3, 224, 224))
+    assert peaks["reordered"] < peaks["decode_first"]
+
+
+def test_the_closed_form_is_the_best_of_its_rank():
+    M = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
+    Z, D = closed_form(M, 7)
+    assert torch.allclose(D @ D.T, torch.eye(7), atol=1e-5)
+    least = torch.linalg.svdvals(M)[7:].square().sum()
+    assert torch.isclose((Z @ D - M).square().sum(), least, rtol=1e-4)
+
+
+def test_the_weighted_closed_form_keeps_outputs_better(base, digits):
+    layers = vit.linears(base.model, ("fc1",))
+    grams = output_grams(base.model, layers, digits.calibration)
+    assert torch.allclose(next(iter(grams.values())), next(iter(grams.values())).T, rtol=1e-4)
+    target, gram = stacked(layers), sum(grams.values())
+
+    def lost(right):  # of the outputs: tr(G) - tr(D G D^T) for orthonormal D
+        return float(gram.trace() - (right.double() @ gram @ right.double().T).trace())
+
+    plain, weighted = closed_form(target, 20)[1], closed_form(target, 20, gram)[1]
+    assert lost(weighted) < 0.9 * lost(plain)
+
+
+def test_full_rank_and_eight_bits_lose_almost_nothing(base, digits):
+    config = UCT(layers=("proj", "fc2"), rank=64, bits=8, train=TrainConfig(epochs=0))
+    small = compress(base.model, config, digits)
+    x = torch.randn(8, 3, 8, 8)
+    assert (small(x) - base.model(x)).abs().max() < 0.03 * base.model(x).abs().max()
+
+
+def test_training_the_codes_pays_and_is_small(base, digits, tmp_path):
+    rounded, trained = compress(base.model, ROUNDED, digits), compress(base.model, SHORT, digits)
+    sizes = [artifact.size_on_disk(artifact.save(m, tmp_path / str(i))) for i, m in enumerate((rounded, trained))]
+    assert artifact.size_on_disk(base.path) >= 8 * max(sizes)
+    assert evaluate(trained, digits.train).top1.mean() > evaluate(rounded, digits.train).top1.mean()
+    assert len(trained.history) == 2
+    assert not torch.equal(trained.blocks[0].norm1.weight, rounded.blocks[0].norm1.weight), "the rest is trained too"
+
+
+def test_the_encoder_form_fits_the_weights_and_leaves_no_encoder(base, digits, tmp_path):
+    config = SHORT.having(form="encoder", warm_steps=60, train=SHORT.train.having(epochs=1, lr=1e-4))
+    small = compress(base.model, config, digits)
+    names = set(artifact.load(artifact.save(small, tmp_path / "a")).state_dict())
+    assert names == set(compress(base.model, ROUNDED, digits).state_dict())
+    errors = []
+    for steps in (0, 60):
+        off = config.having(warm_steps=steps, train=TrainConfig(epochs=0))
+        model = compress(base.model, off, digits)
+        layers = factored_layers(model)
+        dense = vit.linears(base.model)
+        errors.append(sum(float((layers[name].dense() - dense[name].weight).square().sum()) for name in layers))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_official_choices_are_kept_apart(base, digits):
+    config = OFFICIAL.having(warm_steps=5, train=OFFICIAL.train.having(epochs=0))
+    small = compress(base.model, config, digits)
+    assert (small.head.bits, small.patch_embed.proj.bits) == (4, 8)
+    ours = compress(base.model, ROUNDED, digits)
+    assert (ours.head.bits, ours.patch_embed.proj.bits) == (8, 8)
+
+
+def test_a_killed_training_goes_on(base, digits, monkeypatch):
+    whole = compress(base.model, SHORT, digits)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    epochs = training._Run.epoch
+
+    def interrupted(self, epoch, split, bar):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return epochs(self, epoch, split, bar)
+
+    monkeypatch.setattr(training._Run, "epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(base.model, SHORT, digits)
+    monkeypatch.setattr(
+        training._Run,
+        "epoch",
+        lambda self, epoch, *rest: epoch == 0 and pytest.fail("begun anew") or epochs(self, epoch, *rest),
+    )
+    again = compress(base.model, SHORT, digits)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits, monkeypatch, home):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    steps = len(digits.train) // 128
+    losses = training._Run._loss
+
+    def broken(self, x, y):
+        self.seen = getattr(self, "seen", 0) + 1
+        return losses(self, x, y) * (float("nan") if self.seen == steps + 3 else 1.0)
+
+    monkeypatch.setattr(training._Run, "_loss", broken)
+    unfinished = home / "results" / "cache" / "unfinished"
+    before = set(unfinished.glob("*.pt"))
+    with pytest.raises(InputError, match=f"the loss is nan at step {steps + 3} .epoch 2.: .* is kept"):
+        compress(base.model, SHORT.having(train=SHORT.train.having(seed=5)), digits)
+    (kept,) = set(unfinished.glob("*.pt")) - before
+    assert len(torch.load(kept, weights_only=True)["history"]) == 1
+
+
+def test_a_compressed_model_is_made_once(base, digits, monkeypatch):
+    first = compressed(base, ROUNDED, digits)
+    monkeypatch.setattr(uct, "train_codes", lambda *_: pytest.fail("made again"))
+    again = compressed(base, ROUNDED, digits)
+    assert again.path == first.path
+    assert again.model.recipe.method == "uct"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 65}, r"rank = 65 is more than qkv, proj, fc1, fc2 allow \(64\); give 1 to 64"),
+        ({"rank": 0}, "rank = 0"),
+        ({"bits": 1}, "bits = 1"),
+        ({"bits": 9}, "bits = 9"),
+        ({"layers": ["fc3"]}, "layers"),
+        ({"train": {"epochs": -1}}, "epochs = -1"),
+        ({"teacher": "/nowhere"}, "not a saved model"),
+    ],
+)
+def test_wrong_settings(base, digits, values, message):
+    with pytest.raises(InputError, match=message):
+        compress(base.model, make_config("uct", values), digits)
+
+
+def test_a_compressed_model_has_no_dense_layers_left(base, digits):
+    small = compress(base.model, make_config("dynamic_int8"))
+    with pytest.raises(InputError, match="has a dense qkv layer in 0 of 4 blocks"):
+        compress(small, ROUNDED, digits)
+
+
+def test_a_teacher_of_other_classes_is_refused(base, digits, tmp_path):
+    path = artifact.save(vit.create_model("vit_mini_patch2_8", num_classes=7), tmp_path / "seven")
+    with pytest.raises(InputError, match="answers 7 classes and the student 10"):
+        compress(base.model, SHORT.having(teacher=str(path)), digits)
+    other = artifact.save(vit.create_model("vit_mini_patch4_32"), tmp_path / "larger")
+    with pytest.raises(InputError, match="prepared in another way"):
+        compress(base.model, SHORT.having(teacher=str(other)), digits)
+
+
+def test_another_teacher_gives_another_student(base, digits, tmp_path):
+    path = artifact.save(vit.create_model("vit_mini_patch2_8", seed=3), tmp_path / "untrained")
+    own, odd = (compress(base.model, SHORT.having(teacher=teacher), digits) for teacher in ("original", str(path)))
+    assert evaluate(own, digits.val).top1.mean() > evaluate(odd, digits.val).top1.mean()
+
+
+def test_images_are_needed_where_they_are(base):
+    with pytest.raises(InputError, match="start=weights"):
+        compress(base.model, UCT())
+    with pytest.raises(InputError, match="train.epochs=0"):
+        compress(base.model, UCT(start="weights"))
+
+
+def test_images_of_other_classes_are_refused(digits):
+    model = vit.create_model("vit_mini_patch2_8", num_classes=7)
+    with pytest.raises(InputError, match="7 outputs and digits has 10 classes"):
+        compress(model, SHORT, digits)
+
+
+def test_a_damaged_artefact_is_refused(base, digits, tmp_path):
+    path = artifact.save(compress(base.model, ROUNDED, digits), tmp_path / "a")
+    file = path / "model.safetensors"
+    with open(file, "r+b") as handle:
+        handle.seek(os.path.getsize(file) - 100)
+        byte = handle.read(1)
+        handle.seek(-1, os.SEEK_CUR)
+        handle.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(InputError, match="checksum"):
+        artifact.load(path)
+
+
+def test_recipes_that_lie_about_the_shared_factor_are_refused(base, digits, tmp_path):
+    import json
+
+    path = artifact.save(compress(base.model, ROUNDED, digits), tmp_path / "a")
+    manifest = json.loads((path / "recipe.json").read_text())
+    for change, message in (
+        (lambda recipe: recipe["shared"].pop("qkv"), "unknown shared module in the recipe 'qkv'"),
+        (lambda recipe: recipe["shared"].update({"a.b": recipe["shared"]["qkv"]}), "shared module"),
+        (lambda recipe: recipe["shared"]["qkv"].update(rank=3), "do not fit"),
+        (lambda recipe: recipe["layers"]["blocks.0.attn.qkv"].update(order="sideways"), "order"),
+    ):
+        text = json.loads(json.dumps(manifest))
+        change(text["recipe"])
+        (path / "recipe.json").write_text(json.dumps(text))
+        with pytest.raises(InputError, match=message):
+            artifact.load(path)
