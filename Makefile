@@ -27,8 +27,8 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# make reference FROM=results/runs/quick AS=digits-quick  keeps a run's rows, environments and comparison figures
+# make reference FROM=results/runs/quick AS=digits-quick  keeps a run's rows, environments, and the figures made of rows
 reference:
 	mkdir -p results/reference/$(AS)/figures
 	cp -r $(FROM)/records.jsonl $(FROM)/environments results/reference/$(AS)/
-	cp $(FROM)/figures/90_* results/reference/$(AS)/figures/
+	for rows in $(FROM)/figures/*.csv; do cp $${rows%.csv}.* results/reference/$(AS)/figures/; done

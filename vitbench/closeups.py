@@ -18,49 +18,49 @@ PARTS = {  # what the bytes of a saved model hold -> colour
 Drawn = tuple[Figure, pd.DataFrame]
 
 
-def training_curves(rows: pd.DataFrame, labels: list[str] | None = None) -> Drawn:
-    """Loss on the training images and accuracy on the val split, step by step, of the models with these labels."""
-    rows, labels = subject(rows), labels or ["baseline"]
+def training_curves(rows: pd.DataFrame, named: dict[str, str] | None = None) -> Drawn:
+    """Loss on the training images and accuracy on the val split, step by step; `named`: label -> name in the legend."""
+    rows, named = subject(rows), named or {"baseline": "baseline"}
     metrics = [metric for metric in ("train_loss", "val_top1") if (rows["metric"] == metric).any()]
     shown = []
     with style():
         figure, panels = plt.subplots(1, max(1, len(metrics)), figsize=(8.2, 3.3), squeeze=False)
         for axes, metric in zip(panels[0], metrics, strict=False):
             percent = metric == "val_top1"
-            for place, label in enumerate(labels):
+            for place, (label, name) in enumerate(named.items()):
                 row = value(rows, label, metric)
                 if row is None:
                     continue
                 curve = np.array(row["samples"]) * (100 if percent else 1)
                 steps = row["context"].get("steps_per_epoch", 1) * np.arange(1, len(curve) + 1)
                 kind = {"color": COLOURS[(3, 1, 5, 4)[place % 4]], "ls": ("-", "--", ":", "-.")[place % 4]}
-                axes.plot(steps, curve, **kind, marker="." if len(curve) < 30 else "", label=label)
-                if len(labels) == 1:
+                axes.plot(steps, curve, **kind, marker="." if len(curve) < 30 else "", label=name)
+                if len(named) == 1:
                     end, place = (steps[-1], curve[-1]), {"xytext": (-6, 8), "textcoords": "offset points"}
                     axes.annotate(f"{curve[-1]:.3g}", end, **place, ha="right")
                 shown.append(row)
             axes.set(xlabel="optimiser step", ylabel="top-1 on val images (%)" if percent else "training loss (nats)")
-        if len(labels) > 1:
+        if len(named) > 1:
             panels[0][-1].legend(fontsize=8)
         panels[0][0].set_title(heading(rows, "training"))
     return figure, pd.DataFrame(shown)
 
 
-def parts(rows: pd.DataFrame, labels: list[str]) -> Drawn:
-    """What the bytes on disk hold, one bar a model."""
+def parts(rows: pd.DataFrame, named: dict[str, str]) -> Drawn:
+    """What the bytes on disk hold, one bar a model; `named`: label -> name."""
     rows = subject(rows)
-    shown = rows[(rows["metric"] == "part_bytes") & rows["label"].isin(labels)]
+    shown = rows[(rows["metric"] == "part_bytes") & rows["label"].isin(named)]
     held = shown["context"].map(lambda context: context["part"])
     with style():
-        figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.5 * len(labels)))
-        for place, label in enumerate(labels):
+        figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.5 * len(named)))
+        for place, label in enumerate(named):
             left = 0.0
             for part, colour in PARTS.items():
                 width = shown["value"][(shown["label"] == label) & (held == part)].sum() / MEGA
                 axes.barh(place, width, left=left, color=colour, edgecolor="white", label=None if place else part)
                 left += width
             axes.annotate(f"{left:.3g} MB", (left, place), xytext=(4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_yticks(range(len(named)), named.values())
         axes.margins(x=0.15)
         axes.set(xlabel="size on disk (MB)", title=heading(rows, "what the bytes hold"))
         axes.invert_yaxis()
@@ -69,21 +69,24 @@ def parts(rows: pd.DataFrame, labels: list[str]) -> Drawn:
     return figure, shown
 
 
-def layer_errors(rows: pd.DataFrame, labels: list[str]) -> Drawn:
-    """The relative error of each layer's weights, one line a model."""
+def layer_errors(rows: pd.DataFrame, named: dict[str, str]) -> Drawn:
+    """The relative error of each layer's weights, one line a model; `named`: label -> name in the legend."""
     rows, shown = subject(rows), []
     with style():
         figure, axes = plt.subplots(figsize=(8.2, 3.4))
-        for place, label in enumerate(labels):
+        for place, (label, name) in enumerate(named.items()):
             row = value(rows, label, "weight_error")
             if row is None:
                 continue
-            names = [name.removeprefix("blocks.") for name in row["context"]["layers"]]
-            axes.plot(
-                names, 100 * np.array(row["samples"]), marker=MARKERS[place], color=COLOURS[place + 1], label=label
-            )
+            layers = [layer.removeprefix("blocks.") for layer in row["context"]["layers"]]
+            kind = {
+                "marker": MARKERS[place],
+                "color": COLOURS[(3, 1, 5, 4)[place % 4]],
+                "ls": ("-", "--", ":", "-.")[place % 4],
+            }
+            axes.plot(layers, 100 * np.array(row["samples"]), **kind, ms=5, label=name)
             shown.append(row)
-        axes.tick_params(axis="x", rotation=90, labelsize=7 if len(shown) and len(names) > 24 else 8)
+        axes.tick_params(axis="x", rotation=90, labelsize=7 if len(shown) and len(layers) > 24 else 8)
         axes.set(ylabel="||W' - W|| / ||W|| (%)", title=heading(rows, "error of the weights, layer by layer"))
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)

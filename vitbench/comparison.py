@@ -27,6 +27,12 @@ def subject(rows: pd.DataFrame) -> pd.DataFrame:
     return good
 
 
+def label_of(rows: pd.DataFrame, measured: pd.DataFrame) -> str:
+    """The label, among all rows, of the model whose rows `measure` returned."""
+    rows = subject(rows)
+    return rows["label"][rows["key"].isin(measured["key"])].iloc[-1]
+
+
 def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The values of a metric for the model and images of the last row, of every seed: columns label, seed, value.
 

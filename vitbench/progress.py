@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -10,14 +10,15 @@ TIME_ONLY = "{desc}: {percentage:3.0f} %|{bar}| {elapsed} gone, {remaining} left
 
 
 def bar(work: Iterable | None, title: str, total: float | None = None, unit: str = "it", layout: str = "") -> tqdm:
-    """A bar with the time that is left."""
+    """A bar with the time that is left. One inside another disappears when it is done."""
     notebook = _in_notebook()
-    return tqdm(
+    kind, file = (_NotebookBar, _Line()) if notebook else (tqdm, sys.stdout)
+    return kind(
         work,
         desc=title,
         total=total,
         unit=unit,
-        file=_Output() if notebook else sys.stdout,
+        file=file,
         mininterval=0.1 if sys.stdout.isatty() else 2.0,
         ncols=90 if notebook else 100,
         bar_format=layout or None,
@@ -29,22 +30,52 @@ def _in_notebook() -> bool:
     return "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
 
 
-class _Output:
-    """A file whose last line is what one output of the cell shows, so that an executed notebook keeps only the last."""
+class _NotebookBar(tqdm):
+    """A bar whose file is a `_Line`."""
+
+    def moveto(self, n: int) -> None:
+        """Lines have places of their own."""
+
+    def close(self) -> None:
+        """Also tell the line."""
+        super().close()
+        self.fp.done()
+
+
+class _Line:
+    """A file whose last text is one line of the one output that all bars of a cell share."""
+
+    cell: ClassVar[tuple[int, Any, list["_Line"]]] = (-1, None, [])  # its number, its output, its lines
 
     def __init__(self) -> None:
-        self.handle: Any = None
+        from IPython import get_ipython
+
+        if _Line.cell[0] != get_ipython().execution_count:
+            _Line.cell = (get_ipython().execution_count, None, [])
+        lines = _Line.cell[2]
+        self.text, self.open, self.inner = "", True, any(line.open for line in lines)
+        lines.append(self)
 
     def write(self, text: str) -> None:
-        from IPython.display import display
+        if text.strip():
+            self.text = text.strip("\r\n")
+            self._show()
 
-        line = {"text/plain": text.strip("\r\n")}
-        if not line["text/plain"].strip():
-            return
-        if self.handle is None:
-            self.handle = display(line, raw=True, display_id=True)
-        else:
-            self.handle.update(line, raw=True)
+    def done(self) -> None:
+        self.open = False
+        if self.inner and self in _Line.cell[2]:
+            _Line.cell[2].remove(self)
+            self._show()
 
     def flush(self) -> None:
         """Nothing is held back."""
+
+    def _show(self) -> None:
+        from IPython.display import display
+
+        number, handle, lines = _Line.cell
+        shown = {"text/plain": "\n".join(line.text for line in lines if line.text)}
+        if handle is None:
+            _Line.cell = (number, display(shown, raw=True, display_id=True), lines)
+        else:
+            handle.update(shown, raw=True)
