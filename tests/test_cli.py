@@ -54,6 +54,18 @@ def test_from_weights_to_a_report(tmp_path, capsys):
     assert (out / "report.html").is_file()
 
 
+def test_sizes_of_a_shape_need_no_weights(tmp_path, capsys):
+    base, small = str(tmp_path / "base"), str(tmp_path / "small")
+    assert cli.main(["compress", "vit_mini_patch2_8", "--random", "--out", base]) == 0
+    uct = ["--method", "uct", "--set", "rank=20", "start=weights", "train.epochs=0", "--out", small]
+    assert cli.main(["compress", base, *uct]) == 0
+    out = ["--out", str(tmp_path / "out"), "--versus", base, "--what", "size", "weights"]
+    assert cli.main(["measure", small, *out]) == 0
+    metrics = {row.metric for row in read_rows(tmp_path / "out")}
+    assert {"bytes", "macs", "weight_error"} <= metrics
+    assert "top1" not in metrics
+
+
 def refuse(tmp_path):
     """Commands that must be refused, and what the one line says."""
     empty = tmp_path / "no images"
@@ -69,7 +81,7 @@ def refuse(tmp_path):
     return {
         "profile": (
             ["run", "quik", *out],
-            "unknown profile 'quik' (did you mean 'quick'?); allowed: cifar10, imagenet, quick",
+            "unknown profile 'quik' (did you mean 'quick'?); allowed: cifar10, cifar10-deit, imagenet, quick",
         ),
         "notebook": (["run", "quick", "--only", "77", *out], "unknown notebook '77'"),
         "set key": (["run", "quick", "--set", "epochs=3", *out], "unknown parameter 'epochs'"),
@@ -89,7 +101,19 @@ def refuse(tmp_path):
         ),
         "no weights": (
             ["compress", "vit_mini_patch2_8", "--method", "dynamic_int8", *out],
-            "give --checkpoint or --pretrained",
+            "give --checkpoint, --pretrained or --random",
+        ),
+        "nested key": (
+            ["compress", tmp_path, "--method", "uct", "--set", "train.epoch=4", *out],
+            "unknown key 'epoch'",
+        ),
+        "value and nested": (
+            ["compress", tmp_path, "--method", "uct", "--set", "train=4", "train.epochs=4", *out],
+            "train was given a value of its own before",
+        ),
+        "whose setting": (
+            ["compress", tmp_path, "--method", "uct", "dynamic_int8", "--set", "bits=4", *out],
+            "give METHOD.KEY=VALUE",
         ),
         "no model": (["measure", tmp_path, *out], "not a saved model"),
         "torn records": (["report", torn], "line 1 of"),
@@ -99,7 +123,20 @@ def refuse(tmp_path):
 
 CASES = [
     *("profile", "notebook", "set key", "set type", "set inner key", "splits key", "dataset", "no images", "model"),
-    *("checkpoint", "workers", "out", "method", "method key", "no weights", "no model", "torn records", "no records"),
+    *(
+        "checkpoint",
+        "workers",
+        "out",
+        "method",
+        "method key",
+        "no weights",
+        "no model",
+        "nested key",
+        "value and nested",
+        "whose setting",
+        "torn records",
+        "no records",
+    ),
 ]
 
 

@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from vitbench import figures
-from vitbench.comparison import comparison, findings, subject
+from vitbench import closeups, figures
+from vitbench.comparison import across_seeds, comparison, findings, label_of, subject
 from vitbench.errors import InputError
 from vitbench.records import Row, append_rows, load_records
 from vitbench.report import write_report
@@ -75,12 +75,78 @@ def test_another_training_is_another_subject(folder):
     assert list(comparison(load_records(folder)).index) == ["baseline"]
 
 
-def test_one_method_with_two_settings_gets_two_lines(folder):
+def test_another_setting_is_named_by_what_differs_from_the_first(folder):
     for row in make_rows()[-5:]:
-        config = {"origin": {"start": "random"}, "methods": [{"method": "dynamic_int8", "config": {"bits": 4}}]}
-        append_rows(folder / "records.jsonl", [row.having(config=config)])
-    labels = list(comparison(load_records(folder)).index)
-    assert labels == ["baseline", "dynamic_int8 (bits=8)", "dynamic_int8 (bits=4)"]
+        steps = [{"method": "dynamic_int8", "config": {"bits": 4, "train": {"epochs": 3}}}]
+        append_rows(folder / "records.jsonl", [row.having(config={"origin": {"start": "random"}, "methods": steps})])
+    rows = load_records(folder)
+    assert list(comparison(rows).index) == ["baseline", "dynamic_int8", "dynamic_int8 (bits=4)"]
+    assert label_of(rows, rows.tail(1)) == "dynamic_int8 (bits=4)"
+
+
+def test_what_was_not_timed_is_left_to_its_own_figures(folder):
+    steps = [{"method": "dynamic_int8", "config": {"bits": 2}}]
+    row = make_rows()[6].having(config={"origin": {"start": "random"}, "methods": steps})
+    append_rows(folder / "records.jsonl", [row])
+    rows = load_records(folder)
+    assert "dynamic_int8 (bits=2)" in set(subject(rows)["label"])
+    assert list(comparison(rows).index) == ["baseline", "dynamic_int8"]
+
+
+def seeded_rows(seed, top1):
+    rows = []
+    for row in make_rows(top1=top1):
+        steps = [{**step, "config": {"bits": 8, "train": {"seed": seed}}} for step in row.config["methods"]]
+        config = {"origin": {"train": {"seed": seed}}, "methods": steps}
+        rows.append(row.having(config=config, seed=seed))
+    return rows
+
+
+def test_seeds_are_put_side_by_side(tmp_path):
+    for seed, top1 in ((0, (0.97, 0.96)), (1, (0.95, 0.96)), (2, (0.96, 0.95))):
+        append_rows(tmp_path / "records.jsonl", seeded_rows(seed, top1))
+    append_rows(tmp_path / "records.jsonl", seeded_rows(0, (0.5, 0.5)))  # the same again changes nothing
+    table = across_seeds(load_records(tmp_path), "top1").pivot_table(index="seed", columns="label", values="value")
+    assert table["baseline"].tolist() == [0.97, 0.95, 0.96]
+    assert table["dynamic_int8"].tolist() == [0.96, 0.96, 0.95]
+
+
+CLOSEUPS = {
+    "training_curves": {"dynamic_int8": "ours"},
+    "parts": {"baseline": "dense", "dynamic_int8": "ours"},
+    "layer_errors": {"dynamic_int8": "ours"},
+    "families": {"codes": ["dynamic_int8"]},
+}
+
+
+@pytest.mark.parametrize("name", CLOSEUPS)
+def test_closeups_show_rows_under_the_names_given(folder, tmp_path, name):
+    about = make_rows()[6]
+    curve = {"value": 0.9, "samples": [0.5, 0.9], "context": {"steps_per_epoch": 10}, "unit": "fraction"}
+    extra = [about.having(metric="val_top1", low=None, high=None, **curve)]
+    for method, part in ((make_rows()[0], "block weights"), (about, "block weights"), (about, "shared factors")):
+        size = {"metric": "part_bytes", "value": 1000.0, "unit": "bytes", "context": {"part": part}}
+        extra.append(method.having(low=None, high=None, **size))
+    layers = {"layers": ["blocks.0.attn.qkv", "blocks.0.mlp.fc1"]}
+    error = {
+        "metric": "weight_error",
+        "value": 0.1,
+        "samples": [0.1, 0.2],
+        "context": layers,
+        "low": None,
+        "high": None,
+    }
+    append_rows(folder / "records.jsonl", [*extra, about.having(**error)])
+    rows = load_records(folder)
+    figure, shown = getattr(closeups, name)(rows, CLOSEUPS[name])
+    figures.save_figure(figure, tmp_path, name, shown)
+    assert len(shown)
+    assert set(shown["key"]) <= set(rows["key"])
+    words = figure.axes[0].get_legend_handles_labels()[1] + [
+        text.get_text() for text in figure.axes[0].get_yticklabels()
+    ]
+    assert {"ours", "codes"} & set(words)
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("cost", figures.COSTS)

@@ -8,7 +8,7 @@ from vitbench import artifact, backends, statistics, vit
 from vitbench.comparison import comparison
 from vitbench.errors import InputError
 from vitbench.measure import child, measure, training_rows
-from vitbench.measure.memory import peak_bytes
+from vitbench.measure.memory import peak_bytes, peak_tensors
 from vitbench.methods import compress, make_config
 from vitbench.records import read_rows
 from vitbench.runs import Run
@@ -65,6 +65,35 @@ def test_training_curves_are_rows(base, digits):
     rows = {row.metric: row for row in training_rows(base, digits)}
     assert len(rows["val_top1"].samples) == 10
     assert rows["train_loss"].value == base.history[-1]["loss"]
+
+
+def test_parts_and_errors_of_a_compressed_model(measured, base):
+    _, path, rows = measured
+    held = rows[rows.metric == "part_bytes"]
+    assert held["value"].sum() == artifact.size_on_disk(path)
+    (error,) = rows[rows.metric == "weight_error"].itertuples()
+    assert len(error.samples) == len(error.context["layers"]) == 16
+    assert min(error.samples) <= error.value <= max(error.samples)
+    assert 0.001 < error.value < 0.02  # eight bits
+    alive = rows.set_index("metric")["value"]["peak_tensors"]
+    assert alive > artifact.size_on_disk(path) - 20_000
+
+
+def test_tensors_alive_at_once_are_counted():
+    class Chain(torch.nn.Module):
+        def forward(self, x):
+            for _ in range(5):
+                x = x + 1  # the one before is let go
+            return x.view(-1)
+
+    x = torch.zeros(1000)
+    assert peak_tensors(Chain(), x) == 3 * x.nbytes  # the input, and two in turn
+
+
+def test_the_mean_over_seeds_and_its_interval():
+    mean, low, high = statistics.mean_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert np.isnan(statistics.mean_interval([1.0])[1])
 
 
 def test_a_job_that_fails_becomes_failed_rows(base, digits, tmp_path, monkeypatch):

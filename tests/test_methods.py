@@ -1,5 +1,8 @@
 """What every registered method must keep to; a new method is covered on the day it is added."""
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -12,6 +15,12 @@ from vitbench.vit import set_fused_attention
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 
+@pytest.fixture(scope="module")
+def usual(base, digits):
+    """The model compressed by a method's defaults, made once."""
+    return functools.cache(lambda name: compress(base.model, make_config(name), digits))
+
+
 @EVERY
 def test_identity_changes_nothing(name, base, digits):
     x = torch.randn(4, 3, 8, 8)
@@ -20,17 +29,17 @@ def test_identity_changes_nothing(name, base, digits):
 
 
 @EVERY
-def test_the_given_model_stays_as_it_is(name, base, digits):
-    before = {key: value.clone() for key, value in base.model.state_dict().items()}
-    compress(base.model, make_config(name), digits)
+def test_the_given_model_stays_as_it_is(name, base, usual):
+    before = artifact.load(base.path).state_dict()
+    usual(name)
     after = base.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @EVERY
-def test_saved_and_loaded_it_answers_the_same_and_is_smaller(name, base, digits, tmp_path):
-    small = compress(base.model, make_config(name), digits)
+def test_saved_and_loaded_it_answers_the_same_and_is_smaller(name, base, usual, tmp_path):
+    small = usual(name)
     path = artifact.save(small, tmp_path / name)
     x = torch.randn(4, 3, 8, 8)
     assert torch.allclose(artifact.load(path)(x), small(x), atol=1e-5)
@@ -38,8 +47,8 @@ def test_saved_and_loaded_it_answers_the_same_and_is_smaller(name, base, digits,
 
 
 @EVERY
-def test_fused_and_written_out_attention_agree(name, base, digits):
-    small = compress(base.model, make_config(name), digits)
+def test_fused_and_written_out_attention_agree(name, usual):
+    small = copy.deepcopy(usual(name))
     x = torch.randn(4, 3, 8, 8)
     fused = small(x)
     set_fused_attention(small, False)
@@ -47,15 +56,15 @@ def test_fused_and_written_out_attention_agree(name, base, digits):
 
 
 @EVERY
-def test_it_is_deterministic(name, base, digits, tmp_path):
-    paths = [artifact.save(compress(base.model, make_config(name), digits), tmp_path / str(i)) for i in range(2)]
+def test_it_is_deterministic(name, base, digits, usual, tmp_path):
+    made = usual(name), compress(base.model, make_config(name), digits)
+    paths = [artifact.save(small, tmp_path / str(i)) for i, small in enumerate(made)]
     assert artifact.read_manifest(paths[0]) == artifact.read_manifest(paths[1])
 
 
 @EVERY
-def test_accuracy_stays_far_from_chance(name, base, digits):
-    small = compress(base.model, make_config(name), digits)
-    assert evaluate(small, digits.val).top1.mean() > 0.5
+def test_accuracy_stays_far_from_chance(name, digits, usual):
+    assert evaluate(usual(name), digits.val).top1.mean() > 0.5
 
 
 @EVERY

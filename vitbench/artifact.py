@@ -106,8 +106,9 @@ def _structure(path: Path, recipe: Recipe) -> nn.Module:
     if recipe.shared:
         model.shared = nn.ModuleDict({name: _empty_layer(path, spec) for name, spec in recipe.shared.items()})
     for name, spec in recipe.layers.items():
+        one_of("layer in the recipe", name, known)
         layer = _empty_layer(path, spec)
-        vit.replace_module(model, one_of("layer in the recipe", name, known), layer)
+        vit.replace_module(model, name, layer)
         if hasattr(layer, "connect"):
             one_of("shared module in the recipe", layer.shared, recipe.shared)
             layer.connect(model.shared)

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitbench.comparison import MEGA, in_backend, methods, ratios, subject, value
-from vitbench.errors import one_of
+from vitbench.errors import InputError, one_of
 from vitbench.paths import writable_folder
 from vitbench.statistics import pareto_front
 
@@ -91,6 +91,8 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
         x = (1.0, None, None) if price is None else (price["value"] * scale, price["low"], price["high"])
         points.append((method, x, gain))
         shown += [row for row in (gain, price) if row is not None]
+    if not points:
+        raise InputError(f"no model has both an accuracy and a {word} among these rows; measure both first")
     with style():
         figure, axes = plt.subplots(figsize=(6.4, 4.2))
         for method, (x, low, high), gain in points:

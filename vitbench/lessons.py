@@ -75,7 +75,8 @@ def choose(lessons: list[Lesson], only: list[str]) -> list[Lesson]:
 
 def profiles(folder: Path | None = None) -> dict[str, Path]:
     """Profile name -> papermill parameter file."""
-    return {path.stem: path for path in sorted(((folder or lessons_folder()) / "profiles").glob("*.yaml"))}
+    found = {path.stem: path for path in ((folder or lessons_folder()) / "profiles").glob("*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def read_profile(name: str, settings: list[str], lessons: list[Lesson]) -> dict[str, Any]:

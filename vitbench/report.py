@@ -81,15 +81,19 @@ def _cell(number: float) -> str:
 
 
 def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
-    made = [("Accuracy against size on disk.", *figures.tradeoff(rows, "bytes"))]
-    timed = rows[rows["metric"] == "latency_ratio"]
-    if len(timed):
-        batch = int(timed["batch"].min())
-        made += [
-            (f"Accuracy against median latency at batch {batch}.", *figures.tradeoff(rows, "latency_ratio", batch)),
-            ("What bits and MACs promise, and what disk and clock say.", *figures.predicted_beside_measured(rows)),
-            ("Every timed call.", *figures.latencies(rows)),
-        ]
+    scored, timed = (rows["metric"] == "top1").any(), rows[rows["metric"] == "latency_ratio"]
+    batch = int(timed["batch"].min()) if len(timed) else 0
+    made = []
+    if scored:
+        made.append(("Accuracy against size on disk.", *figures.tradeoff(rows, "bytes")))
+    if scored and batch:
+        caption = f"Accuracy against median latency at batch {batch}."
+        made.append((caption, *figures.tradeoff(rows, "latency_ratio", batch)))
+    if batch:
+        made.append(
+            ("What bits and MACs promise, and what disk and clock say.", *figures.predicted_beside_measured(rows))
+        )
+        made.append(("Every timed call.", *figures.latencies(rows)))
     pages = []
     for caption, figure, _ in made:
         svg = io.BytesIO()
