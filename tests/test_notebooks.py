@@ -101,6 +101,15 @@ def test_wrong_settings(setting, message):
         read_profile("quick", [setting], find_lessons())
 
 
+def test_a_lesson_that_trains_is_left_out_where_there_is_nothing_to_train_on(tmp_path, base):
+    weights = base.path / "model.safetensors"
+    settings = ["splits.test=1.0", "train.epochs=0", f"checkpoint={weights}", "rounds=10"]
+    done = suite("--only", "01", "02", "--set", *settings, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out 02_uct: it needs train images" in done.stdout
+    assert "done     01_baseline" in done.stdout
+
+
 def suite(*arguments, **options):
     command = [sys.executable, "-m", "vitbench.cli", "run", "quick", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)

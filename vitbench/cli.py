@@ -141,10 +141,9 @@ def _run(options: argparse.Namespace) -> int:
     out = Path(options.out) if options.out else paths.home() / "results" / "runs" / Path(options.profile).stem
     outcomes = suite.run_suite(chosen, values, out.resolve(), options.workers)
     for outcome in outcomes:
-        print(
-            f"{outcome.status:8} {outcome.lesson.name}"
-            + (f": {outcome.error}\n         {outcome.copy}" if outcome.error else "")
-        )
+        print(f"{outcome.status:8} {outcome.lesson.name}" + (f": {outcome.error}" if outcome.error else ""))
+        if outcome.status == "failed":
+            print(f"         {outcome.copy}")
     if (out / "records.jsonl").exists():
         _print_results(out)
     left = [lesson.name for lesson in chosen if lesson.name not in {outcome.lesson.name for outcome in outcomes}]

@@ -16,7 +16,11 @@ KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": di
 
 @dataclass(frozen=True)
 class Lesson:
-    """A notebook: `stage` says when it runs, `minutes` how long its quick run takes, `parameters` name -> type name."""
+    """A notebook.
+
+    `stage` says when it runs, `minutes` how long its quick run takes, `parameters` name -> type name, and `needs` which
+    splits of the data must hold images.
+    """
 
     path: Path
     title: str
@@ -24,6 +28,7 @@ class Lesson:
     minutes: float
     parameters: dict[str, str]
     cells: int
+    needs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -59,6 +64,7 @@ def find_lessons(folder: Path | None = None) -> list[Lesson]:
                     name: known["inferred_type_name"] for name, known in papermill.inspect_notebook(path).items()
                 },
                 cells=sum(cell.cell_type == "code" for cell in notebook.cells),
+                needs=tuple(about.get("needs", ())),
             )
         )
     return sorted(found, key=lambda lesson: (STAGES.index(lesson.stage), lesson.name))

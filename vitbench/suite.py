@@ -27,7 +27,10 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a lesson: done, skipped (finished before) or failed, and then `error`; `copy` is its executed copy."""
+    """What became of a lesson: done, skipped (finished before), left out or failed, and then why: `error`.
+
+    `copy` is its executed copy.
+    """
 
     lesson: Lesson
     status: str
@@ -43,8 +46,8 @@ def open_data(dataset: str, name: str = "", splits: dict[str, Any] | None = None
     return load_data(dataset, name=name, **(splits or {}))
 
 
-def preflight(values: dict[str, Any]) -> str:
-    """Load the data and check the model against it, so that a wrong setting ends before any work. Returns the fingerprint."""
+def preflight(values: dict[str, Any]) -> ImageData:
+    """Load the data and check the model against it, so that a wrong setting ends before any work."""
     data = open_data(values.get("dataset", "digits"), values.get("dataset_name", ""), values.get("splits"))
     prepare(
         values.get("model", "vit_mini_patch2_8"),
@@ -54,21 +57,36 @@ def preflight(values: dict[str, Any]) -> str:
         checkpoint=values.get("checkpoint", ""),
         img_size=values.get("img_size"),
     )
-    return data.fingerprint
+    return data
 
 
 def run_suite(lessons: list[Lesson], values: dict[str, Any], out: Path, workers: int = 1) -> list[Outcome]:
     """Run `lessons` with the parameters `values` into the results folder `out`.
 
     A lesson whose executed copy was made from the same notebook, package sources, parameters and data is skipped.
-    A lesson that fails does not stop its neighbours, but nothing is compared or compressed without a baseline.
+    A lesson that fails does not stop its neighbours, but nothing is compared or compressed without a baseline. A lesson
+    that needs images of a split that is empty, as the data was cut, is left out.
     """
-    fingerprint = preflight(values)
+    data = preflight(values)
     run = Run(out)
     os.environ["VITBENCH_HOME"] = str(home())  # the kernels, wherever they start, use this project's caches
     try:
         with FileLock(run.folder / "suite.lock", timeout=0):
-            return _run_stages(lessons, values, run, workers, fingerprint)
+            lacks = {
+                lesson.name: [split for split in lesson.needs if not len(getattr(data, split))] for lesson in lessons
+            }
+            left_out = [
+                Outcome(
+                    lesson,
+                    "left out",
+                    _copy(run, lesson),
+                    f"it needs {lacks[lesson.name][0]} images; {data.describe()}",
+                )
+                for lesson in lessons
+                if lacks[lesson.name]
+            ]
+            able = [lesson for lesson in lessons if not lacks[lesson.name]]
+            return left_out + _run_stages(able, values, run, workers, data.fingerprint)
     except Timeout:
         raise InputError(f"another run is at work in {str(run.folder)!r}; wait for it or give another --out") from None
 
