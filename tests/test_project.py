@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from vitbench.comparison import comparison, subject
+from vitbench.comparison import across_seeds, comparison, subject
 from vitbench.records import load_records, read_rows
+from vitbench.statistics import mean_interval
 
 
 def ranges(lines):
@@ -76,7 +77,7 @@ def table_lines(file):
     """The README's lines for one reference run, made from its rows."""
     rows = load_records(file)
     for method, line in comparison(rows).iterrows():
-        accuracy = f"{line['top1 %']:.2f} [{line['low %']:.2f}, {line['high %']:.2f}]"
+        accuracy = f"{line['top1 %']:.2f} [{line['low %']:.2f}, {line['high %']:.2f}]".replace("nan [nan, nan]", "-")
         ratios = "1 | 1" if method == "baseline" else f"{line['ratio b1']:.2f} | {line['ratio b8']:.2f}"
         about = subject(rows).iloc[-1]
         yield f"| {file.parent.name} | {about['model']} | {method} | {accuracy} | {line['MB']:.2f} | {ratios} |"
@@ -90,6 +91,16 @@ def test_the_readmes_numbers_are_the_reference_rows(file):
     for row in read_rows(file):
         assert (file.parent / "environments" / f"{row.env_id}.json").is_file()
         assert not row.commit.endswith("+changes"), "a reference row names a commit that holds its source"
+
+
+def test_the_readmes_seeds_are_the_reference_rows():
+    rows = load_records(ROOT / "results" / "reference" / "digits-quick")
+    table = 100 * across_seeds(rows, "top1").pivot_table(index="seed", columns="label", values="value")
+    assert len(table) >= 3
+    readme = (ROOT / "README.md").read_text()
+    for other in ("uct (train.epochs=0)", "baseline"):
+        mean, low, high = mean_interval(table["uct"] - table[other])
+        assert f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}]" in readme, other
 
 
 def test_files_stay_small():

@@ -249,7 +249,7 @@ def test_another_teacher_gives_another_student(base, digits, tmp_path):
 
 def test_images_are_needed_where_they_are(base):
     with pytest.raises(InputError, match="start=weights"):
-        compress(base.model, UCT())
+        compress(base.model, ROUNDED)
     with pytest.raises(InputError, match="train.epochs=0"):
         compress(base.model, UCT(start="weights"))
 

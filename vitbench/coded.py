@@ -5,6 +5,7 @@ given ones, and at the end puts runtime layers with packed codes into the model.
 biases, embeddings) is tuned beside the coders with a learning rate and a weight decay of its own.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,9 @@ class Coding(Config):
 
 
 class Coder(nn.Module):
-    """The trainable form of the weights of some modules."""
+    """The trainable form of the weights of the modules called `names`."""
+
+    names: list[str]
 
     def decode(self) -> dict[str, Tensor]:
         """Module name -> weight as it is after coding."""
@@ -57,40 +60,28 @@ class Coder(nn.Module):
 
 
 class RowCoder(Coder):
-    """Codes of single weights, one learned step for each output row (LSQ); the start loses least among fixed steps."""
+    """Codes of one weight, a learned step for each output row (LSQ), started from the steps that round best.
 
-    def __init__(self, modules: dict[str, nn.Module], bits: int):
+    The weight is trained in units of each row's root mean square, so that one learning rate suits all.
+    """
+
+    def __init__(self, name: str, module: nn.Module, bits: int):
         super().__init__()
-        self.names, self.bits = list(modules), bits
-        self.values, self.quantizers, self.scales = nn.ParameterList(), nn.ModuleList(), []
-        for i, module in enumerate(modules.values()):
-            weight = module.weight.detach().flatten(1)
-            scale = (
-                weight.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8)
-            )  # values near 1 suit one rate for all
-            quantizer = LearnedStep(len(weight), bits, dim=1)
-            quantizer.start(weight / scale)
-            self.register_buffer(f"scale{i}", scale)
-            self.values.append(nn.Parameter(weight / scale))
-            self.quantizers.append(quantizer)
-        self.shapes = {name: module.weight.shape for name, module in modules.items()}
-
-    def _scale(self, i: int) -> Tensor:
-        return getattr(self, f"scale{i}")
+        self.names, self.bits, self.shape = [name], bits, module.weight.shape
+        weight = module.weight.detach().flatten(1)
+        self.register_buffer("scale", weight.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8))
+        self.value = nn.Parameter(weight / self.scale)
+        self.steps = LearnedStep(len(weight), bits, dim=1)
+        self.steps.start(self.value.detach())
 
     def decode(self) -> dict[str, Tensor]:
-        parts = enumerate(zip(self.names, self.values, self.quantizers, strict=True))
-        return {
-            name: (quantize(value) * self._scale(i)).view(self.shapes[name]) for i, (name, value, quantize) in parts
-        }
+        return {self.names[0]: (self.steps(self.value) * self.scale).view(self.shape)}
 
     def install(self, model: nn.Module) -> None:
-        for i, (name, value, quantizer) in enumerate(zip(self.names, self.values, self.quantizers, strict=True)):
-            codes, step, _ = quantizer.export(value)
-            old = model.get_submodule(name)
-            vit.replace_module(
-                model, name, _packed_like(old, self.bits).fill(codes, step * self._scale(i).flatten(), old.bias)
-            )
+        codes, step, _ = self.steps.export(self.value)
+        old = model.get_submodule(self.names[0])
+        new = _packed_like(old, self.bits).fill(codes, step * self.scale.flatten(), old.bias)
+        vit.replace_module(model, self.names[0], new)
 
 
 def _packed_like(module: nn.Module, bits: int) -> PackedLinear | PackedConv2d:
@@ -156,6 +147,8 @@ class CodedModel(nn.Module):
             for tensor in [*model.parameters(), *model.buffers()]:
                 if tensor.is_floating_point():
                     tensor.data.copy_(_nearest_half(tensor.data))
+                    if not torch.isfinite(tensor).all():
+                        raise InputError("a value of the model does not fit float16; give rest=float32")
         model.recipe = model.recipe.having(storage=rest)
         return model
 
@@ -183,9 +176,9 @@ def dense_layers(model: nn.Module, types: Sequence[str]) -> dict[str, dict[str, 
 
 
 def ends(model: nn.Module, bits: int | None, names: Sequence[str] = ("patch_embed.proj", "head")) -> list[Coder]:
-    """A coder of the patch embedding and the head (or the one in `names`), or none."""
-    found = {name: module for name, module in vit.ends(model).items() if name in names}
-    return [RowCoder(found, bits)] if bits is not None and found else []
+    """Coders of the patch embedding and the head (or the one in `names`), or none."""
+    found = {} if bits is None else vit.ends(model)
+    return [RowCoder(name, module, bits) for name, module in found.items() if name in names]
 
 
 def train_codes(
@@ -194,13 +187,6 @@ def train_codes(
     """Train a coded model jointly, and finish it. Returns the compressed model and the history of the training."""
     history: list[dict[str, float]] = []
     if config.train.epochs:
-        if data is None:
-            raise InputError("training the codes needs images and no data set was given; give one, or train.epochs=0")
-        if len(data.classes) != (outputs := coded.recipe.architecture.num_classes):
-            raise InputError(
-                f"the model has {outputs} outputs and {data.name} has {len(data.classes)} classes; give the images that the "
-                "model was made for, or train.epochs=0"
-            )
         checkpoint = training.checkpoint_path(coded, data, config)
         _, history = training.train(
             coded,
@@ -216,28 +202,33 @@ def train_codes(
     return coded.cpu().finish(config.rest), history
 
 
-def find_teacher(model: nn.Module, teacher: str) -> nn.Module | None:
-    """The teacher that a config names, checked against the student `model`.
+def find_teacher(model: nn.Module, config: Coding, data: ImageData | None) -> nn.Module | None:
+    """The teacher that `config` names, after checking that it and the images suit the student `model`.
 
     Raises:
-        InputError: not a saved model, other classes, or another input.
+        InputError: no images to train on, or of other classes; a teacher of other classes or with another input.
     """
-    if teacher == "none":
-        return None
-    if teacher == "original":
-        import copy
-
-        return copy.deepcopy(model).requires_grad_(False)
-    found = artifact.load(Path(teacher))
-    own, other = model.recipe, found.recipe
-    if other.architecture.num_classes != own.architecture.num_classes:
+    own = model.recipe
+    classes = own.architecture.num_classes
+    if config.train.epochs and data is None:
+        raise InputError("training the codes needs images and no data set was given; give one, or train.epochs=0")
+    if config.train.epochs and len(data.classes) != classes:
         raise InputError(
-            f"the teacher {teacher!r} answers {other.architecture.num_classes} classes and the student "
-            f"{own.architecture.num_classes}; give a teacher trained on the same classes, or teacher=original"
+            f"the model has {classes} outputs and {data.name} has {len(data.classes)} classes; give the images that the "
+            "model was made for, or train.epochs=0"
+        )
+    if config.teacher in ("none", "original"):
+        return copy.deepcopy(model).requires_grad_(False) if config.teacher == "original" else None
+    found = artifact.load(Path(config.teacher))
+    other = found.recipe
+    if other.architecture.num_classes != classes:
+        raise InputError(
+            f"the teacher {config.teacher!r} answers {other.architecture.num_classes} classes and the student {classes}; "
+            "give a teacher trained on the same classes, or teacher=original"
         )
     if other.preprocess != own.preprocess:
         raise InputError(
-            f"the teacher {teacher!r} takes images prepared in another way ({other.preprocess}) than the student "
+            f"the teacher {config.teacher!r} takes images prepared in another way ({other.preprocess}) than the student "
             f"({own.preprocess}); give a teacher with the same input, or teacher=original"
         )
     return found

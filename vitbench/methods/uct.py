@@ -118,7 +118,7 @@ def uct(model: nn.Module, config: UCT, data: ImageData | None) -> nn.Module:
     """Code the blocks' linear layers with a factor that all blocks share, and train the codes."""
     if not config.layers and config.ends_bits is None:
         return model
-    rank, teacher = rank_of(model, config) if config.layers else 0, find_teacher(model, config.teacher)
+    rank, teacher = rank_of(model, config) if config.layers else 0, find_teacher(model, config, data)
     torch.manual_seed(config.train.seed)
     coded = CodedModel(model, [*_coders(model, config, data, rank), *_ends(model, config)])
     _warm_up(coded, config)

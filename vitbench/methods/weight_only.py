@@ -29,10 +29,11 @@ class WeightOnly(Coding):
 @register(WeightOnly, identity=WeightOnly(layers=(), ends_bits=None, rest="float32"))
 def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) -> nn.Module:
     """Round the blocks' linear layers to packed codes of a few bits, and train them if asked to."""
-    chosen = {name: layer for layers in dense_layers(model, config.layers).values() for name, layer in layers.items()}
-    coders = ([RowCoder(chosen, config.bits)] if chosen else []) + ends(model, config.ends_bits)
+    chosen = dense_layers(model, config.layers).values()
+    coders = [RowCoder(name, layer, config.bits) for layers in chosen for name, layer in layers.items()]
+    coders += ends(model, config.ends_bits)
     if not coders:
         return model
-    teacher = find_teacher(model, config.teacher)
+    teacher = find_teacher(model, config, data)
     small, small.history = train_codes(CodedModel(model, coders), config, data, teacher)
     return small
