@@ -31,4 +31,4 @@ format: setup
 reference:
 	mkdir -p results/reference/$(AS)/figures
 	cp -r $(FROM)/records.jsonl $(FROM)/environments results/reference/$(AS)/
-	for rows in $(FROM)/figures/*.csv; do cp $${rows%.csv}.* results/reference/$(AS)/figures/; done
+	for rows in $(wildcard $(FROM)/figures/*.csv); do cp $${rows%.csv}.* results/reference/$(AS)/figures/; done
