@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from vitbench.comparison import across_seeds, comparison, subject
+from vitbench.comparison import across_seeds, comparison, subject, value
 from vitbench.records import load_records, read_rows
 from vitbench.statistics import mean_interval
 
@@ -101,6 +101,24 @@ def test_the_readmes_seeds_are_the_reference_rows():
     for other in ("uct (train.epochs=0)", "baseline"):
         mean, low, high = mean_interval(table["uct"] - table[other])
         assert f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}]" in readme, other
+
+
+def test_the_readmes_rivals_are_the_reference_rows():
+    rows = subject(load_records(ROOT / "results" / "reference" / "cifar10-deit"))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rival, ours = "weight_only (train.epochs=3)", "uct"
+    assert (
+        f"reach {100 * value(rows, rival, 'top1')['value']:.2f} % in {value(rows, rival, 'bytes')['value'] / 1e6:.2f} MB"
+        in readme
+    )
+    lost = 100 * (value(rows, "baseline", "top1")["value"] - value(rows, ours, "top1")["value"])
+    smaller = value(rows, "baseline", "bytes")["value"] / value(rows, ours, "bytes")["value"]
+    assert (
+        f"{smaller:.1f} times smaller ({value(rows, ours, 'bytes')['value'] / 1e6:.2f} MB) and loses {lost:.1f} points"
+        in readme
+    )
+    rounded = [100 * value(rows, label, "top1")["value"] for label in ("uct (train.epochs=0)", "weight_only")]
+    assert "UCT has {:.2f} % and plain 2-bit weights {:.2f} %".format(*rounded) in readme
 
 
 def test_files_stay_small():
