@@ -41,8 +41,11 @@ def test_the_given_model_stays_as_it_is(name, base, usual):
 def test_saved_and_loaded_it_answers_the_same_and_is_smaller(name, base, usual, tmp_path):
     small = usual(name)
     path = artifact.save(small, tmp_path / name)
+    loaded, tensors = artifact.load(path), small.state_dict()
+    assert all(torch.equal(value, tensors[key]) for key, value in loaded.state_dict().items())
     x = torch.randn(4, 3, 8, 8)
-    assert torch.allclose(artifact.load(path)(x), small(x), atol=1e-5)
+    wanted = small(x)  # activations quantized on the fly may round the other way for a last bit
+    assert torch.allclose(loaded(x), wanted, atol=2e-2 * wanted.abs().max())
     assert artifact.size_on_disk(path) < artifact.size_on_disk(base.path)
 
 
