@@ -76,6 +76,8 @@ def test_every_layer_is_built_again_from_its_spec(name):
         "PackedConv2d": lambda: PackedConv2d(3, 2, 4, 8),
         "SharedFactor": lambda: SharedFactor(3, 4, 4),
         "FactoredLinear": lambda: FactoredLinear(4, 3, 2, 4, "fc1", order="cheapest"),
+        "LowRankLinear": lambda: layers.LowRankLinear(4, 3, 2, bias=False),
+        "SplitLinear": lambda: layers.SplitLinear(4, [2, 1]),
     }[name]()
     again = type(made)(**made.spec())
     assert again.spec() == made.spec()

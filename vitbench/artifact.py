@@ -99,14 +99,13 @@ def load(path: str | Path) -> nn.Module:
 def _structure(path: Path, recipe: Recipe) -> nn.Module:
     """The model that a recipe describes, on the meta device: timm's structure with runtime layers in their places."""
     model = vit.skeleton(recipe.architecture)
-    known = dict(model.named_modules())
     for name in recipe.shared:
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise InputError(f"the recipe of {str(path)!r} has a shared module {name!r}; allowed are plain names")
     if recipe.shared:
         model.shared = nn.ModuleDict({name: _empty_layer(path, spec) for name, spec in recipe.shared.items()})
-    for name, spec in recipe.layers.items():
-        one_of("layer in the recipe", name, known)
+    for name, spec in sorted(recipe.layers.items()):  # a layer comes before the layers inside it
+        one_of("layer in the recipe", name, dict(model.named_modules()))
         layer = _empty_layer(path, spec)
         vit.replace_module(model, name, layer)
         if hasattr(layer, "connect"):
@@ -135,6 +134,15 @@ def read_manifest(path: str | Path) -> Manifest:
         raise InputError(f"{str(path / RECIPE)!r} is damaged ({error}); make or copy the model again") from None
 
 
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of the model's tensors as they are in memory."""
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def size_on_disk(path: str | Path) -> int:
     """Bytes of everything in the model's folder."""
     return sum(file.stat().st_size for file in Path(path).iterdir())
@@ -151,7 +159,7 @@ def parts(path: str | Path) -> dict[str, int]:
             part = "shared factors"
         elif parent in ("patch_embed.proj", "head") and last != "bias":
             part = "patch embedding and head"
-        elif parent.rpartition(".")[-1] in vit.LINEAR_TYPES and last != "bias":
+        elif vit.layer_type(parent) and last != "bias":
             part = "block weights"
         else:
             part = "norms, biases, embeddings"

@@ -5,54 +5,49 @@ given ones, and at the end puts runtime layers with packed codes into the model.
 biases, embeddings) is tuned beside the coders with a learning rate and a weight decay of its own.
 """
 
-import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import artifact, training, vit
-from vitbench.configs import Config
+from vitbench import vit
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.layers import PackedConv2d, PackedLinear
 from vitbench.quantizers import LearnedStep
 from vitbench.training import TrainConfig
+from vitbench.tuning import Tuning, tune
 
 
-class Coding(Config):
+class Coding(Tuning):
     """What methods that train codes have in common.
 
     Attributes:
         ends_bits: bits of the patch embedding and the head, one step for each output; None leaves them as they are.
         rest: how all that has no codes is stored.
-        train: joint training with cross-entropy and distillation (`kd_weight`); 0 epochs rounds and leaves it at that.
         rest_lr: learning rate of the rest, as a multiple of `train.lr`.
-        teacher: "original" (the given model), "none", or the folder of a saved model.
     """
 
     ends_bits: int | None = Field(default=8, ge=2, le=8)
     rest: Literal["float16", "float32"] = "float16"
-    train: TrainConfig = TrainConfig()
     rest_lr: float = Field(default=0.1, ge=0)
-    teacher: str = "original"
 
 
-class Coder(nn.Module):
+class Coder(nn.Module, ABC):
     """The trainable form of the weights of the modules called `names`."""
 
     names: list[str]
 
+    @abstractmethod
     def decode(self) -> dict[str, Tensor]:
         """Module name -> weight as it is after coding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def install(self, model: nn.Module) -> None:
         """Put runtime layers with the present codes into `model`."""
-        raise NotImplementedError
 
     def mismatch(self, weights: dict[str, Tensor]) -> Tensor | float:
         """The loss on the decoded weights themselves."""
@@ -159,22 +154,6 @@ def _nearest_half(x: Tensor) -> Tensor:
     return torch.where((x != 0) & (x.abs() < least), least * x.sign(), x).half().float()
 
 
-def dense_layers(model: nn.Module, types: Sequence[str]) -> dict[str, dict[str, nn.Linear]]:
-    """Type -> the dense linear layers of that type by name, one in each block.
-
-    Raises:
-        InputError: some blocks have no dense layer of a type.
-    """
-    found = {kind: vit.linears(model, (kind,)) for kind in types}
-    for kind, layers in found.items():
-        if len(layers) < len(model.blocks):
-            raise InputError(
-                f"{model.recipe.architecture.name} has a dense {kind} layer in {len(layers)} of {len(model.blocks)} blocks "
-                f"(compressed already, or of another design); give the uncompressed model, or layers without {kind}"
-            )
-    return found
-
-
 def ends(model: nn.Module, bits: int | None, names: Sequence[str] = ("patch_embed.proj", "head")) -> list[Coder]:
     """Coders of the patch embedding and the head (or the one in `names`), or none."""
     found = {} if bits is None else vit.ends(model)
@@ -185,50 +164,13 @@ def train_codes(
     coded: CodedModel, config: Coding, data: ImageData | None, teacher: nn.Module | None, penalty: float = 0.0
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train a coded model jointly, and finish it. Returns the compressed model and the history of the training."""
-    history: list[dict[str, float]] = []
-    if config.train.epochs:
-        checkpoint = training.checkpoint_path(coded, data, config)
-        _, history = training.train(
-            coded,
-            data,
-            config.train,
-            teacher=teacher,
-            checkpoint=checkpoint,
-            groups=coded.param_groups(config.train, config.rest_lr),
-            penalty=(lambda: penalty * coded.mismatch) if penalty else None,
-            title="training the codes",
-        )
-        checkpoint.unlink(missing_ok=True)
+    history = tune(
+        coded,
+        config,
+        data,
+        teacher,
+        groups=coded.param_groups(config.train, config.rest_lr),
+        penalty=(lambda: penalty * coded.mismatch) if penalty else None,
+        title="training the codes",
+    )
     return coded.cpu().finish(config.rest), history
-
-
-def find_teacher(model: nn.Module, config: Coding, data: ImageData | None) -> nn.Module | None:
-    """The teacher that `config` names, after checking that it and the images suit the student `model`.
-
-    Raises:
-        InputError: no images to train on, or of other classes; a teacher of other classes or with another input.
-    """
-    own = model.recipe
-    classes = own.architecture.num_classes
-    if config.train.epochs and data is None:
-        raise InputError("training the codes needs images and no data set was given; give one, or train.epochs=0")
-    if config.train.epochs and len(data.classes) != classes:
-        raise InputError(
-            f"the model has {classes} outputs and {data.name} has {len(data.classes)} classes; give the images that the "
-            "model was made for, or train.epochs=0"
-        )
-    if config.teacher in ("none", "original"):
-        return copy.deepcopy(model).requires_grad_(False) if config.teacher == "original" else None
-    found = artifact.load(Path(config.teacher))
-    other = found.recipe
-    if other.architecture.num_classes != classes:
-        raise InputError(
-            f"the teacher {config.teacher!r} answers {other.architecture.num_classes} classes and the student {classes}; "
-            "give a teacher trained on the same classes, or teacher=original"
-        )
-    if other.preprocess != own.preprocess:
-        raise InputError(
-            f"the teacher {config.teacher!r} takes images prepared in another way ({other.preprocess}) than the student "
-            f"({own.preprocess}); give a teacher with the same input, or teacher=original"
-        )
-    return found

@@ -1,7 +1,5 @@
 """Factors with one side shared over depth: W_l^T ~ Z_l D for all blocks l, in closed form and as trainable codes."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +8,7 @@ from vitbench.batches import eval_batches
 from vitbench.coded import Coder
 from vitbench.data import Split
 from vitbench.layers import FactoredLinear, SharedFactor
+from vitbench.moments import watching
 from vitbench.quantizers import LearnedStep
 
 
@@ -27,20 +26,14 @@ def output_grams(
         name: torch.zeros(layer.out_features, layer.out_features, dtype=torch.float64) for name, layer in layers.items()
     }
 
-    def hook(name: str) -> Callable:
-        def add(layer: nn.Linear, _: tuple, y: Tensor) -> None:
-            y = (y if layer.bias is None else y - layer.bias).reshape(-1, layer.out_features)
-            grams[name] += (y.T @ y).double()
+    def add(name: str, _: Tensor, y: Tensor) -> None:
+        bias = layers[name].bias
+        y = (y if bias is None else y - bias).flatten(0, -2)
+        grams[name] += (y.T @ y).double()
 
-        return add
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with watching(layers, add):
         for x, _ in eval_batches(split, model.recipe.preprocess, batch_size):
             model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return grams
 
 

@@ -13,6 +13,7 @@ class Architecture(Config):
     name: str
     num_classes: int = Field(ge=1)
     img_size: int = Field(ge=1)
+    depth: int | None = Field(default=None, ge=1)
 
 
 class Preprocess(Config):

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vitbench import progress
+from vitbench.artifact import weights_hash
 from vitbench.batches import Augment, eval_batches, train_batches
 from vitbench.configs import Config
 from vitbench.data import ImageData, Split
@@ -79,14 +80,9 @@ def pick_device(device: str = "auto") -> torch.device:
 
 def checkpoint_path(model: nn.Module, data: ImageData, config: Config) -> Path:
     """Where a run that starts from this very model, with these images and this config, keeps its checkpoint."""
-    digest = hashlib.sha256(json.dumps([config.to_dict(), data.fingerprint, torch.get_num_threads()]).encode())
-    for tensor in model.state_dict().values():
-        digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-            if tensor.ndim
-            else repr(tensor.item()).encode()
-        )
-    return model_cache() / "unfinished" / f"{digest.hexdigest()[:16]}.pt"
+    facts = [weights_hash(model), config.to_dict(), data.fingerprint, torch.get_num_threads()]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return model_cache() / "unfinished" / f"{digest[:16]}.pt"
 
 
 @torch.inference_mode()

@@ -2,14 +2,16 @@
 
 import difflib
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import nn
+from torch import Tensor, nn
 
 from vitbench.errors import InputError
+from vitbench.layers import SplitLinear
 from vitbench.recipe import Architecture, Preprocess, Recipe
 
 LINEAR_TYPES = ("qkv", "proj", "fc1", "fc2")
@@ -31,6 +33,7 @@ def create_model(
     *,
     num_classes: int | None = None,
     img_size: int | None = None,
+    depth: int | None = None,
     pretrained: bool = False,
     checkpoint: str | Path = "",
     seed: int = 0,
@@ -41,6 +44,7 @@ def create_model(
         name: one of vitbench's small models (`SMALL_VITS`) or any timm name whose class is VisionTransformer.
         num_classes: outputs of the head; None keeps the name's own.
         img_size: input height and width in pixels; None keeps the name's own.
+        depth: how many blocks; None keeps the name's own.
         pretrained: load timm's weights (needs the network once). A head of another size starts afresh.
         checkpoint: a .safetensors or state-dict file in timm's names, loaded without executing anything in it.
         seed: of the random start.
@@ -56,8 +60,9 @@ def create_model(
         )
     if pretrained and checkpoint:
         raise InputError("both pretrained=True and a checkpoint were given; give one of them")
-    model = _construct(name, num_classes, img_size, pretrained)
-    architecture = Architecture(name=name, num_classes=model.num_classes, img_size=model.patch_embed.img_size[0])
+    model = _construct(name, pretrained, num_classes=num_classes, img_size=img_size, depth=depth)
+    size = model.patch_embed.img_size[0]
+    architecture = Architecture(name=name, num_classes=model.num_classes, img_size=size, depth=depth)
     origin = {"start": "random", "head": "random"}
     if pretrained:
         own_head = model.num_classes == model.pretrained_cfg["num_classes"]
@@ -73,7 +78,8 @@ def skeleton(architecture: Architecture) -> VisionTransformer:
     """The dense structure of `architecture` without memory behind it (on the meta device)."""
     _check_name(architecture.name)
     with torch.device("meta"):
-        return _construct(architecture.name, architecture.num_classes, architecture.img_size, False)
+        changes = {key: getattr(architecture, key) for key in ("num_classes", "img_size", "depth")}
+        return _construct(architecture.name, False, **changes)
 
 
 def _check_name(name: str) -> None:
@@ -87,10 +93,8 @@ def _check_name(name: str) -> None:
     )
 
 
-def _construct(name: str, num_classes: int | None, img_size: int | None, pretrained: bool) -> VisionTransformer:
-    changes = {
-        key: value for key, value in {"num_classes": num_classes, "img_size": img_size}.items() if value is not None
-    }
+def _construct(name: str, pretrained: bool, **changes: int | None) -> VisionTransformer:
+    changes = {key: value for key, value in changes.items() if value is not None}
     if name in SMALL_VITS:
         return _init_small(VisionTransformer(**{"num_classes": 10, **SMALL_VITS[name], **changes}))
     try:
@@ -175,12 +179,18 @@ def load_weights(model: VisionTransformer, path: str | Path) -> dict[str, str]:
     return {"start": f"{path.name}:{digest}", "head": "random" if fresh_head else "same"}
 
 
+def layer_type(name: str) -> str:
+    """Which of `LINEAR_TYPES` the module called `name` is or is a part of; "" for all else."""
+    parts = name.split(".")
+    return next((part for part in parts if part in LINEAR_TYPES), "") if parts[0] == "blocks" else ""
+
+
 def linears(model: nn.Module, types: tuple[str, ...] = LINEAR_TYPES) -> dict[str, nn.Linear]:
-    """The dense linear layers of the blocks, by name, whose type (the name's last part) is in `types`."""
+    """The dense linear layers of the blocks by name, those inside a layer that was factored or split included."""
     return {
         name: module
         for name, module in model.named_modules()
-        if name.startswith("blocks.") and name.rsplit(".", 1)[-1] in types and isinstance(module, nn.Linear)
+        if layer_type(name) in types and isinstance(module, nn.Linear)
     }
 
 
@@ -196,6 +206,54 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
+def dense_layers(model: nn.Module, types: Sequence[str]) -> dict[str, dict[str, nn.Linear]]:
+    """Type -> the dense linear layers of that type by name, at least one in each block.
+
+    Raises:
+        InputError: some blocks have no dense layer of a type.
+    """
+    found = {kind: linears(model, (kind,)) for kind in types}
+    for kind, layers in found.items():
+        blocks = {name.split(".")[1] for name in layers}
+        if len(blocks) < len(model.blocks):
+            raise InputError(
+                f"{model.recipe.architecture.name} has a dense {kind} layer in {len(blocks)} of {len(model.blocks)} blocks "
+                f"(compressed already, or of another design); give the uncompressed model, or layers without {kind}"
+            )
+    return found
+
+
+def embedded(model: VisionTransformer, x: Tensor) -> Tensor:
+    """The tokens (B, N, d) that the first block gets for images x (B, 3, H, W)."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+
+
+def stream(block: nn.Module, name: str) -> str:
+    """The module in `block` whose input is the residual stream that the output of the layer `name` is added to, as it is.
+
+    "" for a layer whose output goes elsewhere, or is scaled first (LayerScale).
+    """
+    norm, scale = {"attn.proj": ("norm1", "ls1"), "mlp.fc2": ("norm2", "ls2")}.get(name, ("", ""))
+    return norm if isinstance(getattr(block, scale, None), nn.Identity) else ""
+
+
+def split_heads(model: nn.Module) -> dict[str, slice]:
+    """Cut each qkv layer into q, k and v of every head, in place. Returns the rows of the old layer by part's name."""
+    rows = {}
+    for name, linear in linears(model, ("qkv",)).items():
+        heads = model.get_submodule(name.rpartition(".")[0]).num_heads
+        size = linear.out_features // (3 * heads)
+        split = SplitLinear(linear.in_features, [size] * 3 * heads, bias=linear.bias is not None).fill(linear)
+        replace_module(model, name, split)
+        rows |= {f"{name}.parts.{i}": slice(i * size, (i + 1) * size) for i in range(3 * heads)}
+    return rows
+
+
+def token_count(model: VisionTransformer) -> int:
+    """Tokens in the blocks for one image: patches and class or register tokens."""
+    return model.patch_embed.num_patches + model.num_prefix_tokens
+
+
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """Choose between torch's fused attention kernel and the written-out softmax, in place."""
     for module in model.modules():
@@ -209,8 +267,7 @@ def analytic_macs(model: VisionTransformer) -> int:
     With N tokens, width d, hidden width h, L blocks: L (N d 3d + 2 N^2 d + N d d + 2 N d h) for the blocks, plus the
     patch embedding and the head. Norms, softmax and GELU are not counted, as is usual.
     """
-    patches, d, prefix = model.patch_embed.num_patches, model.embed_dim, model.num_prefix_tokens
-    n = patches + prefix
+    patches, d, n = model.patch_embed.num_patches, model.embed_dim, token_count(model)
     patch = model.patch_embed.proj.weight.numel() * patches
     head = d * model.num_classes
     blocks = 0

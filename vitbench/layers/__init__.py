@@ -1,11 +1,12 @@
 """Runtime layers: what stands in a compressed model in the place of a dense layer.
 
-A runtime layer keeps its compressed weights as buffers (so that they are saved as they are) and can be built empty from
-its `spec` (so that a file needs no code of the method that made it).
+A runtime layer can be built empty from its `spec`, so that a file needs no code of the method that made it; codes are
+buffers, so that they are saved as they are.
 """
 
 from vitbench.layers.factored import FactoredLinear, SharedFactor
 from vitbench.layers.int8 import DynamicInt8Linear, flop_formulas
+from vitbench.layers.low_rank import LowRankLinear, SplitLinear
 from vitbench.layers.packed import PackedConv2d, PackedLinear, pack, unpack
 from vitbench.layers.registry import RUNTIME_LAYERS
 
@@ -13,9 +14,11 @@ __all__ = [
     "RUNTIME_LAYERS",
     "DynamicInt8Linear",
     "FactoredLinear",
+    "LowRankLinear",
     "PackedConv2d",
     "PackedLinear",
     "SharedFactor",
+    "SplitLinear",
     "flop_formulas",
     "pack",
     "unpack",

@@ -1,6 +1,6 @@
 """The runtime layers by name, and what a saved model needs of each."""
 
-from torch import nn
+from torch import Tensor, nn
 
 RUNTIME_LAYERS: dict[str, type[nn.Module]] = {}
 
@@ -8,9 +8,16 @@ RUNTIME_LAYERS: dict[str, type[nn.Module]] = {}
 def runtime_layer(cls: type[nn.Module]) -> type[nn.Module]:
     """Make a layer class known to saved models under its own name.
 
-    Such a class has `spec()` (its constructor's arguments, JSON types), `param_count` (weights and biases, however many
-    bits each takes; steps and zero points are not weights) and, where it stands for a matrix, `dense()` (that matrix). One that leans on a module which several layers share
-    also has `connect(shared)`, called with the model's shared modules by name once they are there.
+    Such a class has `spec()` (its constructor's arguments, JSON types) and, where it stands for a matrix, `dense()`
+    (that matrix). One with weights that are not plain floating-point tensors has `param_count` (weights and biases,
+    however many bits each takes; steps and zero points are not weights). One that leans on a module which several
+    layers share has `connect(shared)`, called with the model's shared modules by name once they are there. One that
+    is made of ordinary modules alone, so that every backend can run it, says `portable = True`.
     """
     RUNTIME_LAYERS[cls.__name__] = cls
     return cls
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight matrix (out, in) that a dense or a compressed linear layer stands for."""
+    return module.dense() if hasattr(module, "dense") else module.weight

@@ -21,14 +21,15 @@ from pydantic import Field
 from torch import nn
 
 from vitbench import progress, vit
-from vitbench.coded import CodedModel, Coding, dense_layers, ends, find_teacher, train_codes
+from vitbench.coded import CodedModel, Coding, ends, train_codes
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.factors import Encoder, FactorCoder, Free, closed_form, output_grams, stacked
 from vitbench.layers.factored import Order, factored_layers
 from vitbench.methods import register
 from vitbench.training import TrainConfig
-from vitbench.vit import LINEAR_TYPES
+from vitbench.tuning import find_teacher
+from vitbench.vit import LINEAR_TYPES, dense_layers
 
 HIDDEN = {"qkv": 2, "proj": 1, "fc1": 2, "fc2": 1}  # the encoder's hidden width in widths of the ViT, by type
 

@@ -11,11 +11,12 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from vitbench.coded import CodedModel, Coding, RowCoder, dense_layers, ends, find_teacher, train_codes
+from vitbench.coded import CodedModel, Coding, RowCoder, ends, train_codes
 from vitbench.data import ImageData
 from vitbench.methods import register
 from vitbench.training import TrainConfig
-from vitbench.vit import LINEAR_TYPES
+from vitbench.tuning import find_teacher
+from vitbench.vit import LINEAR_TYPES, dense_layers
 
 
 class WeightOnly(Coding):

@@ -1,0 +1,92 @@
+"""Which rank each layer gets: as little of the model's loss as possible for a given number of weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vitbench.errors import InputError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer as the allocation sees it.
+
+    Attributes:
+        shape: (out, in) of its weight.
+        lost: what the model is expected to lose with each rank from 0 on, in a scale that all layers share.
+    """
+
+    shape: tuple[int, int]
+    lost: tuple[float, ...]
+
+    @property
+    def dense(self) -> int:
+        """Weights of the dense layer."""
+        return self.shape[0] * self.shape[1]
+
+    def saving(self, rank: int) -> int:
+        """Weights that a factorisation of this rank saves; below 0 where it stores more than the dense layer."""
+        return self.dense - rank * sum(self.shape)
+
+    def choices(self, step: int) -> list[tuple[int, float, int]]:
+        """(weights saved, loss, rank) of the dense layer, whose rank is called 0, and of the multiples of `step` that save."""
+        ranks = [rank for rank in range(step, min(self.shape), step) if self.saving(rank) > 0]
+        return [(0, 0.0, 0), *((self.saving(rank), self.lost[rank], rank) for rank in reversed(ranks))]
+
+
+def greedy(layers: Mapping[str, Layer], saving: int, step: int = 8) -> dict[str, int]:
+    """Ranks that save at least `saving` weights, by taking the cheapest step of all layers again and again.
+
+    The first step of a layer, from dense to a rank, costs a lot of loss for its first few weights saved, and the next
+    steps cost less; so the steps are those along the lower convex hull of (weights saved, loss), whose costs a weight
+    rise. For a separable loss this is the optimum at each budget that it passes.
+
+    Returns:
+        Layer name -> rank, for the layers that do not stay dense.
+
+    Raises:
+        InputError: even the smallest ranks save less.
+    """
+    steps = []
+    for name, layer in layers.items():
+        corners = _hull(layer.choices(step))
+        steps += [
+            ((loss - before) / (saved - start), name, rank, saved - start)
+            for (start, before, _), (saved, loss, rank) in zip(corners, corners[1:])
+        ]
+    ranks: dict[str, int] = {}
+    for _, name, rank, saved in sorted(steps):
+        if saving <= 0:
+            break
+        ranks[name] = rank
+        saving -= saved
+    if saving > 0:
+        raise InputError(
+            f"the budget is {saving:,} weights below what ranks of {step} in every layer need; give a larger keep, a "
+            "smaller rank_step, or more layers"
+        )
+    return ranks
+
+
+def uniform(layers: Mapping[str, Layer], keep: float, step: int = 8) -> dict[str, int]:
+    """The same share of every layer's weights: the largest multiple of `step` whose factors are at most `keep` of them."""
+    ranks = {name: int(keep * layer.dense / sum(layer.shape)) // step * step for name, layer in layers.items()}
+    small = next((name for name, rank in ranks.items() if rank == 0), "")
+    if small:
+        raise InputError(
+            f"keep = {keep} leaves {small} a rank below rank_step = {step}; give a larger keep or a smaller rank_step"
+        )
+    return {name: rank for name, rank in ranks.items() if layers[name].saving(rank) > 0}
+
+
+def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+    """The corners of the lower convex hull of points sorted by their first coordinate, from the first point on."""
+    corners: list[tuple[int, float, int]] = []
+    for point in points:
+        while len(corners) > 1 and _slope(corners[-1], point) <= _slope(corners[-2], corners[-1]):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+def _slope(a: tuple[int, float, int], b: tuple[int, float, int]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

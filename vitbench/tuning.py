@@ -1,0 +1,72 @@
+"""Training a compressed model further, with the model that it was made from as the teacher."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitbench import artifact, training
+from vitbench.configs import Config
+from vitbench.data import ImageData
+from vitbench.errors import InputError
+from vitbench.training import TrainConfig
+
+
+class Tuning(Config):
+    """What methods that train have in common.
+
+    Attributes:
+        train: with cross-entropy and distillation (`kd_weight`); 0 epochs trains nothing.
+        teacher: "original" (the given model), "none", or the folder of a saved model.
+    """
+
+    train: TrainConfig = TrainConfig()
+    teacher: str = "original"
+
+
+def tune(
+    model: nn.Module, config: Tuning, data: ImageData | None, teacher: nn.Module | None, **how: Any
+) -> list[dict[str, float]]:
+    """Train `model` in place as `config` says; a run that was killed goes on. Returns the history, empty for 0 epochs.
+
+    `how` goes to `training.train`: groups, penalty, title.
+    """
+    if not config.train.epochs:
+        return []
+    checkpoint = training.checkpoint_path(model, data, config)
+    _, history = training.train(model, data, config.train, teacher=teacher, checkpoint=checkpoint, **how)
+    checkpoint.unlink(missing_ok=True)
+    return history
+
+
+def find_teacher(model: nn.Module, config: Tuning, data: ImageData | None) -> nn.Module | None:
+    """The teacher that `config` names, after checking that it and the images suit the student `model`.
+
+    Raises:
+        InputError: no images to train on, or of other classes; a teacher of other classes or with another input.
+    """
+    own = model.recipe
+    classes = own.architecture.num_classes
+    if config.train.epochs and data is None:
+        raise InputError("training needs images and no data set was given; give one, or train.epochs=0")
+    if config.train.epochs and len(data.classes) != classes:
+        raise InputError(
+            f"the model has {classes} outputs and {data.name} has {len(data.classes)} classes; give the images that the "
+            "model was made for, or train.epochs=0"
+        )
+    if config.teacher in ("none", "original"):
+        return copy.deepcopy(model).requires_grad_(False) if config.teacher == "original" else None
+    found = artifact.load(Path(config.teacher))
+    other = found.recipe
+    if other.architecture.num_classes != classes:
+        raise InputError(
+            f"the teacher {config.teacher!r} answers {other.architecture.num_classes} classes and the student {classes}; "
+            "give a teacher trained on the same classes, or teacher=original"
+        )
+    if other.preprocess != own.preprocess:
+        raise InputError(
+            f"the teacher {config.teacher!r} takes images prepared in another way ({other.preprocess}) than the student "
+            f"({own.preprocess}); give a teacher with the same input, or teacher=original"
+        )
+    return found
