@@ -81,7 +81,7 @@ def refuse(tmp_path):
     return {
         "profile": (
             ["run", "quik", *out],
-            "unknown profile 'quik' (did you mean 'quick'?); allowed: cifar10, cifar10-deit, imagenet, quick",
+            "unknown profile 'quik' (did you mean 'quick'?); allowed: cifar10, cifar10-deit, imagenet, imagenet-sample, quick",
         ),
         "notebook": (["run", "quick", "--only", "77", *out], "unknown notebook '77'"),
         "set key": (["run", "quick", "--set", "epochs=3", *out], "unknown parameter 'epochs'"),
@@ -189,11 +189,36 @@ def test_two_suites_do_not_share_a_folder(tmp_path, capsys):
     assert "another run is at work" in capsys.readouterr().err
 
 
-def test_a_missing_extra_says_how_to_install_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
-    assert cli.main(["measure", str(tmp_path), "--backend", "onnxruntime", "--out", str(tmp_path / "out")]) == 2
-    assert "pip install 'vitbench[onnx]'" in capsys.readouterr().err
+@pytest.mark.parametrize(("backend", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])
+def test_a_missing_extra_says_how_to_install_it(tmp_path, capsys, monkeypatch, backend, extra):
+    monkeypatch.setitem(sys.modules, backend, None)  # as if it were not installed
+    assert cli.main(["measure", str(tmp_path), "--backend", backend, "--out", str(tmp_path / "out")]) == 2
+    assert f"pip install 'vitbench[{extra}]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_compress_on_a_part_of_the_images_keeps_its_time_in_a_row(base, tmp_path):
+    results = tmp_path / "results"
+    command = ["compress", base.path, "--method", "mixed_rank", "--set", "keep=0.5", "--dataset", "digits"]
+    command += ["--out", tmp_path / "small", "--record", results, "--splits", "calibration=20"]
+    done = run(*command)
+    assert done.returncode == 0
+    assert "mixed_rank, made in" in done.stdout
+    assert done.stderr.strip().startswith("vitbench: warning: 20 calibration images give 340 tokens")
+    (row,) = [json.loads(line) for line in (results / "records.jsonl").read_text().splitlines()]
+    assert (row["metric"], row["unit"], row["context"]["depth"]) == ("compress_seconds", "s", 4)
+    assert row["value"] > 0
+    done = run(*command, "calibrations=3")
+    assert done.returncode == 2
+    assert "unknown key of splits 'calibrations' (did you mean 'calibration'?)" in done.stderr
+
+
+def test_another_depth(tmp_path, capsys):
+    command = ["compress", "vit_mini_patch2_8", "--random", "--depth", "2", "--out", str(tmp_path / "a")]
+    assert cli.main(command) == 0
+    assert len(artifact.load(tmp_path / "a").blocks) == 2
+    assert cli.main(["compress", "vit_mini_patch2_8", "--random", "--depth", "0", "--out", str(tmp_path / "b")]) == 2
+    assert "depth" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_a_stranger_runs_nothing(tmp_path):

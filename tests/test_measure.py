@@ -154,13 +154,52 @@ def test_pareto_front_by_hand():
     assert statistics.pareto_front(cost, gain).tolist() == [1, 2, 0]
 
 
-def test_another_backend_answers_the_same_and_stands_in_columns_of_its_own(base, digits, tmp_path):
-    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+def test_answers_come_back_from_their_digits():
+    hits = np.random.default_rng(0).random(359) < 0.9
+    assert (statistics.unpack_hits(statistics.pack_hits(hits), len(hits)) == hits).all()
+
+
+def test_paired_answers_against_mcnemar_by_hand():
+    first = np.array([1, 1, 1, 1, 1, 1, 0, 1, 1, 0], bool)
+    second = np.array([1, 1, 1, 0, 0, 0, 1, 0, 0, 0], bool)
+    found = statistics.paired(first, second)
+    assert found.difference == pytest.approx(0.4)  # five gained, one lost
+    assert found.p == pytest.approx(2 * (1 + 6) / 2**6)
+    assert found.low < 0.4 < found.high
+    assert statistics.paired(first, first).p == 1.0
+    with pytest.raises(ValueError, match="not to the same images"):
+        statistics.paired(first, second[:5])
+
+
+def test_accuracy_rows_hold_every_answer(measured, digits, base):
+    _, _, rows = measured
+    row = rows[rows["metric"] == "top1"].iloc[-1]
+    hits = statistics.unpack_hits(row["hits"], row["context"]["images"])
+    assert hits.mean() == pytest.approx(row["value"])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_another_backend_answers_the_same_and_stands_in_columns_of_its_own(base, digits, tmp_path, backend):
+    for module in backends.NEEDS[backend]:
+        pytest.importorskip(module, reason=f"the extra {backends.EXTRAS[module]} is not installed")
     run = Run(tmp_path)
-    rows = measure(base.path, digits, run, what=("latency",), batches=(1,), rounds=10, backend="onnxruntime")
+    rows = measure(base.path, digits, run, what=("latency",), batches=(1,), rounds=10, backend=backend)
     assert set(rows["status"]) == {"ok"}
-    assert "p50 ms b1 onnxruntime" in comparison(run.rows())
+    assert f"p50 ms b1 {backend}" in comparison(run.rows())
+
+
+def test_errors_of_outputs_layer_by_layer(base, digits, tmp_path):
+    small = artifact.save(compress(base.model, make_config("mixed_rank", {"keep": 0.5}), digits), tmp_path / "s")
+    run = Run(tmp_path)
+    rows = measure(small, digits, run, versus=base.path, what=("outputs",)).set_index("metric")
+    assert rows.loc["layer_keep", "value"] == pytest.approx(0.5, abs=0.02)
+    names = rows.loc["output_error", "context"]["layers"]
+    assert names[:4] == [f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    errors = dict(zip(names, rows.loc["output_error", "samples"], strict=True))
+    assert 0 < errors["blocks.0.attn.qkv"] < errors["blocks.3.mlp.fc2"] < 1, "errors grow with depth"
+    same = measure(base.path, digits, run, versus=base.path, what=("outputs",)).set_index("metric")
+    assert same.loc["output_error", "value"] == 0
+    assert same.loc["layer_keep", "samples"] == [1.0] * 16
 
 
 def test_a_backend_that_cannot_run_a_model_says_why_in_its_row(measured, digits, tmp_path, monkeypatch):
@@ -176,5 +215,5 @@ def test_a_backend_with_another_answer_is_refused(base, monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "wrong", lambda model, x: lambda images: model(images) + 1)
     with pytest.raises(RuntimeError, match="wrong differs from eager"):
         backends.prepare("wrong", base.model, torch.randn(1, 3, 8, 8))
-    with pytest.raises(InputError, match="unknown backend 'turbo'; allowed: eager, onnxruntime"):
+    with pytest.raises(InputError, match="unknown backend 'turbo'; allowed: eager, onnxruntime, openvino"):
         backends.available("turbo")

@@ -1,12 +1,14 @@
-"""What runs a model: eager PyTorch, or ONNX Runtime. Prepared once, checked against eager's answer, then called."""
+"""What runs a model: eager PyTorch, ONNX Runtime or OpenVINO. Prepared once, checked against eager's answer, then called."""
 
 import io
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from vitbench.errors import one_of, require
+from vitbench.layers import RUNTIME_LAYERS
 from vitbench.recipe import Recipe
 
 TOLERANCE = 1e-3  # largest difference from eager's logits, relative to the largest logit
@@ -19,8 +21,9 @@ def eager(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 def onnxruntime(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """The model exported for inputs shaped like `x` and run by ONNX Runtime's CPU provider, with torch's thread count."""
-    runtime = require("onnxruntime", "onnx")
-    require("onnxscript", "onnx")
+    available("onnxruntime")
+    import onnxruntime as runtime
+
     file = io.BytesIO()
     torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(file)
     options = runtime.SessionOptions()
@@ -30,7 +33,23 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-BACKENDS = {"eager": eager, "onnxruntime": onnxruntime}
+def openvino(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model exported for inputs shaped like `x` and compiled by OpenVINO for the CPU in fp32, with torch's thread count."""
+    sys.modules.setdefault("openvino_telemetry", None)  # without it OpenVINO takes its own stand-in and reports nothing
+    available("openvino")
+    import openvino as runtime
+
+    with torch.no_grad():
+        converted = runtime.convert_model(torch.export.export(model, (x,)))
+    # without the hint a CPU with bf16 instructions would compute in bf16
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = runtime.compile_model(converted, "CPU", settings)
+    return lambda images: torch.from_numpy(compiled(images.numpy(), share_inputs=True)[0])
+
+
+BACKENDS = {"eager": eager, "onnxruntime": onnxruntime, "openvino": openvino}
+NEEDS = {"eager": (), "onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}
+EXTRAS = {"onnxruntime": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
 
 
 def prepare(backend: str, model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -52,12 +71,12 @@ def prepare(backend: str, model: nn.Module, x: Tensor) -> Callable[[Tensor], Ten
 
 def available(backend: str) -> None:
     """Raise `InputError` if `backend` is unknown or what it needs is not installed."""
-    if one_of("backend", backend, BACKENDS) == "onnxruntime":
-        require("onnxruntime", "onnx")
-        require("onnxscript", "onnx")
+    for module in NEEDS[one_of("backend", backend, BACKENDS)]:
+        require(module, EXTRAS[module])
 
 
 def obstacle(backend: str, recipe: Recipe) -> str:
     """Why `backend` cannot run a model with this recipe; "" if it can."""
-    layers = sorted({spec["layer"] for spec in recipe.layers.values()})
+    names = {spec["layer"] for spec in recipe.layers.values()}
+    layers = sorted(name for name in names if not getattr(RUNTIME_LAYERS.get(name), "portable", False))
     return f"{backend} has no form of {', '.join(layers)}" if backend != "eager" and layers else ""

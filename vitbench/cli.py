@@ -3,18 +3,25 @@
 import argparse
 import errno
 import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from vitbench.errors import InputError
 from vitbench.records import GROUPS
 
+_CUT = "how to cut the data, for example test=1.0 (every image is a test image)"
+_SPLITS = {"nargs": "+", "default": [], "metavar": "KEY=VALUE", "help": _CUT}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns 0, or 1 where a notebook failed; a wrong input prints one line and returns 2."""
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"vitbench: warning: {message}", file=sys.stderr)
+            return options.command(options)
     except InputError as error:
         if options.debug:
             raise
@@ -84,15 +91,18 @@ def _parser() -> argparse.ArgumentParser:
         help="config of a method, nested keys with dots (train.epochs=5); with several methods write METHOD.KEY=VALUE",
     )
     small.add_argument("--out", required=True, metavar="DIR", help="folder to save the compressed model to")
+    small.add_argument("--record", metavar="DIR", help="results folder to add a row to, with the seconds that it took")
     small.add_argument(
         "--dataset", default="", help="images for the methods that need some: digits, a hub name, a folder"
     )
+    small.add_argument("--splits", **_SPLITS)
     small.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
     small.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
     small.add_argument(
         "--random", action="store_true", help="random weights for a model given by name: to measure size and speed only"
     )
     small.add_argument("--img-size", type=int, metavar="N", help="input height and width of a model given by name")
+    small.add_argument("--depth", type=int, metavar="N", help="blocks of a model given by name (default: its own)")
     small.add_argument("--classes", type=int, metavar="N", help="outputs of a model given by name (default: its own)")
     small.set_defaults(command=_compress)
 
@@ -100,19 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("model", help="a folder with a saved model")
     size.add_argument("--dataset", default="digits", help="digits, a Hugging Face name, or a folder (default: digits)")
     size.add_argument("--dataset-name", default="", metavar="NAME", help="how rows and figures name the data set")
-    size.add_argument(
-        "--splits",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="how to cut the data, for example test=1.0 (every image is a test image)",
-    )
+    size.add_argument("--splits", **_SPLITS)
     size.add_argument("--versus", default="", metavar="DIR", help="a saved baseline to take turns with in the timings")
     size.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
     size.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")
     size.add_argument("--rounds", type=int, default=60, help="timed calls of each model (default: 60)")
     size.add_argument(
-        "--backend", default="eager", help="what runs the timed models: eager or onnxruntime (default: eager)"
+        "--backend", default="eager", help="what runs the timed models: eager, onnxruntime or openvino (default: eager)"
     )
     size.add_argument(
         "--what",
@@ -191,7 +195,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def _compress(options: argparse.Namespace) -> int:
     from vitbench import artifact, methods, vit
-    from vitbench.data import load_data
+    from vitbench.measure import seconds_row
+    from vitbench.runs import Run
 
     configs = [methods.make_config(name, values) for name, values in _method_settings(options).items()]
     if (Path(options.model) / artifact.RECIPE).is_file():
@@ -208,10 +213,15 @@ def _compress(options: argparse.Namespace) -> int:
             img_size=options.img_size,
             pretrained=options.pretrained,
             checkpoint=options.checkpoint,
+            depth=options.depth,
         )
-    data = load_data(options.dataset) if options.dataset else None
-    path = artifact.save(methods.compress(model, configs, data), options.out)
-    print(f"{path}: {artifact.size_on_disk(path):,} bytes, {artifact.read_manifest(path).recipe.method}")
+    data, start = _data(options) if options.dataset else None, time.monotonic()
+    small = methods.compress(model, configs, data)
+    seconds = time.monotonic() - start
+    path = artifact.save(small, options.out)
+    if options.record:
+        Run(options.record).append([seconds_row(path, data, seconds)])
+    print(f"{path}: {artifact.size_on_disk(path):,} bytes, {small.recipe.method}, made in {seconds:.1f} s")
     return 0
 
 
@@ -246,15 +256,13 @@ def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _measure(options: argparse.Namespace) -> int:
     from vitbench import artifact, backends
-    from vitbench.lessons import parse_setting
     from vitbench.measure import measure
     from vitbench.runs import Run
-    from vitbench.suite import open_data
 
     backends.available(options.backend)
     for model in filter(None, (options.model, options.versus)):
         artifact.read_manifest(model)
-    data = open_data(options.dataset, options.dataset_name, dict(parse_setting(text) for text in options.splits))
+    data = _data(options)
     measure(
         options.model,
         data,
@@ -268,6 +276,14 @@ def _measure(options: argparse.Namespace) -> int:
     )
     _print_results(Path(options.out))
     return 0
+
+
+def _data(options: argparse.Namespace) -> Any:
+    from vitbench.lessons import parse_setting
+    from vitbench.suite import open_data
+
+    name = getattr(options, "dataset_name", "")
+    return open_data(options.dataset, name, dict(parse_setting(text) for text in options.splits))
 
 
 def _report(options: argparse.Namespace) -> int:

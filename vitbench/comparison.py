@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from vitbench.errors import InputError
+from vitbench.statistics import Paired, paired, unpack_hits
 
 MEGA = 1e6
 EAGER = "eager"
@@ -111,6 +112,15 @@ def value(
         chosen &= rows["batch"] == batch
     found = rows[chosen]
     return found.iloc[-1] if len(found) else None
+
+
+def paired_top1(rows: pd.DataFrame, first: str, second: str) -> Paired:
+    """By how much the model labelled `first` is right more often than `second` on the same test images."""
+    answers = [value(rows, label, "top1") for label in (first, second)]
+    for label, row in zip((first, second), answers, strict=True):
+        if row is None or not row["hits"]:
+            raise InputError(f"the rows hold no answers of {label!r} image by image; measure its accuracy again")
+    return paired(*(unpack_hits(row["hits"], row["context"]["images"]) for row in answers))
 
 
 def ratios(rows: pd.DataFrame, method: str) -> list[pd.Series]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             calls = _calls(shown[shown["batch"] == batch], bool(len(paired)))
             for place, (method, times) in enumerate(calls.items()):
                 kind, dashes = look(method, names), ("-", "--", ":", "-.")[place % 4]
-                sns.ecdfplot(x=times, ax=axes, color=kind["color"], ls=dashes, label=method)
+                sns.ecdfplot(x=times, ax=axes, color=kind["color"], ls=dashes, label=textwrap.fill(method, 34))
                 axes.axvline(np.median(times), color=kind["color"], lw=0.8, alpha=0.5)
             widest = max(min(np.percentile(times, 98), 2 * np.median(times)) for times in calls.values())
             axes.set_xlim(0, 1.1 * widest)

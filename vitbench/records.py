@@ -24,7 +24,7 @@ from vitbench.errors import InputError
 
 SCHEMA_VERSION = 1
 IDENTITY = ("model", "dataset", "data_fingerprint", "method", "config", "seed", "metric", "context")
-GROUPS = ("accuracy", "size", "weights", "latency", "memory")  # of metrics, as `measure` takes them
+GROUPS = ("accuracy", "size", "weights", "outputs", "latency", "memory")  # of metrics, as `measure` takes them
 CONTEXT_COLUMNS = ("backend", "batch", "threads", "device", "split", "versus")
 
 
@@ -43,6 +43,7 @@ class Row(Config):
         low, high: 95 % interval, where there is one.
         context: backend, batch, threads, device, artifact (the start of the weights file's SHA-256), ...
         samples: raw values, where there are some.
+        hits: of an accuracy, which images were answered right, in the split's order (see `statistics.pack_hits`).
         env_id: names a file in `environments/` beside the records.
         commit: of this package's source.
     """
@@ -66,6 +67,7 @@ class Row(Config):
     high: float | None = None
     context: dict[str, Any] = {}
     samples: list[float] | None = None
+    hits: str = Field(default="", pattern=r"^[0-9a-f]*$")
     env_id: str = Field(default="", pattern=r"^[0-9a-f]*$")
     commit: str = ""
 

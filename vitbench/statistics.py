@@ -1,6 +1,7 @@
 """Intervals over rows: binomial for accuracy, bootstrap for ratios of paired timings, and the Pareto front."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +14,43 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
     interval = binomtest(int(correct), int(total)).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def pack_hits(hits: np.ndarray) -> str:
+    """Right and wrong answers, in order, as hexadecimal digits of four each; `unpack_hits` has them back."""
+    return np.packbits(np.asarray(hits, bool)).tobytes().hex()
+
+
+def unpack_hits(text: str, count: int) -> np.ndarray:
+    """The first `count` answers of `pack_hits`."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same images: by how much the first is right more often.
+
+    `difference` is a fraction of the images, with its 95 % interval (normal, from the discordant pairs); `p` is that of
+    the exact McNemar test.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def paired(first: np.ndarray, second: np.ndarray) -> Paired:
+    """Compare the answers of two models, image by image."""
+    from scipy.stats import binomtest, norm
+
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} answers: they are not to the same images")
+    gained, lost, count = int((first & ~second).sum()), int((~first & second).sum()), len(first)
+    difference = (gained - lost) / count
+    spread = norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(max(gained + lost - (gained - lost) ** 2 / count, 0)) / count
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return Paired(difference, difference - spread, difference + spread, float(p))
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> tuple[float, float, float]:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
-from vitbench import artifact, backends, environment, progress
+from vitbench import artifact, backends, environment, progress, vit
 from vitbench.cache import Made
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
-from vitbench.measure import accuracy, cost, memory, timing, weights
+from vitbench.measure import accuracy, cost, memory, outputs, timing, weights
 from vitbench.measure.child import ChildError
 from vitbench.measure.value import Value
+from vitbench.recipe import Recipe
 from vitbench.records import GROUPS, Row
 from vitbench.runs import Run
 
@@ -54,8 +56,8 @@ def measure(
         threads: of the timed process.
         rounds: how often each model is timed.
         device: where accuracy is computed. Latency and memory are those of the CPU.
-        backend: what runs the timed models, eager or onnxruntime (see `vitbench.backends`).
-        what: which of accuracy, size, weights (their error; needs `versus`), latency and memory to measure.
+        backend: what runs the timed models, eager, onnxruntime or openvino (see `vitbench.backends`).
+        what: which of accuracy, size, weights and outputs (their errors; need `versus`), latency and memory to measure.
 
     Returns:
         This model's rows, new and old.
@@ -137,6 +139,14 @@ def _groups(path, data, versus, batches, threads, rounds, device, backend) -> It
             "weights", [("weight_error", "fraction", context)], lambda: weights.weight_error(path, versus, names)
         )
 
+    if versus and len(data.calibration):
+        other = artifact.read_manifest(versus)
+        every = outputs.layers_of(vit.skeleton(other.recipe.architecture))
+        context = {"versus": f"{other.recipe.method}:{other.sha256[:12]}", "layers": every, "split": "calibration"}
+        units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}
+        slots = [(metric, unit, context) for metric, unit in units.items()]
+        yield _Group("outputs", slots, lambda: outputs.outputs(path, Path(versus), data, every))
+
     machine = {"threads": threads, "device": f"cpu: {environment.cpu_name()}"}
     timed = {**machine, "backend": backend, "rounds": rounds}
     if versus:
@@ -160,15 +170,27 @@ def _groups(path, data, versus, batches, threads, rounds, device, backend) -> It
     yield _Group("memory", slots, lambda: memory.peak_rss(path, threads))
 
 
-def _about(recipe, data: ImageData) -> dict[str, Any]:
+def _about(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
     return {
         "model": recipe.architecture.name,
-        "dataset": data.name,
-        "data_fingerprint": data.fingerprint,
+        "dataset": data.name if data else "none",
+        "data_fingerprint": data.fingerprint if data else "",
         "method": recipe.method,
         "config": {"origin": recipe.origin, "methods": [step.to_dict() for step in recipe.methods]},
         "seed": recipe.origin.get("train", {}).get("seed", 0),
     }
+
+
+def seconds_row(path: Path, data: ImageData | None, seconds: float) -> Row:
+    """How long the model saved at `path` took to make from the one before it, with this process's threads."""
+    manifest = artifact.read_manifest(path)
+    recipe = manifest.recipe
+    about = _about(recipe, data)
+    context = {"threads": torch.get_num_threads(), "device": f"cpu: {environment.cpu_name()}"}
+    context |= {"artifact": manifest.sha256[:12], "depth": len(vit.skeleton(recipe.architecture).blocks)}
+    return Row(
+        **about, metric="compress_seconds", unit="s", value=seconds, source="measured: wall clock", context=context
+    )
 
 
 def training_rows(made: Made, data: ImageData) -> list[Row]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from vitbench import artifact
 from vitbench.data import ImageData
 from vitbench.measure.value import Value
-from vitbench.statistics import wilson
+from vitbench.statistics import pack_hits, wilson
 from vitbench.training import evaluate, pick_device
 
 
@@ -16,4 +16,5 @@ def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str) -
     for metric in metrics:
         hits = getattr(found, metric)
         low, high = wilson(hits.sum(), len(hits))
-        yield Value(metric, float(hits.mean()), "measured: test images, Wilson 95 %", low, high)
+        how = "measured: test images, Wilson 95 %"
+        yield Value(metric, float(hits.mean()), how, low, high, hits=pack_hits(hits))

@@ -15,6 +15,7 @@ class Value:
     low: float | None = None
     high: float | None = None
     samples: Sequence[float] | None = None
+    hits: str = ""
 
     def fields(self) -> dict[str, Any]:
         """What goes into the row."""

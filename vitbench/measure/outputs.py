@@ -1,0 +1,70 @@
+"""How far the answers of a compressed model's layers are from the original's, and what is left of each layer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitbench import artifact, progress, vit
+from vitbench.batches import eval_batches
+from vitbench.data import ImageData
+from vitbench.measure.cost import count_params
+from vitbench.measure.value import Value
+from vitbench.moments import BATCH, watching
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """Names of the blocks' linear layers, whatever stands in their places, in the order of the forward pass."""
+    return [name for name, _ in model.named_modules() if vit.layer_type(name) == name.rpartition(".")[-1] != ""]
+
+
+def outputs(path: Path, versus: Path, data: ImageData, names: list[str]) -> Iterator[Value]:
+    """For each of the layers `names`, as samples: the error of its outputs, its rank, and the share of weights left.
+
+    The error is E||y' - y||^2 / E||y - mean y||^2 over the tokens of the calibration images, each layer with the inputs
+    that its own model gives it, so errors of earlier layers count. The rank of a dense layer is the smaller side of its
+    weight, that of a split layer the sum over its parts.
+    """
+    own, other = artifact.load(path), artifact.load(versus)
+    errors = output_errors(own, other, data, names)
+    how = "measured: calibration images, own inputs; mean over layers"
+    yield Value("output_error", sum(errors) / len(errors), how, samples=errors)
+    pairs = [(own.get_submodule(name), other.get_submodule(name)) for name in names]
+    ranks = [float(_rank(new)) for new, _ in pairs]
+    yield Value("layer_rank", sum(ranks), "measured: sum over layers of the loaded file", samples=ranks)
+    counts = [(count_params(new), count_params(old)) for new, old in pairs]
+    left = sum(new for new, _ in counts) / sum(old for _, old in counts)
+    shares = [new / old for new, old in counts]
+    yield Value("layer_keep", left, "measured: weights of the loaded file over the original's", samples=shares)
+
+
+@torch.inference_mode()
+def output_errors(model: nn.Module, original: nn.Module, data: ImageData, names: list[str]) -> list[float]:
+    """The relative squared error of each layer's outputs, as `outputs` says."""
+    split, answers = data.needs("calibration"), {}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in names}
+    totals: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor, y: Tensor) -> None:
+        answers[name] = y
+
+    def compare(name: str, x: Tensor, y: Tensor) -> None:
+        wanted = answers.pop(name)
+        sums[name] += torch.stack([(y - wanted).double().square().sum(), wanted.double().square().sum()])
+        seen = torch.cat([wanted.flatten(0, -2).double().sum(0), torch.tensor([wanted.numel() / wanted.shape[-1]])])
+        totals[name] = totals.get(name, 0.0) + seen
+
+    batches = eval_batches(split, original.recipe.preprocess, BATCH)
+    for x, _ in progress.bar(batches, "errors of outputs", total=-(-len(split) // BATCH), unit="batch"):
+        for each, see in ((original, keep), (model, compare)):
+            with watching({name: each.get_submodule(name) for name in names}, see):
+                each(x)
+    spreads = {name: sums[name][1] - total[:-1].square().sum() / total[-1] for name, total in totals.items()}
+    return [float(sums[name][0] / spreads[name]) if spreads[name] > 0 else 0.0 for name in names]
+
+
+def _rank(module: nn.Module) -> int:
+    if hasattr(module, "parts"):
+        return sum(_rank(part) for part in module.parts)
+    return getattr(module, "rank", min(module.in_features, module.out_features))
