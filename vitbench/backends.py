@@ -11,6 +11,9 @@ from vitbench.errors import one_of, require
 from vitbench.layers import RUNTIME_LAYERS
 from vitbench.recipe import Recipe
 
+# without this package OpenVINO takes its own stand-in and reports nothing to anyone
+sys.modules.setdefault("openvino_telemetry", None)
+
 TOLERANCE = 1e-3  # largest difference from eager's logits, relative to the largest logit
 
 
@@ -35,7 +38,6 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 def openvino(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """The model exported for inputs shaped like `x` and compiled by OpenVINO for the CPU in fp32, with torch's thread count."""
-    sys.modules.setdefault("openvino_telemetry", None)  # without it OpenVINO takes its own stand-in and reports nothing
     available("openvino")
     import openvino as runtime
 

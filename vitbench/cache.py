@@ -24,7 +24,7 @@ from vitbench.training import TrainConfig
 
 # sources that measure and show, and so do not decide what a model becomes
 SHOWING = re.compile(
-    r".*/vitbench/(measure/.*|(cli|closeups|comparison|environment|figures|lessons|progress|records|report|runs|statistics|suite|version)\.py)$"
+    r".*/vitbench/(measure/.*|(backends|cli|closeups|comparison|environment|figures|lessons|progress|records|report|runs|statistics|suite|version)\.py)$"
 )
 
 

@@ -172,11 +172,9 @@ def learned(
     rank = min(rank, left.shape[1])
     start, weight = left @ right, weight.detach().double()
     fixed = left[:, :-rank] @ right[:-rank]
-    scale = (left[:, -rank:].norm(dim=0) * right[-rank:].norm(dim=1)).sqrt().clamp(min=1e-12)
-    pair = [
-        nn.Parameter(left[:, -rank:] / left[:, -rank:].norm(dim=0).clamp(min=1e-12) * scale),
-        nn.Parameter(right[-rank:] / right[-rank:].norm(dim=1, keepdim=True).clamp(min=1e-12) * scale[:, None]),
-    ]
+    p, q = left[:, -rank:], right[-rank:]
+    ratio = (q.norm(dim=1).clamp(min=1e-12) / p.norm(dim=0).clamp(min=1e-12)).sqrt()  # one step size suits both sides
+    pair = [nn.Parameter(p * ratio), nn.Parameter(q / ratio[:, None])]
     covariance, load = mismatch.covariance, ridge * mismatch.covariance.trace() / len(mismatch.covariance)
     lost = (((start - weight) @ covariance) * (start - weight)).sum().clamp(min=1e-12)
     optimizer = torch.optim.Adam(pair, lr=0.01 * float(torch.cat([p.detach().flatten() for p in pair]).std()))

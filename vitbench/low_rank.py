@@ -1,8 +1,8 @@
 """Low-rank forms of one weight matrix, W (out x in) ~ A B, nested: the first r columns and rows are the form of rank r.
 
-`activation` is the closed form of the best one for the layer's outputs (lesson 03): with C the
-covariance of the inputs, G = W C W^T = U diag(s^2) U^T and W_r = U_r U_r^T W, whose squared error of the outputs, the
-mean over tokens of ||(W - W_r) x||^2, is the sum of the discarded s_i^2. The others are published rivals.
+`activation` is the closed form of the best one for the layer's outputs (lesson 03). With C the covariance of the inputs,
+G = W C W^T = U diag(s^2) U^T and W_r = U_r U_r^T W: its squared error of the outputs, the mean over tokens of
+||(W - W_r) x||^2, is the sum of the discarded s_i^2. The others are published rivals.
 """
 
 from dataclasses import dataclass

@@ -161,10 +161,8 @@ class _Sums:
         return {name: self._moments(name, len(split)) for name in self.layers}
 
     def _see(self, name: str, x: Tensor, y: Tensor) -> None:
-        sums, x = (
-            self.sums[name],
-            x.detach().flatten(0, -2).double(),
-        )  # products in float32 would blur small eigenvalues
+        sums = self.sums[name]
+        x = x.detach().flatten(0, -2).double()  # products in float32 would blur small eigenvalues
         self.tokens[name] += len(x)
         sums["second"] += x.T @ x
         sums["mean"] += x.sum(0)

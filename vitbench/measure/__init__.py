@@ -131,27 +131,24 @@ def _groups(path, data, versus, batches, threads, rounds, device, backend) -> It
     yield _Group("size", slots, lambda: cost.cost(path))
 
     own = artifact.read_manifest(path).recipe
+    other = artifact.read_manifest(versus) if versus else None
+    against = {"versus": f"{other.recipe.method}:{other.sha256[:12]}"} if other else {}
     names = weights.coded_layers(own)
-    if versus and names:
-        other = artifact.read_manifest(versus)
-        context = {"versus": f"{other.recipe.method}:{other.sha256[:12]}", "layers": names}
+    if other and names:
+        context = {**against, "layers": names}
         yield _Group(
             "weights", [("weight_error", "fraction", context)], lambda: weights.weight_error(path, versus, names)
         )
 
-    if versus and len(data.calibration):
-        other = artifact.read_manifest(versus)
+    if other and len(data.calibration):
         every = outputs.layers_of(vit.skeleton(other.recipe.architecture))
-        context = {"versus": f"{other.recipe.method}:{other.sha256[:12]}", "layers": every, "split": "calibration"}
+        context = {**against, "layers": every, "split": "calibration"}
         units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}
         slots = [(metric, unit, context) for metric, unit in units.items()]
         yield _Group("outputs", slots, lambda: outputs.outputs(path, Path(versus), data, every))
 
     machine = {"threads": threads, "device": f"cpu: {environment.cpu_name()}"}
-    timed = {**machine, "backend": backend, "rounds": rounds}
-    if versus:
-        other = artifact.read_manifest(versus)
-        timed["versus"] = f"{other.recipe.method}:{other.sha256[:12]}"
+    timed = {**machine, "backend": backend, "rounds": rounds, **against}
     slots = [
         (metric, unit, {**timed, "batch": batch})
         for batch in batches

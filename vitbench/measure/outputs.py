@@ -24,7 +24,7 @@ def outputs(path: Path, versus: Path, data: ImageData, names: list[str]) -> Iter
 
     The error is E||y' - y||^2 / E||y - mean y||^2 over the tokens of the calibration images, each layer with the inputs
     that its own model gives it, so errors of earlier layers count. The rank of a dense layer is the smaller side of its
-    weight, that of a split layer the sum over its parts.
+    weight, that of a split layer the sum over its parts. A factor that several layers share counts for none of them.
     """
     own, other = artifact.load(path), artifact.load(versus)
     errors = output_errors(own, other, data, names)
@@ -43,25 +43,26 @@ def outputs(path: Path, versus: Path, data: ImageData, names: list[str]) -> Iter
 def output_errors(model: nn.Module, original: nn.Module, data: ImageData, names: list[str]) -> list[float]:
     """The relative squared error of each layer's outputs, as `outputs` says."""
     split, answers = data.needs("calibration"), {}
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in names}
-    totals: dict[str, Tensor] = {}
+    lost, power, tokens = (dict.fromkeys(names, 0.0) for _ in range(3))
+    total: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
 
     def keep(name: str, x: Tensor, y: Tensor) -> None:
         answers[name] = y
 
     def compare(name: str, x: Tensor, y: Tensor) -> None:
-        wanted = answers.pop(name)
-        sums[name] += torch.stack([(y - wanted).double().square().sum(), wanted.double().square().sum()])
-        seen = torch.cat([wanted.flatten(0, -2).double().sum(0), torch.tensor([wanted.numel() / wanted.shape[-1]])])
-        totals[name] = totals.get(name, 0.0) + seen
+        y, wanted = y.flatten(0, -2).double(), answers.pop(name).flatten(0, -2).double()
+        lost[name] += float((y - wanted).square().sum())
+        power[name] += float(wanted.square().sum())
+        total[name] = total[name] + wanted.sum(0)
+        tokens[name] += len(wanted)
 
     batches = eval_batches(split, original.recipe.preprocess, BATCH)
     for x, _ in progress.bar(batches, "errors of outputs", total=-(-len(split) // BATCH), unit="batch"):
         for each, see in ((original, keep), (model, compare)):
             with watching({name: each.get_submodule(name) for name in names}, see):
                 each(x)
-    spreads = {name: sums[name][1] - total[:-1].square().sum() / total[-1] for name, total in totals.items()}
-    return [float(sums[name][0] / spreads[name]) if spreads[name] > 0 else 0.0 for name in names]
+    spreads = {name: power[name] - float(total[name].square().sum()) / tokens[name] for name in names}
+    return [lost[name] / spreads[name] if spreads[name] > 0 else 0.0 for name in names]
 
 
 def _rank(module: nn.Module) -> int:
