@@ -34,6 +34,11 @@ class Split:
         """Image `i` (RGB) and its label."""
         return self.source[int(self.indices[i])], int(self.labels[i])
 
+    def some(self, count: int) -> "Split":
+        """`count` of the images, spread evenly over the split; all if there are no more."""
+        places = np.linspace(0, len(self), min(count, len(self)), endpoint=False).astype(int)
+        return Split(self.name, self.source, self.indices[places], self.labels[places])
+
     @property
     def array(self) -> np.ndarray | None:
         """All images as uint8 (N, H, W, 3) where the source holds them in memory, else None."""

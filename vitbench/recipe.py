@@ -6,14 +6,33 @@ from pydantic import Field
 
 from vitbench.configs import Config
 
+Reduction = Literal["cls_attention", "hsic", "hsic_cls", "merge"]  # see `vitbench.tokens`
+
+
+class BlockShape(Config):
+    """The sizes of one block: heads, dimensions of each head, hidden neurons, and tokens left after its attention.
+
+    `tokens` counts class and fused tokens; None leaves as many as came in.
+    """
+
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    neurons: int = Field(ge=1)
+    tokens: int | None = Field(default=None, ge=2)
+
 
 class Architecture(Config):
-    """A timm (or vitbench) Vision Transformer by name, with what was changed from the name's defaults."""
+    """A timm (or vitbench) Vision Transformer by name, with what was changed from the name's defaults.
+
+    `blocks` holds the sizes of the blocks where something was removed, else nothing; `reduction` how tokens are chosen.
+    """
 
     name: str
     num_classes: int = Field(ge=1)
     img_size: int = Field(ge=1)
     depth: int | None = Field(default=None, ge=1)
+    blocks: tuple[BlockShape, ...] = ()
+    reduction: Reduction | None = None
 
 
 class Preprocess(Config):

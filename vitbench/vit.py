@@ -1,15 +1,17 @@
-"""The only file that knows timm's Vision Transformers inside: names, shapes, preprocessing, layer types, MACs."""
+"""What knows timm's Vision Transformers: names, preprocessing, layer types, MACs; their blocks inside are blocks.py's."""
 
 import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from vitbench import blocks
 from vitbench.errors import InputError
 from vitbench.layers import SplitLinear
 from vitbench.recipe import Architecture, Preprocess, Recipe
@@ -75,11 +77,13 @@ def create_model(
 
 
 def skeleton(architecture: Architecture) -> VisionTransformer:
-    """The dense structure of `architecture` without memory behind it (on the meta device)."""
+    """The structure of `architecture` without memory behind it (on the meta device)."""
     _check_name(architecture.name)
     with torch.device("meta"):
         changes = {key: getattr(architecture, key) for key in ("num_classes", "img_size", "depth")}
-        return _construct(architecture.name, False, **changes)
+        model = _construct(architecture.name, False, **changes)
+        blocks.build(model, architecture)
+        return model
 
 
 def _check_name(name: str) -> None:
@@ -262,16 +266,13 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
 
 
 def analytic_macs(model: VisionTransformer) -> int:
-    """Multiply-accumulates for one image, from shapes alone.
+    """Multiply-accumulates for one image, from shapes alone: patch embedding, blocks (`blocks.macs`) and head.
 
-    With N tokens, width d, hidden width h, L blocks: L (N d 3d + 2 N^2 d + N d d + 2 N d h) for the blocks, plus the
-    patch embedding and the head. Norms, softmax and GELU are not counted, as is usual.
+    Norms, softmax and GELU are not counted, as is usual.
     """
-    patches, d, n = model.patch_embed.num_patches, model.embed_dim, token_count(model)
-    patch = model.patch_embed.proj.weight.numel() * patches
-    head = d * model.num_classes
-    blocks = 0
-    for block in model.blocks:
-        a, h = block.attn.attn_dim, block.mlp.fc1.out_features
-        blocks += 4 * n * d * a + 2 * n * n * a + 2 * n * d * h
-    return patch + blocks + head
+    patch = model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches
+    shapes, d = blocks.shapes(model), model.embed_dim
+    sizes = ([getattr(shape, name) for shape in shapes] for name in ("heads", "head_dim", "neurons"))
+    reduction = getattr(model.blocks, "reduction", None)
+    inner = blocks.macs(*map(np.array, sizes), *blocks.tokens_through(shapes, token_count(model)), d, reduction)
+    return patch + int(inner) + d * model.num_classes

@@ -1,0 +1,201 @@
+"""Multi-dimensional pruning: heads, neurons and tokens together, by a policy that a search finds for a budget.
+
+Hou and Kung (2022, arXiv 2201.00043): units are scored by their statistical dependence with the model's answer
+(`vitbench.criteria`), a Gaussian process with expected improvement seeks the ratios of all dimensions under a budget of
+multiply-accumulates (`vitbench.policy`, `vitbench.search`), and what is left is fine-tuned. Their public code minimises
+the improvement, searches on the validation set and masks; here it is maximised, the val split (a part of train) scores
+the candidates, each of which is really cut, and the test split is not seen.
+"""
+
+import copy
+import hashlib
+import json
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from vitbench import artifact, blocks, paths, training, vit
+from vitbench.batches import eval_batches
+from vitbench.criteria import Scores
+from vitbench.data import ImageData, Split
+from vitbench.errors import InputError
+from vitbench.latency_table import LatencyTable
+from vitbench.methods import register
+from vitbench.policy import DIMENSIONS, Space, budget, describe, mac_cost, one_ratio
+from vitbench.removal import Removal, Remover
+from vitbench.search import Cost, Found, SearchConfig, search
+from vitbench.tokens import TokenBlocks
+from vitbench.training import TrainConfig
+from vitbench.tuning import find_teacher, tune
+
+
+class MultiDimensional(Removal):
+    """Settings of multi-dimensional pruning, beside those of `Removal`.
+
+    Attributes:
+        keep: the share of the budget that is left.
+        budget: "macs" of the whole model for one image, or "latency": that of a table measured on this machine's CPU
+            for `batch` images.
+        tolerance: how far from `keep` a policy may be, as a share of it.
+        dimensions: what may be cut.
+        most: the largest ratio of any dimension.
+        search: how to search.
+        objective: what scores a candidate on the val split: "top1", or "cross_entropy" (its negative), which tells
+            candidates apart where there are few images.
+        sharing: training under policies drawn from the budget before the search, so that what is cut has learned to be
+            without what goes; 0 epochs skip it.
+    """
+
+    keep: float = Field(default=0.6, gt=0, le=1)
+    budget: Literal["macs", "latency"] = "macs"
+    batch: int = Field(default=1, ge=1)
+    tolerance: float = Field(default=0.02, gt=0, le=0.2)
+    dimensions: tuple[Literal["neurons", "heads", "tokens"], ...] = DIMENSIONS
+    most: float = Field(default=0.5, gt=0, lt=1)
+    search: SearchConfig = SearchConfig()
+    objective: Literal["top1", "cross_entropy"] = "top1"
+    sharing: TrainConfig = TrainConfig(epochs=0, lr=3e-4, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
+
+
+@register(MultiDimensional, identity=MultiDimensional(keep=1.0))
+def multidimensional(model: nn.Module, config: MultiDimensional, data: ImageData | None) -> nn.Module:
+    """Search for a policy, cut the model by it, make up for what went, and train on if asked to."""
+    if config.keep == 1:
+        return model
+    if data is None:
+        raise InputError("multidimensional scores policies on images and no data set was given; give one")
+    teacher = find_teacher(model, config, data) if config.train.epochs else None
+    task = Task(model, config, data)
+    found = task.search()
+    counts = task.space.counts(found.best)
+    small = task.remover.cut(counts, model=task.model).requires_grad_(bool(config.train.epochs))
+    small.history = tune(small, config, data, teacher, title="recovering")
+    small.search = task.history(found)
+    return small.cpu()
+
+
+class Task:
+    """One search: the space, its budget, and what scores a policy. `search` may be asked for several times.
+
+    Raises:
+        InputError: a budget that no policy meets, no val images, units that cannot be cut.
+    """
+
+    def __init__(self, model: nn.Module, config: MultiDimensional, data: ImageData):
+        self.config, self.data, self.val = config, data, data.needs("val")
+        self.remover = Remover(model, config, data, tokens="tokens" in config.dimensions)
+        self.space = self.remover.space(config.dimensions, config.most)
+        self.cost = self._cost(model)
+        self.limits = budget(self.space, self.cost, config.keep, config.tolerance)
+        self.model = self._shared(model) if config.sharing.epochs else model
+
+    def _cost(self, model: nn.Module) -> Cost:
+        reduction, head_dim = self.config.reduction, model.blocks[0].attn.head_dim
+        if self.config.budget == "latency":
+            return LatencyTable.measured(model, self.space, self.config.batch)
+        whole = self.space.counts(np.zeros(2 * self.space.depth + 1))
+        inner = mac_cost(model.embed_dim, head_dim, reduction)
+        return mac_cost(model.embed_dim, head_dim, reduction, fixed=vit.analytic_macs(model) - int(inner(whole)[0]))
+
+    def search(self, config: SearchConfig | None = None) -> Found:
+        """Search as `config` (by default the task's) says; what was scored before a kill is not scored again."""
+        config = config or self.config.search
+        if config.how == "one_ratio":
+            best = one_ratio(self.space, self.cost, *self.limits)
+            return Found(best[None], np.array([self.evaluate(best)]))
+        about = [artifact.weights_hash(self.model), self.config.to_dict(), config.to_dict(), self.data.fingerprint]
+        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        memory = paths.model_cache() / "unfinished" / f"{digest}.search.jsonl"
+        found = search(self.space, self.cost, self.limits, self.evaluate, config, memory)
+        memory.unlink(missing_ok=True)
+        return found
+
+    def evaluate(self, policy: np.ndarray) -> float:
+        """The score on the val split of the model cut by `policy` (2 L + 1,); higher is better."""
+        small = self.remover.cut(self.space.counts(policy), model=self.model)
+        small = small.to(training.pick_device())
+        if self.config.objective == "top1":
+            return float(training.evaluate(small, self.val, device=training.pick_device()).top1.mean())
+        return -_cross_entropy(small, self.val)
+
+    def history(self, found: Found) -> list[dict[str, Any]]:
+        """Each policy that was scored, with what it leaves, its cost and its score."""
+        return [
+            {
+                "policy": policy.tolist(),
+                **describe(self.space.counts(policy)),
+                "cost": float(self.cost(self.space.counts(policy))[0]),
+                "score": float(score),
+            }
+            for policy, score in zip(found.policies, found.scores, strict=True)
+        ]
+
+    def _shared(self, model: nn.Module) -> nn.Module:
+        """A copy of the model, trained while at every step another policy within the budget masks it."""
+        rng = np.random.default_rng(self.config.search.seed)
+        pool = self.space.fitted(self.space.sample(rng, 512), self.cost, *self.limits)
+        shared = copy.deepcopy(model).requires_grad_(True)
+        if "tokens" in self.space.dimensions:
+            blocks.reduce_tokens(shared, self.config.reduction, [None] * self.space.depth)
+        teacher = find_teacher(model, self.config, self.data)
+        masks = _Masks(shared, self.remover.scores, self.space, pool, self.config.sharing.seed)
+        training.train(shared, self.data, self.config.sharing, teacher=teacher, title="sharing weights")
+        masks.remove()
+        if isinstance(shared.blocks, TokenBlocks):
+            shared.blocks = nn.Sequential(*shared.blocks)
+        return shared.cpu().requires_grad_(False)
+
+
+class _Masks:
+    """Before every training step a policy is drawn from the pool: units that it lacks answer zero, tokens really go."""
+
+    def __init__(self, model: nn.Module, scores: list[Scores], space: Space, pool: np.ndarray, seed: int):
+        self.model, self.space, self.pool, self.rng = model, space, pool, np.random.default_rng(seed)
+        self.neurons = [_rank(found.neurons) for found in scores]
+        self.heads = [_rank(found.heads) for found in scores]
+        self.masks: list[tuple[Tensor, Tensor]] = []
+        self.handles = [model.register_forward_pre_hook(lambda *_: self._draw())]
+        for index, block in enumerate(model.blocks):
+            self.handles.append(block.mlp.fc2.register_forward_pre_hook(self._mask(index, 0)))
+            self.handles.append(block.attn.proj.register_forward_pre_hook(self._mask(index, 1)))
+
+    def _draw(self) -> None:
+        counts = self.space.counts(self.pool[self.rng.integers(len(self.pool))])
+        width, device = self.model.blocks[0].attn.head_dim, next(self.model.parameters()).device
+        self.masks = (
+            [
+                (
+                    (n < counts.neurons[0, i]).float().to(device),
+                    (h < counts.heads[0, i]).float().repeat_interleave(width).to(device),
+                )
+                for i, (n, h) in enumerate(zip(self.neurons, self.heads, strict=True))
+            ]
+            if self.model.training
+            else []
+        )
+        if isinstance(self.model.blocks, TokenBlocks):
+            self.model.blocks.counts = tuple(counts.after[0].tolist() if self.masks else [None] * self.space.depth)
+
+    def _mask(self, index: int, which: int):
+        return lambda _, x: (x[0] * self.masks[index][which],) if self.masks else None
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """0 for the best unit."""
+    return scores.argsort(descending=True).argsort()
+
+
+@torch.inference_mode()
+def _cross_entropy(model: nn.Module, split: Split) -> float:
+    device, total = next(model.parameters()).device, 0.0
+    for x, y in eval_batches(split, model.recipe.preprocess, device=device):
+        total += float(F.cross_entropy(model(x), y, reduction="sum"))
+    return total / len(split)

@@ -1,0 +1,86 @@
+"""Structured pruning: neurons, heads, dimensions of heads and tokens are taken out, and the matrices become smaller.
+
+The survey's row (Papa et al. 2023, arXiv 2309.02031) masks gated channels and leaves the model as large and as slow as
+it was; here the same gates, or better criteria (`vitbench.criteria`), choose what goes.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from vitbench.criteria import Scores
+from vitbench.data import ImageData
+from vitbench.errors import InputError
+from vitbench.methods import register
+from vitbench.policy import Counts
+from vitbench.removal import Removal, Remover
+from vitbench.tuning import find_teacher, tune
+
+
+class Pruning(Removal):
+    """Settings of pruning, beside those of `Removal`.
+
+    Attributes:
+        neurons, heads, head_dims: the share that goes in every block; counts are rounded down.
+        tokens: the share that goes at each of `token_blocks`.
+        scope: rank units within each block ("block"), or across all blocks ("global": neurons and heads, by their scores
+            over the mean score of the kind in the model; each block keeps at least one).
+    """
+
+    neurons: float = Field(default=0.4, ge=0, lt=1)
+    heads: float = Field(default=0.25, ge=0, lt=1)
+    head_dims: float = Field(default=0.0, ge=0, lt=1)
+    tokens: float = Field(default=0.0, ge=0, lt=1)
+    scope: Literal["block", "global"] = "block"
+
+
+@register(Pruning, identity=Pruning(neurons=0.0, heads=0.0))
+def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
+    """Take out the units and tokens that matter least, make up for them, and train on if asked to."""
+    if not (config.neurons or config.heads or config.head_dims or config.tokens):
+        return model
+    teacher = find_teacher(model, config, data) if config.train.epochs else None
+    remover = Remover(model, config, data, tokens=config.tokens > 0)
+    space = remover.space((), most=1.0)
+    ratios = np.repeat([config.neurons, config.heads, config.tokens], [space.depth, space.depth, 1])
+    counts = space.counts(ratios)
+    _check(config, space.neurons, space.heads)
+    if config.scope == "global":
+        counts = Counts(
+            _across(remover.scores, "neurons", config.neurons),
+            _across(remover.scores, "heads", config.heads),
+            counts.before,
+            counts.after,
+        )
+    widths = [int(block.attn.head_dim * (1 - config.head_dims) + 1e-9) for block in model.blocks]
+    if min(widths) < 1:
+        raise InputError(
+            f"head_dims = {config.head_dims:g} leaves a head of {max(widths)} dimensions with none; take less"
+        )
+    small = remover.cut(counts, widths).requires_grad_(bool(config.train.epochs))
+    small.history = tune(small, config, data, teacher, title="recovering")
+    return small.cpu()
+
+
+def _check(config: Pruning, neurons: np.ndarray, heads: np.ndarray) -> None:
+    """Raise `InputError` where a ratio leaves a block with nothing."""
+    for name, ratio, whole in (("neurons", config.neurons, neurons), ("heads", config.heads, heads)):
+        empty = np.flatnonzero(np.floor(whole * (1 - ratio) + 1e-9) < 1)
+        if len(empty) and config.scope == "block":
+            count = whole[empty[0]]
+            raise InputError(
+                f"{name} = {ratio:g} leaves block {empty[0]} with none of its {count} {name}; take at most "
+                f"{1 - 1 / count:.4g}"
+            )
+
+
+def _across(scores: list[Scores], kind: str, ratio: float) -> np.ndarray:
+    """How many units of `kind` each block keeps when all blocks are ranked together: (1, L)."""
+    each = [getattr(found, kind) for found in scores]
+    pooled = torch.cat([values - values.min() if values.min() < 0 else values for values in each])
+    stay = max(len(each), int(len(pooled) * (1 - ratio) + 1e-9))
+    threshold = pooled.topk(stay).values[-1]
+    return np.array([[max(1, int((values >= threshold).sum())) for values in pooled.split([len(v) for v in each])]])

@@ -1,0 +1,150 @@
+"""Policies of multi-dimensional pruning: how much of each block's neurons and heads, and of the tokens, goes.
+
+A policy is a vector of ratios removed (Hou and Kung 2022, arXiv 2201.00043): one for the neurons of each of the L blocks,
+one for the heads of each, and one for the tokens, 2 L + 1 numbers. What stays is rounded down, as in the paper's code.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitbench import blocks
+from vitbench.errors import InputError
+
+DIMENSIONS = ("neurons", "heads", "tokens")
+TOKEN_PLACES = (1 / 4, 2 / 4, 3 / 4)  # of the depth: blocks 3, 6 and 9 of twelve, counted from 0
+
+
+def token_blocks(depth: int) -> tuple[int, ...]:
+    """After the attention of which blocks tokens go: at a quarter, a half and three quarters of the depth."""
+    return tuple(dict.fromkeys(min(depth - 1, int(depth * place)) for place in TOKEN_PLACES))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What policies leave, each (P, L): neurons, heads, tokens before each block and after its attention."""
+
+    neurons: np.ndarray
+    heads: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
+
+@dataclass(frozen=True)
+class Space:
+    """The policies for one model.
+
+    Attributes:
+        neurons, heads: of each block of the dense model, (L,).
+        tokens: that come in, `prefix` of which always stay.
+        at: the blocks after whose attention tokens go.
+        fused: whether one token is added for those that go.
+        dimensions: which of `DIMENSIONS` may be cut.
+        most: the largest ratio.
+    """
+
+    neurons: np.ndarray
+    heads: np.ndarray
+    tokens: int
+    prefix: int
+    at: tuple[int, ...]
+    fused: bool = True
+    dimensions: tuple[str, ...] = DIMENSIONS
+    most: float = 0.5
+
+    @property
+    def depth(self) -> int:
+        return len(self.neurons)
+
+    @property
+    def free(self) -> np.ndarray:
+        """Which of the 2 L + 1 ratios may be above 0."""
+        parts = np.repeat([name in self.dimensions for name in DIMENSIONS], [self.depth, self.depth, 1])
+        return parts.astype(bool)
+
+    def counts(self, policies: np.ndarray) -> Counts:
+        """What policies (P, 2 L + 1) leave.
+
+        Of N tokens, int(N (1 - ratio)) stay where tokens go, and one more if those that go are fused; never fewer than
+        the prefix and one.
+        """
+        policies = np.atleast_2d(policies)
+        neurons = _floor(self.neurons * (1 - policies[:, : self.depth]))
+        heads = _floor(self.heads * (1 - policies[:, self.depth : -1]))
+        n, before, after = np.full(len(policies), self.tokens), [], []
+        for index in range(self.depth):
+            before.append(n)
+            if index in self.at:
+                fewer = _floor(n * (1 - policies[:, -1])) + self.fused
+                n = np.where(policies[:, -1] > 0, np.clip(fewer, self.prefix + 1 + self.fused, n), n)
+            after.append(n)
+        return Counts(neurons, heads, np.stack(before, 1), np.stack(after, 1))
+
+    def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """`count` policies with ratios drawn evenly from [0, most], (count, 2 L + 1)."""
+        return self.most * rng.random((count, 2 * self.depth + 1)) * self.free
+
+    def near(self, rng: np.random.Generator, policies: np.ndarray, count: int, spread: float = 0.1) -> np.ndarray:
+        """`count` policies about those given, with a third of the ratios moved."""
+        start = policies[rng.integers(len(policies), size=count)]
+        moved = rng.random(start.shape) < 1 / 3
+        return np.clip(start + spread * moved * rng.standard_normal(start.shape), 0, self.most) * self.free
+
+    def fitted(self, policies: np.ndarray, cost: Callable[[Counts], np.ndarray], low: float, high: float) -> np.ndarray:
+        """Policies shifted, all free ratios alike, until their cost lies in [low, high]; those that cannot are left out."""
+        lower, upper = np.full(len(policies), -self.most), np.full(len(policies), self.most)
+        for _ in range(24):
+            middle = (lower + upper) / 2
+            dear = cost(self.counts(self._shifted(policies, middle))) > (low + high) / 2
+            lower, upper = np.where(dear, middle, lower), np.where(dear, upper, middle)
+        found = self._shifted(policies, upper)
+        costs = cost(self.counts(found))
+        return found[(low <= costs) & (costs <= high)]
+
+    def _shifted(self, policies: np.ndarray, by: np.ndarray) -> np.ndarray:
+        return np.clip(policies + by[:, None], 0, self.most) * self.free
+
+
+def _floor(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1, np.floor(x + 1e-9)).astype(int)
+
+
+def mac_cost(width: int, head_dim: int, reduction: str, fixed: int = 0) -> Callable[[Counts], np.ndarray]:
+    """Multiply-accumulates of what policies leave, and `fixed` for the rest of the model."""
+
+    def cost(counts: Counts) -> np.ndarray:
+        return fixed + blocks.macs(
+            counts.heads, head_dim, counts.neurons, counts.before, counts.after, width, reduction
+        )
+
+    return cost
+
+
+def budget(space: Space, cost: Callable[[Counts], np.ndarray], keep: float, tolerance: float) -> tuple[float, float]:
+    """The costs between which a policy keeps the share `keep` of the dense model's, +- `tolerance` of that.
+
+    Raises:
+        InputError: no policy is as cheap as that.
+    """
+    dense = float(cost(space.counts(np.zeros(2 * space.depth + 1)))[0])
+    least = float(cost(space.counts(space.most * space.free))[0])
+    low, high = (keep * dense * (1 + sign * tolerance) for sign in (-1, 1))
+    if least > high:
+        raise InputError(
+            f"no policy keeps {keep:g} of the cost: with {space.most:g} of all {', '.join(space.dimensions)} gone "
+            f"{least / dense:.3f} is left; allow a larger share to go (most), more dimensions, or keep more"
+        )
+    return low, high
+
+
+def one_ratio(space: Space, cost: Callable[[Counts], np.ndarray], low: float, high: float) -> np.ndarray:
+    """The policy of one ratio for all that may be cut that is closest to the middle of the budget, (2 L + 1,)."""
+    grid = np.linspace(0, space.most, 2001)[:, None] * space.free
+    costs = cost(space.counts(grid))
+    return grid[int(np.abs(costs - (low + high) / 2).argmin())]
+
+
+def describe(counts: Counts, names: Sequence[str] = ("neurons", "heads", "after")) -> dict[str, list[int]]:
+    """The counts of the first policy, as lists."""
+    return {name: getattr(counts, name)[0].tolist() for name in names}

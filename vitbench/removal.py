@@ -1,0 +1,178 @@
+"""Taking units and tokens out of a model by scores, and making up for them without training."""
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vitbench import blocks, criteria, policy, vit
+from vitbench import moments as moments_module
+from vitbench.criteria import Criterion
+from vitbench.data import ImageData
+from vitbench.errors import InputError
+from vitbench.moments import Moments
+from vitbench.policy import Counts, Space
+from vitbench.recipe import Reduction
+from vitbench.tokens import TokenBlocks
+from vitbench.training import TrainConfig
+from vitbench.tuning import Tuning
+
+TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
+
+
+class Removal(Tuning):
+    """What methods that remove units have in common.
+
+    Attributes:
+        criterion: what neurons, heads and dimensions are scored by.
+        reduction: how tokens are chosen or merged (`vitbench.tokens`).
+        token_blocks: after the attention of which blocks, counted from 0; None: at a quarter, a half and three quarters.
+        compensation: the recovery without training. "mean" puts the mean of what went into the next bias, "ridge" also
+            gives its part that follows from what stays to the next layer's weights (least squares), "none" does neither.
+        ridge: of the least squares, in units of the kept values' mean variance.
+        train, teacher: the fine-tuning that may follow.
+    """
+
+    criterion: Criterion = Criterion()
+    reduction: Reduction = "cls_attention"
+    token_blocks: tuple[int, ...] | None = None
+    compensation: Literal["ridge", "mean", "none"] = "ridge"
+    ridge: float = Field(default=1e-2, ge=0)
+    train: TrainConfig = TRAIN
+
+
+class Remover:
+    """A model that can be cut in many ways: scores and moments are collected once, when first needed.
+
+    Raises:
+        InputError: units or tokens that this model cannot lose, or images that are missing (see `criteria.score`).
+    """
+
+    def __init__(self, model: nn.Module, config: Removal, data: ImageData | None, *, tokens: bool):
+        blocks.check_prunable(model)
+        self.model, self.config, self.data = model, config, data
+        self.at = policy.token_blocks(len(model.blocks)) if config.token_blocks is None else config.token_blocks
+        if tokens:
+            self._check_tokens()
+        self._scores: list[criteria.Scores] | None = None
+        self._moments: dict[str, Moments] | None = None
+        self._positions: Tensor | None = None
+
+    def _check_tokens(self) -> None:
+        model, config, name = self.model, self.config, self.model.recipe.architecture.name
+        if isinstance(model.blocks, TokenBlocks):
+            raise InputError(f"tokens of this {name} are reduced already; give the model from before, or tokens=0")
+        if config.reduction in ("cls_attention", "hsic_cls") and getattr(model, "cls_token", None) is None:
+            raise InputError(
+                f"{name} has no class token, so nothing says what it attends to; take reduction=merge or hsic"
+            )
+        if config.reduction.startswith("hsic") and self.data is None:
+            raise InputError(f"reduction={config.reduction} looks at images and no data set was given; give one")
+        wrong = [index for index in self.at if not 0 <= index < len(model.blocks)]
+        if wrong or not self.at:
+            raise InputError(
+                f"token_blocks = {self.at}: {name} has blocks 0 to {len(model.blocks) - 1}; name at least one of them"
+            )
+
+    def space(self, dimensions: Sequence[str], most: float) -> Space:
+        """The policies for this model."""
+        shapes = blocks.shapes(self.model)
+        return Space(
+            neurons=np.array([shape.neurons for shape in shapes]),
+            heads=np.array([shape.heads for shape in shapes]),
+            tokens=vit.token_count(self.model),
+            prefix=self.model.num_prefix_tokens,
+            at=self.at,
+            fused=self.config.reduction != "merge",
+            dimensions=tuple(dimensions),
+            most=most,
+        )
+
+    @property
+    def scores(self) -> list[criteria.Scores]:
+        """Of each block's units."""
+        if self._scores is None:
+            self._scores = criteria.score(self.model, self.data, self.config.criterion)
+        return self._scores
+
+    def cut(self, counts: Counts, head_dims: Sequence[int] | None = None, model: nn.Module | None = None) -> nn.Module:
+        """A smaller copy of the model, or of `model` with other weights, with the units that score best."""
+        small = copy.deepcopy(self.model if model is None else model)
+        shapes = blocks.shapes(small)
+        whole = {name: [getattr(shape, name) for shape in shapes] for name in ("neurons", "heads", "head_dim")}
+        neurons, heads = counts.neurons[0].tolist(), counts.heads[0].tolist()
+        head_dims = whole["head_dim"] if head_dims is None else list(head_dims)
+        if (neurons, heads, head_dims) != (whole["neurons"], whole["heads"], whole["head_dim"]):
+            kept = criteria.choose(self.scores, neurons, heads, head_dims)
+            if self.config.compensation != "none":
+                compensate(small, kept, self.moments, self.config.compensation, self.config.ridge)
+            blocks.prune(small, kept)
+        self._cut_tokens(small, counts)
+        return small
+
+    @property
+    def moments(self) -> dict[str, Moments]:
+        """Of the inputs of fc2 and proj."""
+        if self._moments is None:
+            if self.data is None:
+                raise InputError(
+                    f"compensation={self.config.compensation} needs calibration images and no data set was given; give "
+                    "one, or compensation=none"
+                )
+            layers = vit.linears(self.model, ("proj", "fc2"))
+            self._moments = moments_module.collect(self.model, layers, self.data)
+        return self._moments
+
+    def _cut_tokens(self, model: nn.Module, counts: Counts) -> None:
+        before, after = counts.before[0], counts.after[0]
+        if (after == before[0]).all() or isinstance(model.blocks, TokenBlocks):
+            return
+        reduction = self.config.reduction
+        if reduction == "merge" and any(n - m > (n - 1) // 2 for n, m in zip(before, after, strict=True)):
+            raise InputError(
+                f"merging in pairs leaves at least half of the tokens and {before.tolist()} should become "
+                f"{after.tolist()}; take a ratio below 0.5, or more token_blocks"
+            )
+        places = [int(m) if m < n else None for n, m in zip(before, after, strict=True)]
+        blocks.reduce_tokens(model, reduction, places)
+        if reduction.startswith("hsic"):
+            if self._positions is None:
+                self._positions = criteria.positions(self.model, self.data, min(self.at), self.config.criterion)
+            model.blocks.scores.copy_(self._positions)
+        blocks.note_shapes(model)
+
+
+@torch.no_grad()
+def compensate(
+    model: nn.Module, kept: Sequence[blocks.Kept], moments: dict[str, Moments], how: str, ridge: float
+) -> None:
+    """Let what follows the units outside `kept` do without them, in place, before they are taken out.
+
+    With the units' values z = [z_k, z_g] (kept, gone) and the next layer W z + b:
+    z_g ~ mean_g + T (z_k - mean_k), T = Cov(z_g, z_k) (Cov(z_k) + rho tr Cov(z_k) / n I)^-1, or T = 0 for "mean". Then
+    W_k' = W_k + W_g T and b' = b + W_g (mean_g - T mean_k). The moments are those of the model before.
+    """
+    for index, (block, keep) in enumerate(zip(model.blocks, kept, strict=True)):
+        stays = {"mlp.fc2": keep.neurons, "attn.proj": blocks.value_rows(block.attn, keep)}
+        for name, k in stays.items():
+            layer, found = block.get_submodule(name), moments[f"blocks.{index}.{name}"]
+            gone = torch.ones(layer.in_features, dtype=torch.bool)
+            gone[k] = False
+            g, weight = gone.nonzero().flatten(), layer.weight.double()
+            if not len(g):
+                continue
+            change = weight[:, g] @ found.mean[g]
+            if how == "ridge":
+                covariance = found.centred()
+                own = covariance[k][:, k]
+                own = own + ridge * own.trace() / len(k) * torch.eye(len(k), dtype=own.dtype)
+                follows = torch.linalg.solve(own, covariance[k][:, g]).T
+                layer.weight[:, k] += (weight[:, g] @ follows).float()
+                change = change - weight[:, g] @ (follows @ found.mean[k])
+            if layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(layer.out_features), requires_grad=False)
+            layer.bias += change.float()
