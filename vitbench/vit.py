@@ -15,6 +15,7 @@ from vitbench import blocks
 from vitbench.errors import InputError
 from vitbench.layers import SplitLinear
 from vitbench.recipe import Architecture, Preprocess, Recipe
+from vitbench.t2t import T2T_VITS, TokensToToken, sinusoids
 
 LINEAR_TYPES = ("qkv", "proj", "fc1", "fc2")
 
@@ -23,11 +24,12 @@ SMALL_VITS = {
     "vit_mini_patch2_8": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4},
     "vit_mini_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6},
 }
+OWN_VITS = {**SMALL_VITS, **T2T_VITS}
 
 
 def model_names() -> list[str]:
-    """Names that `create_model` takes: vitbench's small models and timm's Vision Transformers."""
-    return [*SMALL_VITS, *timm.list_models(["vit_*", "deit_*", "deit3_*"])]
+    """Names that `create_model` takes: vitbench's small models, T2T-ViTs and timm's Vision Transformers."""
+    return [*OWN_VITS, *timm.list_models(["vit_*", "deit_*", "deit3_*"])]
 
 
 def create_model(
@@ -43,7 +45,7 @@ def create_model(
     """Make a Vision Transformer with a `recipe` attribute.
 
     Args:
-        name: one of vitbench's small models (`SMALL_VITS`) or any timm name whose class is VisionTransformer.
+        name: one of vitbench's own (`SMALL_VITS`, `T2T_VITS`) or any timm name whose class is VisionTransformer.
         num_classes: outputs of the head; None keeps the name's own.
         img_size: input height and width in pixels; None keeps the name's own.
         depth: how many blocks; None keeps the name's own.
@@ -56,7 +58,7 @@ def create_model(
     """
     torch.manual_seed(seed)
     _check_name(name)
-    if pretrained and (name in SMALL_VITS or not timm.is_model_pretrained(name)):
+    if pretrained and (name in OWN_VITS or not timm.is_model_pretrained(name)):
         raise InputError(
             f"there are no pretrained weights for {name!r}; set pretrained=False and train it, or give a checkpoint"
         )
@@ -88,12 +90,12 @@ def skeleton(architecture: Architecture) -> VisionTransformer:
 
 def _check_name(name: str) -> None:
     """Only names that are registered here: a name with a hub's prefix would fetch what a stranger wrote."""
-    if name in SMALL_VITS or timm.is_model(name.split(".")[0]):
+    if name in OWN_VITS or timm.is_model(name.split(".")[0]):
         return
     near = difflib.get_close_matches(name, model_names(), n=1)
     raise InputError(
         f"unknown model {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; allowed: "
-        f"{', '.join(SMALL_VITS)} and timm's vit_* and deit_* names (`vitbench list models` shows them)"
+        f"{', '.join(OWN_VITS)} and timm's vit_* and deit_* names (`vitbench list models` shows them)"
     )
 
 
@@ -101,6 +103,8 @@ def _construct(name: str, pretrained: bool, **changes: int | None) -> VisionTran
     changes = {key: value for key, value in changes.items() if value is not None}
     if name in SMALL_VITS:
         return _init_small(VisionTransformer(**{"num_classes": 10, **SMALL_VITS[name], **changes}))
+    if name in T2T_VITS:
+        return _t2t(**{**T2T_VITS[name], **changes})
     try:
         model = timm.create_model(name, pretrained=pretrained, **changes)
     except TypeError as error:  # a model without an img_size argument, for example
@@ -115,7 +119,7 @@ def _construct(name: str, pretrained: bool, **changes: int | None) -> VisionTran
     if not isinstance(model, VisionTransformer):
         raise InputError(
             f"{name!r} is a {type(model).__name__}, not a VisionTransformer; "
-            f"allowed: timm's vit_* and deit_* models and {', '.join(SMALL_VITS)}"
+            f"allowed: timm's vit_* and deit_* models and {', '.join(OWN_VITS)}"
         )
     return model
 
@@ -129,11 +133,20 @@ def _init_small(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
+def _t2t(**sizes: int) -> VisionTransformer:
+    """T2T-ViT is timm's class with another embedding; its position embedding starts from sinusoids and is learned."""
+    model = VisionTransformer(embed_layer=TokensToToken, mlp_ratio=3.0, qkv_bias=False, **sizes)
+    with torch.no_grad():
+        model.pos_embed.copy_(sinusoids(*model.pos_embed.shape[1:]))
+    return model
+
+
 def _preprocess(model: VisionTransformer, name: str) -> Preprocess:
     size = model.patch_embed.img_size[0]
     if name in SMALL_VITS:
         return Preprocess(size=size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
-    config = timm.data.resolve_model_data_config(model)
+    # what is not said here is timm's default: bicubic, with ImageNet's mean and deviation
+    config = timm.data.resolve_model_data_config(model, pretrained_cfg={"crop_pct": 0.9} if name in T2T_VITS else None)
     return Preprocess(
         size=size,
         mean=tuple(config["mean"]),
@@ -157,7 +170,9 @@ def load_weights(model: VisionTransformer, path: str | Path) -> dict[str, str]:
         raise InputError(f"checkpoint {str(path)!r} does not exist; give a .safetensors or state-dict file")
     try:
         state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-        state = checkpoint_filter_fn(dict(state), model)
+        linear = isinstance(model.patch_embed, TokensToToken)  # timm's filter takes `proj` for a convolution
+        proj = {key: state.pop(key) for key in ["patch_embed.proj.weight"] if linear and key in state}
+        state = checkpoint_filter_fn(dict(state), model) | proj
     except Exception as error:  # each format's reader raises its own kinds
         reason = str(error).strip().splitlines()[0][:160]
         raise InputError(f"checkpoint {path.name!r} is not a safetensors or plain state-dict file ({reason})") from None
@@ -199,7 +214,7 @@ def linears(model: nn.Module, types: tuple[str, ...] = LINEAR_TYPES) -> dict[str
 
 
 def ends(model: nn.Module) -> dict[str, nn.Module]:
-    """The dense layers at the two ends by name: the patch embedding's convolution and the classifier."""
+    """The dense layers at the two ends by name: the patch embedding's projection and the classifier."""
     found = {name: model.get_submodule(name) for name in ("patch_embed.proj", "head")}
     return {name: module for name, module in found.items() if isinstance(module, nn.Conv2d | nn.Linear)}
 
@@ -270,8 +285,8 @@ def analytic_macs(model: VisionTransformer) -> int:
 
     Norms, softmax and GELU are not counted, as is usual.
     """
-    patch = model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches
-    shapes, d = blocks.shapes(model), model.embed_dim
+    embed, shapes, d = model.patch_embed, blocks.shapes(model), model.embed_dim
+    patch = embed.macs() if hasattr(embed, "macs") else embed.proj.weight.numel() * embed.num_patches
     sizes = ([getattr(shape, name) for shape in shapes] for name in ("heads", "head_dim", "neurons"))
     reduction = getattr(model.blocks, "reduction", None)
     inner = blocks.macs(*map(np.array, sizes), *blocks.tokens_through(shapes, token_count(model)), d, reduction)
