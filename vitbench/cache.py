@@ -1,12 +1,14 @@
 """Models that take work to make, baselines and compressed ones: made once, kept under the hash of all that made them."""
 
 import ast
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -30,11 +32,15 @@ SHOWING = re.compile(
 
 @dataclass(frozen=True)
 class Made:
-    """A model that took work to make: loaded, as `model`, from the folder `path`; `history` is that of its training."""
+    """A model that took work to make: loaded, as `model`, from the folder `path`.
+
+    `history` is that of its training, `search` the policies that were scored for it; empty where there was none.
+    """
 
     model: nn.Module
     path: Path
     history: list[dict[str, float]]
+    search: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def baseline(
@@ -61,11 +67,11 @@ def baseline(
     start = prepare(model, data, train, pretrained=pretrained, checkpoint=checkpoint, img_size=img_size)
     folder = paths.model_cache() / f"{_plain(model)}-{_plain(data.name)}-{_key(start.recipe, device)}"
 
-    def make(folder: Path) -> tuple[nn.Module, list[dict[str, float]]]:
-        if not train.epochs:
-            return start, []
-        checkpoint_file = folder / "training.pt"
-        return training.train(start, data, train, checkpoint=checkpoint_file, device=device, title=f"training {model}")
+    def make(folder: Path) -> nn.Module:
+        if train.epochs:
+            checkpoint, title = folder / "training.pt", f"training {model}"
+            _, start.history = training.train(start, data, train, checkpoint=checkpoint, device=device, title=title)
+        return start
 
     return _kept(folder, make)
 
@@ -90,27 +96,24 @@ def compressed(base: Made, configs: Config | Sequence[Config], data: ImageData |
     }
     name = f"{_plain(manifest.recipe.architecture.name)}-{_plain(data.name if data else 'no-data')}-{_plain(names)}"
 
-    def make(_: Path) -> tuple[nn.Module, list[dict[str, float]]]:
-        small = compress(base.model, configs, data)
-        return small, getattr(small, "history", [])
-
-    return _kept(paths.model_cache() / f"{name}-{_digest(facts)}", make)
+    folder = paths.model_cache() / f"{name}-{_digest(facts)}"
+    return _kept(folder, lambda _: compress(base.model, configs, data))
 
 
-def _kept(folder: Path, make: Callable[[Path], tuple[nn.Module, list[dict[str, float]]]]) -> Made:
+def _kept(folder: Path, make: Callable[[Path], nn.Module]) -> Made:
     """What `folder` holds, after making it if need be; two processes that ask for one thing make it once."""
     finished = folder / "history.json"
     if not finished.is_file():
         paths.writable_folder(folder, "model cache")
         with FileLock(folder / "lock"):
             if not finished.is_file():
-                model, history = make(folder)
+                model = make(folder)
                 artifact.save(model, folder / "model")
                 part = folder / "history.json.part"
-                part.write_text(json.dumps(history))
+                part.write_text(json.dumps({key: getattr(model, key, []) for key in ("history", "search")}))
                 part.rename(finished)
                 (folder / "training.pt").unlink(missing_ok=True)
-    return Made(artifact.load(folder / "model"), folder / "model", json.loads(finished.read_text()))
+    return Made(artifact.load(folder / "model"), folder / "model", **json.loads(finished.read_text()))
 
 
 def prepare(

@@ -11,6 +11,7 @@ import torch
 
 from vitbench import artifact, backends, environment, progress, vit
 from vitbench.cache import Made
+from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
 from vitbench.measure import accuracy, cost, memory, outputs, timing, weights
@@ -207,3 +208,26 @@ def training_rows(made: Made, data: ImageData) -> list[Row]:
             row = Row(**about, metric=metric, unit=unit, value=curve[-1], samples=curve, source=source, context=context)
             rows.append(row)
     return rows
+
+
+def search_row(base: Path, data: ImageData, config: Config, history: list[dict[str, Any]]) -> Row:
+    """A search for a policy as a row: the best score, all scores in order as samples, and every policy with its cost.
+
+    Args:
+        base: the saved model that was searched for.
+        config: of `multidimensional`, with what the search was told.
+        history: as `multidimensional` leaves it in `search`.
+    """
+    manifest = artifact.read_manifest(base)
+    about = _about(manifest.recipe, data) | {"method": "search", "seed": config.search.seed}
+    about["config"]["methods"] = [{"method": "multidimensional", "config": config.to_dict()}]
+    best = max(history, key=lambda step: step["score"])
+    unit = "fraction" if config.objective == "top1" else "nats"
+    context = {"split": "val", "images": len(data.val), "artifact": manifest.sha256[:12]}
+    context |= {"best": best, "policies": [[round(ratio, 4) for ratio in step["policy"]] for step in history]}
+    context |= {"costs": [step["cost"] for step in history]}
+    scores = [step["score"] for step in history]
+    how = "measured: the val split, candidates cut and not trained"
+    return Row(
+        **about, metric="search_score", unit=unit, value=best["score"], samples=scores, source=how, context=context
+    )

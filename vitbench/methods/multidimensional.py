@@ -10,6 +10,7 @@ the candidates, each of which is really cut, and the test split is not seen.
 import copy
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from vitbench import artifact, blocks, paths, training, vit
 from vitbench.batches import eval_batches
 from vitbench.criteria import Scores
-from vitbench.data import ImageData, Split
+from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.latency_table import LatencyTable
 from vitbench.methods import register
@@ -91,6 +92,7 @@ class Task:
         self.space = self.remover.space(config.dimensions, config.most)
         self.cost = self._cost(model)
         self.limits = budget(self.space, self.cost, config.keep, config.tolerance)
+        self._prepared: list[tuple[Tensor, Tensor]] | None = None
         self.model = self._shared(model) if config.sharing.epochs else model
 
     def _cost(self, model: nn.Module) -> Cost:
@@ -117,10 +119,15 @@ class Task:
     def evaluate(self, policy: np.ndarray) -> float:
         """The score on the val split of the model cut by `policy` (2 L + 1,); higher is better."""
         small = self.remover.cut(self.space.counts(policy), model=self.model)
-        small = small.to(training.pick_device())
-        if self.config.objective == "top1":
-            return float(training.evaluate(small, self.val, device=training.pick_device()).top1.mean())
-        return -_cross_entropy(small, self.val)
+        return _score(small.to(training.pick_device()), self._batches(), self.config.objective)
+
+    def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The val images, prepared once if they fit into a gigabyte."""
+        preprocess = self.model.recipe.preprocess
+        batches = eval_batches(self.val, preprocess, device=training.pick_device())
+        if self._prepared is None and 12 * len(self.val) * preprocess.size**2 < 2**30:
+            self._prepared = list(batches)
+        return batches if self._prepared is None else self._prepared
 
     def history(self, found: Found) -> list[dict[str, Any]]:
         """Each policy that was scored, with what it leaves, its cost and its score."""
@@ -194,8 +201,13 @@ def _rank(scores: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _cross_entropy(model: nn.Module, split: Split) -> float:
-    device, total = next(model.parameters()).device, 0.0
-    for x, y in eval_batches(split, model.recipe.preprocess, device=device):
-        total += float(F.cross_entropy(model(x), y, reduction="sum"))
-    return total / len(split)
+def _score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], objective: str) -> float:
+    total, count = 0.0, 0
+    for x, y in batches:
+        logits = model(x)
+        if objective == "top1":
+            total += int((logits.argmax(1) == y).sum())
+        else:
+            total -= float(F.cross_entropy(logits, y, reduction="sum"))
+        count += len(y)
+    return total / count
