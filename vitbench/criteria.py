@@ -1,108 +1,63 @@
-"""How much each unit of a Vision Transformer matters: neurons, heads, dimensions of heads, and positions of tokens.
+"""How much each unit of a Vision Transformer matters: neurons, heads, dimensions of heads.
 
 Every criterion is `(model, split, settings) -> [Scores, one a block]`; a unit with a lower score goes first. Scores of
 one criterion can be compared within a block; `magnitude`, `taylor`, `gates` and `activation` also across blocks.
 """
 
 import copy
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import dependence, progress, training, vit
+from vitbench import dependence, progress, training, unit_dependence, vit
+from vitbench.artifact import weights_hash
 from vitbench.batches import eval_batches
-from vitbench.blocks import Kept, check_prunable
-from vitbench.configs import Config
+from vitbench.blocks import check_prunable
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
 from vitbench.moments import BATCH, watching
-from vitbench.training import TrainConfig
+from vitbench.scores import Criterion, Scores, by_head
+from vitbench.tensor_cache import kept_tensors
 
 LEAST_SAMPLES = 8  # fewer tell nothing about dependence
-CHUNK = 2**24  # numbers in the kernel matrices that are held at once
-
-
-class Criterion(Config):
-    """What units are scored by.
-
-    Attributes:
-        name: one of `CRITERIA`.
-        samples: how many calibration images are looked at; all of them if there are fewer.
-        normalise: of a unit's values before HSIC: "corrected", "official" or "none" (`dependence.standardised`).
-        blend: the share of HSIC in the score of a neuron, the rest is the sum of |activation|, both scaled to [0, 1].
-            1 is the paper's criterion; its public code has 0.1.
-        redundancy: what a head loses for its mean HSIC with the block's other heads.
-        gates: how the gates of the survey's method are trained.
-    """
-
-    name: Literal["magnitude", "activation", "taylor", "gates", "hsic"] = "hsic"
-    samples: int = Field(default=256, ge=2)
-    normalise: Literal["corrected", "official", "none"] = "corrected"
-    blend: float = Field(default=1.0, ge=0, le=1)
-    redundancy: float = Field(default=0.1, ge=0)
-    gates: TrainConfig = TrainConfig(epochs=1, lr=1e-3, warmup_epochs=0, mixup=0.0, label_smoothing=0.0)
-
-
-OFFICIAL = Criterion(name="hsic", samples=128, normalise="official", blend=0.1)  # the public code's choices
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one block's units: neurons (h,), heads (H,), and each head's dimensions qk and v, (H, head_dim) each."""
-
-    neurons: Tensor
-    heads: Tensor
-    qk: Tensor
-    v: Tensor
 
 
 def score(model: nn.Module, data: ImageData | None, criterion: Criterion) -> list[Scores]:
-    """Score the units of each block on calibration images; the model is not changed.
+    """Score the units of each block on calibration images, or take the scores from the cache; the model is not changed.
 
     Raises:
         InputError: units that cannot be taken out (`blocks.check_prunable`), no images, or too few of them for HSIC.
     """
     check_prunable(model)
-    if criterion.name != "magnitude" and data is None:
+    if criterion.name == "magnitude":
+        return magnitude(model, None, criterion)
+    if data is None:
         raise InputError(
             f"the criterion {criterion.name} looks at images and no data set was given; give one, or magnitude"
         )
-    split = None if data is None else data.needs("calibration").some(criterion.samples)
+    split = data.needs("calibration").some(criterion.samples)
     if criterion.name == "hsic" and len(split) < LEAST_SAMPLES:
         raise InputError(
             f"HSIC from {len(split)} samples says nothing; at least {LEAST_SAMPLES} calibration images are needed, and 128 "
             "or more are advised"
         )
-    if criterion.name == "gates":
-        return gates(model, data, criterion)
-    return CRITERIA[criterion.name](model, split, criterion)
 
+    def make() -> dict[str, Tensor]:
+        found = (
+            gates(model, data, criterion)
+            if criterion.name == "gates"
+            else CRITERIA[criterion.name](model, split, criterion)
+        )
+        return {f"{i}:{field}": value for i, scores in enumerate(found) for field, value in vars(scores).items()}
 
-def choose(
-    scores: Sequence[Scores], neurons: Sequence[int], heads: Sequence[int], head_dims: Sequence[int] | None = None
-) -> list[Kept]:
-    """The best units of each block, as many as the counts say."""
-    kept = []
-    for index, found in enumerate(scores):
-        narrower = head_dims is not None and head_dims[index] < found.v.shape[1]
-        inside = {which: _best(getattr(found, which), head_dims[index]) for which in ("qk", "v")} if narrower else {}
-        kept.append(Kept(_best(found.neurons, neurons[index]), _best(found.heads, heads[index]), **inside))
-    return kept
-
-
-def _best(scores: Tensor, count: int) -> Tensor:
-    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
-
-
-def _by_head(values: Tensor, block: nn.Module) -> Tensor:
-    """(heads x head_dim, ...) -> (heads, head_dim, ...)."""
-    return values.unflatten(0, (block.attn.num_heads, block.attn.head_dim))
+    facts = [weights_hash(model), model.recipe.preprocess.to_dict(), data.fingerprint, criterion.to_dict()]
+    tensors = kept_tensors("scores", facts, [__file__, dependence.__file__, unit_dependence.__file__], make)
+    fields = [field.name for field in dataclasses.fields(Scores)]
+    return [Scores(**{field: tensors[f"{i}:{field}"] for field in fields}) for i in range(len(model.blocks))]
 
 
 def magnitude(model: nn.Module, split: Split | None, settings: Criterion) -> list[Scores]:
@@ -110,8 +65,8 @@ def magnitude(model: nn.Module, split: Split | None, settings: Criterion) -> lis
     found = []
     for block in model.blocks:
         attn, mlp = block.attn, block.mlp
-        q, k, v = (_by_head(part, block).square().sum(-1) for part in attn.qkv.weight.detach().chunk(3))
-        v = v + _by_head(attn.proj.weight.detach().T, block).square().sum(-1)
+        q, k, v = (by_head(part, block).square().sum(-1) for part in attn.qkv.weight.detach().chunk(3))
+        v = v + by_head(attn.proj.weight.detach().T, block).square().sum(-1)
         neurons = mlp.fc1.weight.detach().square().sum(1) + mlp.fc2.weight.detach().square().sum(0)
         found.append(Scores(neurons.sqrt(), (q + k + v).sum(1).sqrt(), (q + k).sqrt(), v.sqrt()))
     return found
@@ -156,8 +111,8 @@ def activation(model: nn.Module, split: Split, settings: Criterion) -> list[Scor
     found = []
     for index, block in enumerate(model.blocks):
         q, k, _ = sums.of(index, "attn.qkv").chunk(3)
-        v = _by_head(sums.of(index, "attn.proj"), block)
-        found.append(Scores(sums.of(index, "mlp.fc2"), v.sum(1), _by_head((q * k).sqrt(), block), v))
+        v = by_head(sums.of(index, "attn.proj"), block)
+        found.append(Scores(sums.of(index, "mlp.fc2"), v.sum(1), by_head((q * k).sqrt(), block), v))
     return found
 
 
@@ -187,9 +142,9 @@ def taylor(model: nn.Module, split: Split, settings: Criterion) -> list[Scores]:
     found = []
     for index, block in enumerate(model.blocks):
         q = sums.of(index, "attn.qkv").chunk(3)[0]  # a gate on q_j is a gate on the product q_j k_j
-        v = _by_head(sums.of(index, "attn.proj"), block)
+        v = by_head(sums.of(index, "attn.proj"), block)
         heads = sums.of(index, "attn.proj.heads")
-        found.append(Scores(sums.of(index, "mlp.fc2"), heads, _by_head(q, block), v))
+        found.append(Scores(sums.of(index, "mlp.fc2"), heads, by_head(q, block), v))
     return found
 
 
@@ -214,95 +169,9 @@ def gates(model: nn.Module, data: ImageData, settings: Criterion) -> list[Scores
     training.train(copied, data, settings.gates, groups=groups, title="training gates")
     found = []
     for block, gate, neurons in zip(model.blocks, inner, hidden, strict=True):
-        v = _by_head(gate.detach().abs().cpu(), block)
-        found.append(Scores(neurons.detach().abs().cpu(), v.mean(1), v, v))
+        v = by_head(gate.detach().abs().cpu(), block)
+        found.append(Scores(neurons.detach().abs().cpu(), v.mean(1), v, v.clone()))
     return found
 
 
-@torch.inference_mode()
-def hsic(model: nn.Module, split: Split, settings: Criterion) -> list[Scores]:
-    """HSIC of a unit's values over tokens with the model's softmax answer, a Gaussian mixture against a linear kernel.
-
-    A neuron's values are its activations, a head's the mean over its dimensions, (images, N) each; heads lose
-    `redundancy` times their mean HSIC with the other heads. Block after block is run on all images and let go again, so
-    memory is that of one block's values.
-    """
-    preprocess = model.recipe.preprocess
-    batches = eval_batches(split, preprocess, BATCH)
-    tokens, answers = [], []
-    for x, _ in progress.bar(batches, "answers", total=math.ceil(len(split) / BATCH), unit="batch"):
-        tokens.append(vit.embedded(model, x))
-        answers.append(model(x).softmax(-1))
-    wanted = dependence.centred(dependence.linear(torch.cat(answers)))
-    found = []
-    for block in progress.bar(model.blocks, "dependence", unit="block"):
-        held: dict[str, list[Tensor]] = {"qkv": [], "proj": [], "fc2": []}
-
-        def see(name: str, x: Tensor, y: Tensor, held=held) -> None:
-            values = y[..., : y.shape[-1] // 3] if name == "qkv" else x
-            held[name].append(values.transpose(1, 2).contiguous())
-
-        layers = {"qkv": block.attn.qkv, "proj": block.attn.proj, "fc2": block.mlp.fc2}
-        with watching(layers, see):
-            tokens = [block(x) for x in tokens]
-        values = {name: torch.cat(held.pop(name)).transpose(0, 1) for name in layers}  # (units, images, N)
-        scored = {name: _dependence(value, wanted, settings) for name, value in values.items()}
-        neurons = scored["fc2"]
-        if settings.blend < 1:
-            size = values["fc2"].abs().sum((1, 2))
-            neurons = settings.blend * _to_unit(neurons) + (1 - settings.blend) * _to_unit(size)
-        means = _by_head(values["proj"], block).mean(1)
-        heads = _dependence(means, wanted, settings) - settings.redundancy * _redundancy(means, settings)
-        found.append(Scores(neurons, heads, _by_head(scored["qkv"], block), _by_head(scored["proj"], block)))
-    return found
-
-
-def _dependence(values: Tensor, wanted: Tensor, settings: Criterion) -> Tensor:
-    """HSIC of each unit's values (units, n, N) with the samples whose centred kernel is `wanted` (n, n): (units,)."""
-    n = values.shape[1]
-    chunks = values.split(max(1, CHUNK // n**2))
-    kernels = (dependence.gaussian_mixture(dependence.standardised(chunk, settings.normalise)) for chunk in chunks)
-    return torch.cat([(kernel * wanted).sum((-2, -1)) for kernel in kernels]) / (n - 1) ** 2
-
-
-def _redundancy(means: Tensor, settings: Criterion) -> Tensor:
-    """The mean HSIC of each head's values (heads, n, N) with those of the others: (heads,)."""
-    if len(means) == 1:
-        return torch.zeros(1)
-    kernels = dependence.centred(
-        dependence.gaussian_mixture(dependence.standardised(means, settings.normalise))
-    ).flatten(1)
-    pairs = kernels @ kernels.T / (means.shape[1] - 1) ** 2
-    return (pairs.sum(1) - pairs.diagonal()) / (len(means) - 1)
-
-
-def _to_unit(scores: Tensor) -> Tensor:
-    """Scaled to [0, 1]."""
-    low, high = scores.min(), scores.max()
-    return (scores - low) / (high - low).clamp(min=1e-30)
-
-
-@torch.inference_mode()
-def positions(model: nn.Module, data: ImageData, index: int, settings: Criterion) -> Tensor:
-    """A score in [0, 1] of each of the N tokens' positions: HSIC of the values there with the label, at one block.
-
-    The features are the values v of all heads at that position, (images, attn_dim); the label is one-hot. Prefix tokens
-    have 0, they always stay.
-    """
-    split = data.needs("calibration").some(settings.samples)
-    block, seen, labels = model.blocks[index], [], []
-
-    def see(name: str, x: Tensor, y: Tensor) -> None:
-        seen.append(y[..., -block.attn.attn_dim :])
-
-    with watching({"qkv": block.attn.qkv}, see):
-        for x, y in eval_batches(split, model.recipe.preprocess, BATCH):
-            model(x)
-            labels.append(y)
-    wanted = dependence.centred(dependence.linear(F.one_hot(torch.cat(labels)).float()))
-    found = _dependence(torch.cat(seen).transpose(0, 1), wanted, settings)
-    found[: model.num_prefix_tokens] = found.min()
-    return _to_unit(found)
-
-
-CRITERIA = {"magnitude": magnitude, "activation": activation, "taylor": taylor, "hsic": hsic}
+CRITERIA = {"activation": activation, "taylor": taylor, "hsic": unit_dependence.hsic}

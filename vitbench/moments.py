@@ -5,25 +5,20 @@ Sums are added batch by batch, so memory does not grow with the images. For DeiT
 """
 
 import functools
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vitbench import artifact, paths, progress
+from vitbench import artifact, progress
 from vitbench.batches import eval_batches
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
+from vitbench.tensor_cache import kept_tensors
 from vitbench.vit import set_fused_attention
 
 BATCH = 16
@@ -92,42 +87,22 @@ def collect(
         seed: of the classes drawn for the gradients.
     """
     split = data.needs("calibration")
-    facts = [artifact.weights_hash(model), model.recipe.preprocess.to_dict(), data.fingerprint, sorted(layers)]
-    how = [gradients, seed, torch.get_num_threads(), torch.__version__, Path(__file__).read_text(encoding="utf-8")]
-    digest = hashlib.sha256(json.dumps([facts, how]).encode()).hexdigest()[:16]
-    file = paths.model_cache() / "moments" / f"{digest}.safetensors"
-    if file.is_file():
-        try:
-            return _read(file)
-        except (SafetensorError, KeyError, OSError):
-            print(f"the moments in {file.name} cannot be read; they are collected again")
-    found = _Sums(model, layers, gradients, seed).over(split)
-    _write(file, found)
-    return found
 
-
-def _read(file: Path) -> dict[str, Moments]:
-    tensors = load_file(file)
-    names = sorted({key.rpartition(":")[0] for key in tensors})
-    fields = ("second", "mean", "magnitude", "gradient")
-    return {
-        name: Moments(int(tensors[f"{name}:tokens"]), **{field: tensors[f"{name}:{field}"] for field in fields})
-        for name in names
-    }
-
-
-def _write(file: Path, found: dict[str, Moments]) -> None:
-    paths.writable_folder(file.parent, "cache of moments")
-    part = file.with_suffix(f".{os.getpid()}.part")
-    save_file(
-        {
+    def make() -> dict[str, Tensor]:
+        found = _Sums(model, layers, gradients, seed).over(split)
+        return {
             f"{name}:{field}": torch.as_tensor(value)
             for name, moments in found.items()
             for field, value in vars(moments).items()
-        },
-        part,
-    )
-    os.replace(part, file)
+        }
+
+    facts = [artifact.weights_hash(model), model.recipe.preprocess.to_dict(), data.fingerprint]
+    tensors = kept_tensors("moments", [*facts, sorted(layers), gradients, seed], [__file__], make)
+    fields = ("second", "mean", "magnitude", "gradient")
+    return {
+        name: Moments(int(tensors[f"{name}:tokens"]), **{field: tensors[f"{name}:{field}"] for field in fields})
+        for name in layers
+    }
 
 
 class _Sums:

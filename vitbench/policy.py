@@ -60,8 +60,11 @@ class Space:
     @property
     def free(self) -> np.ndarray:
         """Which of the 2 L + 1 ratios may be above 0."""
-        parts = np.repeat([name in self.dimensions for name in DIMENSIONS], [self.depth, self.depth, 1])
-        return parts.astype(bool)
+        return np.repeat([name in self.dimensions for name in DIMENSIONS], self._sizes)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [self.depth, self.depth, 1]
 
     def counts(self, policies: np.ndarray) -> Counts:
         """What policies (P, 2 L + 1) leave.
@@ -82,28 +85,44 @@ class Space:
         return Counts(neurons, heads, np.stack(before, 1), np.stack(after, 1))
 
     def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` policies with ratios drawn evenly from [0, most], (count, 2 L + 1)."""
-        return self.most * rng.random((count, 2 * self.depth + 1)) * self.free
+        """`count` policies, (count, 2 L + 1): ratios drawn evenly up to a limit that each dimension draws for itself.
 
-    def near(self, rng: np.random.Generator, policies: np.ndarray, count: int, spread: float = 0.1) -> np.ndarray:
-        """`count` policies about those given, with a third of the ratios moved."""
+        A third of the limits is 0, so that policies which spare a dimension are found too.
+        """
+        limits = rng.random((count, 3)) * (rng.random((count, 3)) > 1 / 3)
+        limits[:, [name not in self.dimensions for name in DIMENSIONS]] = 0
+        limits[limits.sum(1) == 0] = [name in self.dimensions for name in DIMENSIONS]
+        return self.most * rng.random((count, 2 * self.depth + 1)) * np.repeat(limits, self._sizes, axis=1)
+
+    def near(self, rng: np.random.Generator, policies: np.ndarray, count: int) -> np.ndarray:
+        """`count` policies about those given: some ratios moved a little, some heads more or less."""
         start = policies[rng.integers(len(policies), size=count)]
-        moved = rng.random(start.shape) < 1 / 3
-        return np.clip(start + spread * moved * rng.standard_normal(start.shape), 0, self.most) * self.free
+        spread = 10 ** rng.uniform(-2, -0.5, (count, 1))
+        moved = start + spread * (rng.random(start.shape) < 1 / 3) * rng.standard_normal(start.shape)
+        heads = slice(self.depth, -1)  # any ratio above 0 takes a whole head, so they move by whole heads
+        step = rng.choice([-1, 0, 1], start[:, heads].shape, p=[0.1, 0.8, 0.1]) / self.heads
+        moved[:, heads] = self.removed(start)[:, heads] + step
+        return np.clip(moved, 0, self.most) * self.free
+
+    def removed(self, policies: np.ndarray) -> np.ndarray:
+        """The shares that really go, after rounding, of each ratio's units; for tokens that at the end: (P, 2 L + 1)."""
+        counts = self.counts(policies)
+        left = counts.neurons / self.neurons, counts.heads / self.heads, counts.after[:, -1:] / self.tokens
+        return 1 - np.concatenate(left, axis=1)
 
     def fitted(self, policies: np.ndarray, cost: Callable[[Counts], np.ndarray], low: float, high: float) -> np.ndarray:
-        """Policies shifted, all free ratios alike, until their cost lies in [low, high]; those that cannot are left out."""
-        lower, upper = np.full(len(policies), -self.most), np.full(len(policies), self.most)
-        for _ in range(24):
+        """Policies scaled, up to `most`, until their cost lies in [low, high]; those that cannot are left out."""
+        lower, upper = np.zeros(len(policies)), np.full(len(policies), 100.0)
+        for _ in range(32):
             middle = (lower + upper) / 2
-            dear = cost(self.counts(self._shifted(policies, middle))) > (low + high) / 2
+            dear = cost(self.counts(self._scaled(policies, middle))) > (low + high) / 2
             lower, upper = np.where(dear, middle, lower), np.where(dear, upper, middle)
-        found = self._shifted(policies, upper)
+        found = self._scaled(policies, upper)
         costs = cost(self.counts(found))
         return found[(low <= costs) & (costs <= high)]
 
-    def _shifted(self, policies: np.ndarray, by: np.ndarray) -> np.ndarray:
-        return np.clip(policies + by[:, None], 0, self.most) * self.free
+    def _scaled(self, policies: np.ndarray, by: np.ndarray) -> np.ndarray:
+        return np.minimum(policies * by[:, None], self.most)
 
 
 def _floor(x: np.ndarray) -> np.ndarray:

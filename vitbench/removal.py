@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from vitbench import blocks, criteria, policy, vit
 from vitbench import moments as moments_module
-from vitbench.criteria import Criterion
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.moments import Moments
 from vitbench.policy import Counts, Space
 from vitbench.recipe import Reduction
+from vitbench.scores import Criterion, Scores, choose
 from vitbench.tokens import TokenBlocks
 from vitbench.training import TrainConfig
 from vitbench.tuning import Tuning
+from vitbench.unit_dependence import positions
 
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
@@ -58,7 +59,7 @@ class Remover:
         self.at = policy.token_blocks(len(model.blocks)) if config.token_blocks is None else config.token_blocks
         if tokens:
             self._check_tokens()
-        self._scores: list[criteria.Scores] | None = None
+        self._scores: list[Scores] | None = None
         self._moments: dict[str, Moments] | None = None
         self._positions: Tensor | None = None
 
@@ -93,7 +94,7 @@ class Remover:
         )
 
     @property
-    def scores(self) -> list[criteria.Scores]:
+    def scores(self) -> list[Scores]:
         """Of each block's units."""
         if self._scores is None:
             self._scores = criteria.score(self.model, self.data, self.config.criterion)
@@ -107,7 +108,7 @@ class Remover:
         neurons, heads = counts.neurons[0].tolist(), counts.heads[0].tolist()
         head_dims = whole["head_dim"] if head_dims is None else list(head_dims)
         if (neurons, heads, head_dims) != (whole["neurons"], whole["heads"], whole["head_dim"]):
-            kept = criteria.choose(self.scores, neurons, heads, head_dims)
+            kept = choose(self.scores, neurons, heads, head_dims)
             if self.config.compensation != "none":
                 compensate(small, kept, self.moments, self.config.compensation, self.config.ridge)
             blocks.prune(small, kept)
@@ -141,7 +142,7 @@ class Remover:
         blocks.reduce_tokens(model, reduction, places)
         if reduction.startswith("hsic"):
             if self._positions is None:
-                self._positions = criteria.positions(self.model, self.data, min(self.at), self.config.criterion)
+                self._positions = positions(self.model, self.data, min(self.at), self.config.criterion)
             model.blocks.scores.copy_(self._positions)
         blocks.note_shapes(model)
 

@@ -89,7 +89,7 @@ def search(
                     _feasible(space, cost, limits, space.near(rng, _elite(policies, scores), config.pool // 2)),
                 ]
             )
-            policy = _propose(np.array(policies), np.array(scores), pool, space.free, config.seed)
+            policy = _propose(space, np.array(policies), np.array(scores), pool, config.seed)
         else:
             policy = _feasible(space, cost, limits, space.sample(rng, 64))[0]
         policies.append(policy)
@@ -112,10 +112,10 @@ def _elite(policies: list[np.ndarray], scores: list[float], count: int = 3) -> n
     return np.array(policies)[np.argsort(scores)[::-1][:count]]
 
 
-def _propose(policies: np.ndarray, scores: np.ndarray, pool: np.ndarray, free: np.ndarray, seed: int) -> np.ndarray:
+def _propose(space: Space, policies: np.ndarray, scores: np.ndarray, pool: np.ndarray, seed: int) -> np.ndarray:
     """The policy of the pool with the highest expected improvement under a Gaussian process with a Matern 3/2 kernel.
 
-    One length for all ratios, noise included; the scores are normalised.
+    It sees what really goes, not the ratios before rounding; one length for all of it, noise included, scores normalised.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -126,9 +126,11 @@ def _propose(policies: np.ndarray, scores: np.ndarray, pool: np.ndarray, free: n
     process = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=1, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        process.fit(policies[:, free], scores)
-        mean, spread = process.predict(pool[:, free], return_std=True)
-        best = process.predict(policies[:, free]).max()  # scores are noisy: the best mean, not the luckiest score
+        process.fit(space.removed(policies)[:, space.free], scores)
+        mean, spread = process.predict(space.removed(pool)[:, space.free], return_std=True)
+        best = process.predict(
+            space.removed(policies)[:, space.free]
+        ).max()  # scores are noisy: the best mean, not the luckiest score
     return pool[int(expected_improvement(mean, spread, best).argmax())]
 
 

@@ -210,8 +210,11 @@ def training_rows(made: Made, data: ImageData) -> list[Row]:
     return rows
 
 
-def search_row(base: Path, data: ImageData, config: Config, history: list[dict[str, Any]]) -> Row:
-    """A search for a policy as a row: the best score, all scores in order as samples, and every policy with its cost.
+def search_rows(base: Path, data: ImageData, config: Config, history: list[dict[str, Any]]) -> list[Row]:
+    """A search for a policy as rows, each with a number for every policy or for every block as samples.
+
+    `search_score` and `search_cost` of every policy in order, `search_policies` their ratios one after the other, and
+    `policy_neurons`, `policy_heads`, `policy_tokens`: what the best one leaves of each block.
 
     Args:
         base: the saved model that was searched for.
@@ -220,14 +223,28 @@ def search_row(base: Path, data: ImageData, config: Config, history: list[dict[s
     """
     manifest = artifact.read_manifest(base)
     about = _about(manifest.recipe, data) | {"method": "search", "seed": config.search.seed}
-    about["config"]["methods"] = [{"method": "multidimensional", "config": config.to_dict()}]
+    about["config"] |= {"methods": [{"method": "multidimensional", "config": config.to_dict()}]}
+    about["context"] = {"split": "val", "images": len(data.val), "artifact": manifest.sha256[:12]}
     best = max(history, key=lambda step: step["score"])
-    unit = "fraction" if config.objective == "top1" else "nats"
-    context = {"split": "val", "images": len(data.val), "artifact": manifest.sha256[:12]}
-    context |= {"best": best, "policies": [[round(ratio, 4) for ratio in step["policy"]] for step in history]}
-    context |= {"costs": [step["cost"] for step in history]}
-    scores = [step["score"] for step in history]
-    how = "measured: the val split, candidates cut and not trained"
-    return Row(
-        **about, metric="search_score", unit=unit, value=best["score"], samples=scores, source=how, context=context
-    )
+    scored = "measured: candidates cut, compensated, and scored on the val split"
+    counted = "modelled: what is left of each block under the best policy"
+    values = {
+        "search_score": (best["score"], [step["score"] for step in history], scored),
+        "search_cost": (
+            best["cost"],
+            [step["cost"] for step in history],
+            "modelled: multiply-accumulates, or seconds of a table",
+        ),
+        "search_policies": (
+            len(history),
+            [round(r, 4) for step in history for r in step["policy"]],
+            "modelled: ratios that go",
+        ),
+    }
+    for metric, key in (("neurons", "neurons"), ("heads", "heads"), ("tokens", "after")):
+        values[f"policy_{metric}"] = (sum(best[key]), best[key], counted)
+    units = {"search_score": "fraction" if config.objective == "top1" else "nats", "search_cost": config.budget}
+    return [
+        Row(**about, metric=metric, unit=units.get(metric, ""), value=value, samples=samples, source=source)
+        for metric, (value, samples, source) in values.items()
+    ]

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from vitbench import artifact, blocks, paths, training, vit
 from vitbench.batches import eval_batches
-from vitbench.criteria import Scores
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.latency_table import LatencyTable
 from vitbench.methods import register
 from vitbench.policy import DIMENSIONS, Space, budget, describe, mac_cost, one_ratio
 from vitbench.removal import Removal, Remover
+from vitbench.scores import Scores
 from vitbench.search import Cost, Found, SearchConfig, search
 from vitbench.tokens import TokenBlocks
 from vitbench.training import TrainConfig

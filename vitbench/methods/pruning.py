@@ -11,12 +11,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from vitbench.criteria import Scores
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.methods import register
 from vitbench.policy import Counts
 from vitbench.removal import Removal, Remover
+from vitbench.scores import Scores
 from vitbench.tuning import find_teacher, tune
 
 
@@ -40,9 +40,15 @@ class Pruning(Removal):
 @register(Pruning, identity=Pruning(neurons=0.0, heads=0.0))
 def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
     """Take out the units and tokens that matter least, make up for them, and train on if asked to."""
-    if not (config.neurons or config.heads or config.head_dims or config.tokens):
-        return model
+    ratios = config.neurons, config.heads, config.head_dims, config.tokens
     teacher = find_teacher(model, config, data) if config.train.epochs else None
+    small = _cut(model, config, data) if any(ratios) else model
+    small = small.requires_grad_(bool(config.train.epochs))
+    small.history = tune(small, config, data, teacher, title="recovering")
+    return small.cpu()
+
+
+def _cut(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
     remover = Remover(model, config, data, tokens=config.tokens > 0)
     space = remover.space((), most=1.0)
     ratios = np.repeat([config.neurons, config.heads, config.tokens], [space.depth, space.depth, 1])
@@ -58,11 +64,9 @@ def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Mod
     widths = [int(block.attn.head_dim * (1 - config.head_dims) + 1e-9) for block in model.blocks]
     if min(widths) < 1:
         raise InputError(
-            f"head_dims = {config.head_dims:g} leaves a head of {max(widths)} dimensions with none; take less"
+            f"head_dims = {config.head_dims:g} leaves heads of {model.blocks[0].attn.head_dim} dimensions with none; take less"
         )
-    small = remover.cut(counts, widths).requires_grad_(bool(config.train.epochs))
-    small.history = tune(small, config, data, teacher, title="recovering")
-    return small.cpu()
+    return remover.cut(counts, widths)
 
 
 def _check(config: Pruning, neurons: np.ndarray, heads: np.ndarray) -> None:

@@ -1,0 +1,236 @@
+"""Pruning and multi-dimensional pruning as methods: recovery, searches, latency tables, weight sharing, wrong settings."""
+
+import numpy as np
+import pytest
+import torch
+
+from vitbench import artifact, blocks, comparison, policy_figures, vit
+from vitbench.errors import InputError
+from vitbench.latency_table import LatencyTable
+from vitbench.measure import measure, search_rows
+from vitbench.measure.cost import count_macs
+from vitbench.methods import compress, make_config
+from vitbench.methods.multidimensional import MultiDimensional, Task
+from vitbench.methods.pruning import Pruning
+from vitbench.removal import compensate
+from vitbench.runs import Run
+from vitbench.scores import Criterion
+from vitbench.search import SearchConfig
+from vitbench.training import TrainConfig, evaluate
+
+BARE = Pruning(neurons=0.0, heads=0.0, compensation="none")
+QUICK = MultiDimensional(keep=0.5, objective="cross_entropy", search=SearchConfig(evaluations=6, first=3), most=0.7)
+
+
+def test_every_dimension_makes_the_model_smaller(base, digits):
+    whole = count_macs(base.model)
+    for config, share in (
+        (BARE.having(neurons=0.5), 0.70),
+        (BARE.having(heads=0.5), 0.84),
+        (BARE.having(head_dims=0.5), 0.84),
+        (BARE.having(tokens=0.3), 0.75),
+        (BARE.having(tokens=0.3, reduction="merge"), 0.75),
+    ):
+        small = compress(base.model, config, digits)
+        assert count_macs(small) / whole < share, config
+        assert vit.analytic_macs(small) == pytest.approx(count_macs(small), rel=0.01)
+
+
+def test_nothing_removed_is_the_given_model(base, digits):
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(compress(base.model, BARE, digits)(x), base.model(x))
+
+
+def test_the_ridge_is_the_least_squares_solution(base, digits):
+    """On the calibration images no other weights of fc2 for the kept neurons do better."""
+    config = BARE.having(neurons=0.5, compensation="ridge", ridge=0.0, criterion=Criterion(name="magnitude"))
+    seen = {}
+
+    def inputs(model):
+        hook = model.blocks[0].mlp.fc2.register_forward_hook(lambda _, x, y: seen.update(x=x[0], y=y))
+        from vitbench.batches import eval_batches
+
+        with torch.inference_mode():
+            for x, _ in eval_batches(digits.calibration, model.recipe.preprocess, len(digits.calibration)):
+                model(x)
+        hook.remove()
+        return seen["x"].flatten(0, 1).double(), seen["y"].flatten(0, 1).double()
+
+    _, wanted = inputs(base.model)
+    small = compress(base.model, config, digits)
+    z, given = inputs(small)  # the first block's inputs are the same in both models
+    best = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), wanted).solution
+    least = (torch.cat([z, torch.ones(len(z), 1)], 1) @ best - wanted).square().mean()
+    bare = compress(base.model, config.having(compensation="none"), digits)
+    assert (given - wanted).square().mean() == pytest.approx(float(least), rel=1e-3)
+    assert (inputs(bare)[1] - wanted).square().mean() > 1.5 * least
+
+
+def test_the_mean_alone_keeps_the_mean(base, digits):
+    found = {}
+    for how in ("none", "mean"):
+        small = compress(base.model, BARE.having(neurons=0.7, compensation=how), digits)
+        found[how] = float((small(torch.zeros(1, 3, 8, 8)) - base.model(torch.zeros(1, 3, 8, 8))).abs().max())
+    assert found["mean"] != found["none"]
+
+
+def test_a_layer_without_bias_gets_none_and_is_refused_nothing():
+    model = vit.create_model("t2t_vit_t_14", img_size=32, depth=1, num_classes=10)
+    kept = [blocks.Kept(torch.arange(600), torch.arange(3))]
+    moments = {}
+    from vitbench.moments import Moments
+
+    for name, size in (("blocks.0.mlp.fc2", 1152), ("blocks.0.attn.proj", 384)):
+        moments[name] = Moments(
+            10, torch.eye(size).double(), torch.zeros(size).double(), torch.ones(size), torch.empty(0)
+        )
+    compensate(model, kept, moments, "ridge", 0.1)
+    blocks.prune(model, kept)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_recovery_by_training_and_its_control(base, digits):
+    train = TrainConfig(epochs=2, lr=1e-3, warmup_epochs=0, mixup=0.0)
+    hard = BARE.having(neurons=0.8, heads=0.5)
+    small, trained = (compress(base.model, hard.having(train=t), digits) for t in (Pruning().train, train))
+    assert len(trained.history) == 2
+    assert evaluate(trained, digits.val).top1.mean() > evaluate(small, digits.val).top1.mean()
+    control = compress(base.model, BARE.having(train=train), digits)  # the dense model trained as much longer
+    assert count_macs(control) == count_macs(base.model)
+    assert not torch.equal(control.head.weight, base.model.head.weight)
+
+
+def test_ranking_across_blocks_keeps_as_many_units_and_one_in_each(base, digits):
+    config = BARE.having(neurons=0.6, heads=0.5, criterion=Criterion(name="magnitude"))
+    within, across = (
+        blocks.shapes(compress(base.model, config.having(scope=scope), digits)) for scope in ("block", "global")
+    )
+    assert sum(shape.neurons for shape in across) == pytest.approx(sum(shape.neurons for shape in within), rel=0.01)
+    assert len({shape.neurons for shape in across}) > 1
+    assert min(shape.heads for shape in across) >= 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"neurons": 1.0}, "neurons = 1.0"),
+        ({"neurons": 0.999}, "neurons = 0.999 leaves block 0 with none of its 256 neurons; take at most 0.9961"),
+        ({"heads": 0.9}, "heads = 0.9 leaves block 0 with none of its 4 heads; take at most 0.75"),
+        ({"head_dims": 0.99}, "head_dims = 0.99 leaves heads of 16 dimensions with none"),
+        ({"tokens": 0.2, "token_blocks": [7]}, r"token_blocks = \(7,\): vit_mini_patch2_8 has blocks 0 to 3"),
+        ({"tokens": 0.7, "reduction": "merge"}, "merging in pairs leaves at least half of the tokens"),
+        ({"reduction": "magic"}, "reduction = 'magic'"),
+    ],
+)
+def test_wrong_settings(config, message, base, digits):
+    with pytest.raises(InputError, match=message):
+        compress(base.model, make_config("pruning", {"heads": 0.0, "neurons": 0.0, **config}), digits)
+
+
+def test_a_model_without_class_token_is_told_what_to_take(digits):
+    model = vit.create_model("vit_mini_patch2_8")
+    model.cls_token = None
+    with pytest.raises(InputError, match="has no class token.*take reduction=merge or hsic"):
+        compress(model, BARE.having(tokens=0.3), digits)
+
+
+def test_tokens_are_reduced_once(base, digits):
+    small = compress(base.model, BARE.having(tokens=0.3), digits)
+    with pytest.raises(InputError, match="tokens of this vit_mini_patch2_8 are reduced already"):
+        compress(small, BARE.having(tokens=0.3), digits)
+    again = compress(small, BARE.having(neurons=0.3), digits)  # other units may still go
+    assert blocks.shapes(again)[-1].tokens == blocks.shapes(small)[-1].tokens
+    assert count_macs(again) < count_macs(small)
+
+
+@pytest.fixture(scope="module")
+def found(base, digits):
+    """The base model, searched for and cut."""
+    from vitbench.cache import compressed
+
+    return compressed(base, QUICK, digits)
+
+
+def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, digits, tmp_path):
+    assert count_macs(found.model) / count_macs(base.model) == pytest.approx(0.5, rel=0.025)
+    assert len(found.search) == 6
+    best = max(found.search, key=lambda step: step["score"])
+    assert [shape.neurons for shape in blocks.shapes(found.model)] == best["neurons"]
+    assert [shape.heads for shape in blocks.shapes(found.model)] == best["heads"]
+    assert blocks.tokens_through(blocks.shapes(found.model), 17)[1] == best["after"]
+    assert best["cost"] == pytest.approx(count_macs(found.model), rel=0.01)
+    run = Run(tmp_path)
+    measure(base.path, digits, run, what=("accuracy", "size"))
+    run.append(search_rows(base.path, digits, QUICK, found.search))
+    measure(found.path, digits, run, versus=base.path, what=("accuracy", "size"))
+    rows = run.rows()
+    (label,) = comparison.subject(rows).query("metric == 'search_score'")["label"]
+    scores = comparison.value(comparison.subject(rows), label, "search_score")
+    assert scores["samples"] == [step["score"] for step in found.search]
+    policies = comparison.value(comparison.subject(rows), label, "search_policies")
+    assert len(policies["samples"]) == 6 * 9
+    assert "search" not in comparison.methods(comparison.subject(rows)[lambda all: all["metric"] == "top1"])
+    for figure, shown in (
+        policy_figures.search_progress(rows, {"guided": [label]}),
+        policy_figures.policies(rows, {label: "found"}),
+    ):
+        assert len(shown)
+        assert figure.axes
+
+
+def test_the_search_never_sees_the_test_images(base, digits, monkeypatch):
+    import dataclasses
+
+    blind = dataclasses.replace(digits, test=None)
+    same, other = (compress(base.model, QUICK, data) for data in (digits, blind))
+    assert artifact.weights_hash(same) == artifact.weights_hash(other)
+
+
+def test_one_dimension_alone_leaves_the_others(base, digits):
+    for name in ("neurons", "tokens"):
+        config = QUICK.having(keep=0.75, dimensions=(name,), most=0.9)
+        shapes, whole = blocks.shapes(compress(base.model, config, digits)), blocks.shapes(base.model)
+        assert [shape.heads for shape in shapes] == [shape.heads for shape in whole]
+        assert ([shape.neurons for shape in shapes] == [shape.neurons for shape in whole]) == (name == "tokens")
+        assert all(shape.tokens is None for shape in shapes) == (name == "neurons")
+
+
+def test_what_the_search_cannot_do_says_why(base, digits):
+    with pytest.raises(InputError, match="no policy keeps 0.1 of the cost"):
+        compress(base.model, QUICK.having(keep=0.1), digits)
+    with pytest.raises(InputError, match="scores policies on images and no data set was given"):
+        compress(base.model, QUICK)
+    with pytest.raises(InputError, match="keep = 0"):
+        MultiDimensional(keep=0)
+
+
+def test_weights_shared_over_policies_suit_them_better(base, digits):
+    """The same policies, cut without compensation: after training under random ones their cross-entropy is lower."""
+    hard = QUICK.having(keep=0.4, compensation="none")
+    shared = hard.having(sharing=TrainConfig(epochs=6, lr=1e-3, warmup_epochs=0, mixup=0.0))
+    tasks = [Task(base.model, config, digits) for config in (hard, shared)]
+    rng = np.random.default_rng(0)
+    policies = tasks[0].space.fitted(tasks[0].space.sample(rng, 20), tasks[0].cost, *tasks[0].limits)[:5]
+    plain, better = ([task.evaluate(each) for each in policies] for task in tasks)
+    assert np.mean(better) > np.mean(plain)
+    assert type(tasks[1].model.blocks) is torch.nn.Sequential
+    assert tasks[1].model.state_dict().keys() == base.model.state_dict().keys()
+
+
+def test_a_latency_table_grows_with_units_and_is_met(base, digits):
+    table = LatencyTable(
+        tokens=np.array([1, 17]),
+        heads=np.arange(1, 5),
+        neurons=np.array([64, 256]),
+        attention=np.array([[1.0, 2], [1, 3], [1, 4], [1, 5]]),
+        mlp=np.array([[1.0, 2], [2, 4]]),
+        rest=1.0,
+    )
+    task = Task(base.model, QUICK.having(keep=0.7, most=0.7), digits)
+    whole = task.space.counts(np.zeros(9))
+    assert table(whole)[0] == pytest.approx(1 + 4 * (5 + 4))
+    half = task.space.counts(np.array([0.5] * 8 + [0.0]))
+    assert table(half)[0] == pytest.approx(1 + 4 * (3 + 2 + 2 / 3))
+    measured = LatencyTable.measured(base.model, task.space, 4)
+    assert 0 < measured(half)[0] < 1
+    assert measured.attention.shape == (4, len(measured.tokens))

@@ -1,0 +1,115 @@
+"""Policies and their budgets; expected improvement, maximised; the search against chance; killed and gone on."""
+
+import numpy as np
+import pytest
+
+from vitbench import policy, search
+from vitbench.errors import InputError
+from vitbench.policy import DIMENSIONS, Space, budget, mac_cost, one_ratio
+from vitbench.search import SearchConfig, expected_improvement
+
+SPACE = Space(np.full(12, 768), np.full(12, 6), 65, 1, policy.token_blocks(12), most=0.6)
+COST = mac_cost(192, 32, "cls_attention")
+LIMITS = budget(SPACE, COST, 0.6, 0.02)
+
+
+def toy_score(ratios):
+    """Blocks differ in what they can do without, tokens are cheap to lose: a surface with one good region."""
+    need = np.concatenate([np.linspace(2, 0.2, 12), np.linspace(0.5, 1.5, 12), [0.3]])
+    return -float((need * np.square(SPACE.removed(ratios)[0])).sum())
+
+
+def test_tokens_go_at_a_quarter_a_half_and_three_quarters():
+    assert policy.token_blocks(12) == (3, 6, 9)
+    assert policy.token_blocks(4) == (1, 2, 3)
+    assert policy.token_blocks(2) == (0, 1)
+
+
+def test_what_a_policy_leaves_is_rounded_down_with_one_fused_token():
+    space = Space(np.full(12, 1536), np.full(12, 6), 197, 1, (3, 6, 9))
+    ratios = np.array([0.25] * 12 + [0.2] * 12 + [0.488])
+    counts = space.counts(ratios)
+    assert set(counts.neurons[0]) == {1152}
+    assert set(counts.heads[0]) == {4}  # any ratio above 0 takes at least one of six heads
+    assert sorted(set(counts.after[0]), reverse=True) == [197, 101, 52, 27]  # as the released policy's
+    assert space.removed(ratios)[0, 12] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("dimensions", [DIMENSIONS, ("neurons",), ("neurons", "tokens")])
+def test_sampled_and_neighbouring_policies_meet_the_budget(dimensions):
+    space = Space(SPACE.neurons, SPACE.heads, 65, 1, SPACE.at, dimensions=dimensions, most=0.9)
+    rng, limits = np.random.default_rng(0), budget(space, COST, 0.7, 0.02)
+    found = space.fitted(space.sample(rng, 500), COST, *limits)
+    assert len(found) > 100
+    near = space.fitted(space.near(rng, found[:3], 500), COST, *limits)
+    for each in (found, near, one_ratio(space, COST, *limits)[None]):
+        costs = COST(space.counts(each))
+        assert ((limits[0] <= costs) & (costs <= limits[1])).all()
+        assert each.min() >= 0
+        assert each.max() <= 0.9
+        assert not each[:, ~space.free].any()
+
+
+def test_a_budget_that_no_policy_meets_is_refused():
+    with pytest.raises(
+        InputError, match=r"no policy keeps 0.1 of the cost: with 0.6 of all neurons, heads, tokens gone"
+    ):
+        budget(SPACE, COST, 0.1, 0.02)
+    coarse = Space(np.full(1, 64), np.full(1, 2), 17, 1, (0,), dimensions=("heads",), most=0.5)
+    cost = mac_cost(64, 32, "cls_attention")
+    with pytest.raises(InputError, match="the steps are too coarse"):
+        search.search(coarse, cost, (0.9 * cost(coarse.counts(np.zeros(3)))[0],) * 2, toy_score, SearchConfig())
+
+
+def test_expected_improvement_equals_its_integral_and_is_maximised():
+    rng = np.random.default_rng(0)
+    for mean, spread, best in ((0.0, 1.0, 0.5), (1.0, 0.2, 0.9), (-1.0, 2.0, 1.0)):
+        drawn = np.maximum(0, mean + spread * rng.standard_normal(400_000) - best).mean()
+        found = expected_improvement(np.array([mean]), np.array([spread]), best)[0]
+        assert found == pytest.approx(drawn, abs=4e-3)
+    sure = expected_improvement(np.array([2.0, 0.0]), np.zeros(2), 1.0)
+    assert sure.tolist() == [1.0, 0.0]  # no spread: what is surely gained
+    wide, narrow = expected_improvement(np.zeros(2), np.array([2.0, 0.1]), 1.0)
+    assert wide > narrow
+
+
+def test_the_search_beats_chance_at_equal_evaluations():
+    best = {
+        how: [
+            search.search(SPACE, COST, LIMITS, toy_score, SearchConfig(how=how, evaluations=30, seed=seed)).scores.max()
+            for seed in range(5)
+        ]
+        for how in ("gp", "random")
+    }
+    assert all(guided > random for guided, random in zip(best["gp"], best["random"], strict=True))
+
+
+def test_the_first_policies_are_random_searchs_and_the_seed_decides_all():
+    runs = [
+        search.search(SPACE, COST, LIMITS, toy_score, SearchConfig(how=how, evaluations=count, first=5, seed=3))
+        for how, count in (("gp", 8), ("gp", 8), ("random", 5))
+    ]
+    assert np.array_equal(runs[0].policies, runs[1].policies)
+    assert np.array_equal(runs[0].policies[:5], runs[2].policies)
+    assert toy_score(runs[0].best) == runs[0].scores.max()
+
+
+def test_a_killed_search_goes_on_without_scoring_again(tmp_path):
+    config, memory, calls = SearchConfig(evaluations=12, first=5), tmp_path / "search.jsonl", []
+
+    def dying(ratios):
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return toy_score(ratios)
+
+    with pytest.raises(KeyboardInterrupt):
+        search.search(SPACE, COST, LIMITS, dying, config, memory)
+    with open(memory, "a") as file:
+        file.write('["0.1 0.2", -0.')  # killed while it wrote
+    again = []
+    found = search.search(SPACE, COST, LIMITS, lambda ratios: again.append(1) or toy_score(ratios), config, memory)
+    whole = search.search(SPACE, COST, LIMITS, toy_score, config)
+    assert len(again) == 4
+    assert np.array_equal(found.policies, whole.policies)
+    assert np.array_equal(found.scores, whole.scores)
