@@ -117,7 +117,8 @@ class Space:
             middle = (lower + upper) / 2
             dear = cost(self.counts(self._scaled(policies, middle))) > (low + high) / 2
             lower, upper = np.where(dear, middle, lower), np.where(dear, upper, middle)
-        found = self._scaled(policies, upper)
+        below, above = (self._scaled(policies, by) for by in (upper, lower))  # of the middle; steps may be coarse
+        found = np.where((cost(self.counts(below)) >= low)[:, None], below, above)
         costs = cost(self.counts(found))
         return found[(low <= costs) & (costs <= high)]
 

@@ -24,6 +24,10 @@ def search_progress(rows: pd.DataFrame, named: dict[str, list[str]]) -> tuple[Fi
             x, colour = 1 + np.arange(best.shape[1]), COLOURS[(3, 1, 5, 4)[place % 4]]
             axes.plot(x, best.mean(0), color=colour, ls=("-", "--", ":", "-.")[place % 4], label=name)
             axes.fill_between(x, best.min(0), best.max(0), color=colour, alpha=0.2, lw=0)
+        late = np.stack([np.maximum.accumulate(row) for row in shown["samples"]])[
+            :, shown["samples"].map(len).min() // 4 :
+        ]
+        axes.set_ylim(late.min() - 0.1 * np.ptp(late), late.max() + 0.1 * np.ptp(late))  # the first steps are far below
         nats = (shown["unit"] == "nats").all()
         axes.set(
             xlabel="policies scored", ylabel="best so far: " + ("-cross-entropy on val" if nats else "top-1 on val")

@@ -74,7 +74,7 @@ def search(
 
     Args:
         evaluate: policy (2 L + 1,) -> score, higher is better.
-        memory: a file of scores by policy; a search that was killed goes through them again without scoring.
+        memory: a file of scores by policy; what it holds, from a search that was killed or done, is not scored again.
 
     Raises:
         InputError: no feasible policy was found.

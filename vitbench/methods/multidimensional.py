@@ -104,17 +104,19 @@ class Task:
         return mac_cost(model.embed_dim, head_dim, reduction, fixed=vit.analytic_macs(model) - int(inner(whole)[0]))
 
     def search(self, config: SearchConfig | None = None) -> Found:
-        """Search as `config` (by default the task's) says; what was scored before a kill is not scored again."""
+        """Search as `config` (by default the task's) says; what was scored before is not scored again."""
         config = config or self.config.search
         if config.how == "one_ratio":
             best = one_ratio(self.space, self.cost, *self.limits)
             return Found(best[None], np.array([self.evaluate(best)]))
-        about = [artifact.weights_hash(self.model), self.config.to_dict(), config.to_dict(), self.data.fingerprint]
-        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-        memory = paths.model_cache() / "unfinished" / f"{digest}.search.jsonl"
-        found = search(self.space, self.cost, self.limits, self.evaluate, config, memory)
-        memory.unlink(missing_ok=True)
-        return found
+        decides = self.config.having(
+            search=config, train=TrainConfig(), teacher="none"
+        ).to_dict()  # training comes later
+        digest = hashlib.sha256(
+            json.dumps([artifact.weights_hash(self.model), decides, self.data.fingerprint]).encode()
+        )
+        memory = paths.model_cache() / "searches" / f"{digest.hexdigest()[:16]}.jsonl"
+        return search(self.space, self.cost, self.limits, self.evaluate, config, memory)
 
     def evaluate(self, policy: np.ndarray) -> float:
         """The score on the val split of the model cut by `policy` (2 L + 1,); higher is better."""
