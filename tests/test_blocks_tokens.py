@@ -11,8 +11,8 @@ from vitbench.blocks import Kept
 from vitbench.errors import InputError
 from vitbench.measure.cost import count_macs
 from vitbench.methods import compress, make_config
-from vitbench.policy import Space, mac_cost
 from vitbench.recipe import BlockShape
+from vitbench.removal.policy import Space, mac_cost
 
 REDUCTIONS = ("cls_attention", "hsic", "hsic_cls", "merge")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from vitbench import criteria, dependence
 from vitbench.errors import InputError
-from vitbench.scores import OFFICIAL, Criterion, Scores, choose
-from vitbench.unit_dependence import positions
+from vitbench.removal import criteria, dependence
+from vitbench.removal.scores import OFFICIAL, Criterion, Scores, choose
+from vitbench.removal.unit_dependence import positions
 
 EVERY = ["magnitude", "activation", "taylor", "gates", "hsic"]
 GATES = {"gates": {"epochs": 2, "lr": 0.01, "warmup_epochs": 0, "mixup": 0.0}}
@@ -173,8 +173,10 @@ import resource, torch
 torch.set_num_threads(2)
 resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30,) * 2)
 import numpy as np
-from vitbench import unit_dependence, vit
-from vitbench.scores import Criterion
+from vitbench import vit
+from vitbench.removal import unit_dependence
+from vitbench.removal import criteria, dependence
+from vitbench.removal.scores import Criterion
 model = vit.create_model("deit_base_patch16_224", num_classes=10, depth=1)
 
 class Split:

@@ -5,17 +5,19 @@ import pytest
 import torch
 
 from vitbench import artifact, blocks, comparison, policy_figures, vit
+from vitbench.batches import eval_batches
 from vitbench.errors import InputError
-from vitbench.latency_table import LatencyTable
 from vitbench.measure import measure, search_rows
 from vitbench.measure.cost import count_macs
 from vitbench.methods import compress, make_config
 from vitbench.methods.multidimensional import MultiDimensional, Task
 from vitbench.methods.pruning import Pruning
+from vitbench.moments import Moments, watching
 from vitbench.removal import compensate
+from vitbench.removal.latency_table import LatencyTable
+from vitbench.removal.scores import Criterion
+from vitbench.removal.search import SearchConfig
 from vitbench.runs import Run
-from vitbench.scores import Criterion
-from vitbench.search import SearchConfig
 from vitbench.training import TrainConfig, evaluate
 
 BARE = Pruning(neurons=0.0, heads=0.0, compensation="none")
@@ -41,45 +43,50 @@ def test_nothing_removed_is_the_given_model(base, digits):
     assert torch.equal(compress(base.model, BARE, digits)(x), base.model(x))
 
 
+def first_mlp(model, data):
+    """fc2's inputs and outputs in the first block on the calibration images, float64; its inputs no cut changes before."""
+    seen = {}
+    with watching({"fc2": model.blocks[0].mlp.fc2}, lambda _, x, y: seen.update(x=x, y=y)), torch.inference_mode():
+        for x, _ in eval_batches(data.calibration, model.recipe.preprocess, len(data.calibration)):
+            model(x)
+    return seen["x"].flatten(0, 1).double(), seen["y"].flatten(0, 1).double()
+
+
 def test_the_ridge_is_the_least_squares_solution(base, digits):
     """On the calibration images no other weights of fc2 for the kept neurons do better."""
     config = BARE.having(neurons=0.5, compensation="ridge", ridge=0.0, criterion=Criterion(name="magnitude"))
-    seen = {}
-
-    def inputs(model):
-        hook = model.blocks[0].mlp.fc2.register_forward_hook(lambda _, x, y: seen.update(x=x[0], y=y))
-        from vitbench.batches import eval_batches
-
-        with torch.inference_mode():
-            for x, _ in eval_batches(digits.calibration, model.recipe.preprocess, len(digits.calibration)):
-                model(x)
-        hook.remove()
-        return seen["x"].flatten(0, 1).double(), seen["y"].flatten(0, 1).double()
-
-    _, wanted = inputs(base.model)
-    small = compress(base.model, config, digits)
-    z, given = inputs(small)  # the first block's inputs are the same in both models
-    best = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), wanted).solution
-    least = (torch.cat([z, torch.ones(len(z), 1)], 1) @ best - wanted).square().mean()
+    _, wanted = first_mlp(base.model, digits)
+    z, given = first_mlp(compress(base.model, config, digits), digits)
+    inputs = torch.cat([z, torch.ones(len(z), 1)], 1)
+    least = (inputs @ torch.linalg.lstsq(inputs, wanted).solution - wanted).square().mean()
     bare = compress(base.model, config.having(compensation="none"), digits)
     assert (given - wanted).square().mean() == pytest.approx(float(least), rel=1e-3)
-    assert (inputs(bare)[1] - wanted).square().mean() > 1.5 * least
+    assert (first_mlp(bare, digits)[1] - wanted).square().mean() > 1.5 * least
 
 
-def test_the_mean_alone_keeps_the_mean(base, digits):
-    found = {}
-    for how in ("none", "mean"):
+def test_the_mean_alone_keeps_the_mean_of_the_outputs(base, digits):
+    wanted = first_mlp(base.model, digits)[1].mean(0)
+    apart = {}
+    for how in ("none", "mean", "ridge"):
         small = compress(base.model, BARE.having(neurons=0.7, compensation=how), digits)
-        found[how] = float((small(torch.zeros(1, 3, 8, 8)) - base.model(torch.zeros(1, 3, 8, 8))).abs().max())
-    assert found["mean"] != found["none"]
+        apart[how] = float((first_mlp(small, digits)[1].mean(0) - wanted).abs().max())
+    assert max(apart["mean"], apart["ridge"]) < 1e-4 < 1e-2 < apart["none"]
+
+
+def test_the_same_code_prunes_t2t_vit(digits):
+    model = vit.create_model("t2t_vit_t_14", img_size=64, depth=4, num_classes=10)
+    config = Pruning(neurons=0.3, heads=0.3, tokens=0.3, criterion=Criterion(samples=16))
+    small = compress(model, config, digits)
+    assert [shape.heads for shape in blocks.shapes(small)] == [4] * 4
+    assert vit.analytic_macs(small) == pytest.approx(count_macs(small), rel=0.01)
+    found = compress(model, QUICK.having(keep=0.8, criterion=Criterion(name="magnitude"), compensation="none"), digits)
+    assert vit.analytic_macs(found) / vit.analytic_macs(model) == pytest.approx(0.8, rel=0.025)
 
 
 def test_a_layer_without_bias_gets_none_and_is_refused_nothing():
     model = vit.create_model("t2t_vit_t_14", img_size=32, depth=1, num_classes=10)
     kept = [blocks.Kept(torch.arange(600), torch.arange(3))]
     moments = {}
-    from vitbench.moments import Moments
-
     for name, size in (("blocks.0.mlp.fc2", 1152), ("blocks.0.attn.proj", 384)):
         moments[name] = Moments(
             10, torch.eye(size).double(), torch.zeros(size).double(), torch.ones(size), torch.empty(0)

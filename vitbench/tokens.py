@@ -2,7 +2,7 @@
 
 - `cls_attention` keeps the tokens that the class token attends to most (mean over heads), as EViT does (Liang et al.
   2022), and adds one token, the plain mean of those that go.
-- `hsic` does so by a score of each position that was found beforehand (`vitbench.criteria.positions`), `hsic_cls` by the
+- `hsic` does so by a score of each position that was found beforehand (`vitbench.removal.criteria.positions`), `hsic_cls` by the
   product of both.
 - `merge` loses none: the most similar pairs are averaged (token merging, Bolya et al. 2023), and attention counts a
   token as often as it has tokens in it.

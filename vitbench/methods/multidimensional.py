@@ -1,8 +1,8 @@
 """Multi-dimensional pruning: heads, neurons and tokens together, by a policy that a search finds for a budget.
 
 Hou and Kung (2022, arXiv 2201.00043): units are scored by their statistical dependence with the model's answer
-(`vitbench.criteria`), a Gaussian process with expected improvement seeks the ratios of all dimensions under a budget of
-multiply-accumulates (`vitbench.policy`, `vitbench.search`), and what is left is fine-tuned. Their public code minimises
+(`vitbench.removal.criteria`), a Gaussian process with expected improvement seeks the ratios of all dimensions under a budget of
+multiply-accumulates (`vitbench.removal.policy`, `vitbench.removal.search`), and what is left is fine-tuned. Their public code minimises
 the improvement, searches on the validation set and masks; here it is maximised, the val split (a part of train) scores
 the candidates, each of which is really cut, and the test split is not seen.
 """
@@ -23,12 +23,12 @@ from vitbench import artifact, blocks, paths, training, vit
 from vitbench.batches import eval_batches
 from vitbench.data import ImageData
 from vitbench.errors import InputError
-from vitbench.latency_table import LatencyTable
 from vitbench.methods import register
-from vitbench.policy import DIMENSIONS, Space, budget, describe, mac_cost, one_ratio
 from vitbench.removal import Removal, Remover
-from vitbench.scores import Scores
-from vitbench.search import Cost, Found, SearchConfig, search
+from vitbench.removal.latency_table import LatencyTable
+from vitbench.removal.policy import DIMENSIONS, Space, budget, describe, mac_cost, one_ratio
+from vitbench.removal.scores import Scores
+from vitbench.removal.search import Cost, Found, SearchConfig, search
 from vitbench.tokens import TokenBlocks
 from vitbench.training import TrainConfig
 from vitbench.tuning import find_teacher, tune

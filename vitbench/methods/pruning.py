@@ -1,7 +1,7 @@
 """Structured pruning: neurons, heads, dimensions of heads and tokens are taken out, and the matrices become smaller.
 
 The survey's row (Papa et al. 2023, arXiv 2309.02031) masks gated channels and leaves the model as large and as slow as
-it was; here the same gates, or better criteria (`vitbench.criteria`), choose what goes.
+it was; here the same gates, or better criteria (`vitbench.removal.criteria`), choose what goes.
 """
 
 from typing import Literal
@@ -14,9 +14,9 @@ from torch import nn
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.methods import register
-from vitbench.policy import Counts
 from vitbench.removal import Removal, Remover
-from vitbench.scores import Scores
+from vitbench.removal.policy import Counts
+from vitbench.removal.scores import Scores
 from vitbench.tuning import find_teacher, tune
 
 

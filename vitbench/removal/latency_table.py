@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitbench import blocks, progress
-from vitbench.policy import Counts, Space
+from vitbench.removal.policy import Counts, Space
 
 CALLS, GRID = 15, 5  # timed calls of each cell; places along neurons and along tokens
 

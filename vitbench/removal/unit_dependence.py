@@ -1,4 +1,4 @@
-"""Scores of units and of positions by their statistical dependence with the model's answer (`vitbench.dependence`)."""
+"""Scores of units and of positions by their statistical dependence with the model's answer (`vitbench.removal.dependence`)."""
 
 import math
 
@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitbench import dependence, progress, vit
+from vitbench import progress, vit
 from vitbench.batches import eval_batches
 from vitbench.data import ImageData, Split
 from vitbench.moments import BATCH, watching
-from vitbench.scores import Criterion, Scores, by_head
+from vitbench.removal import dependence
+from vitbench.removal.scores import Criterion, Scores, by_head
 
 CHUNK = 2**24  # numbers in the kernel matrices that are held at once
 

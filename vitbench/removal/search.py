@@ -13,7 +13,7 @@ from pydantic import Field
 from vitbench import paths, progress
 from vitbench.configs import Config
 from vitbench.errors import InputError
-from vitbench.policy import Counts, Space
+from vitbench.removal.policy import Counts, Space
 
 Cost = Callable[[Counts], np.ndarray]
 

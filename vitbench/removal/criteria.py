@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitbench import dependence, progress, training, unit_dependence, vit
+from vitbench import progress, training, vit
 from vitbench.artifact import weights_hash
 from vitbench.batches import eval_batches
 from vitbench.blocks import check_prunable
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
 from vitbench.moments import BATCH, watching
-from vitbench.scores import Criterion, Scores, by_head
+from vitbench.removal import dependence, unit_dependence
+from vitbench.removal.scores import Criterion, Scores, by_head
 from vitbench.tensor_cache import kept_tensors
 
 LEAST_SAMPLES = 8  # fewer tell nothing about dependence

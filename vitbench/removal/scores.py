@@ -16,7 +16,7 @@ class Criterion(Config):
     """What units are scored by.
 
     Attributes:
-        name: what scores, see `vitbench.criteria`.
+        name: what scores, see `vitbench.removal.criteria`.
         samples: how many calibration images are looked at; all of them if there are fewer.
         normalise: of a unit's values before HSIC: "corrected", "official" or "none" (`dependence.standardised`).
         blend: the share of HSIC in the score of a neuron, the rest is the sum of |activation|, both scaled to [0, 1].

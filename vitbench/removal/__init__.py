@@ -9,18 +9,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import blocks, criteria, policy, vit
+from vitbench import blocks, vit
 from vitbench import moments as moments_module
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.moments import Moments
-from vitbench.policy import Counts, Space
 from vitbench.recipe import Reduction
-from vitbench.scores import Criterion, Scores, choose
+from vitbench.removal import criteria, policy
+from vitbench.removal.policy import Counts, Space
+from vitbench.removal.scores import Criterion, Scores, choose
+from vitbench.removal.unit_dependence import positions
 from vitbench.tokens import TokenBlocks
 from vitbench.training import TrainConfig
 from vitbench.tuning import Tuning
-from vitbench.unit_dependence import positions
 
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
