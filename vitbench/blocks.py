@@ -74,6 +74,10 @@ def size_attention(attn: nn.Module, heads: int, head_dim: int) -> None:
 def reduce_tokens(model: nn.Module, reduction: str, counts: Sequence[int | None]) -> None:
     """Leave `counts` tokens after each block's attention (`vitbench.tokens`), in place."""
     prefix, tokens = model.num_prefix_tokens, model.patch_embed.num_patches + model.num_prefix_tokens
+    if min(count or tokens for count in counts) < prefix + 1:
+        raise InputError(
+            f"tokens left = {tuple(counts)}: the {prefix} class and register tokens and one more always stay"
+        )
     model.blocks = TokenBlocks(model.blocks, reduction, counts, prefix, tokens)
 
 

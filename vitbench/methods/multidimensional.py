@@ -73,7 +73,7 @@ def multidimensional(model: nn.Module, config: MultiDimensional, data: ImageData
     task = Task(model, config, data)
     found = task.search()
     counts = task.space.counts(found.best)
-    small = task.remover.cut(counts, model=task.model).requires_grad_(bool(config.train.epochs))
+    small = task.remover.cut(counts).requires_grad_(bool(config.train.epochs))
     small.history = tune(small, config, data, teacher, title="recovering")
     small.search = task.history(found)
     return small.cpu()
@@ -93,15 +93,17 @@ class Task:
         self.cost = self._cost(model)
         self.limits = budget(self.space, self.cost, config.keep, config.tolerance)
         self._prepared: list[tuple[Tensor, Tensor]] | None = None
-        self.model = self._shared(model) if config.sharing.epochs else model
+        if config.sharing.epochs:
+            self.remover = self.remover.retrained(self._shared(model))
 
     def _cost(self, model: nn.Module) -> Cost:
-        reduction, head_dim = self.config.reduction, model.blocks[0].attn.head_dim
         if self.config.budget == "latency":
             return LatencyTable.measured(model, self.space, self.config.batch)
         whole = self.space.counts(np.zeros(2 * self.space.depth + 1))
-        inner = mac_cost(model.embed_dim, head_dim, reduction)
-        return mac_cost(model.embed_dim, head_dim, reduction, fixed=vit.analytic_macs(model) - int(inner(whole)[0]))
+        head_dims = np.array([shape.head_dim for shape in blocks.shapes(model)])
+        inner = mac_cost(model.embed_dim, head_dims, self.config.reduction)
+        fixed = vit.analytic_macs(model) - int(inner(whole)[0])
+        return lambda counts: fixed + inner(counts)
 
     def search(self, config: SearchConfig | None = None) -> Found:
         """Search as `config` (by default the task's) says; what was scored before is not scored again."""
@@ -113,19 +115,19 @@ class Task:
             search=config, train=TrainConfig(), teacher="none"
         ).to_dict()  # training comes later
         digest = hashlib.sha256(
-            json.dumps([artifact.weights_hash(self.model), decides, self.data.fingerprint]).encode()
+            json.dumps([artifact.weights_hash(self.remover.model), decides, self.data.fingerprint]).encode()
         )
         memory = paths.model_cache() / "searches" / f"{digest.hexdigest()[:16]}.jsonl"
         return search(self.space, self.cost, self.limits, self.evaluate, config, memory)
 
     def evaluate(self, policy: np.ndarray) -> float:
         """The score on the val split of the model cut by `policy` (2 L + 1,); higher is better."""
-        small = self.remover.cut(self.space.counts(policy), model=self.model)
+        small = self.remover.cut(self.space.counts(policy))
         return _score(small.to(training.pick_device()), self._batches(), self.config.objective)
 
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """The val images, prepared once if they fit into a gigabyte."""
-        preprocess = self.model.recipe.preprocess
+        preprocess = self.remover.model.recipe.preprocess
         batches = eval_batches(self.val, preprocess, device=training.pick_device())
         if self._prepared is None and 12 * len(self.val) * preprocess.size**2 < 2**30:
             self._prepared = list(batches)
@@ -174,20 +176,17 @@ class _Masks:
 
     def _draw(self) -> None:
         counts = self.space.counts(self.pool[self.rng.integers(len(self.pool))])
-        width, device = self.model.blocks[0].attn.head_dim, next(self.model.parameters()).device
-        self.masks = (
-            [
-                (
-                    (n < counts.neurons[0, i]).float().to(device),
-                    (h < counts.heads[0, i]).float().repeat_interleave(width).to(device),
-                )
-                for i, (n, h) in enumerate(zip(self.neurons, self.heads, strict=True))
-            ]
-            if self.model.training
-            else []
-        )
+        self.masks, after = [], [None] * self.space.depth
+        if self.model.training:
+            after = counts.after[0].tolist()
+            device = next(self.model.parameters()).device
+            for block, n, h, left, heads in zip(
+                self.model.blocks, self.neurons, self.heads, counts.neurons[0], counts.heads[0], strict=True
+            ):
+                values = (h < heads).repeat_interleave(block.attn.head_dim)
+                self.masks.append(((n < left).float().to(device), values.float().to(device)))
         if isinstance(self.model.blocks, TokenBlocks):
-            self.model.blocks.counts = tuple(counts.after[0].tolist() if self.masks else [None] * self.space.depth)
+            self.model.blocks.counts = tuple(after)
 
     def _mask(self, index: int, which: int):
         return lambda _, x: (x[0] * self.masks[index][which],) if self.masks else None

@@ -101,9 +101,15 @@ class Remover:
             self._scores = criteria.score(self.model, self.data, self.config.criterion)
         return self._scores
 
-    def cut(self, counts: Counts, head_dims: Sequence[int] | None = None, model: nn.Module | None = None) -> nn.Module:
-        """A smaller copy of the model, or of `model` with other weights, with the units that score best."""
-        small = copy.deepcopy(self.model if model is None else model)
+    def retrained(self, model: nn.Module) -> "Remover":
+        """The same for `model`, which has other weights: units keep their scores, moments are collected anew."""
+        other = Remover(model, self.config, self.data, tokens=False)
+        other._scores, other._positions = self.scores, self._positions
+        return other
+
+    def cut(self, counts: Counts, head_dims: Sequence[int] | None = None) -> nn.Module:
+        """A smaller copy of the model, with the units that score best."""
+        small = copy.deepcopy(self.model)
         shapes = blocks.shapes(small)
         whole = {name: [getattr(shape, name) for shape in shapes] for name in ("neurons", "heads", "head_dim")}
         neurons, heads = counts.neurons[0].tolist(), counts.heads[0].tolist()

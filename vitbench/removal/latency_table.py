@@ -1,5 +1,7 @@
 """A table of how long the parts of a block take on this machine, for a search under a budget of latency."""
 
+import copy
+import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -46,35 +48,31 @@ class LatencyTable:
     @torch.inference_mode()
     def measured(cls, model: nn.Module, space: Space, batch: int) -> "LatencyTable":
         """Time parts of the model's first block at sizes that cover the space, for `batch` images."""
-        d, block = model.embed_dim, model.blocks[0]
-        most = space.most
-        least = space.counts(np.full(2 * space.depth + 1, most))
+        block, shape, whole = model.blocks[0], blocks.shapes(model)[0], np.zeros(2 * space.depth + 1)
+        least = space.counts(whole + space.most)
         tokens = np.unique(np.linspace(least.after.min(), space.tokens, GRID).astype(int))
         heads = np.arange(1, space.heads.max() + 1)
         neurons = np.unique(np.linspace(least.neurons.min(), space.neurons.max(), GRID).astype(int))
-        whole = blocks.shapes(model)[0]
-        cells = [(h, whole.neurons, n) for h in heads for n in tokens] + [(1, w, n) for w in neurons for n in tokens]
-        times = []
-        for place, (h, w, n) in enumerate(progress.bar(cells, "latency table", unit="cell")):
-            part = _part(block, d, int(h), whole.head_dim, int(w), attention=place < len(heads) * len(tokens))
-            times.append(_seconds(part, torch.randn(batch, int(n), d)))
-        attention, mlp = np.split(np.array(times), [len(heads) * len(tokens)])
-        table = cls(tokens, heads, neurons, attention.reshape(len(heads), -1), mlp.reshape(len(neurons), -1), 0.0)
+        inputs = [torch.randn(batch, int(n), model.embed_dim) for n in tokens]
+        parts = [_part(block, int(h), shape.neurons, attention=True) for h in heads]
+        parts += [_part(block, 1, int(n), attention=False) for n in neurons]
+        times = np.array(
+            [[_seconds(part, x) for x in inputs] for part in progress.bar(parts, "latency table", unit="part")]
+        )
+        table = cls(tokens, heads, neurons, times[: len(heads)], times[len(heads) :], rest=0.0)
         size = model.recipe.preprocess.size
-        alone = float(table(space.counts(np.zeros(2 * space.depth + 1)))[0])
-        rest = max(0.0, _seconds(model, torch.randn(batch, 3, size, size)) - alone)
-        return cls(tokens, heads, neurons, table.attention, table.mlp, rest)
+        rest = _seconds(model, torch.randn(batch, 3, size, size)) - float(table(space.counts(whole))[0])
+        return dataclasses.replace(table, rest=max(0.0, rest))
 
 
-def _part(block: nn.Module, d: int, heads: int, head_dim: int, neurons: int, attention: bool) -> nn.Module:
+def _part(block: nn.Module, heads: int, neurons: int, attention: bool) -> nn.Module:
     """Attention or MLP of a block like this one, with its norm, at these sizes and with random weights."""
-    kind = type(block)
-    bias = block.attn.qkv.bias is not None
-    made = kind(d, heads if d % heads == 0 else 1, mlp_ratio=neurons / d, qkv_bias=bias)
-    blocks.size_attention(made.attn, heads, head_dim)
-    made.attn.qkv = nn.Linear(d, 3 * heads * head_dim, bias=bias)
-    made.attn.proj = nn.Linear(heads * head_dim, d)
-    return nn.Sequential(made.norm1, made.attn).eval() if attention else nn.Sequential(made.norm2, made.mlp).eval()
+    made = copy.deepcopy(block)
+    attn, mlp, d = made.attn, made.mlp, made.attn.qkv.in_features
+    blocks.size_attention(attn, heads, attn.head_dim)
+    attn.qkv = nn.Linear(d, 3 * attn.attn_dim, bias=attn.qkv.bias is not None)
+    attn.proj, mlp.fc1, mlp.fc2 = nn.Linear(attn.attn_dim, d), nn.Linear(d, neurons), nn.Linear(neurons, d)
+    return nn.Sequential(made.norm1, attn).eval() if attention else nn.Sequential(made.norm2, mlp).eval()
 
 
 def _seconds(module: nn.Module, x: torch.Tensor) -> float:

@@ -130,13 +130,11 @@ def _floor(x: np.ndarray) -> np.ndarray:
     return np.maximum(1, np.floor(x + 1e-9)).astype(int)
 
 
-def mac_cost(width: int, head_dim: int, reduction: str, fixed: int = 0) -> Callable[[Counts], np.ndarray]:
-    """Multiply-accumulates of what policies leave, and `fixed` for the rest of the model."""
+def mac_cost(width: int, head_dims: int | np.ndarray, reduction: str) -> Callable[[Counts], np.ndarray]:
+    """Multiply-accumulates of the blocks that policies leave."""
 
     def cost(counts: Counts) -> np.ndarray:
-        return fixed + blocks.macs(
-            counts.heads, head_dim, counts.neurons, counts.before, counts.after, width, reduction
-        )
+        return blocks.macs(counts.heads, head_dims, counts.neurons, counts.before, counts.after, width, reduction)
 
     return cost
 

@@ -83,12 +83,8 @@ def search(
     known, policies, scores = _read(memory), [], []
     for step in progress.bar(range(config.evaluations), f"search ({config.how})", unit="policy"):
         if config.how == "gp" and step >= config.first:
-            pool = np.concatenate(
-                [
-                    _feasible(space, cost, limits, space.sample(rng, config.pool // 2)),
-                    _feasible(space, cost, limits, space.near(rng, _elite(policies, scores), config.pool // 2)),
-                ]
-            )
+            near = space.near(rng, _elite(policies, scores), config.pool // 2)
+            pool = _feasible(space, cost, limits, np.concatenate([space.sample(rng, config.pool // 2), near]))
             policy = _propose(space, np.array(policies), np.array(scores), pool, config.seed)
         else:
             policy = _feasible(space, cost, limits, space.sample(rng, 64))[0]
