@@ -220,8 +220,8 @@ def test_weights_shared_over_policies_suit_them_better(base, digits):
     policies = tasks[0].space.fitted(tasks[0].space.sample(rng, 20), tasks[0].cost, *tasks[0].limits)[:5]
     plain, better = ([task.evaluate(each) for each in policies] for task in tasks)
     assert np.mean(better) > np.mean(plain)
-    assert type(tasks[1].model.blocks) is torch.nn.Sequential
-    assert tasks[1].model.state_dict().keys() == base.model.state_dict().keys()
+    assert type(tasks[1].remover.model.blocks) is torch.nn.Sequential
+    assert tasks[1].remover.model.state_dict().keys() == base.model.state_dict().keys()
 
 
 def test_a_latency_table_grows_with_units_and_is_met(base, digits):

@@ -151,7 +151,7 @@ class Task:
         pool = self.space.fitted(self.space.sample(rng, 512), self.cost, *self.limits)
         shared = copy.deepcopy(model).requires_grad_(True)
         if "tokens" in self.space.dimensions:
-            blocks.reduce_tokens(shared, self.config.reduction, [None] * self.space.depth)
+            self.remover.reduce_tokens(shared, [None] * self.space.depth)
         teacher = find_teacher(model, self.config, self.data)
         masks = _Masks(shared, self.remover.scores, self.space, pool, self.config.sharing.seed)
         training.train(shared, self.data, self.config.sharing, teacher=teacher, title="sharing weights")

@@ -146,12 +146,16 @@ class Remover:
                 f"{after.tolist()}; take a ratio below 0.5, or more token_blocks"
             )
         places = [int(m) if m < n else None for n, m in zip(before, after, strict=True)]
-        blocks.reduce_tokens(model, reduction, places)
-        if reduction.startswith("hsic"):
+        self.reduce_tokens(model, places)
+        blocks.note_shapes(model)
+
+    def reduce_tokens(self, model: nn.Module, counts: Sequence[int | None]) -> None:
+        """`blocks.reduce_tokens`, with scores of the positions where they count."""
+        blocks.reduce_tokens(model, self.config.reduction, counts)
+        if self.config.reduction.startswith("hsic"):
             if self._positions is None:
                 self._positions = positions(self.model, self.data, min(self.at), self.config.criterion)
             model.blocks.scores.copy_(self._positions)
-        blocks.note_shapes(model)
 
 
 @torch.no_grad()
