@@ -1,6 +1,6 @@
 """How much each unit of a Vision Transformer matters: neurons, heads, dimensions of heads.
 
-Every criterion is `(model, split, settings) -> [Scores, one a block]`; a unit with a lower score goes first. Scores of
+Every criterion is `(model, data, settings) -> [Scores, one a block]`; a unit with a lower score goes first. Scores of
 one criterion can be compared within a block; `magnitude`, `taylor`, `gates` and `activation` also across blocks.
 """
 
@@ -21,7 +21,7 @@ from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
 from vitbench.moments import BATCH, watching
 from vitbench.removal import dependence, unit_dependence
-from vitbench.removal.scores import Criterion, Scores, by_head
+from vitbench.removal.scores import Criterion, Scores, by_head, seen_by
 from vitbench.tensor_cache import kept_tensors
 
 LEAST_SAMPLES = 8  # fewer tell nothing about dependence
@@ -34,34 +34,29 @@ def score(model: nn.Module, data: ImageData | None, criterion: Criterion) -> lis
         InputError: units that cannot be taken out (`blocks.check_prunable`), no images, or too few of them for HSIC.
     """
     check_prunable(model)
-    if criterion.name == "magnitude":
-        return magnitude(model, None, criterion)
-    if data is None:
+    if data is None and criterion.name != "magnitude":
         raise InputError(
             f"the criterion {criterion.name} looks at images and no data set was given; give one, or magnitude"
         )
-    split = data.needs("calibration").some(criterion.samples)
-    if criterion.name == "hsic" and len(split) < LEAST_SAMPLES:
+    if criterion.name == "hsic" and len(seen_by(data, criterion)) < LEAST_SAMPLES:
         raise InputError(
-            f"HSIC from {len(split)} samples says nothing; at least {LEAST_SAMPLES} calibration images are needed, and 128 "
-            "or more are advised"
+            f"HSIC from {len(seen_by(data, criterion))} samples says nothing; at least {LEAST_SAMPLES} calibration images are "
+            "needed, and 128 or more are advised"
         )
 
     def make() -> dict[str, Tensor]:
-        found = (
-            gates(model, data, criterion)
-            if criterion.name == "gates"
-            else CRITERIA[criterion.name](model, split, criterion)
-        )
+        found = CRITERIA[criterion.name](model, data, criterion)
         return {f"{i}:{field}": value for i, scores in enumerate(found) for field, value in vars(scores).items()}
 
+    if criterion.name == "magnitude":
+        return magnitude(model, data, criterion)
     facts = [weights_hash(model), model.recipe.preprocess.to_dict(), data.fingerprint, criterion.to_dict()]
     tensors = kept_tensors("scores", facts, [__file__, dependence.__file__, unit_dependence.__file__], make)
     fields = [field.name for field in dataclasses.fields(Scores)]
     return [Scores(**{field: tensors[f"{i}:{field}"] for field in fields}) for i in range(len(model.blocks))]
 
 
-def magnitude(model: nn.Module, split: Split | None, settings: Criterion) -> list[Scores]:
+def magnitude(model: nn.Module, data: ImageData | None, settings: Criterion) -> list[Scores]:
     """The Euclidean norm of all weights that go with a unit."""
     found = []
     for block in model.blocks:
@@ -101,14 +96,14 @@ class _Sums:
         return self.sums[f"blocks.{index}.{layer}"].float()
 
 
-def activation(model: nn.Module, split: Split, settings: Criterion) -> list[Scores]:
+def activation(model: nn.Module, data: ImageData, settings: Criterion) -> list[Scores]:
     """The sum of |z| over tokens and images; of q and k the geometric mean of both energies; of a head that of its values."""
     sums = _Sums(model)
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         sums.add(name, y.square().sum(1) if name.endswith("qkv") else x.abs().sum(1))
 
-    sums.over(split, see)
+    sums.over(seen_by(data, settings), see)
     found = []
     for index, block in enumerate(model.blocks):
         q, k, _ = sums.of(index, "attn.qkv").chunk(3)
@@ -117,7 +112,7 @@ def activation(model: nn.Module, split: Split, settings: Criterion) -> list[Scor
     return found
 
 
-def taylor(model: nn.Module, split: Split, settings: Criterion) -> list[Scores]:
+def taylor(model: nn.Module, data: ImageData, settings: Criterion) -> list[Scores]:
     """The mean over images of (dL/dg)^2 for a gate g = 1 on the unit (Molchanov et al. 2019, arXiv 1906.10771).
 
     dL/dg is the sum over tokens of z dL/dz. L is the cross-entropy with the calibration images' labels.
@@ -139,7 +134,7 @@ def taylor(model: nn.Module, split: Split, settings: Criterion) -> list[Scores]:
     def after(x: Tensor, logits: Tensor, labels: Tensor) -> None:
         F.cross_entropy(logits, labels, reduction="sum").backward(inputs=[x])
 
-    sums.over(split, see, after)
+    sums.over(seen_by(data, settings), see, after)
     found = []
     for index, block in enumerate(model.blocks):
         q = sums.of(index, "attn.qkv").chunk(3)[0]  # a gate on q_j is a gate on the product q_j k_j
@@ -175,4 +170,10 @@ def gates(model: nn.Module, data: ImageData, settings: Criterion) -> list[Scores
     return found
 
 
-CRITERIA = {"activation": activation, "taylor": taylor, "hsic": unit_dependence.hsic}
+CRITERIA = {
+    "magnitude": magnitude,
+    "activation": activation,
+    "taylor": taylor,
+    "gates": gates,
+    "hsic": unit_dependence.hsic,
+}

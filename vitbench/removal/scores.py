@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitbench.blocks import Kept
 from vitbench.configs import Config
+from vitbench.data import ImageData, Split
 from vitbench.training import TrainConfig
 
 
@@ -44,6 +45,11 @@ class Scores:
     heads: Tensor
     qk: Tensor
     v: Tensor
+
+
+def seen_by(data: ImageData, criterion: Criterion) -> Split:
+    """The calibration images that a criterion looks at."""
+    return data.needs("calibration").some(criterion.samples)
 
 
 def choose(

@@ -8,24 +8,24 @@ from torch import Tensor, nn
 
 from vitbench import progress, vit
 from vitbench.batches import eval_batches
-from vitbench.data import ImageData, Split
+from vitbench.data import ImageData
 from vitbench.moments import BATCH, watching
 from vitbench.removal import dependence
-from vitbench.removal.scores import Criterion, Scores, by_head
+from vitbench.removal.scores import Criterion, Scores, by_head, seen_by
 
 CHUNK = 2**24  # numbers in the kernel matrices that are held at once
 
 
 @torch.inference_mode()
-def hsic(model: nn.Module, split: Split, settings: Criterion) -> list[Scores]:
+def hsic(model: nn.Module, data: ImageData, settings: Criterion) -> list[Scores]:
     """HSIC of a unit's values over tokens with the model's softmax answer, a Gaussian mixture against a linear kernel.
 
     A neuron's values are its activations, a head's the mean over its dimensions, (images, N) each; heads lose
     `redundancy` times their mean HSIC with the other heads. Block after block is run on all images and let go again, so
     memory is that of one block's values.
     """
-    preprocess = model.recipe.preprocess
-    batches = eval_batches(split, preprocess, BATCH)
+    split = seen_by(data, settings)
+    batches = eval_batches(split, model.recipe.preprocess, BATCH)
     tokens, answers = [], []
     for x, _ in progress.bar(batches, "answers", total=math.ceil(len(split) / BATCH), unit="batch"):
         tokens.append(vit.embedded(model, x))
@@ -86,7 +86,7 @@ def positions(model: nn.Module, data: ImageData, index: int, settings: Criterion
     The features are the values v of all heads at that position, (images, attn_dim); the label is one-hot. Prefix tokens
     have 0, they always stay.
     """
-    split = data.needs("calibration").some(settings.samples)
+    split = seen_by(data, settings)
     block, seen, labels = model.blocks[index], [], []
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
