@@ -1,0 +1,166 @@
+"""The README's numbers are those of the reference rows."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT
+from vitbench.comparison import across_seeds, comparison, subject, value
+from vitbench.methods import make_config
+from vitbench.records import load_records, read_rows
+from vitbench.statistics import mean_interval, paired, unpack_hits
+
+REFERENCES = sorted((ROOT / "results" / "reference").glob("*/records.jsonl"))
+
+
+def table_lines(file):
+    """The README's lines for one reference run, made from its rows."""
+    rows = load_records(file)
+    if not (rows["metric"] == "bytes").any():
+        return
+    for method, line in comparison(rows).iterrows():
+        accuracy = f"{line['top1 %']:.2f} [{line['low %']:.2f}, {line['high %']:.2f}]".replace("nan [nan, nan]", "-")
+        ratios = "1 | 1" if method == "baseline" else f"{line['ratio b1']:.2f} | {line['ratio b8']:.2f}"
+        about = subject(rows).iloc[-1]
+        yield f"| {file.parent.name} | {about['model']} | {method} | {accuracy} | {line['MB']:.2f} | {ratios} |"
+
+
+@pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.parent.name)
+def test_the_readmes_numbers_are_the_reference_rows(file):
+    readme = (ROOT / "README.md").read_text()
+    for line in table_lines(file):
+        assert line in readme
+    for row in read_rows(file):
+        assert (file.parent / "environments" / f"{row.env_id}.json").is_file()
+        assert not row.commit.endswith("+changes"), "a reference row names a commit that holds its source"
+
+
+def test_the_readmes_seeds_are_the_reference_rows():
+    rows = load_records(ROOT / "results" / "reference" / "digits-quick")
+    table = 100 * across_seeds(rows, "top1").pivot_table(index="seed", columns="label", values="value")
+    assert len(table) >= 3
+    readme = (ROOT / "README.md").read_text()
+    for other in ("uct (train.epochs=0)", "baseline"):
+        mean, low, high = mean_interval(table["uct"] - table[other])
+        assert f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}]" in readme, other
+
+
+def test_the_readmes_rivals_are_the_reference_rows():
+    rows = subject(load_records(ROOT / "results" / "reference" / "cifar10-deit"))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rival, ours = "weight_only (train.epochs=3)", "uct"
+    assert (
+        f"reach {100 * value(rows, rival, 'top1')['value']:.2f} % in {value(rows, rival, 'bytes')['value'] / 1e6:.2f} MB"
+        in readme
+    )
+    lost = 100 * (value(rows, "baseline", "top1")["value"] - value(rows, ours, "top1")["value"])
+    smaller = value(rows, "baseline", "bytes")["value"] / value(rows, ours, "bytes")["value"]
+    assert (
+        f"{smaller:.1f} times smaller ({value(rows, ours, 'bytes')['value'] / 1e6:.2f} MB) and loses {lost:.1f} points"
+        in readme
+    )
+    rounded = [100 * value(rows, label, "top1")["value"] for label in ("uct (train.epochs=0)", "weight_only")]
+    assert "UCT has {:.2f} % and plain 2-bit weights {:.2f} %".format(*rounded) in readme
+
+
+RIVAL = {"gradient_weight": 0.0, "compensation": "none", "allocation": "uniform"}
+STAGES = {  # name in the README -> settings of mixed_rank that differ from its defaults
+    "plain SVD, the same share of each layer": {"decomposition": "svd", "mean_correction": False, **RIVAL},
+    "ASVD, likewise": {"decomposition": "asvd", "mean_correction": False, **RIVAL},
+    "SVD-LLM, likewise": {"decomposition": "svd_llm", "mean_correction": False, **RIVAL},
+    "stage 1: activation-aware, likewise": RIVAL,
+    "+ stage 2: greedy ranks": {"gradient_weight": 0.0, "compensation": "none"},
+    "+ weighted by the gradient's moments": {"compensation": "none"},
+    "+ stage 3: compensation": {},
+    "+ ranks by head (`split_qkv`)": {"split_qkv": True},
+    "energy": {"scale": "energy", "gradient_weight": 0.0, "compensation": "none"},
+    "error": {"scale": "error", "gradient_weight": 0.0, "compensation": "none"},
+    "+ short distillation instead": {"train": True},
+}
+
+
+def stage_rows(folder):
+    """(stage, share kept) -> the row of its top-1, for what was run."""
+    rows = subject(load_records(folder))
+    rows = rows[(rows["metric"] == "top1") & (rows["method"] == "mixed_rank")]
+    usual, names = (
+        make_config("mixed_rank").to_dict(),
+        {json.dumps(own, sort_keys=True): name for name, own in STAGES.items()},
+    )
+    found = {}
+    for row in rows.itertuples():
+        config = row.config["methods"][0]["config"]
+        own = {key: value for key, value in config.items() if key not in ("keep", "train") and value != usual[key]}
+        own |= {"train": True} if config["train"]["epochs"] else {}
+        found[names.get(json.dumps(own, sort_keys=True)), config["keep"]] = row
+    return found
+
+
+def stage_lines(folder, keeps):
+    """Lines of top-1 in per cent, a stage each and a column for each share kept, for the stages that were run."""
+    found = stage_rows(folder)
+    for name in STAGES:
+        each = [found.get((name, keep)) for keep in keeps]
+        if all(row is not None for row in each):
+            cells = [f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in each]
+            yield f"| {name} | {' | '.join(cells)} |"
+
+
+def gain(folder, stage, before, keep):
+    """What a stage adds to another, as the README says it."""
+    rows = [stage_rows(folder)[name, keep] for name in (stage, before)]
+    found = paired(*(unpack_hits(row.hits, row.context["images"]) for row in rows))
+    return (
+        f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}] at {keep} (p = {found.p:.2g})"
+    )
+
+
+IMAGENET = ROOT / "results" / "reference" / "mixed-rank-imagenet-sample"
+CIFAR = ROOT / "results" / "reference" / "mixed-rank-cifar10"
+
+
+@pytest.mark.parametrize(("folder", "keeps"), [(IMAGENET, (0.95, 0.9, 0.8, 0.7)), (CIFAR, (0.6, 0.5, 0.4))])
+def test_the_readmes_stages_are_the_reference_rows(folder, keeps):
+    lines, readme = list(stage_lines(folder, keeps)), (ROOT / "README.md").read_text()
+    assert len(lines) >= 8
+    for line in lines:
+        assert line in readme
+
+
+def test_the_readmes_gains_are_the_reference_rows():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    _, _, _, uniform, two, weighted, three, heads, energy, error, _ = STAGES
+    found = stage_rows(IMAGENET)
+    scales = [f"{100 * found[name, 0.8].value:.1f}" for name in (uniform, energy, error, two)]
+    assert (
+        "{} % with the same share for all, {} % by energy, {} % by plain error, {} % by sensitivity".format(*scales)
+        in readme
+    )
+    for keep in (0.9, 0.8, 0.7):
+        assert gain(IMAGENET, three, weighted, keep) in readme
+        assert gain(IMAGENET, heads, three, keep) in readme
+
+
+def test_the_readmes_costs_of_mixed_rank_are_the_reference_rows():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rows, free = subject(load_records(CIFAR)), "mixed_rank"
+    found, base = stage_rows(CIFAR), value(rows, "baseline", "top1")["value"]
+    lost = {keep: 100 * (base - found["+ short distillation instead", keep].value) for keep in (0.4, 0.6)}
+    assert f"60 % of the blocks' weights cost {lost[0.4]:.1f} points after the distillation" in readme
+    assert f"40 % cost {lost[0.6]:.1f}." in readme
+    ratio = {
+        (label, backend, batch): f"{value(rows, label, 'latency_ratio', batch, backend)['value']:.2f}"
+        for label in (free, "mixed_rank (split_qkv=True)")
+        for backend in ("eager", "openvino")
+        for batch in (1, 8)
+    }
+    whole, apart = (list(ratio.values())[i : i + 4] for i in (0, 4))
+    macs = value(rows, free, "macs")["value"] / value(rows, "baseline", "macs")["value"]
+    text = "takes {} of the baseline's time at batch 1 and {} at batch 8 in eager mode, {} and {} of OpenVINO's, for {:.2f} of"
+    assert text.format(*whole, macs) in readme
+    assert "with ranks by head {} and {}, and {} and {}".format(*apart) in readme
+    seconds = load_records(ROOT / "results" / "reference" / "shape-deit-base")["value"].iloc[-1]
+    assert f"take {seconds:.0f} s on two cores" in readme
+    depths = load_records(ROOT / "results" / "reference" / "shape-deit-tiny-depths")
+    assert [context["depth"] for context in depths["context"]] == [3, 6, 12]
+    assert "{:.1f}, {:.1f} and {:.1f} s for DeiT-Tiny's shape".format(*depths["value"]) in readme
