@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from scipy.stats import ttest_rel
 
 from tests.conftest import ROOT
 from vitbench.comparison import across_seeds, comparison, subject, value
@@ -164,3 +165,81 @@ def test_the_readmes_costs_of_mixed_rank_are_the_reference_rows():
     depths = load_records(ROOT / "results" / "reference" / "shape-deit-tiny-depths")
     assert [context["depth"] for context in depths["context"]] == [3, 6, 12]
     assert "{:.1f}, {:.1f} and {:.1f} s for DeiT-Tiny's shape".format(*depths["value"]) in readme
+
+
+SEARCHED = ROOT / "results" / "reference" / "multidimensional-cifar10"
+ALL = ("neurons", "heads", "tokens")
+POLICIES = {  # name in the README -> how the policy was found, and what may go
+    "the same ratio for all": ("one_ratio", ALL),
+    "all three, searched": ("gp", ALL),
+    "neurons alone, searched": ("gp", ("neurons",)),
+    "heads alone, searched": ("gp", ("heads",)),
+    "tokens alone, searched": ("gp", ("tokens",)),
+}
+PLAIN, FREE, DISTILLED = "labels", "not trained", "distilled"
+
+
+def policy_rows(metric="top1"):
+    """(how, dimensions, share of MACs, how it was fine-tuned) -> the row of a metric."""
+    rows = subject(load_records(SEARCHED))
+    found = {}
+    for row in rows[(rows["metric"] == metric) & (rows["method"] == "multidimensional")].itertuples():
+        config = row.config["methods"][0]["config"]
+        tuned = (DISTILLED if config["train"]["kd_weight"] else PLAIN) if config["train"]["epochs"] else FREE
+        if config["budget"] == "macs" and config["search"]["seed"] == 0:
+            found[config["search"]["how"], tuple(config["dimensions"]), config["keep"], tuned] = row
+    return found
+
+
+def policy_lines():
+    """A line for each policy and budget that was run: MACs left, top-1 not trained and fine-tuned."""
+    top1, macs, dense = policy_rows(), policy_rows("macs"), value(subject(load_records(SEARCHED)), "baseline", "macs")
+    for keep in (0.8, 0.6):
+        for name, kind in POLICIES.items():
+            each = [top1.get((*kind, keep, tuned)) for tuned in (FREE, DISTILLED)]
+            if all(row is not None for row in each):
+                cells = [f"{100 * row.value:.2f} [{100 * row.low:.2f}, {100 * row.high:.2f}]" for row in each]
+                yield f"| {name} | {macs[(*kind, keep, FREE)].value / dense['value']:.3f} | {' | '.join(cells)} |"
+
+
+def apart(first, second):
+    """Two rows of top-1 on the same images, as the README says it."""
+    found = paired(*(unpack_hits(row.hits, row.context["images"]) for row in (first, second)))
+    return f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}] (p = {found.p:.2g})"
+
+
+def search_gain(folder):
+    """What the Gaussian process's best scores have over random search's, over the seeds, as the README says it."""
+    rows = subject(load_records(folder))
+    rows = rows[rows["metric"] == "search_score"]
+    best = {}
+    for row in rows.itertuples():
+        config = row.config["methods"][0]["config"]
+        about = {key: given for key, given in config.items() if key not in ("search", "train", "teacher")}
+        best.setdefault(json.dumps(about), {}).setdefault(config["search"]["how"], {})[row.seed] = row.value
+    (found,) = [each for each in best.values() if "random" in each]
+    differences = [found["gp"][seed] - score for seed, score in found["random"].items()]
+    p = ttest_rel([found["gp"][seed] for seed in found["random"]], list(found["random"].values())).pvalue
+    mean, low, high = mean_interval(differences)
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] (p = {p:.2g}, {len(differences)} seeds)"
+
+
+def test_the_readmes_policies_are_the_reference_rows():
+    lines, readme = list(policy_lines()), " ".join((ROOT / "README.md").read_text().split())
+    assert len(lines) >= 8
+    for line in lines:
+        assert line in (ROOT / "README.md").read_text()
+    top1, dense = policy_rows(), baseline_row("top1")
+    small = top1["gp", ALL, 0.6, DISTILLED]
+    assert f"costs {apart(small, dense)} points" in readme
+    for name in ("neurons", "tokens"):
+        for tuned in (FREE, DISTILLED):
+            row = top1.get(("gp", (name,), 0.6, tuned))
+            assert row is None or apart(top1["gp", ALL, 0.6, tuned], row) in readme
+    for folder in (SEARCHED, ROOT / "results" / "reference" / "digits-quick"):
+        assert search_gain(folder) in readme
+
+
+def baseline_row(metric):
+    rows = subject(load_records(SEARCHED))
+    return next(rows[(rows["metric"] == metric) & (rows["method"] == "baseline")].itertuples())

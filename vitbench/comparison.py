@@ -74,9 +74,15 @@ def _labels(rows: pd.DataFrame) -> list[str]:
     labels = []
     for method, own in zip(rows["method"], settings, strict=True):
         first = usual.setdefault(method, own)
-        differing = [f"{key}={own[key]}" for key in own if own[key] != first.get(key, own[key])]
+        differing = [f"{key}={own[key]}" for key in own if own[key] != first.get(key, own[key]) and _matters(key, own)]
         labels.append(method + (f" ({', '.join(differing)})" if differing else ""))
     return labels
+
+
+def _matters(key: str, settings: dict[str, Any]) -> bool:
+    """Whether a setting does anything: how to train does not where there are 0 epochs of it."""
+    group, _, name = key.rpartition(".")
+    return name == "epochs" or settings.get(f"{group}.epochs") != 0
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
