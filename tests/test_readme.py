@@ -236,7 +236,7 @@ def test_the_readmes_policies_are_the_reference_rows():
         for tuned in (FREE, DISTILLED):
             row = top1.get(("gp", (name,), 0.6, tuned))
             assert row is None or apart(top1["gp", ALL, 0.6, tuned], row) in readme
-    for folder in (SEARCHED, ROOT / "results" / "reference" / "digits-quick"):
+    for folder in (SEARCHED, ROOT / "results" / "reference" / "digits-pruning"):
         assert search_gain(folder) in readme
 
 
