@@ -172,13 +172,13 @@ def test_macs_of_the_released_policy_of_deit_base():
 
 
 def test_the_policys_cost_is_the_models(deit):
-    space = Space(np.full(4, 768), np.full(4, 3), 17, 1, (1, 2, 3))
-    policy = np.array([0.3, 0.1, 0.2, 0.5, 0.4, 0.0, 0.5, 0.1, 0.35])
+    space = Space(np.full(4, 768), np.full(4, 3), np.full(4, 64), 17, 1, (1, 2, 3))
+    policy = np.array([0.3, 0.1, 0.2, 0.5, 0.4, 0.0, 0.5, 0.1, 0.25, 0.0, 0.5, 0.1, 0.35])
     counts = space.counts(policy)
-    cost = mac_cost(192, 64, "cls_attention")(counts)[0]
+    cost = mac_cost(192, "cls_attention")(counts)[0]
     shapes = [
-        BlockShape(heads=h, head_dim=64, neurons=n, tokens=m)
-        for h, n, m in zip(counts.heads[0], counts.neurons[0], counts.after[0], strict=True)
+        BlockShape(heads=h, head_dim=w, neurons=n, tokens=m)
+        for (n, h, w), m in zip(counts.left(), counts.after[0].tolist(), strict=True)
     ]
     model = vit.skeleton(deit.recipe.architecture.having(blocks=tuple(shapes), reduction="cls_attention"))
     ends = model.patch_embed.proj.weight.numel() * 16 + 1920

@@ -149,11 +149,11 @@ def test_positions_have_scores_and_the_class_token_none(base, digits):
 
 def test_the_best_units_are_chosen_in_order():
     scores = Scores(torch.tensor([1.0, 3, 2, 4]), torch.tensor([0.0, 1]), torch.eye(2, 3), 1 - torch.eye(2, 3))
-    (kept,) = choose([scores], [2], [1])
+    (kept,) = choose([scores], [(2, 1, scores.v.shape[1])])
     assert kept.neurons.tolist() == [1, 3]
     assert kept.heads.tolist() == [1]
     assert kept.qk is None
-    (kept,) = choose([scores], [4], [2], [1])
+    (kept,) = choose([scores], [(4, 2, 1)])
     assert kept.qk.tolist() == [[0], [1]]
 
 

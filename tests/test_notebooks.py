@@ -117,6 +117,7 @@ SHORT = [
     "token_ratios=[0.2]",
     "keeps=[0.4]",
     "evaluations=6",
+    "budgets=[0.75]",
     "search_seeds=[0,1]",
 ]
 RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]

@@ -15,6 +15,7 @@ from vitbench.methods.pruning import Pruning
 from vitbench.moments import Moments, watching
 from vitbench.removal import compensate
 from vitbench.removal.latency_table import LatencyTable
+from vitbench.removal.policy import DIMENSIONS
 from vitbench.removal.scores import Criterion
 from vitbench.removal.search import SearchConfig
 from vitbench.runs import Run
@@ -123,7 +124,7 @@ def test_ranking_across_blocks_keeps_as_many_units_and_one_in_each(base, digits)
         ({"neurons": 1.0}, "neurons = 1.0"),
         ({"neurons": 0.999}, "neurons = 0.999 leaves block 0 with none of its 256 neurons; take at most 0.9961"),
         ({"heads": 0.9}, "heads = 0.9 leaves block 0 with none of its 4 heads; take at most 0.75"),
-        ({"head_dims": 0.99}, "head_dims = 0.99 leaves heads of 16 dimensions with none"),
+        ({"head_dims": 0.99}, "head_dims = 0.99 leaves block 0 with none of its 16 head_dims; take at most 0.9375"),
         ({"tokens": 0.2, "token_blocks": [7]}, r"token_blocks = \(7,\): vit_mini_patch2_8 has blocks 0 to 3"),
         ({"tokens": 0.7, "reduction": "merge"}, "merging in pairs leaves at least half of the tokens"),
         ({"reduction": "magic"}, "reduction = 'magic'"),
@@ -175,7 +176,7 @@ def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, 
     scores = comparison.value(comparison.subject(rows), label, "search_score")
     assert scores["samples"] == [step["score"] for step in found.search]
     policies = comparison.value(comparison.subject(rows), label, "search_policies")
-    assert len(policies["samples"]) == 6 * 9
+    assert len(policies["samples"]) == 6 * 13
     assert "search" not in comparison.methods(comparison.subject(rows)[lambda all: all["metric"] == "top1"])
     for figure, shown in (
         policy_figures.search_progress(rows, {"guided": [label]}),
@@ -194,12 +195,13 @@ def test_the_search_never_sees_the_test_images(base, digits, monkeypatch):
 
 
 def test_one_dimension_alone_leaves_the_others(base, digits):
-    for name in ("neurons", "tokens"):
-        config = QUICK.having(keep=0.75, dimensions=(name,), most=0.9)
+    fields = {"neurons": "neurons", "head_dims": "head_dim", "tokens": "tokens"}
+    for name, field in fields.items():
+        config = QUICK.having(keep=0.8, dimensions=(name,), most=0.9)
         shapes, whole = blocks.shapes(compress(base.model, config, digits)), blocks.shapes(base.model)
-        assert [shape.heads for shape in shapes] == [shape.heads for shape in whole]
-        assert ([shape.neurons for shape in shapes] == [shape.neurons for shape in whole]) == (name == "tokens")
-        assert all(shape.tokens is None for shape in shapes) == (name == "neurons")
+        for other in ("heads", *fields.values()):
+            same = [getattr(shape, other) for shape in shapes] == [getattr(shape, other) for shape in whole]
+            assert same == (other != field), (name, other)
 
 
 def test_what_the_search_cannot_do_says_why(base, digits):
@@ -213,7 +215,7 @@ def test_what_the_search_cannot_do_says_why(base, digits):
 
 def test_weights_shared_over_policies_suit_them_better(base, digits):
     """The same policies, cut without compensation: after training under random ones their cross-entropy is lower."""
-    hard = QUICK.having(keep=0.4, compensation="none")
+    hard = QUICK.having(keep=0.4, compensation="none", dimensions=DIMENSIONS)
     shared = hard.having(sharing=TrainConfig(epochs=6, lr=1e-3, warmup_epochs=0, mixup=0.0))
     tasks = [Task(base.model, config, digits) for config in (hard, shared)]
     rng = np.random.default_rng(0)
@@ -228,16 +230,19 @@ def test_a_latency_table_grows_with_units_and_is_met(base, digits):
     table = LatencyTable(
         tokens=np.array([1, 17]),
         heads=np.arange(1, 5),
+        head_dims=np.array([0, 16]),
         neurons=np.array([64, 256]),
-        attention=np.array([[1.0, 2], [1, 3], [1, 4], [1, 5]]),
+        attention=np.array([[[1.0, 1], [1, 1 + heads]] for heads in range(1, 5)]),
         mlp=np.array([[1.0, 2], [2, 4]]),
         rest=1.0,
     )
     task = Task(base.model, QUICK.having(keep=0.7, most=0.7), digits)
-    whole = task.space.counts(np.zeros(9))
+    whole = task.space.counts(np.zeros(13))
     assert table(whole)[0] == pytest.approx(1 + 4 * (5 + 4))
-    half = task.space.counts(np.array([0.5] * 8 + [0.0]))
+    half = task.space.counts(np.array([0.5] * 8 + [0.0] * 5))
     assert table(half)[0] == pytest.approx(1 + 4 * (3 + 2 + 2 / 3))
+    narrow = task.space.counts(np.array([0.0] * 8 + [0.5] * 4 + [0.0]))
+    assert table(narrow)[0] == pytest.approx(1 + 4 * (3 + 4))
     measured = LatencyTable.measured(base.model, task.space, 4)
     assert 0 < measured(half)[0] < 1
-    assert measured.attention.shape == (4, len(measured.tokens))
+    assert measured.attention.shape == (4, 2, len(measured.tokens))

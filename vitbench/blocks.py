@@ -164,16 +164,21 @@ def value_rows(attn: nn.Module, keep: Kept) -> Tensor:
     return _rows(attn, keep, "v")
 
 
+def masks(block: nn.Module, keep: Kept) -> tuple[Tensor, Tensor]:
+    """1 for what stays, 0 for what goes: of qkv's outputs (3 a,) and of fc2's inputs (h,)."""
+    qkv, hidden = torch.zeros(3, block.attn.attn_dim), torch.zeros(block.mlp.fc1.out_features)
+    for part, which in zip(qkv, ("qk", "qk", "v"), strict=True):
+        part[_rows(block.attn, keep, which)] = 1
+    hidden[keep.neurons] = 1
+    return qkv.flatten(), hidden
+
+
 @contextmanager
 def masked(model: nn.Module, kept: Sequence[Kept]) -> Iterator[None]:
     """While open, the units outside `kept` answer zero, and cost as much as before."""
     handles = []
     for block, keep in zip(model.blocks, kept, strict=True):
-        qkv = torch.zeros(3 * block.attn.attn_dim, device=block.attn.qkv.weight.device)
-        for part, which in enumerate(("qk", "qk", "v")):
-            qkv[part * block.attn.attn_dim + _rows(block.attn, keep, which)] = 1
-        hidden = torch.zeros(block.mlp.fc1.out_features, device=qkv.device)
-        hidden[keep.neurons] = 1
+        qkv, hidden = (mask.to(block.attn.qkv.weight.device) for mask in masks(block, keep))
         handles.append(block.attn.qkv.register_forward_hook(lambda _, x, y, mask=qkv: y * mask))
         handles.append(block.mlp.fc2.register_forward_pre_hook(lambda _, x, mask=hidden: (x[0] * mask,)))
     try:

@@ -5,10 +5,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitbench.comparison import subject
-from vitbench.figures import COLOURS, heading, note, style
+from vitbench.comparison import subject, value
+from vitbench.figures import COLOURS, heading, look, note, style
 
-POLICY = {"policy_neurons": "neurons", "policy_heads": "heads", "policy_tokens": "tokens"}
+POLICY = {
+    "policy_neurons": "neurons",
+    "policy_heads": "heads",
+    "policy_head_dims": "dimensions of a head",
+    "policy_tokens": "tokens",
+}
 
 
 def search_progress(rows: pd.DataFrame, named: dict[str, list[str]]) -> tuple[Figure, pd.DataFrame]:
@@ -44,8 +49,9 @@ def policies(rows: pd.DataFrame, named: dict[str, str]) -> tuple[Figure, pd.Data
     rows = subject(rows)
     shown = rows[rows["metric"].isin(POLICY) & rows["label"].isin(named)]
     with style():
-        figure, panels = plt.subplots(1, len(POLICY), figsize=(10.4, 3.1))
-        for axes, (metric, what) in zip(panels, POLICY.items(), strict=True):
+        cut = {metric: what for metric, what in POLICY.items() if _differs(shown[shown["metric"] == metric])}
+        figure, panels = plt.subplots(1, len(cut), figsize=(10.4, 3.1), squeeze=False)
+        for axes, (metric, what) in zip(panels[0], cut.items(), strict=True):
             for place, (label, name) in enumerate(named.items()):
                 left = shown["samples"][(shown["metric"] == metric) & (shown["label"] == label)].iloc[-1]
                 kind = {"color": COLOURS[(3, 1, 5, 4)[place % 4]], "ls": ("-", "--", ":", "-.")[place % 4]}
@@ -53,6 +59,38 @@ def policies(rows: pd.DataFrame, named: dict[str, str]) -> tuple[Figure, pd.Data
             axes.set(xlabel="block", ylabel=f"{what} left")
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
-        panels[-1].legend(fontsize=8, loc="lower left")
+        panels[0, -1].legend(fontsize=8, loc="lower left")
         figure.suptitle(heading(rows, "what the policy leaves"), fontsize=10)
     return figure, shown
+
+
+def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]]) -> tuple[Figure, pd.DataFrame]:
+    """Top-1 against the multiply-accumulates left, a line for each kind of policy, a panel for each name.
+
+    `panels`: name -> {(budget, kind): label}.
+    """
+    rows, shown = subject(rows), []
+    dense, whole = value(rows, "baseline", "macs"), value(rows, "baseline", "top1")
+    with style():
+        figure, drawn = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), sharey=True, squeeze=False)
+        for axes, (name, labels) in zip(drawn[0], panels.items(), strict=True):
+            kinds = list(dict.fromkeys(kind for _, kind in labels))
+            axes.axhline(100 * whole["value"], color="black", lw=1, ls=":", label="baseline")
+            for kind in kinds:
+                own = [label for (_, other), label in labels.items() if other == kind]
+                macs, top1 = ([value(rows, label, metric) for label in own] for metric in ("macs", "top1"))
+                shown += [*macs, *top1]
+                x, y = [row["value"] / dense["value"] for row in macs], [100 * row["value"] for row in top1]
+                reach = [[100 * abs(row[end] - row["value"]) for row in top1] for end in ("low", "high")]
+                axes.errorbar(x, y, yerr=reach, capsize=2, label=kind, **look(kind, kinds))
+            axes.set(xlabel="multiply-accumulates left, of the baseline's", title=name)
+        drawn[0, 0].set_ylabel("top-1 (%)")
+        drawn[0, -1].legend(fontsize=8)
+        figure.suptitle(heading(rows, "one kind of unit, or all of them"), fontsize=10)
+        note(figure, "black bars: 95 % intervals; a kind that is missing could not reach the budget")
+    return figure, pd.DataFrame([dense, whole, *shown])
+
+
+def _differs(rows: pd.DataFrame) -> bool:
+    """Whether any policy leaves another count in any block than elsewhere: what none of them cuts needs no panel."""
+    return len(rows) > 0 and np.unique(np.concatenate(rows["samples"].tolist())).size > 1

@@ -214,7 +214,7 @@ def search_rows(base: Path, data: ImageData, config: Config, history: list[dict[
     """A search for a policy as rows, each with a number for every policy or for every block as samples.
 
     `search_score` and `search_cost` of every policy in order, `search_policies` their ratios one after the other, and
-    `policy_neurons`, `policy_heads`, `policy_tokens`: what the best one leaves of each block.
+    `policy_neurons`, `policy_heads`, `policy_head_dims`, `policy_tokens`: what the best one leaves of each block.
 
     Args:
         base: the saved model that was searched for.
@@ -241,7 +241,7 @@ def search_rows(base: Path, data: ImageData, config: Config, history: list[dict[
             "modelled: ratios that go",
         ),
     }
-    for metric, key in (("neurons", "neurons"), ("heads", "heads"), ("tokens", "after")):
+    for metric, key in (("neurons", "neurons"), ("heads", "heads"), ("head_dims", "head_dims"), ("tokens", "after")):
         values[f"policy_{metric}"] = (sum(best[key]), best[key], counted)
     units = {"search_score": "fraction" if config.objective == "top1" else "nats", "search_cost": config.budget}
     return [

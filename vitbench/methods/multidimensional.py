@@ -26,8 +26,8 @@ from vitbench.errors import InputError
 from vitbench.methods import register
 from vitbench.removal import Removal, Remover
 from vitbench.removal.latency_table import LatencyTable
-from vitbench.removal.policy import DIMENSIONS, Space, budget, describe, mac_cost, one_ratio
-from vitbench.removal.scores import Scores
+from vitbench.removal.policy import PAPER, Space, budget, describe, mac_cost, one_ratio
+from vitbench.removal.scores import Scores, choose
 from vitbench.removal.search import Cost, Found, SearchConfig, search
 from vitbench.tokens import TokenBlocks
 from vitbench.training import TrainConfig
@@ -42,7 +42,7 @@ class MultiDimensional(Removal):
         budget: "macs" of the whole model for one image, or "latency": that of a table measured on this machine's CPU
             for `batch` images.
         tolerance: how far from `keep` a policy may be, as a share of it.
-        dimensions: what may be cut.
+        dimensions: what may be cut; the paper's three, and dimensions of heads, which are finer than whole heads.
         most: the largest ratio of any dimension.
         search: how to search.
         objective: what scores a candidate on the val split: "top1", or "cross_entropy" (its negative), which tells
@@ -55,7 +55,7 @@ class MultiDimensional(Removal):
     budget: Literal["macs", "latency"] = "macs"
     batch: int = Field(default=1, ge=1)
     tolerance: float = Field(default=0.02, gt=0, le=0.2)
-    dimensions: tuple[Literal["neurons", "heads", "tokens"], ...] = DIMENSIONS
+    dimensions: tuple[Literal["neurons", "heads", "head_dims", "tokens"], ...] = PAPER
     most: float = Field(default=0.5, gt=0, lt=1)
     search: SearchConfig = SearchConfig()
     objective: Literal["top1", "cross_entropy"] = "top1"
@@ -99,9 +99,8 @@ class Task:
     def _cost(self, model: nn.Module) -> Cost:
         if self.config.budget == "latency":
             return LatencyTable.measured(model, self.space, self.config.batch)
-        whole = self.space.counts(np.zeros(2 * self.space.depth + 1))
-        head_dims = np.array([shape.head_dim for shape in blocks.shapes(model)])
-        inner = mac_cost(model.embed_dim, head_dims, self.config.reduction)
+        whole = self.space.counts(np.zeros(self.space.size))
+        inner = mac_cost(model.embed_dim, self.config.reduction)
         fixed = vit.analytic_macs(model) - int(inner(whole)[0])
         return lambda counts: fixed + inner(counts)
 
@@ -121,7 +120,7 @@ class Task:
         return search(self.space, self.cost, self.limits, self.evaluate, config, memory)
 
     def evaluate(self, policy: np.ndarray) -> float:
-        """The score on the val split of the model cut by `policy` (2 L + 1,); higher is better."""
+        """The score on the val split of the model cut by `policy` (3 L + 1,); higher is better."""
         small = self.remover.cut(self.space.counts(policy))
         return _score(small.to(training.pick_device()), self._batches(), self.config.objective)
 
@@ -165,14 +164,13 @@ class _Masks:
     """Before every training step a policy is drawn from the pool: units that it lacks answer zero, tokens really go."""
 
     def __init__(self, model: nn.Module, scores: list[Scores], space: Space, pool: np.ndarray, seed: int):
-        self.model, self.space, self.pool, self.rng = model, space, pool, np.random.default_rng(seed)
-        self.neurons = [_rank(found.neurons) for found in scores]
-        self.heads = [_rank(found.heads) for found in scores]
+        self.model, self.scores, self.space, self.pool = model, scores, space, pool
+        self.rng = np.random.default_rng(seed)
         self.masks: list[tuple[Tensor, Tensor]] = []
         self.handles = [model.register_forward_pre_hook(lambda *_: self._draw())]
         for index, block in enumerate(model.blocks):
-            self.handles.append(block.mlp.fc2.register_forward_pre_hook(self._mask(index, 0)))
-            self.handles.append(block.attn.proj.register_forward_pre_hook(self._mask(index, 1)))
+            self.handles.append(block.attn.qkv.register_forward_hook(self._after_qkv(index)))
+            self.handles.append(block.mlp.fc2.register_forward_pre_hook(self._before_fc2(index)))
 
     def _draw(self) -> None:
         counts = self.space.counts(self.pool[self.rng.integers(len(self.pool))])
@@ -180,25 +178,20 @@ class _Masks:
         if self.model.training:
             after = counts.after[0].tolist()
             device = next(self.model.parameters()).device
-            for block, n, h, left, heads in zip(
-                self.model.blocks, self.neurons, self.heads, counts.neurons[0], counts.heads[0], strict=True
-            ):
-                values = (h < heads).repeat_interleave(block.attn.head_dim)
-                self.masks.append(((n < left).float().to(device), values.float().to(device)))
+            for block, keep in zip(self.model.blocks, choose(self.scores, counts.left()), strict=True):
+                self.masks.append(tuple(mask.to(device) for mask in blocks.masks(block, keep)))
         if isinstance(self.model.blocks, TokenBlocks):
             self.model.blocks.counts = tuple(after)
 
-    def _mask(self, index: int, which: int):
-        return lambda _, x: (x[0] * self.masks[index][which],) if self.masks else None
+    def _after_qkv(self, index: int):
+        return lambda _, x, y: y * self.masks[index][0] if self.masks else None
+
+    def _before_fc2(self, index: int):
+        return lambda _, x: (x[0] * self.masks[index][1],) if self.masks else None
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def _rank(scores: Tensor) -> Tensor:
-    """0 for the best unit."""
-    return scores.argsort(descending=True).argsort()
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ The survey's row (Papa et al. 2023, arXiv 2309.02031) masks gated channels and l
 it was; here the same gates, or better criteria (`vitbench.removal.criteria`), choose what goes.
 """
 
+import dataclasses
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.methods import register
 from vitbench.removal import Removal, Remover
-from vitbench.removal.policy import Counts
+from vitbench.removal.policy import DIMENSIONS, Space
 from vitbench.removal.scores import Scores
 from vitbench.tuning import find_teacher, tune
 
@@ -40,7 +41,7 @@ class Pruning(Removal):
 @register(Pruning, identity=Pruning(neurons=0.0, heads=0.0))
 def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
     """Take out the units and tokens that matter least, make up for them, and train on if asked to."""
-    ratios = config.neurons, config.heads, config.head_dims, config.tokens
+    ratios = [getattr(config, name) for name in DIMENSIONS]
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     small = _cut(model, config, data) if any(ratios) else model
     small = small.requires_grad_(bool(config.train.epochs))
@@ -51,29 +52,21 @@ def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Mod
 def _cut(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
     remover = Remover(model, config, data, tokens=config.tokens > 0)
     space = remover.space((), most=1.0)
-    ratios = np.repeat([config.neurons, config.heads, config.tokens], [space.depth, space.depth, 1])
-    counts = space.counts(ratios)
-    _check(config, space.neurons, space.heads)
+    ratios = np.array([getattr(config, name) for name in DIMENSIONS])
+    _check(config, space)
+    counts = space.counts(space.spread(ratios))
     if config.scope == "global":
-        counts = Counts(
-            _across(remover.scores, "neurons", config.neurons),
-            _across(remover.scores, "heads", config.heads),
-            counts.before,
-            counts.after,
-        )
-    widths = [int(block.attn.head_dim * (1 - config.head_dims) + 1e-9) for block in model.blocks]
-    if min(widths) < 1:
-        raise InputError(
-            f"head_dims = {config.head_dims:g} leaves heads of {model.blocks[0].attn.head_dim} dimensions with none; take less"
-        )
-    return remover.cut(counts, widths)
+        across = {name: _across(remover.scores, name, getattr(config, name)) for name in ("neurons", "heads")}
+        counts = dataclasses.replace(counts, **across)
+    return remover.cut(counts)
 
 
-def _check(config: Pruning, neurons: np.ndarray, heads: np.ndarray) -> None:
+def _check(config: Pruning, space: Space) -> None:
     """Raise `InputError` where a ratio leaves a block with nothing."""
-    for name, ratio, whole in (("neurons", config.neurons, neurons), ("heads", config.heads, heads)):
+    for name in ("neurons", "heads", "head_dims"):
+        ratio, whole = getattr(config, name), getattr(space, name)
         empty = np.flatnonzero(np.floor(whole * (1 - ratio) + 1e-9) < 1)
-        if len(empty) and config.scope == "block":
+        if len(empty) and (config.scope == "block" or name == "head_dims"):
             count = whole[empty[0]]
             raise InputError(
                 f"{name} = {ratio:g} leaves block {empty[0]} with none of its {count} {name}; take at most "

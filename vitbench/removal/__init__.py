@@ -86,6 +86,7 @@ class Remover:
         return Space(
             neurons=np.array([shape.neurons for shape in shapes]),
             heads=np.array([shape.heads for shape in shapes]),
+            head_dims=np.array([shape.head_dim for shape in shapes]),
             tokens=vit.token_count(self.model),
             prefix=self.model.num_prefix_tokens,
             at=self.at,
@@ -107,15 +108,12 @@ class Remover:
         other._scores, other._positions = self.scores, self._positions
         return other
 
-    def cut(self, counts: Counts, head_dims: Sequence[int] | None = None) -> nn.Module:
+    def cut(self, counts: Counts) -> nn.Module:
         """A smaller copy of the model, with the units that score best."""
         small = copy.deepcopy(self.model)
-        shapes = blocks.shapes(small)
-        whole = {name: [getattr(shape, name) for shape in shapes] for name in ("neurons", "heads", "head_dim")}
-        neurons, heads = counts.neurons[0].tolist(), counts.heads[0].tolist()
-        head_dims = whole["head_dim"] if head_dims is None else list(head_dims)
-        if (neurons, heads, head_dims) != (whole["neurons"], whole["heads"], whole["head_dim"]):
-            kept = choose(self.scores, neurons, heads, head_dims)
+        whole = [(shape.neurons, shape.heads, shape.head_dim) for shape in blocks.shapes(small)]
+        if counts.left() != whole:
+            kept = choose(self.scores, counts.left())
             if self.config.compensation != "none":
                 compensate(small, kept, self.moments, self.config.compensation, self.config.ridge)
             blocks.prune(small, kept)

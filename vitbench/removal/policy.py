@@ -1,9 +1,12 @@
 """Policies of multi-dimensional pruning: how much of each block's neurons and heads, and of the tokens, goes.
 
 A policy is a vector of ratios removed (Hou and Kung 2022, arXiv 2201.00043): one for the neurons of each of the L blocks,
-one for the heads of each, and one for the tokens, 2 L + 1 numbers. What stays is rounded down, as in the paper's code.
+one for the heads of each, one for the dimensions of each block's heads (not in the paper, and not cut by default), and one
+for the tokens, 3 L + 1 numbers. What stays is rounded down, as in the paper's code.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +15,8 @@ import numpy as np
 from vitbench import blocks
 from vitbench.errors import InputError
 
-DIMENSIONS = ("neurons", "heads", "tokens")
+DIMENSIONS = ("neurons", "heads", "head_dims", "tokens")
+PAPER = ("neurons", "heads", "tokens")
 TOKEN_PLACES = (1 / 4, 2 / 4, 3 / 4)  # of the depth: blocks 3, 6 and 9 of twelve, counted from 0
 
 
@@ -23,12 +27,18 @@ def token_blocks(depth: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Counts:
-    """What policies leave, each (P, L): neurons, heads, tokens before each block and after its attention."""
+    """What policies leave, each (P, L): neurons, heads, dimensions of a head, tokens before and after a block's attention."""
 
     neurons: np.ndarray
     heads: np.ndarray
+    head_dims: np.ndarray
     before: np.ndarray
     after: np.ndarray
+
+    def left(self) -> list[tuple[int, int, int]]:
+        """Neurons, heads and dimensions of a head in each block, of the first policy."""
+        units = self.neurons[0].tolist(), self.heads[0].tolist(), self.head_dims[0].tolist()
+        return list(zip(*units, strict=True))
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Space:
     """The policies for one model.
 
     Attributes:
-        neurons, heads: of each block of the dense model, (L,).
+        neurons, heads, head_dims: of each block of the dense model, (L,); `head_dims` are those of one head.
         tokens: that come in, `prefix` of which always stay.
         at: the blocks after whose attention tokens go.
         fused: whether one token is added for those that go.
@@ -46,11 +56,12 @@ class Space:
 
     neurons: np.ndarray
     heads: np.ndarray
+    head_dims: np.ndarray
     tokens: int
     prefix: int
     at: tuple[int, ...]
     fused: bool = True
-    dimensions: tuple[str, ...] = DIMENSIONS
+    dimensions: tuple[str, ...] = PAPER
     most: float = 0.5
 
     @property
@@ -58,23 +69,32 @@ class Space:
         return len(self.neurons)
 
     @property
-    def free(self) -> np.ndarray:
-        """Which of the 2 L + 1 ratios may be above 0."""
-        return np.repeat([name in self.dimensions for name in DIMENSIONS], self._sizes)
+    def _units(self) -> tuple[np.ndarray, ...]:
+        return self.neurons, self.heads, self.head_dims
 
     @property
-    def _sizes(self) -> list[int]:
-        return [self.depth, self.depth, 1]
+    def size(self) -> int:
+        """How many ratios a policy has."""
+        return 3 * self.depth + 1
+
+    @property
+    def free(self) -> np.ndarray:
+        """Which ratios may be above 0."""
+        return self.spread(np.isin(DIMENSIONS, self.dimensions))
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Values of the four `DIMENSIONS`, (..., 4), given to each of their ratios, (..., 3 L + 1)."""
+        return np.repeat(values, [self.depth, self.depth, self.depth, 1], axis=-1)
 
     def counts(self, policies: np.ndarray) -> Counts:
-        """What policies (P, 2 L + 1) leave.
+        """What policies (P, 3 L + 1) leave.
 
         Of N tokens, int(N (1 - ratio)) stay where tokens go, and one more if those that go are fused; never fewer than
         the prefix and one.
         """
         policies = np.atleast_2d(policies)
-        neurons = _floor(self.neurons * (1 - policies[:, : self.depth]))
-        heads = _floor(self.heads * (1 - policies[:, self.depth : -1]))
+        ratios = np.split(policies, self.depth * np.arange(1, 4), axis=1)
+        units = [_floor(whole * (1 - ratio)) for whole, ratio in zip(self._units, ratios, strict=False)]
         n, before, after = np.full(len(policies), self.tokens), [], []
         for index in range(self.depth):
             before.append(n)
@@ -82,33 +102,34 @@ class Space:
                 fewer = _floor(n * (1 - policies[:, -1])) + self.fused
                 n = np.where(policies[:, -1] > 0, np.clip(fewer, self.prefix + 1 + self.fused, n), n)
             after.append(n)
-        return Counts(neurons, heads, np.stack(before, 1), np.stack(after, 1))
+        return Counts(*units, np.stack(before, 1), np.stack(after, 1))
 
     def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` policies, (count, 2 L + 1): ratios drawn evenly up to a limit that each dimension draws for itself.
+        """`count` policies, (count, 3 L + 1): ratios drawn evenly up to a limit that each dimension draws for itself.
 
         A third of the limits is 0, so that policies which spare a dimension are found too.
         """
-        limits = rng.random((count, 3)) * (rng.random((count, 3)) > 1 / 3)
-        limits[:, [name not in self.dimensions for name in DIMENSIONS]] = 0
-        limits[limits.sum(1) == 0] = [name in self.dimensions for name in DIMENSIONS]
-        return self.most * rng.random((count, 2 * self.depth + 1)) * np.repeat(limits, self._sizes, axis=1)
+        free = np.isin(DIMENSIONS, self.dimensions)
+        limits = rng.random((count, 4)) * (rng.random((count, 4)) > 1 / 3) * free
+        limits[limits.sum(1) == 0] = free
+        return self.most * rng.random((count, self.size)) * self.spread(limits)
 
     def near(self, rng: np.random.Generator, policies: np.ndarray, count: int) -> np.ndarray:
         """`count` policies about those given: some ratios moved a little, some heads more or less."""
         start = policies[rng.integers(len(policies), size=count)]
         spread = 10 ** rng.uniform(-2, -0.5, (count, 1))
         moved = start + spread * (rng.random(start.shape) < 1 / 3) * rng.standard_normal(start.shape)
-        heads = slice(self.depth, -1)  # any ratio above 0 takes a whole head, so they move by whole heads
+        heads = slice(self.depth, 2 * self.depth)  # any ratio above 0 takes a whole head, so they move by whole heads
         step = rng.choice([-1, 0, 1], start[:, heads].shape, p=[0.1, 0.8, 0.1]) / self.heads
         moved[:, heads] = self.removed(start)[:, heads] + step
         return np.clip(moved, 0, self.most) * self.free
 
     def removed(self, policies: np.ndarray) -> np.ndarray:
-        """The shares that really go, after rounding, of each ratio's units; for tokens that at the end: (P, 2 L + 1)."""
+        """The shares that really go, after rounding, of each ratio's units; for tokens that at the end: (P, 3 L + 1)."""
         counts = self.counts(policies)
-        left = counts.neurons / self.neurons, counts.heads / self.heads, counts.after[:, -1:] / self.tokens
-        return 1 - np.concatenate(left, axis=1)
+        left = counts.neurons, counts.heads, counts.head_dims
+        units = [count / whole for count, whole in zip(left, self._units, strict=True)]
+        return 1 - np.concatenate([*units, counts.after[:, -1:] / self.tokens], axis=1)
 
     def fitted(self, policies: np.ndarray, cost: Callable[[Counts], np.ndarray], low: float, high: float) -> np.ndarray:
         """Policies scaled, up to `most`, until their cost lies in [low, high]; those that cannot are left out."""
@@ -130,11 +151,13 @@ def _floor(x: np.ndarray) -> np.ndarray:
     return np.maximum(1, np.floor(x + 1e-9)).astype(int)
 
 
-def mac_cost(width: int, head_dims: int | np.ndarray, reduction: str) -> Callable[[Counts], np.ndarray]:
+def mac_cost(width: int, reduction: str) -> Callable[[Counts], np.ndarray]:
     """Multiply-accumulates of the blocks that policies leave."""
 
     def cost(counts: Counts) -> np.ndarray:
-        return blocks.macs(counts.heads, head_dims, counts.neurons, counts.before, counts.after, width, reduction)
+        return blocks.macs(
+            counts.heads, counts.head_dims, counts.neurons, counts.before, counts.after, width, reduction
+        )
 
     return cost
 
@@ -145,7 +168,7 @@ def budget(space: Space, cost: Callable[[Counts], np.ndarray], keep: float, tole
     Raises:
         InputError: no policy is as cheap as that.
     """
-    dense = float(cost(space.counts(np.zeros(2 * space.depth + 1)))[0])
+    dense = float(cost(space.counts(np.zeros(space.size)))[0])
     least = float(cost(space.counts(space.most * space.free))[0])
     low, high = (keep * dense * (1 + sign * tolerance) for sign in (-1, 1))
     if least > high:
@@ -157,12 +180,25 @@ def budget(space: Space, cost: Callable[[Counts], np.ndarray], keep: float, tole
 
 
 def one_ratio(space: Space, cost: Callable[[Counts], np.ndarray], low: float, high: float) -> np.ndarray:
-    """The policy of one ratio for all that may be cut that is closest to the middle of the budget, (2 L + 1,)."""
+    """The policy of one ratio for all that may be cut that is closest to the middle of the budget, (3 L + 1,)."""
     grid = np.linspace(0, space.most, 2001)[:, None] * space.free
     costs = cost(space.counts(grid))
     return grid[int(np.abs(costs - (low + high) / 2).argmin())]
 
 
-def describe(counts: Counts, names: Sequence[str] = ("neurons", "heads", "after")) -> dict[str, list[int]]:
+def simple(space: Space, cost: Callable[[Counts], np.ndarray], low: float, high: float) -> np.ndarray:
+    """The policies of one ratio for some of the dimensions that may be cut, most dimensions first, (S, 3 L + 1).
+
+    Those that the budget admits; a search that starts from them ends at least as high as the best of them.
+    """
+    sets = (each for n in range(len(space.dimensions), 0, -1) for each in itertools.combinations(space.dimensions, n))
+    found = [one_ratio(dataclasses.replace(space, dimensions=each), cost, low, high) for each in sets]
+    costs = [float(cost(space.counts(policy))[0]) for policy in found]
+    return np.array([policy for policy, c in zip(found, costs, strict=True) if low <= c <= high]).reshape(
+        -1, space.size
+    )
+
+
+def describe(counts: Counts, names: Sequence[str] = ("neurons", "heads", "head_dims", "after")) -> dict[str, list[int]]:
     """The counts of the first policy, as lists."""
     return {name: getattr(counts, name)[0].tolist() for name in names}

@@ -52,15 +52,13 @@ def seen_by(data: ImageData, criterion: Criterion) -> Split:
     return data.needs("calibration").some(criterion.samples)
 
 
-def choose(
-    scores: Sequence[Scores], neurons: Sequence[int], heads: Sequence[int], head_dims: Sequence[int] | None = None
-) -> list[Kept]:
-    """The best units of each block, as many as the counts say."""
+def choose(scores: Sequence[Scores], left: Sequence[tuple[int, int, int]]) -> list[Kept]:
+    """The best units of each block, as many as (neurons, heads, dimensions of a head) are left."""
     kept = []
-    for index, found in enumerate(scores):
-        narrower = head_dims is not None and head_dims[index] < found.v.shape[1]
-        inside = {which: _best(getattr(found, which), head_dims[index]) for which in ("qk", "v")} if narrower else {}
-        kept.append(Kept(_best(found.neurons, neurons[index]), _best(found.heads, heads[index]), **inside))
+    for found, (neurons, heads, width) in zip(scores, left, strict=True):
+        narrower = width < found.v.shape[1]
+        inside = {which: _best(getattr(found, which), width) for which in ("qk", "v")} if narrower else {}
+        kept.append(Kept(_best(found.neurons, neurons), _best(found.heads, heads), **inside))
     return kept
 
 

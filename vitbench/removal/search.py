@@ -13,7 +13,7 @@ from pydantic import Field
 from vitbench import paths, progress
 from vitbench.configs import Config
 from vitbench.errors import InputError
-from vitbench.removal.policy import Counts, Space
+from vitbench.removal.policy import Counts, Space, simple
 
 Cost = Callable[[Counts], np.ndarray]
 
@@ -24,7 +24,7 @@ class SearchConfig(Config):
     Attributes:
         how: "gp" (Gaussian process), "random" (its control), or "one_ratio" (no search: the same ratio everywhere).
         evaluations: how many policies are scored, the first ones included.
-        first: how many of them are drawn at random before the process is asked.
+        first: how many of them come before the process is asked: those of one ratio (`policy.simple`), then random ones.
         pool: how many feasible policies expected improvement chooses from, half of them about the best so far.
         seed: of all draws.
     """
@@ -38,7 +38,7 @@ class SearchConfig(Config):
 
 @dataclass(frozen=True)
 class Found:
-    """All policies that were scored, in order, (E, 2 L + 1), and their scores (E,)."""
+    """All policies that were scored, in order, (E, 3 L + 1), and their scores (E,)."""
 
     policies: np.ndarray
     scores: np.ndarray
@@ -73,7 +73,7 @@ def search(
     """Score policies whose cost lies within `limits` and return them all.
 
     Args:
-        evaluate: policy (2 L + 1,) -> score, higher is better.
+        evaluate: policy (3 L + 1,) -> score, higher is better.
         memory: a file of scores by policy; what it holds, from a search that was killed or done, is not scored again.
 
     Raises:
@@ -81,8 +81,11 @@ def search(
     """
     rng = np.random.default_rng(config.seed)
     known, policies, scores = _read(memory), [], []
+    starts = simple(space, cost, *limits)[: config.first]
     for step in progress.bar(range(config.evaluations), f"search ({config.how})", unit="policy"):
-        if config.how == "gp" and step >= config.first:
+        if step < len(starts):
+            policy = starts[step]
+        elif config.how == "gp" and step >= config.first:
             near = space.near(rng, _elite(policies, scores), config.pool // 2)
             pool = _feasible(space, cost, limits, np.concatenate([space.sample(rng, config.pool // 2), near]))
             policy = _propose(space, np.array(policies), np.array(scores), pool, config.seed)
