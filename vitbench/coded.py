@@ -55,19 +55,24 @@ class Coder(nn.Module, ABC):
 
 
 class RowCoder(Coder):
-    """Codes of one weight, a learned step for each output row (LSQ), started from the steps that round best.
+    """Codes of one weight, a learned step for each output row or each `group` of a row's weights (LSQ).
 
-    The weight is trained in units of each row's root mean square, so that one learning rate suits all.
+    The weight is trained in units of the root mean square of what shares a step, so that one learning rate suits all.
+    It starts from the given steps, or from those that round best.
     """
 
-    def __init__(self, name: str, module: nn.Module, bits: int):
+    def __init__(self, name: str, module: nn.Module, bits: int, group: int | None = None, step: Tensor | None = None):
         super().__init__()
-        self.names, self.bits, self.shape = [name], bits, module.weight.shape
+        self.names, self.bits, self.group, self.shape = [name], bits, group, module.weight.shape
         weight = module.weight.detach().flatten(1)
+        weight = weight.reshape(-1, group or weight.shape[1])
         self.register_buffer("scale", weight.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8))
         self.value = nn.Parameter(weight / self.scale)
         self.steps = LearnedStep(len(weight), bits, dim=1)
-        self.steps.start(self.value.detach())
+        if step is None:
+            self.steps.start(self.value.detach())
+        else:
+            self.steps.step.data = step.reshape(-1, 1) / self.scale
 
     def decode(self) -> dict[str, Tensor]:
         return {self.names[0]: (self.steps(self.value) * self.scale).view(self.shape)}
@@ -75,14 +80,14 @@ class RowCoder(Coder):
     def install(self, model: nn.Module) -> None:
         codes, step, _ = self.steps.export(self.value)
         old = model.get_submodule(self.names[0])
-        new = _packed_like(old, self.bits).fill(codes, step * self.scale.flatten(), old.bias)
+        new = _packed_like(old, self.bits, self.group).fill(codes, step * self.scale.flatten(), old.bias)
         vit.replace_module(model, self.names[0], new)
 
 
-def _packed_like(module: nn.Module, bits: int) -> PackedLinear | PackedConv2d:
+def _packed_like(module: nn.Module, bits: int, group: int | None) -> PackedLinear | PackedConv2d:
     bias = module.bias is not None
     if isinstance(module, nn.Linear):
-        return PackedLinear(module.in_features, module.out_features, bits, bias)
+        return PackedLinear(module.in_features, module.out_features, bits, bias, group)
     return PackedConv2d(module.in_channels, module.out_channels, module.kernel_size[0], bits, bias)
 
 

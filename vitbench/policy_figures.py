@@ -16,6 +16,14 @@ POLICY = {
 }
 
 
+def _line(place: int) -> dict[str, str]:
+    """Colour and stroke of the line at this place."""
+    return {
+        "color": COLOURS[(3, 1, 5, 4, 6, 0)[place % 6]],
+        "ls": ("-", "--", ":", "-.", (0, (6, 3)), (0, (1, 3)))[place % 6],
+    }
+
+
 def search_progress(rows: pd.DataFrame, named: dict[str, list[str]]) -> tuple[Figure, pd.DataFrame]:
     """The best score so far against the policies scored; name -> labels of the searches (one a seed): mean and range."""
     rows = subject(rows)
@@ -26,9 +34,9 @@ def search_progress(rows: pd.DataFrame, named: dict[str, list[str]]) -> tuple[Fi
         figure, axes = plt.subplots(figsize=(7.2, 3.8))
         for place, (name, labels) in enumerate(named.items()):
             best = np.array([np.maximum.accumulate(row) for row in shown["samples"][shown["label"].isin(labels)]])
-            x, colour = 1 + np.arange(best.shape[1]), COLOURS[(3, 1, 5, 4)[place % 4]]
-            axes.plot(x, best.mean(0), color=colour, ls=("-", "--", ":", "-.")[place % 4], label=name)
-            axes.fill_between(x, best.min(0), best.max(0), color=colour, alpha=0.2, lw=0)
+            x, line = 1 + np.arange(best.shape[1]), _line(place)
+            axes.plot(x, best.mean(0), **line, label=name)
+            axes.fill_between(x, best.min(0), best.max(0), color=line["color"], alpha=0.2, lw=0)
         late = np.stack([np.maximum.accumulate(row) for row in shown["samples"]])[
             :, shown["samples"].map(len).min() // 4 :
         ]
@@ -54,8 +62,7 @@ def policies(rows: pd.DataFrame, named: dict[str, str]) -> tuple[Figure, pd.Data
         for axes, (metric, what) in zip(panels[0], cut.items(), strict=True):
             for place, (label, name) in enumerate(named.items()):
                 left = shown["samples"][(shown["metric"] == metric) & (shown["label"] == label)].iloc[-1]
-                kind = {"color": COLOURS[(3, 1, 5, 4)[place % 4]], "ls": ("-", "--", ":", "-.")[place % 4]}
-                axes.step(range(len(left)), left, where="mid", **kind, label=name)
+                axes.step(range(len(left)), left, where="mid", **_line(place), label=name)
             axes.set(xlabel="block", ylabel=f"{what} left")
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -87,7 +94,7 @@ def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]
         drawn[0, 0].set_ylabel("top-1 (%)")
         drawn[0, -1].legend(fontsize=8)
         figure.suptitle(heading(rows, "one kind of unit, or all of them"), fontsize=10)
-        note(figure, "black bars: 95 % intervals; a kind that is missing could not reach the budget")
+        note(figure, "bars: 95 % intervals; a kind that is missing could not reach the budget")
     return figure, pd.DataFrame([dense, whole, *shown])
 
 

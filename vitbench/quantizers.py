@@ -14,20 +14,27 @@ def code_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def best_step(x: Tensor, bits: int, dim: int) -> Tensor:
+def best_step(
+    x: Tensor, bits: int, dim: int, importance: Tensor | None = None, signs: tuple[int, ...] = (1,)
+) -> Tensor:
     """The step with the least squared rounding error of each slice, among `CANDIDATES` shares of its largest value.
 
     Args:
         x: (rows, columns).
         dim: 1 gives every row a step (rows, 1), 0 every column one (1, columns).
+        importance: what a squared error counts, like x or broadcast to it; None: all count the same.
+        signs: of the steps tried. There is one code more below zero than above, so with a negative step the longer side
+            of a slice's values may be the positive one; it matters at 2 and 3 bits.
     """
     low, high = code_range(bits)
     top = x.abs().amax(dim=dim, keepdim=True).clamp(min=1e-8)
     best, least = top / high, torch.full_like(top, float("inf"))
     for share in torch.linspace(0.2, 1.1, CANDIDATES).tolist():
-        step = share * top / high
-        error = ((x / step).round().clamp(low, high) * step - x).square().sum(dim=dim, keepdim=True)
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+        for sign in signs:
+            step = sign * share * top / high
+            error = ((x / step).round().clamp(low, high) * step - x).square()
+            error = (error if importance is None else error * importance).sum(dim=dim, keepdim=True)
+            best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best
 
 
@@ -67,7 +74,7 @@ class LearnedStep(nn.Module):
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         low, high = code_range(self.bits)
         scale = (x.numel() * high) ** -0.5
-        step = _scale_gradient(self.step.abs().clamp(min=1e-8), scale)
+        step = _scale_gradient(torch.where(self.step < 0, -1, 1) * self.step.abs().clamp(min=1e-8), scale)
         zero = 0.0 if self.zero is None else _round(_scale_gradient(self.zero, scale))
         return _round((x / step + zero).clamp(low, high)), step, zero
 

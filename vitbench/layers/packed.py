@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from vitbench.layers.registry import runtime_layer
 
+ROWS = 256  # of a weight that are unpacked at once; a multiple of 8, so that blocks begin with a byte
+
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that `count` codes of `bits` bits take."""
@@ -54,13 +56,14 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 class _Packed(nn.Module):
-    """Packed codes of a weight tensor, one step for each output row: W = step (codes - 2^(bits-1))."""
+    """Packed codes of a weight tensor W = step (codes - 2^(bits-1)), a step for each output row or each group of a row."""
 
-    def __init__(self, shape: tuple[int, ...], bits: int, bias: bool):
+    def __init__(self, shape: tuple[int, ...], bits: int, bias: bool, group: int | None = None):
         super().__init__()
-        self.shape, self.bits = tuple(shape), bits
+        self.shape, self.bits, self.group = tuple(shape), bits, group
+        inputs = math.prod(shape[1:])
         self.register_buffer("codes", torch.zeros(packed_bytes(math.prod(shape), bits), dtype=torch.uint8))
-        self.register_buffer("step", torch.ones(shape[0]))
+        self.register_buffer("step", torch.ones((shape[0], inputs // group) if group else shape[0]))
         self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
 
     def spec(self) -> dict[str, Any]:
@@ -73,36 +76,42 @@ class _Packed(nn.Module):
         return math.prod(self.shape) + (0 if self.bias is None else self.shape[0])
 
     def fill(self, codes: Tensor, step: Tensor, bias: Tensor | None) -> "_Packed":
-        """Take signed codes in [-2^(bits-1), 2^(bits-1)) of the weight's shape, steps (out,), and the bias."""
+        """Take signed codes in [-2^(bits-1), 2^(bits-1)) of the weight's shape, steps like `step`, and the bias."""
         self.codes = pack(codes.detach() + 2 ** (self.bits - 1), self.bits)
-        self.step = step.detach().flatten().float().clone()
+        self.step = step.detach().float().reshape(self.step.shape).clone()
         self.bias = None if bias is None else bias.detach().float().clone()
         return self
 
-    def dense(self) -> Tensor:
-        """The weight in float32, made anew at each call so that only the codes stay in memory."""
-        codes = unpack(self.codes, self.bits, math.prod(self.shape)).view(self.shape[0], -1)
-        return codes.sub_(2 ** (self.bits - 1)).mul_(self.step[:, None]).view(self.shape)
+    def dense(self, start: int = 0, end: int | None = None) -> Tensor:
+        """The weight's rows from `start`, a multiple of 8, to `end` in float32, made anew at each call."""
+        end, inputs = self.shape[0] if end is None else min(end, self.shape[0]), math.prod(self.shape[1:])
+        packed = self.codes[start * inputs * self.bits // 8 : packed_bytes(end * inputs, self.bits)]
+        codes = unpack(packed, self.bits, (end - start) * inputs).sub_(2 ** (self.bits - 1))
+        return codes.view(-1, self.group or inputs).mul_(self.step[start:end].reshape(-1, 1)).view(-1, *self.shape[1:])
 
 
 @runtime_layer
 class PackedLinear(_Packed):
-    """y = x W^T + b with W in packed codes, one step for each output row; x stays in floating point.
+    """y = x W^T + b with W in packed codes, one step for each output row or each `group` of a row's weights.
 
-    Shapes: x (..., in_features) -> (..., out_features); codes uint8 (ceil(out in bits / 8),), step (out,).
+    x stays in floating point, and W is unpacked by blocks of `ROWS` rows, so that only the codes and one block are held.
+    Shapes: x (..., in_features) -> (..., out_features); codes uint8 (ceil(out in bits / 8),), step (out,) or
+    (out, in / group).
     """
 
-    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True):
-        super().__init__((out_features, in_features), bits, bias)
+    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True, group: int | None = None):
+        super().__init__((out_features, in_features), bits, bias, group)
         self.in_features, self.out_features = in_features, out_features
 
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"in_features": self.in_features, "out_features": self.out_features, **super().spec()}
+        grouped = {"group": self.group} if self.group else {}
+        return {"in_features": self.in_features, "out_features": self.out_features, **super().spec(), **grouped}
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dense().to(x.dtype), bias)
+        starts = range(0, self.out_features, ROWS)
+        y = torch.cat([F.linear(x, self.dense(start, start + ROWS).to(x.dtype)) for start in starts], dim=-1)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 @runtime_layer

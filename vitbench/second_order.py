@@ -1,0 +1,92 @@
+"""Codes that keep a linear layer's outputs instead of its weights: second-order rounding (GPTQ, Frantar et al. 2022).
+
+With H the covariance of the layer's inputs, the mean squared error of its outputs is, up to what the bias takes,
+
+    E = tr((W - Q) H (W - Q)^T),    Q_ij = s_ig q_ij
+
+with a step s for each group g of a row's weights. Columns are rounded one after the other, and what is lost in one is made
+up for by those that are not rounded yet; then steps and codes are improved in turn, each by its exact minimum.
+"""
+
+import torch
+from torch import Tensor
+
+from vitbench.quantizers import best_step, code_range
+
+BLOCK = 64  # columns whose corrections are applied at once where a row has one step
+ROWS = 32  # whose steps are solved for at once
+
+
+@torch.no_grad()
+def second_order(
+    weight: Tensor, covariance: Tensor, bits: int, group: int, damping: float = 0.01, sweeps: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Round a weight so that its outputs change least.
+
+    Args:
+        weight: (out, in).
+        covariance: of the inputs, (in, in).
+        group: inputs that share a step; divides `in`.
+        damping: added to the covariance's diagonal, in units of its mean.
+        sweeps: how often steps and codes are improved afterwards.
+
+    Returns:
+        codes (out, in), whole numbers, and steps (out, in / group), both float32. A step may be negative.
+    """
+    w, size = weight.double(), len(covariance)
+    h = covariance.double()
+    h = h + damping * h.diagonal().mean() * torch.eye(size, dtype=h.dtype)
+    codes, steps = _columns(w, h, bits, group)
+    for _ in range(sweeps):
+        steps = _better_steps(w, h, codes, steps, group)
+        codes = _better_codes(w, h, codes, steps.repeat_interleave(group, 1), bits)
+    return codes.float(), steps.float()
+
+
+def _columns(w: Tensor, h: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Column by column: with H^-1 = U^T U, the error e of column j moves the later ones by -e U_jk / U_jj."""
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    w, (low, high), block = w.clone(), code_range(bits), min(group, BLOCK)
+    codes, steps = torch.empty_like(w), torch.empty(len(w), w.shape[1] // group, dtype=w.dtype)
+    for start in range(0, w.shape[1], block):
+        end = min(start + block, w.shape[1])
+        place = start // group
+        if start % group == 0:
+            span = slice(start, start + group)
+            steps[:, place : place + 1] = best_step(w[:, span], bits, 1, u.diagonal()[span] ** -2, signs=(1, -1))
+        lost = torch.empty(len(w), end - start, dtype=w.dtype)
+        for j in range(start, end):
+            codes[:, j] = (w[:, j] / steps[:, place]).round().clamp(low, high)
+            lost[:, j - start] = (w[:, j] - codes[:, j] * steps[:, place]) / u[j, j]
+            w[:, j:end] -= torch.outer(lost[:, j - start], u[j, j:end])
+        w[:, end:] -= lost @ u[start:end, end:]
+    return codes, steps
+
+
+def _better_steps(w: Tensor, h: Tensor, codes: Tensor, steps: Tensor, group: int) -> Tensor:
+    """The steps of least error for these codes: for each row the solution of A s = c over its groups.
+
+    A_gk = q_g H_gk q_k and c_g = q_g (w H)_g. A group without codes keeps its step.
+    """
+    better = []
+    for rows in torch.arange(len(w)).split(ROWS):
+        q = codes[rows].unflatten(1, (-1, group))
+        spread = torch.diag_embed(q.mT).permute(0, 2, 3, 1).flatten(2)  # (rows, groups, in): each group in its place
+        a, c = spread @ h @ spread.mT, (spread @ (w[rows] @ h)[:, :, None])[..., 0]
+        used = q.any(dim=2)
+        a = a + torch.diag_embed((~used).to(a.dtype))
+        better.append(torch.where(used, torch.linalg.solve(a, c), steps[rows]))
+    return torch.cat(better)
+
+
+def _better_codes(w: Tensor, h: Tensor, codes: Tensor, steps: Tensor, bits: int) -> Tensor:
+    """Each column's best codes while the others stay, one column after the other."""
+    codes, (low, high) = codes.clone(), code_range(bits)
+    residual = (w - codes * steps) @ h  # of all columns; kept up to date
+    for j in range(w.shape[1]):
+        wanted = codes[:, j] + residual[:, j] / (steps[:, j] * h[j, j])
+        new = wanted.round().clamp(low, high)
+        change = (new - codes[:, j]) * steps[:, j]
+        codes[:, j] = new
+        residual -= torch.outer(change, h[j])
+    return codes
