@@ -120,10 +120,33 @@ def test_training_goes_on_from_second_order_codes(base, digits):
     assert small.blocks[0].mlp.fc1.step.shape == (256, 4)
 
 
-def test_what_cannot_be_rounded_says_why(base):
+def test_bits_by_layer_meet_a_target_of_bytes(base, digits, tmp_path):
+    """At the bytes of 3 bits everywhere: the target is met to a layer's bits, and the answers change less."""
+    x = torch.cat([batch for batch, _ in eval_batches(digits.test, base.model.recipe.preprocess)])
+    same = compress(base.model, make_config("weight_only", {"bits": 3}))
+    target = sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in same.state_dict().values())
+    small = compress(base.model, make_config("weight_only", {"target_bytes": target}), digits)
+    held = artifact.parts(artifact.save(small, tmp_path / "small"))
+    held = sum(held.values()) - held["names and recipe"]
+    assert 0.97 * target < held <= target
+    bits = {small.get_submodule(name).bits for name in vit.linears(base.model)}
+    assert len(bits) > 1
+    assert bits <= set(range(2, 9))
+    with torch.inference_mode():
+        apart = [float((model(x) - base.model(x)).square().mean()) for model in (same, small)]
+    assert apart[1] < apart[0]
+
+
+def test_what_cannot_be_rounded_says_why(base, digits):
     with pytest.raises(InputError, match=r"group = 48 does not divide the 64 inputs of blocks.0.attn.qkv; take one"):
         compress(base.model, make_config("weight_only", {"group": 48}))
     with pytest.raises(InputError, match="rounding=second_order needs calibration images and no data set was given"):
         compress(base.model, make_config("weight_only", {"rounding": "second_order"}))
+    with pytest.raises(
+        InputError, match=r"target_bytes = 1,000 is below the floor: with 2 bits in each of the 16 layers"
+    ):
+        compress(base.model, make_config("weight_only", {"target_bytes": 1000}), digits)
+    with pytest.raises(InputError, match="target_bytes needs calibration images and no data set was given"):
+        compress(base.model, make_config("weight_only", {"target_bytes": 10**6}))
     with pytest.raises(InputError, match="bits"):
         make_config("weight_only", {"bits": 9})

@@ -1,6 +1,6 @@
-"""Which rank each layer gets: as little of the model's loss as possible for a given number of weights."""
+"""What each layer gets, a rank or bits: as little of the model's loss as possible for a given saving."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vitbench.errors import InputError
@@ -33,38 +33,61 @@ class Layer:
         return [(0, 0.0, 0), *((self.saving(rank), self.lost[rank], rank) for rank in reversed(ranks))]
 
 
-def greedy(layers: Mapping[str, Layer], saving: int, step: int = 8) -> dict[str, int]:
-    """Ranks that save at least `saving` weights, by taking the cheapest step of all layers again and again.
+class OutOfReach(ValueError):
+    """The cheapest choices save `missing` less than was asked for."""
 
-    The first step of a layer, from dense to a rank, costs a lot of loss for its first few weights saved, and the next
-    steps cost less; so the steps are those along the lower convex hull of (weights saved, loss), whose costs a weight
-    rise. For a separable loss this is the optimum at each budget that it passes.
+    def __init__(self, missing: int):
+        super().__init__(f"the cheapest choices save {missing:,} too little")
+        self.missing = missing
+
+
+def spend(choices: Mapping[str, Sequence[tuple[int, float, int]]], saving: int) -> dict[str, int]:
+    """Choices that save at least `saving`, by taking the cheapest step of all layers again and again.
+
+    The first step of a layer may cost a lot of loss for little, and the next ones less; so the steps are those along the
+    lower convex hull of (saved, loss), whose costs rise. For a separable loss this is the optimum at each saving that it
+    passes.
+
+    Args:
+        choices: layer name -> (saved, loss, what is chosen), by what they save; the first saves nothing.
 
     Returns:
-        Layer name -> rank, for the layers that do not stay dense.
+        Layer name -> what is chosen, for the layers that do not keep their first choice.
+
+    Raises:
+        OutOfReach: even the last choices save less.
+    """
+    steps = []
+    for name, points in choices.items():
+        corners = _hull(points)
+        steps += [
+            ((loss - before) / (saved - start), name, chosen, saved - start)
+            for (start, before, _), (saved, loss, chosen) in zip(corners, corners[1:])
+        ]
+    found: dict[str, int] = {}
+    for _, name, chosen, saved in sorted(steps):
+        if saving <= 0:
+            break
+        found[name] = chosen
+        saving -= saved
+    if saving > 0:
+        raise OutOfReach(saving)
+    return found
+
+
+def greedy(layers: Mapping[str, Layer], saving: int, step: int = 8) -> dict[str, int]:
+    """Ranks, by name for the layers that do not stay dense, that save at least `saving` weights (`spend`).
 
     Raises:
         InputError: even the smallest ranks save less.
     """
-    steps = []
-    for name, layer in layers.items():
-        corners = _hull(layer.choices(step))
-        steps += [
-            ((loss - before) / (saved - start), name, rank, saved - start)
-            for (start, before, _), (saved, loss, rank) in zip(corners, corners[1:])
-        ]
-    ranks: dict[str, int] = {}
-    for _, name, rank, saved in sorted(steps):
-        if saving <= 0:
-            break
-        ranks[name] = rank
-        saving -= saved
-    if saving > 0:
+    try:
+        return spend({name: layer.choices(step) for name, layer in layers.items()}, saving)
+    except OutOfReach as error:
         raise InputError(
-            f"the budget is {saving:,} weights below what ranks of {step} in every layer need; give a larger keep, a "
+            f"the budget is {error.missing:,} weights below what ranks of {step} in every layer need; give a larger keep, a "
             "smaller rank_step, or more layers"
-        )
-    return ranks
+        ) from None
 
 
 def uniform(layers: Mapping[str, Layer], keep: float, step: int = 8) -> dict[str, int]:
@@ -78,7 +101,7 @@ def uniform(layers: Mapping[str, Layer], keep: float, step: int = 8) -> dict[str
     return {name: rank for name, rank in ranks.items() if layers[name].saving(rank) > 0}
 
 
-def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+def _hull(points: Sequence[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
     """The corners of the lower convex hull of points sorted by their first coordinate, from the first point on."""
     corners: list[tuple[int, float, int]] = []
     for point in points:

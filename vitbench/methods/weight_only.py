@@ -16,15 +16,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import compensation, progress
+from vitbench import compensation, moments, progress, vit
+from vitbench.allocation import OutOfReach, spend
 from vitbench.coded import CodedModel, Coding, RowCoder, ends, train_codes
 from vitbench.data import ImageData
 from vitbench.errors import InputError
+from vitbench.layers.packed import packed_bytes
 from vitbench.methods import register
+from vitbench.quantizers import best_step, code_range
 from vitbench.second_order import second_order
 from vitbench.training import TrainConfig
 from vitbench.tuning import find_teacher
 from vitbench.vit import LINEAR_TYPES, dense_layers
+
+LEAST, MOST = 2, 8  # bits
 
 
 class WeightOnly(Coding):
@@ -32,6 +37,8 @@ class WeightOnly(Coding):
 
     Attributes:
         bits: of a code.
+        target_bytes: of all tensors of the compressed model; each layer then gets 2 to 8 bits of its own, where they
+            save most for what the calibration images' loss is expected to rise, and `bits` is not used.
         group: inputs that share a step, which takes 16 bits for each group; None: a step for each output row.
         rounding: "nearest", or "second_order", which needs calibration images.
         damping: of the second order, on the covariance's diagonal, in units of its mean.
@@ -40,6 +47,7 @@ class WeightOnly(Coding):
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
     bits: int = Field(default=4, ge=2, le=8)
+    target_bytes: int | None = Field(default=None, ge=1)
     group: int | None = Field(default=None, ge=2)
     rounding: Literal["nearest", "second_order"] = "nearest"
     damping: float = Field(default=0.01, gt=0)
@@ -53,8 +61,11 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
     layers = {name: layer for found in dense_layers(model, config.layers).values() for name, layer in found.items()}
     _check_group(layers, config.group)
     teacher = find_teacher(model, config, data)
-    steps = _fit(model, layers, config, data) if config.rounding == "second_order" else {}
-    coders = [RowCoder(name, layer, config.bits, config.group, steps.get(name)) for name, layer in layers.items()]
+    bits = dict.fromkeys(layers, config.bits)
+    if config.target_bytes:
+        bits = _bits(model, layers, config, data)
+    steps = _fit(model, layers, bits, config, data) if config.rounding == "second_order" else {}
+    coders = [RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()]
     coders += ends(model, config.ends_bits)
     if not coders:
         return model
@@ -72,8 +83,59 @@ def _check_group(layers: Mapping[str, nn.Linear], group: int | None) -> None:
             )
 
 
-def _fit(
+def _bits(
     model: nn.Module, layers: Mapping[str, nn.Linear], config: WeightOnly, data: ImageData | None
+) -> dict[str, int]:
+    """Bits of each layer by greedy allocation.
+
+    What b bits cost is the second order of the loss, as mixed rank has it: the layer's sensitivity times the squared error
+    of its outputs with the nearest codes.
+    """
+    if data is None:
+        raise InputError("target_bytes needs calibration images and no data set was given; give one, or bits")
+    found = moments.collect(model, layers, data, gradients=True)
+    choices = {}
+    for name, layer in progress.bar(layers.items(), "error by bits", unit="layer"):
+        weight, covariance = layer.weight.detach(), found[name].centred()
+        groups, choices[name] = weight.reshape(-1, config.group or layer.in_features), []
+        for bits in range(MOST, LEAST - 1, -1):
+            step, (low, high) = best_step(groups, bits, dim=1), code_range(bits)
+            change = (((groups / step).round().clamp(low, high) * step).view_as(weight) - weight).double()
+            lost = float(((change @ covariance) * change).sum())
+            choices[name].append(((MOST - bits) * weight.numel(), found[name].sensitivity * lost, bits))
+    whole = _bytes(model, layers, MOST, config)
+    try:
+        return dict.fromkeys(layers, MOST) | spend(choices, 8 * (whole - config.target_bytes))
+    except OutOfReach:
+        raise InputError(
+            f"target_bytes = {config.target_bytes:,} is below the floor: with {LEAST} bits in each of the {len(layers)} layers "
+            f"all tensors take {_bytes(model, layers, LEAST, config):,} bytes; give at least that, or a larger group"
+        ) from None
+
+
+def _bytes(model: nn.Module, layers: Mapping[str, nn.Linear], bits: int, config: WeightOnly) -> int:
+    """Of all tensors with `bits` bits in each of the layers; the file adds their names and the recipe."""
+    width = getattr(torch, config.rest).itemsize
+    coded = {f"{name}.weight": (layer, bits, config.group) for name, layer in layers.items()}
+    if config.ends_bits:
+        coded |= {f"{name}.weight": (layer, config.ends_bits, None) for name, layer in vit.ends(model).items()}
+    total = 0
+    for key, tensor in model.state_dict().items():
+        if key not in coded:
+            total += tensor.numel() * width
+            continue
+        layer, own, group = coded[key]
+        steps = tensor.numel() // group if group else len(tensor)
+        total += packed_bytes(tensor.numel(), own) + steps * width
+    return total
+
+
+def _fit(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    bits: Mapping[str, int],
+    config: WeightOnly,
+    data: ImageData | None,
 ) -> dict[str, Tensor]:
     """Round the layers in place, first to last, so that they answer as in the model given. Returns their steps."""
     if data is None:
@@ -86,10 +148,9 @@ def _fit(
         layer = layers[name]
         weight = layer.weight.detach().double()
         wanted = weight + mismatch.correction(config.ridge)
-        codes, step = second_order(
-            wanted, mismatch.covariance, config.bits, config.group or layer.in_features, config.damping
-        )
-        rounded = codes * step.repeat_interleave(config.group or layer.in_features, 1)
+        group = config.group or layer.in_features
+        codes, step = second_order(wanted, mismatch.covariance, bits[name], group, config.damping)
+        rounded = codes * step.repeat_interleave(group, 1)
         if layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros(layer.out_features))
         layer.bias.data += mismatch.bias(rounded - weight).float()
