@@ -72,7 +72,8 @@ def test_packed_layers_are_dense_layers_with_their_weights():
 def test_every_layer_is_built_again_from_its_spec(name):
     made = {
         "DynamicInt8Linear": lambda: layers.DynamicInt8Linear(4, 3),
-        "PackedLinear": lambda: PackedLinear(4, 3, 5, bias=False),
+        "StaticInt8Linear": lambda: layers.StaticInt8Linear(4, 3, input_step=0.02, input_zero=17),
+        "PackedLinear": lambda: PackedLinear(4, 3, 5, bias=False, group=2),
         "PackedConv2d": lambda: PackedConv2d(3, 2, 4, 8),
         "SharedFactor": lambda: SharedFactor(3, 4, 4),
         "FactoredLinear": lambda: FactoredLinear(4, 3, 2, 4, "fc1", order="cheapest"),

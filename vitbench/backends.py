@@ -15,6 +15,7 @@ from vitbench.recipe import Recipe
 sys.modules.setdefault("openvino_telemetry", None)
 
 TOLERANCE = 1e-3  # largest difference from eager's logits, relative to the largest logit
+ROUNDED = 0.1  # the same where activations are rounded: a sum that differs in its last bit may get another code
 
 
 def eager(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -64,11 +65,29 @@ def prepare(backend: str, model: nn.Module, x: Tensor) -> Callable[[Tensor], Ten
     call = BACKENDS[one_of("backend", backend, BACKENDS)](model, x)
     wanted = model(x)
     apart = float((call(x) - wanted).abs().max() / wanted.abs().max())
-    if apart > TOLERANCE:
+    allowed = ROUNDED if any(hasattr(module, "rounds_inputs") for module in model.modules()) else TOLERANCE
+    if apart > allowed:
         raise RuntimeError(
-            f"{backend} differs from eager by {apart:.1e} of the largest logit; at most {TOLERANCE} is allowed"
+            f"{backend} differs from eager by {apart:.1e} of the largest logit; at most {allowed} is allowed"
         )
     return call
+
+
+class Prepared(nn.Module):
+    """A model that answers batches of any size from a backend prepared for `batch` images; short ones are filled up."""
+
+    def __init__(self, backend: str, model: nn.Module, batch: int = 8):
+        super().__init__()
+        self.recipe, self.batch, size = model.recipe, batch, model.recipe.preprocess.size
+        with torch.inference_mode():
+            self.call = prepare(backend, model, torch.randn(batch, 3, size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = []
+        for part in x.split(self.batch):
+            missing = self.batch - len(part)
+            parts.append(self.call(torch.cat([part, part.new_zeros(missing, *part.shape[1:])]))[: len(part)].clone())
+        return torch.cat(parts)
 
 
 def available(backend: str) -> None:

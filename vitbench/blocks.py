@@ -43,6 +43,17 @@ def shapes(model: nn.Module) -> tuple[BlockShape, ...]:
     )
 
 
+def norms_before(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layer -> the LayerNorm whose output is its input and nothing else's."""
+    pairs = {"attn.qkv": "norm1", "mlp.fc1": "norm2"}
+    return {
+        f"blocks.{index}.{layer}": block.get_submodule(norm)
+        for index, block in enumerate(model.blocks)
+        for layer, norm in pairs.items()
+        if isinstance(block.get_submodule(norm), nn.LayerNorm)
+    }
+
+
 def build(model: nn.Module, architecture: Architecture) -> None:
     """Give the blocks the sizes that `architecture` says, in place, with new weights; nothing if it says none.
 

@@ -116,8 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")
     size.add_argument("--rounds", type=int, default=60, help="timed calls of each model (default: 60)")
     size.add_argument(
-        "--backend", default="eager", help="what runs the timed models: eager, onnxruntime or openvino (default: eager)"
+        "--backend", default="eager", help="what runs it: eager, onnxruntime or openvino (default: eager)"
     )
+    size.add_argument("--versus-backend", default="", help="what runs the baseline (default: the same)")
     size.add_argument(
         "--what",
         nargs="+",
@@ -259,7 +260,8 @@ def _measure(options: argparse.Namespace) -> int:
     from vitbench.measure import measure
     from vitbench.runs import Run
 
-    backends.available(options.backend)
+    for backend in (options.backend, options.versus_backend or options.backend):
+        backends.available(backend)
     for model in filter(None, (options.model, options.versus)):
         artifact.read_manifest(model)
     data = _data(options)
@@ -272,6 +274,7 @@ def _measure(options: argparse.Namespace) -> int:
         threads=options.threads,
         rounds=options.rounds,
         backend=options.backend,
+        versus_backend=options.versus_backend,
         what=options.what,
     )
     _print_results(Path(options.out))

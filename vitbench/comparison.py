@@ -110,10 +110,14 @@ def in_backend(rows: pd.DataFrame, backend: str = EAGER) -> pd.Series:
 
 
 def value(
-    rows: pd.DataFrame, method: str, metric: str, batch: int | None = None, backend: str = EAGER
+    rows: pd.DataFrame, method: str, metric: str, batch: int | None = None, backend: str = EAGER, versus: str = ""
 ) -> pd.Series | None:
-    """The last row of a metric of the method with that label (at a batch size, in a backend), or None."""
+    """The last row of a metric of the method with that label (at a batch size, in a backend), or None.
+
+    `versus` is the backend that a ratio's baseline ran in, by default the same.
+    """
     chosen = (rows["label"] == method) & (rows["metric"] == metric) & in_backend(rows, backend)
+    chosen &= rows["versus_backend"].eq(versus) if versus else rows["versus_backend"].isna()
     if batch is not None:
         chosen &= rows["batch"] == batch
     found = rows[chosen]

@@ -25,7 +25,7 @@ from vitbench.errors import InputError
 SCHEMA_VERSION = 1
 IDENTITY = ("model", "dataset", "data_fingerprint", "method", "config", "seed", "metric", "context")
 GROUPS = ("accuracy", "size", "weights", "outputs", "latency", "memory")  # of metrics, as `measure` takes them
-CONTEXT_COLUMNS = ("backend", "batch", "threads", "device", "split", "versus")
+CONTEXT_COLUMNS = ("backend", "versus_backend", "batch", "threads", "device", "split", "versus")
 
 
 class Row(Config):

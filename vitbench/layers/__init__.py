@@ -5,7 +5,7 @@ buffers, so that they are saved as they are.
 """
 
 from vitbench.layers.factored import FactoredLinear, SharedFactor
-from vitbench.layers.int8 import DynamicInt8Linear, flop_formulas
+from vitbench.layers.int8 import DynamicInt8Linear, StaticInt8Linear, flop_formulas
 from vitbench.layers.low_rank import LowRankLinear, SplitLinear
 from vitbench.layers.packed import PackedConv2d, PackedLinear, pack, unpack
 from vitbench.layers.registry import RUNTIME_LAYERS
@@ -19,6 +19,7 @@ __all__ = [
     "PackedLinear",
     "SharedFactor",
     "SplitLinear",
+    "StaticInt8Linear",
     "flop_formulas",
     "pack",
     "unpack",

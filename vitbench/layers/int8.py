@@ -1,4 +1,4 @@
-"""A linear layer whose product is made in 8-bit integers."""
+"""Linear layers whose product is made in 8-bit integers."""
 
 import warnings
 from typing import Any
@@ -74,6 +74,54 @@ class DynamicInt8Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # packed weights belong to this process
+
+
+@runtime_layer
+class StaticInt8Linear(nn.Module):
+    """y = x W^T + b with W in int8 and x quantized to 8 bits over a range that was fixed when the layer was made.
+
+    W ~ scale[:, None] * weight, with one scale for each output row, and x ~ input_step (q - input_zero), q in [0, 255].
+    PyTorch rounds x and multiplies in floating point: the same numbers, without the speed. A backend that knows integer
+    kernels finds the rounding and the codes in the graph and makes the product in integers.
+
+    Shapes: x (..., in_features) -> (..., out_features); weight int8 (out, in), scale (out,), bias (out,) or None.
+    """
+
+    portable = True
+    rounds_inputs = True
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, input_step: float = 1.0, input_zero: int = 0
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.input_step, self.input_zero = input_step, input_zero
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(out_features))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    def spec(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "input_step": self.input_step,
+            "input_zero": self.input_zero,
+        }
+
+    @property
+    def param_count(self) -> int:
+        """Weights and biases."""
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+
+    def dense(self) -> Tensor:
+        """W (out, in) as it is after rounding, float32."""
+        return self.weight.float() * self.scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.fake_quantize_per_tensor_affine(x, self.input_step, self.input_zero, 0, 255)
+        return F.linear(x, self.dense(), self.bias)
 
 
 def _int8_engine() -> str:

@@ -45,6 +45,7 @@ def measure(
     rounds: int = 60,
     device: str = "auto",
     backend: str = "eager",
+    versus_backend: str = "",
     what: Sequence[str] = GROUPS,
 ) -> pd.DataFrame:
     """Measure the model saved at `path` and write one row a metric to `run`; what is there already is not done again.
@@ -57,7 +58,8 @@ def measure(
         threads: of the timed process.
         rounds: how often each model is timed.
         device: where accuracy is computed. Latency and memory are those of the CPU.
-        backend: what runs the timed models, eager, onnxruntime or openvino (see `vitbench.backends`).
+        backend: what scores and times the model, eager, onnxruntime or openvino (see `vitbench.backends`).
+        versus_backend: what times `versus`; by default the same.
         what: which of accuracy, size, weights and outputs (their errors; need `versus`), latency and memory to measure.
 
     Returns:
@@ -70,7 +72,9 @@ def measure(
         )
     for group in what:
         one_of("group of metrics", group, GROUPS)
-    backends.available(backend)
+    versus_backend = versus_backend or backend
+    for each in (backend, versus_backend):
+        backends.available(each)
     manifest = artifact.read_manifest(path)
     outputs = manifest.recipe.architecture.num_classes
     if outputs != len(data.classes):
@@ -81,7 +85,7 @@ def measure(
     about = _about(manifest.recipe, data)
     done = run.done()
     todo, wanted = [], set()
-    for group in _groups(path, data, versus, batches, threads, rounds, device, backend):
+    for group in _groups(path, data, versus, batches, threads, rounds, device, (backend, versus_backend)):
         if group.title not in what:
             continue
         rows = [
@@ -119,19 +123,21 @@ def _measured(group: _Group, rows: list[Row]) -> list[Row]:
     return [row.having(metric=value.metric, **value.fields()) for row, value in zip(rows, values, strict=True)]
 
 
-def _groups(path, data, versus, batches, threads, rounds, device, backend) -> Iterable[_Group]:
-    test = data.needs("test")
+def _groups(path, data, versus, batches, threads, rounds, device, run_by) -> Iterable[_Group]:
+    test, (backend, versus_backend) = data.needs("test"), run_by
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
+    context |= {} if backend == "eager" else {"backend": backend}
     metrics = ["top1", "top5"] if len(data.classes) > 5 else ["top1"]
     slots = [(metric, "fraction", context) for metric in metrics]
-    yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device))
+    own = artifact.read_manifest(path).recipe
+    obstacle = backends.obstacle(backend, own)
+    yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device, backend), obstacle)
 
     units = {"params": "weights", "macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
     slots = [(metric, unit, {}) for metric, unit in units.items()]
     slots += [("part_bytes", "bytes", {"part": part}) for part in artifact.parts(path)]
     yield _Group("size", slots, lambda: cost.cost(path))
 
-    own = artifact.read_manifest(path).recipe
     other = artifact.read_manifest(versus) if versus else None
     against = {"versus": f"{other.recipe.method}:{other.sha256[:12]}"} if other else {}
     names = weights.coded_layers(own)
@@ -150,6 +156,7 @@ def _groups(path, data, versus, batches, threads, rounds, device, backend) -> It
 
     machine = {"threads": threads, "device": f"cpu: {environment.cpu_name()}"}
     timed = {**machine, "backend": backend, "rounds": rounds, **against}
+    timed |= {"versus_backend": versus_backend} if other and versus_backend != backend else {}
     slots = [
         (metric, unit, {**timed, "batch": batch})
         for batch in batches
@@ -158,8 +165,8 @@ def _groups(path, data, versus, batches, threads, rounds, device, backend) -> It
     yield _Group(
         "latency",
         slots,
-        lambda: timing.latency(path, versus, batches, threads, rounds, backend),
-        backends.obstacle(backend, own),
+        lambda: timing.latency(path, versus, batches, threads, rounds, backend, versus_backend),
+        obstacle,
     )
 
     slots = [

@@ -25,16 +25,20 @@ def metrics(against_baseline: bool) -> dict[str, str]:
 
 
 def latency(
-    path: Path, versus: str | Path, batches: Sequence[int], threads: int, rounds: int, backend: str
+    path: Path,
+    versus: str | Path,
+    batches: Sequence[int],
+    threads: int,
+    rounds: int,
+    backend: str,
+    versus_backend: str,
 ) -> Iterator[Value]:
     """Time the model at `path`, in turn with the one at `versus` if given, in a child process, batch size by batch size."""
-    models = [str(path), *([str(versus)] if versus else [])]
+    models = [(str(path), backend), *([(str(versus), versus_backend)] if versus else [])]
     with FileLock(
         writable_folder(model_cache(), "cache") / "timing.lock"
     ):  # two timings at once would disturb each other
-        timed = in_child("time_models", threads, models=models, batches=list(batches), rounds=rounds, backend=backend)[
-            "times"
-        ]
+        timed = in_child("time_models", threads, models=models, batches=list(batches), rounds=rounds)["times"]
     for times in timed:
         own = times[0]
         how = f"measured: {len(own)} calls in a fresh process after warm-up{', in turn with the baseline' if versus else ''}"
@@ -46,24 +50,24 @@ def latency(
 
 
 @job
-def time_models(models: list[str], batches: list[int], rounds: int, backend: str) -> dict[str, Any]:
-    """Milliseconds of each call: `times[batch][model]` is a list. The order within a round alternates."""
+def time_models(models: list[tuple[str, str]], batches: list[int], rounds: int) -> dict[str, Any]:
+    """Milliseconds of each call of each (path, backend): `times[batch][model]` is a list. The order in a round alternates."""
     import torch
 
     from vitbench import artifact
 
-    loaded = [artifact.load(path) for path in models]
+    loaded, run_by = [artifact.load(path) for path, _ in models], [backend for _, backend in models]
     with torch.inference_mode():
-        return {"times": [_time_batch(loaded, batch, rounds, backend) for batch in batches]}
+        return {"times": [_time_batch(loaded, run_by, batch, rounds) for batch in batches]}
 
 
-def _time_batch(models: list, batch: int, rounds: int, backend: str) -> list[list[float]]:
+def _time_batch(models: list, run_by: list[str], batch: int, rounds: int) -> list[list[float]]:
     import torch
 
     from vitbench import backends
 
     inputs = [torch.randn(batch, 3, size, size) for size in (model.recipe.preprocess.size for model in models)]
-    ready = [backends.prepare(backend, model, x) for model, x in zip(models, inputs, strict=True)]
+    ready = [backends.prepare(backend, model, x) for backend, model, x in zip(run_by, models, inputs, strict=True)]
 
     def call(i: int) -> float:
         start = time.perf_counter()

@@ -1,0 +1,141 @@
+"""Static int8: ranges, channels evened out, what becomes of the answers, and a backend's integer kernels."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+
+from vitbench import artifact, backends, comparison, vit
+from vitbench.batches import eval_batches
+from vitbench.errors import InputError
+from vitbench.layers import StaticInt8Linear
+from vitbench.measure import measure
+from vitbench.methods import compress, make_config
+from vitbench.methods.static_int8 import _channels, _equalise, least_error_range
+from vitbench.runs import Run
+from vitbench.training import evaluate
+
+needs_openvino = pytest.mark.skipif(
+    not importlib.util.find_spec("openvino"), reason="the extra openvino is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def small(base, digits):
+    return compress(base.model, make_config("static_int8"), digits)
+
+
+def rounding_error(values, low, high):
+    step = (high - low) / 255
+    zero = round(-low / step)
+    return float((torch.fake_quantize_per_tensor_affine(values, step, zero, 0, 255) - values).square().mean())
+
+
+def test_a_layer_is_its_whole_numbers():
+    """The product of codes, written out in integers."""
+    torch.manual_seed(0)
+    layer, x = StaticInt8Linear(6, 4, input_step=0.05, input_zero=90), 3 * torch.randn(10, 6)
+    layer.weight = torch.randint(-127, 128, (4, 6), dtype=torch.int8)
+    layer.scale, layer.bias = torch.rand(4), torch.randn(4)
+    codes = ((x / 0.05).round() + 90).clamp(0, 255).long()
+    product = (codes - 90) @ layer.weight.long().T
+    assert torch.allclose(layer(x), product * 0.05 * layer.scale + layer.bias, atol=1e-3)
+    assert int((codes == 0).sum()) > 0, "some values lie outside"
+
+
+def test_the_range_with_the_least_error_is_lopsided_and_cuts_outliers():
+    torch.manual_seed(0)
+    values = torch.cat([torch.nn.functional.gelu(torch.randn(2_000_000)), torch.tensor([20.0])])
+    low, high = float(values.min()), float(values.max())
+    found = least_error_range(torch.histc(values, 2048, low, high).double(), low, high)
+    assert rounding_error(values, *found) < 0.5 * rounding_error(values, low, high)
+    assert found[1] < 10
+    assert -found[0] < 0.1 * found[1]
+    flat = least_error_range(torch.ones(2048).double(), -1.0, 1.0)
+    assert flat == pytest.approx((-1, 1), abs=0.1)
+
+
+def test_evening_out_channels_changes_no_answer(base, digits):
+    model = copy.deepcopy(base.model)
+    with torch.no_grad():
+        model.blocks[0].norm1.weight[3] *= 30  # one channel far above the others
+    layers, x = vit.linears(model), torch.randn(4, 3, 8, 8)
+    before, seen = model(x), _channels(model, layers, digits.calibration)
+    reach = {name: torch.maximum(c.low.abs(), c.high.abs()) for name, c in seen.items()}
+    _equalise(model, layers, seen, 0.5)
+    after = _channels(model, layers, digits.calibration)
+    assert torch.allclose(model(x), before, atol=1e-4)
+    for name, found in after.items():
+        assert torch.allclose(found.high, seen[name].high, rtol=1e-3, atol=1e-5)
+    name = "blocks.0.attn.qkv"
+    now = torch.maximum(after[name].low.abs(), after[name].high.abs())
+    assert now.max() / now.median() < 0.6 * reach[name].max() / reach[name].median()
+
+
+def test_answers_stay_and_compensation_helps(base, digits, small):
+    wanted = evaluate(base.model, digits.test).top1.mean()
+    assert evaluate(small, digits.test).top1.mean() > wanted - 0.01
+    x, apart = torch.cat([batch for batch, _ in eval_batches(digits.test, base.model.recipe.preprocess)]), {}
+    for compensation in (False, True):
+        config = make_config("static_int8", {"compensation": compensation})
+        made = compress(base.model, config, digits)
+        with torch.inference_mode():
+            apart[compensation] = float((made(x) - base.model(x)).square().mean())
+    assert apart[True] < apart[False]
+
+
+def test_the_file_is_small_and_loads_as_it_was(base, small, tmp_path):
+    path, dense = artifact.save(small, tmp_path / "small"), artifact.save(base.model, tmp_path / "base")
+    assert artifact.size_on_disk(path) < 0.32 * artifact.size_on_disk(dense)
+    x = torch.randn(3, 3, 8, 8)
+    loaded = artifact.load(path)
+    assert torch.equal(loaded(x), small(x))
+    layer = loaded.blocks[1].mlp.fc2
+    assert isinstance(layer, StaticInt8Linear)
+    assert layer.weight.dtype == torch.int8
+    assert 0 < layer.input_zero < 60, "what comes out of GELU hardly goes below zero"
+
+
+def test_no_images_no_ranges(base):
+    with pytest.raises(InputError, match="static_int8 fixes ranges on calibration images and no data set was given"):
+        compress(base.model, make_config("static_int8"))
+
+
+@needs_openvino
+def test_openvino_multiplies_in_integers(small):
+    """Its compiled graph holds 8-bit matrix products, one for each quantized layer."""
+    x = torch.randn(8, 3, 8, 8)
+    call = backends.openvino(small, x)
+    compiled = call.__closure__[0].cell_contents
+    kinds = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    products = [
+        str(kind["runtimePrecision"].astype(str)) for kind in kinds if "FullyConnected" in kind["layerType"].astype(str)
+    ]
+    layers = sum(isinstance(module, StaticInt8Linear) for module in small.modules())
+    assert sum(kind in ("u8", "i8") for kind in products) == layers == 16
+    backends.prepare("openvino", small, x)
+
+
+@needs_openvino
+def test_openvino_scores_and_times_against_eager(base, small, digits, tmp_path):
+    path, run = artifact.save(small, tmp_path / "small"), Run(tmp_path / "run")
+    measure(base.path, digits, run, what=("accuracy",))
+    rows = measure(
+        path,
+        digits,
+        run,
+        versus=base.path,
+        what=("accuracy", "latency"),
+        backend="openvino",
+        versus_backend="eager",
+        rounds=10,
+        batches=[1],
+    )
+    assert set(rows["backend"]) == {"openvino"}
+    rows = comparison.subject(run.rows())
+    assert comparison.value(rows, "static_int8", "latency_ratio", 1, "openvino") is None
+    assert comparison.value(rows, "static_int8", "latency_ratio", 1, "openvino", versus="eager")["value"] > 0
+    top1 = comparison.value(rows, "static_int8", "top1", backend="openvino")
+    assert top1["value"] == pytest.approx(evaluate(small, digits.test).top1.mean(), abs=0.01)
+    assert top1["context"]["images"] == len(digits.test)
