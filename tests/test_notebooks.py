@@ -118,6 +118,7 @@ SHORT = [
     "keeps=[0.4]",
     "evaluations=6",
     "budgets=[0.75]",
+    "weight_bits=[3]",
     "search_seeds=[0,1]",
 ]
 RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]

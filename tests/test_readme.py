@@ -168,14 +168,16 @@ def test_the_readmes_costs_of_mixed_rank_are_the_reference_rows():
 
 
 SEARCHED = ROOT / "results" / "reference" / "multidimensional-cifar10"
-ALL = ("neurons", "heads", "tokens")
+ALL = ("neurons", "head_dims", "tokens")
 POLICIES = {  # name in the README -> how the policy was found, and what may go
-    "the same ratio for all": ("one_ratio", ALL),
     "all three, searched": ("gp", ALL),
     "neurons alone, searched": ("gp", ("neurons",)),
-    "heads alone, searched": ("gp", ("heads",)),
+    "dimensions of heads alone, searched": ("gp", ("head_dims",)),
     "tokens alone, searched": ("gp", ("tokens",)),
+    "all three and whole heads, searched": ("gp", ("neurons", "heads", "head_dims", "tokens")),
+    "all three, the same ratio": ("one_ratio", ALL),
 }
+BUDGETS = (0.8, 0.6, 0.45)
 PLAIN, FREE, DISTILLED = "labels", "not trained", "distilled"
 
 
@@ -194,7 +196,7 @@ def policy_rows(metric="top1"):
 def policy_lines():
     """A line for each policy and budget that was run: MACs left, top-1 not trained and fine-tuned."""
     top1, macs, dense = policy_rows(), policy_rows("macs"), value(subject(load_records(SEARCHED)), "baseline", "macs")
-    for keep in (0.8, 0.6):
+    for keep in BUDGETS:
         for name, kind in POLICIES.items():
             each = [top1.get((*kind, keep, tuned)) for tuned in (FREE, DISTILLED)]
             if all(row is not None for row in each):
@@ -226,16 +228,17 @@ def search_gain(folder):
 
 def test_the_readmes_policies_are_the_reference_rows():
     lines, readme = list(policy_lines()), " ".join((ROOT / "README.md").read_text().split())
-    assert len(lines) == 7
+    assert len(lines) >= 13
     for line in lines:
         assert line in (ROOT / "README.md").read_text()
     top1, dense = policy_rows(), baseline_row("top1")
     small = top1["gp", ALL, 0.6, DISTILLED]
     assert f"is {apart(small, dense)} points from the baseline" in readme
-    for name in ("neurons", "tokens"):
-        for tuned in (FREE, DISTILLED):
-            row = top1.get(("gp", (name,), 0.6, tuned))
-            assert row is None or apart(top1["gp", ALL, 0.6, tuned], row) in readme
+    for keep in BUDGETS:
+        for name in ("neurons", "head_dims", "tokens"):
+            for tuned in (FREE, DISTILLED):
+                row = top1.get(("gp", (name,), keep, tuned))
+                assert row is None or apart(top1["gp", ALL, keep, tuned], row) in readme, (keep, name, tuned)
     for folder in (SEARCHED, ROOT / "results" / "reference" / "digits-pruning"):
         assert search_gain(folder) in readme
 
@@ -243,3 +246,50 @@ def test_the_readmes_policies_are_the_reference_rows():
 def baseline_row(metric):
     rows = subject(load_records(SEARCHED))
     return next(rows[(rows["metric"] == metric) & (rows["method"] == "baseline")].itertuples())
+
+
+ROUNDED = ROOT / "results" / "reference" / "quantization-imagenet-sample"
+
+
+def rounded_rows():
+    """(what was done, bits) -> label of each weight-only model without training, and of static int8."""
+    rows, found = subject(load_records(ROUNDED)), {}
+    for row in rows[(rows["metric"] == "top1") & rows["backend"].isna()].itertuples():
+        if row.method == "weight_only":
+            config = row.config["methods"][0]["config"]
+            kind = config["rounding"].replace("_", " ") + (
+                f", groups of {config['group']}" if config["group"] else ", a step a row"
+            )
+            if config["target_bytes"]:
+                kind, config = kind + ", bits by layer", {**config, "bits": "2 to 8"}
+            found.setdefault((kind, config["bits"]), []).append(row.label)
+        elif row.method in ("static_int8", "dynamic_int8"):
+            found.setdefault((row.method.replace("_", " "), 8), []).append(row.label)
+    return rows, [(kind, bits, label) for (kind, bits), labels in found.items() for label in labels]
+
+
+def rounded_lines():
+    """A line for each rounded model: bits, MB, top-1 and how far it is from fp32."""
+    rows, found = rounded_rows()
+    dense = value(rows, "baseline", "top1")
+    for kind, bits, label in found:
+        top1, size = value(rows, label, "top1"), value(rows, label, "bytes")
+        if kind.startswith("static") and label != "static_int8":
+            continue
+        cells = f"{100 * top1['value']:.1f} [{100 * top1['low']:.1f}, {100 * top1['high']:.1f}]"
+        yield f"| {kind} | {bits} | {size['value'] / 1e6:.2f} | {cells} | {apart(top1, dense)} |"
+
+
+def test_the_readmes_quantization_is_the_reference_rows():
+    lines, text = list(rounded_lines()), (ROOT / "README.md").read_text()
+    assert len(lines) >= 14
+    for line in lines:
+        assert line in text
+    readme, (rows, found) = " ".join(text.split()), rounded_rows()
+    group = {(kind, bits): value(rows, label, "top1") for kind, bits, label in found}
+    for bits in (4, 3, 2):
+        gained = apart(group["second order, groups of 32", bits], group["nearest, groups of 32", bits])
+        assert f"{gained} at {bits} bits" in readme
+    for versus, method in (("eager", "static_int8"), ("eager", "baseline"), ("", "static_int8")):
+        ratio = [value(rows, method, "latency_ratio", batch, "openvino", versus=versus) for batch in (1, 8)]
+        assert "{:.2f} and {:.2f}".format(*(row["value"] for row in ratio)) in readme
