@@ -88,9 +88,9 @@ def test_answers_stay_and_compensation_helps(base, digits, small):
 def test_the_file_is_small_and_loads_as_it_was(base, small, tmp_path):
     path, dense = artifact.save(small, tmp_path / "small"), artifact.save(base.model, tmp_path / "base")
     assert artifact.size_on_disk(path) < 0.32 * artifact.size_on_disk(dense)
-    x = torch.randn(3, 3, 8, 8)
-    loaded = artifact.load(path)
-    assert torch.equal(loaded(x), small(x))
+    x, loaded = torch.randn(3, 3, 8, 8), artifact.load(path)
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in small.state_dict().items())
+    assert torch.allclose(loaded(x), small(x), atol=0.1)  # a sum that differs in its last bit may get another code
     layer = loaded.blocks[1].mlp.fc2
     assert isinstance(layer, StaticInt8Linear)
     assert layer.weight.dtype == torch.int8
