@@ -86,7 +86,7 @@ def test_a_file_is_bits_times_weights_and_steps(base, tmp_path, bits, group):
     assert artifact.parts(path)["block weights"] == pytest.approx(predicted, rel=1e-6)
     x, loaded = torch.randn(3, 3, 8, 8), artifact.load(path)
     assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in small.state_dict().items())
-    assert torch.allclose(loaded(x), small(x), atol=1e-4)  # the last bit depends on where tensors lie in memory
+    assert torch.allclose(loaded(x), small(x), atol=1e-4)  # kernels may differ in the last bit
 
 
 def test_weights_are_unpacked_by_blocks_of_rows():
