@@ -76,7 +76,7 @@ def test_fewer_tokens_saved_counted_and_fused(reduction, deit, tmp_path):
     if reduction.startswith("hsic"):
         small.blocks.scores.copy_(torch.rand(17))
     loaded, x = artifact.load(artifact.save(small, tmp_path / "small")), torch.randn(2, 3, 64, 64)
-    assert torch.equal(loaded(x), small(x))
+    assert torch.allclose(loaded(x), small(x), atol=1e-5)
     states = loaded.blocks.states(tokens.State(vit.embedded(loaded, x), source=torch.arange(17).expand(2, -1)))
     assert [state.x.shape[1] for state in states] == [17, 17, 12, 12, 7]
     assert (states[-1].source[:, 0] == 0).all()

@@ -164,7 +164,7 @@ def test_heads_get_ranks_of_their_own(base, digits, tmp_path):
     assert not any(isinstance(module, SplitLinear) for module in whole.modules())
     path = artifact.save(split, tmp_path / "split")
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(artifact.load(path)(x), split(x))
+    assert torch.allclose(artifact.load(path)(x), split(x), atol=1e-5)
     names = coded_layers(artifact.read_manifest(path).recipe)
     assert "blocks.0.attn.qkv" in names
     assert not any("parts" in name for name in names)

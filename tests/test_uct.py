@@ -52,7 +52,7 @@ def test_published_shapes_fit_the_published_sizes(published):
     assert sum(artifact.parts(path).values()) == size
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.equal(artifact.load(path)(x), small(x))
+        assert torch.allclose(artifact.load(path)(x), small(x), atol=1e-5)
 
 
 @torch.inference_mode()
