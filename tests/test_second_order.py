@@ -52,6 +52,17 @@ def test_outputs_change_less_than_by_the_nearest_codes(layer, bits, group):
     assert errors == sorted(errors, reverse=True)
 
 
+def test_groups_of_any_size_get_steps_of_their_own():
+    """96 does not divide into the blocks of columns that are corrected together."""
+    torch.manual_seed(0)
+    weight = torch.cat([torch.randn(8, 96), 100 * torch.randn(8, 96)], 1)
+    codes, step = second_order(weight, torch.eye(192).double(), 4, 96)
+    assert float((step[:, 1] / step[:, 0]).abs().min()) > 10
+    assert lost(weight, codes * step.repeat_interleave(96, 1), torch.eye(192).double()) < 0.02 * float(
+        weight.square().sum()
+    )
+
+
 def test_one_column_after_the_other_is_optimal_for_two_columns():
     """Of two correlated inputs the second makes up for the first: here its best code is not the nearest."""
     covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]]).double()

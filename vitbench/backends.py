@@ -15,9 +15,8 @@ from vitbench.recipe import Recipe
 sys.modules.setdefault("openvino_telemetry", None)
 
 TOLERANCE = 1e-3  # largest difference from eager's logits, relative to the largest logit
-ROUNDED = (
-    0.3  # the same where activations are rounded: sums that differ in the last bit get other codes, in every layer
-)
+# the same where activations are rounded: a sum that differs in its last bit may get another code, in every layer
+ROUNDED = 0.3
 
 
 def eager(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:

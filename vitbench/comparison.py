@@ -104,24 +104,41 @@ def methods(rows: pd.DataFrame) -> list[str]:
     return sorted(dict.fromkeys((timed if len(timed) else rows)["label"]), key=lambda label: label != "baseline")
 
 
-def in_backend(rows: pd.DataFrame, backend: str = EAGER) -> pd.Series:
-    """Which rows were measured in `backend`, or have no backend at all (accuracy, bytes)."""
-    return (rows["backend"] == backend) | rows["backend"].isna()
+def in_backend(rows: pd.DataFrame, backend: str = EAGER, versus: str = "") -> pd.Series:
+    """Which rows were measured in `backend`, or have no backend at all (bytes, eager accuracy).
+
+    `versus` is the backend that a ratio's baseline ran in, by default the same.
+    """
+    own = (rows["backend"] == backend) | rows["backend"].isna()
+    return own & (rows["versus_backend"].eq(versus) if versus else rows["versus_backend"].isna())
 
 
 def value(
     rows: pd.DataFrame, method: str, metric: str, batch: int | None = None, backend: str = EAGER, versus: str = ""
 ) -> pd.Series | None:
-    """The last row of a metric of the method with that label (at a batch size, in a backend), or None.
+    """The last row of a metric of the method with that label (at a batch size, `in_backend`), or None.
 
-    `versus` is the backend that a ratio's baseline ran in, by default the same.
+    A row of that very backend goes before one without.
     """
-    chosen = (rows["label"] == method) & (rows["metric"] == metric) & in_backend(rows, backend)
-    chosen &= rows["versus_backend"].eq(versus) if versus else rows["versus_backend"].isna()
+    chosen = (rows["label"] == method) & (rows["metric"] == metric) & in_backend(rows, backend, versus)
     if batch is not None:
         chosen &= rows["batch"] == batch
     found = rows[chosen]
+    exact = found[found["backend"] == backend]
+    found = exact if len(exact) else found
     return found.iloc[-1] if len(found) else None
+
+
+def percent(rows: pd.DataFrame, label: str, backend: str = EAGER) -> str:
+    """Top-1 in per cent with its 95 % interval, as tables show it; "-" where it was not measured."""
+    row = value(subject(rows), label, "top1", backend=backend)
+    return "-" if row is None else f"{100 * row.value:.2f} [{100 * row.low:.2f}, {100 * row.high:.2f}]"
+
+
+def points(rows: pd.DataFrame, first: str, second: str) -> str:
+    """`paired_top1` in points with its 95 % interval and p, as tables show it."""
+    test = paired_top1(subject(rows), first, second)
+    return f"{100 * test.difference:+.2f} [{100 * test.low:+.2f}, {100 * test.high:+.2f}] p = {test.p:.2g}"
 
 
 def paired_top1(rows: pd.DataFrame, first: str, second: str) -> Paired:
@@ -135,7 +152,7 @@ def paired_top1(rows: pd.DataFrame, first: str, second: str) -> Paired:
 
 def ratios(rows: pd.DataFrame, method: str) -> list[pd.Series]:
     """The method's latency ratios in eager mode, one for each batch size, smallest first."""
-    own = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio") & (rows["backend"] == EAGER)]
+    own = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio") & in_backend(rows)]
     return [value(rows, method, "latency_ratio", batch) for batch in sorted(own["batch"].unique())]
 
 
@@ -147,7 +164,7 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
     peak RSS (MB). A number that was not measured is NaN.
     """
     rows = subject(rows)
-    found = rows[rows["metric"] == "latency_p50"]
+    found = rows[(rows["metric"] == "latency_p50") & rows["versus_backend"].isna()]
     timed = sorted(
         {(row.backend, int(row.batch)) for row in found.itertuples()}, key=lambda pair: (pair[0] != EAGER, *pair)
     )

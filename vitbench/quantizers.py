@@ -14,6 +14,11 @@ def code_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
+def to_codes(x: Tensor, step: Tensor, bits: int) -> Tensor:
+    """The nearest codes, whole numbers in x's type; `step` is broadcast to x."""
+    return (x / step).round().clamp(*code_range(bits))
+
+
 def best_step(
     x: Tensor, bits: int, dim: int, importance: Tensor | None = None, signs: tuple[int, ...] = (1,)
 ) -> Tensor:
@@ -26,13 +31,13 @@ def best_step(
         signs: of the steps tried. There is one code more below zero than above, so with a negative step the longer side
             of a slice's values may be the positive one; it matters at 2 and 3 bits.
     """
-    low, high = code_range(bits)
+    high = code_range(bits)[1]
     top = x.abs().amax(dim=dim, keepdim=True).clamp(min=1e-8)
     best, least = top / high, torch.full_like(top, float("inf"))
     for share in torch.linspace(0.2, 1.1, CANDIDATES).tolist():
         for sign in signs:
             step = sign * share * top / high
-            error = ((x / step).round().clamp(low, high) * step - x).square()
+            error = (to_codes(x, step, bits) * step - x).square()
             error = (error if importance is None else error * importance).sum(dim=dim, keepdim=True)
             best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best

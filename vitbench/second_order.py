@@ -11,9 +11,9 @@ up for by those that are not rounded yet; then steps and codes are improved in t
 import torch
 from torch import Tensor
 
-from vitbench.quantizers import best_step, code_range
+from vitbench.quantizers import best_step, code_range, to_codes
 
-BLOCK = 64  # columns whose corrections are applied at once where a row has one step
+BLOCK = 64  # columns whose corrections reach the later ones at once
 ROWS = 32  # whose steps are solved for at once
 
 
@@ -46,21 +46,20 @@ def second_order(
 def _columns(w: Tensor, h: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Column by column: with H^-1 = U^T U, the error e of column j moves the later ones by -e U_jk / U_jj."""
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    w, (low, high), block = w.clone(), code_range(bits), min(group, BLOCK)
-    codes, steps = torch.empty_like(w), torch.empty(len(w), w.shape[1] // group, dtype=w.dtype)
-    for start in range(0, w.shape[1], block):
-        end = min(start + block, w.shape[1])
-        place = start // group
-        if start % group == 0:
-            span = slice(start, start + group)
-            steps[:, place : place + 1] = best_step(w[:, span], bits, 1, u.diagonal()[span] ** -2, signs=(1, -1))
-        lost = torch.empty(len(w), end - start, dtype=w.dtype)
-        for j in range(start, end):
-            codes[:, j] = (w[:, j] / steps[:, place]).round().clamp(low, high)
-            lost[:, j - start] = (w[:, j] - codes[:, j] * steps[:, place]) / u[j, j]
-            w[:, j:end] -= torch.outer(lost[:, j - start], u[j, j:end])
-        w[:, end:] -= lost @ u[start:end, end:]
-    return codes, steps
+    w, codes, steps = w.clone(), torch.empty_like(w), []
+    for first in range(0, w.shape[1], group):
+        span = slice(first, first + group)
+        step = best_step(w[:, span], bits, 1, u.diagonal()[span] ** -2, signs=(1, -1))
+        steps.append(step)
+        for start in range(first, first + group, BLOCK):
+            end = min(start + BLOCK, first + group)
+            lost = torch.empty(len(w), end - start, dtype=w.dtype)
+            for j in range(start, end):
+                codes[:, j] = to_codes(w[:, j], step[:, 0], bits)
+                lost[:, j - start] = (w[:, j] - codes[:, j] * step[:, 0]) / u[j, j]
+                w[:, j:end] -= torch.outer(lost[:, j - start], u[j, j:end])
+            w[:, end:] -= lost @ u[start:end, end:]
+    return codes, torch.cat(steps, 1)
 
 
 def _better_steps(w: Tensor, h: Tensor, codes: Tensor, steps: Tensor, group: int) -> Tensor:

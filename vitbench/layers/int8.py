@@ -10,23 +10,15 @@ from torch import Tensor, nn
 from vitbench.layers.registry import runtime_layer
 
 
-@runtime_layer
-class DynamicInt8Linear(nn.Module):
-    """y = x W^T + b with W in int8 and x quantized to 8 bits on the fly, per tensor.
+class _Int8Linear(nn.Module):
+    """W ~ scale[:, None] * weight in int8, one scale for each output row: weight (out, in), scale (out,), bias (out,) or None."""
 
-    W ~ scale[:, None] * weight, with one scale for each output row. On an x86 or Arm CPU torch's int8 kernel does the
-    product in integers; elsewhere the same integers are multiplied in floating point, which is exact but not fast.
-
-    Shapes: x (..., in_features) -> (..., out_features); weight int8 (out, in), scale (out,), bias (out,) or None.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+    def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(out_features))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self._packed = None
 
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -40,6 +32,21 @@ class DynamicInt8Linear(nn.Module):
     def dense(self) -> Tensor:
         """W (out, in) as it is after rounding, float32."""
         return self.weight.float() * self.scale[:, None]
+
+
+@runtime_layer
+class DynamicInt8Linear(_Int8Linear):
+    """y = x W^T + b with W in int8 and x quantized to 8 bits on the fly, per tensor.
+
+    W ~ scale[:, None] * weight, with one scale for each output row. On an x86 or Arm CPU torch's int8 kernel does the
+    product in integers; elsewhere the same integers are multiplied in floating point, which is exact but not fast.
+
+    Shapes: x (..., in_features) -> (..., out_features); weight int8 (out, in), scale (out,), bias (out,) or None.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self._packed = None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and _int8_engine() != "none":
@@ -77,7 +84,7 @@ class DynamicInt8Linear(nn.Module):
 
 
 @runtime_layer
-class StaticInt8Linear(nn.Module):
+class StaticInt8Linear(_Int8Linear):
     """y = x W^T + b with W in int8 and x quantized to 8 bits over a range that was fixed when the layer was made.
 
     W ~ scale[:, None] * weight, with one scale for each output row, and x ~ input_step (q - input_zero), q in [0, 255].
@@ -93,31 +100,12 @@ class StaticInt8Linear(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, input_step: float = 1.0, input_zero: int = 0
     ):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias)
         self.input_step, self.input_zero = input_step, input_zero
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(out_features))
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            "input_step": self.input_step,
-            "input_zero": self.input_zero,
-        }
-
-    @property
-    def param_count(self) -> int:
-        """Weights and biases."""
-        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
-
-    def dense(self) -> Tensor:
-        """W (out, in) as it is after rounding, float32."""
-        return self.weight.float() * self.scale[:, None]
+        return {**super().spec(), "input_step": self.input_step, "input_zero": self.input_zero}
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.fake_quantize_per_tensor_affine(x, self.input_step, self.input_zero, 0, 255)

@@ -49,7 +49,8 @@ class StaticInt8(Config):
 @register(StaticInt8, identity=StaticInt8(layers=()))
 def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) -> nn.Module:
     """Put int8 layers with fixed input ranges in the place of the dense ones."""
-    layers = {name: layer for found in vit.dense_layers(model, config.layers).values() for name, layer in found.items()}
+    vit.dense_layers(model, config.layers)
+    layers = vit.linears(model, config.layers)
     if not layers:
         return model
     if data is None:

@@ -23,11 +23,11 @@ from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.layers.packed import packed_bytes
 from vitbench.methods import register
-from vitbench.quantizers import best_step, code_range
+from vitbench.quantizers import best_step, to_codes
 from vitbench.second_order import second_order
 from vitbench.training import TrainConfig
 from vitbench.tuning import find_teacher
-from vitbench.vit import LINEAR_TYPES, dense_layers
+from vitbench.vit import LINEAR_TYPES
 
 LEAST, MOST = 2, 8  # bits
 
@@ -58,7 +58,8 @@ class WeightOnly(Coding):
 @register(WeightOnly, identity=WeightOnly(layers=(), ends_bits=None, rest="float32"))
 def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) -> nn.Module:
     """Round the blocks' linear layers to packed codes of a few bits, and train them if asked to."""
-    layers = {name: layer for found in dense_layers(model, config.layers).values() for name, layer in found.items()}
+    vit.dense_layers(model, config.layers)
+    layers = vit.linears(model, config.layers)
     _check_group(layers, config.group)
     teacher = find_teacher(model, config, data)
     bits = dict.fromkeys(layers, config.bits)
@@ -99,8 +100,8 @@ def _bits(
         weight, covariance = layer.weight.detach(), found[name].centred()
         groups, choices[name] = weight.reshape(-1, config.group or layer.in_features), []
         for bits in range(MOST, LEAST - 1, -1):
-            step, (low, high) = best_step(groups, bits, dim=1), code_range(bits)
-            change = (((groups / step).round().clamp(low, high) * step).view_as(weight) - weight).double()
+            step = best_step(groups, bits, dim=1)
+            change = ((to_codes(groups, step, bits) * step).view_as(weight) - weight).double()
             lost = float(((change @ covariance) * change).sum())
             choices[name].append(((MOST - bits) * weight.numel(), found[name].sensitivity * lost, bits))
     whole = _bytes(model, layers, MOST, config)
@@ -151,8 +152,7 @@ def _fit(
         group = config.group or layer.in_features
         codes, step = second_order(wanted, mismatch.covariance, bits[name], group, config.damping)
         rounded = codes * step.repeat_interleave(group, 1)
-        if layer.bias is None:
-            layer.bias = nn.Parameter(torch.zeros(layer.out_features))
-        layer.bias.data += mismatch.bias(rounded - weight).float()
+        if layer.bias is not None:
+            layer.bias.data += mismatch.bias(rounded - weight).float()
         layer.weight.data, steps[name] = rounded, step
     return steps
