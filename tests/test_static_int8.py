@@ -12,7 +12,8 @@ from vitbench.errors import InputError
 from vitbench.layers import StaticInt8Linear
 from vitbench.measure import measure
 from vitbench.methods import compress, make_config
-from vitbench.methods.static_int8 import _channels, _equalise, least_error_range
+from vitbench.methods.static_int8 import _equalise
+from vitbench.ranges import channels, least_error_range
 from vitbench.runs import Run
 from vitbench.training import evaluate
 
@@ -61,10 +62,10 @@ def test_evening_out_channels_changes_no_answer(base, digits):
     with torch.no_grad():
         model.blocks[0].norm1.weight[3] *= 30  # one channel far above the others
     layers, x = vit.linears(model), torch.randn(4, 3, 8, 8)
-    before, seen = model(x), _channels(model, layers, digits.calibration)
+    before, seen = model(x), channels(model, layers, digits.calibration)
     reach = {name: torch.maximum(c.low.abs(), c.high.abs()) for name, c in seen.items()}
     _equalise(model, layers, seen, 0.5)
-    after = _channels(model, layers, digits.calibration)
+    after = channels(model, layers, digits.calibration)
     assert torch.allclose(model(x), before, atol=1e-4)
     for name, found in after.items():
         assert torch.allclose(found.high, seen[name].high, rtol=1e-3, atol=1e-5)

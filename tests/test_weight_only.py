@@ -34,3 +34,26 @@ def test_trained_two_bit_weights_beat_rounded_ones(base, digits):
     rounded = compress(base.model, make_config("weight_only", {"bits": 2}))
     trained = compress(base.model, make_config("weight_only", {"bits": 2, "train": {"epochs": 2}}), digits)
     assert evaluate(trained, digits.val).top1.mean() > evaluate(rounded, digits.val).top1.mean()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("group", [None, 64])
+def test_the_file_is_as_large_as_its_bits_say(bits, group, tmp_path):
+    """bits x weights + 16 bits for each step and for all that has no codes: within 2 %, headers and recipe included."""
+    model = vit.create_model("deit_tiny_patch16_224", depth=6)
+    path = artifact.save(
+        compress(model, make_config("weight_only", {"bits": bits, "group": group})), tmp_path / "small"
+    )
+    coded = {f"{name}.weight": layer.weight for name, layer in vit.linears(model).items()}
+    ends = {f"{name}.weight": layer.weight for name, layer in vit.ends(model).items()}
+    steps = sum(weight.numel() // group if group else len(weight) for weight in coded.values())
+    steps += sum(len(weight) for weight in ends.values())
+    rest = sum(tensor.numel() for key, tensor in model.state_dict().items() if key not in coded and key not in ends)
+    expected = (
+        bits * sum(map(torch.Tensor.numel, coded.values())) + 8 * sum(map(torch.Tensor.numel, ends.values()))
+    ) / 8
+    assert artifact.size_on_disk(path) == pytest.approx(expected + 2 * (steps + rest), rel=0.02)
+    x = torch.randn(1, 3, 224, 224)
+    small = compress(model, make_config("weight_only", {"bits": bits, "group": group, "rest": "float32"}))
+    loaded = artifact.load(artifact.save(small, tmp_path / "whole"))
+    assert torch.allclose(loaded(x), small(x), atol=1e-4)

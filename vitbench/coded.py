@@ -6,7 +6,7 @@ biases, embeddings) is tuned beside the coders with a learning rate and a weight
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vitbench import vit
 from vitbench.data import ImageData
 from vitbench.errors import InputError
-from vitbench.layers import PackedConv2d, PackedLinear
-from vitbench.quantizers import LearnedStep
+from vitbench.layers import PackedConv2d, PackedLinear, Rounded
+from vitbench.quantizers import LearnedRange, LearnedStep
 from vitbench.training import TrainConfig
 from vitbench.tuning import Tuning, tune
 
@@ -80,15 +80,31 @@ class RowCoder(Coder):
     def install(self, model: nn.Module) -> None:
         codes, step, _ = self.steps.export(self.value)
         old = model.get_submodule(self.names[0])
-        new = _packed_like(old, self.bits, self.group).fill(codes, step * self.scale.flatten(), old.bias)
+        new = packed_like(old, self.bits, self.group).fill(codes, step * self.scale.flatten(), old.bias)
         vit.replace_module(model, self.names[0], new)
 
 
-def _packed_like(module: nn.Module, bits: int, group: int | None) -> PackedLinear | PackedConv2d:
+def packed_like(module: nn.Module, bits: int, group: int | None) -> PackedLinear | PackedConv2d:
+    """An empty packed layer of a dense one's shape; it rounds its inputs if the given one does."""
     bias = module.bias is not None
-    if isinstance(module, nn.Linear):
-        return PackedLinear(module.in_features, module.out_features, bits, bias, group)
-    return PackedConv2d(module.in_channels, module.out_channels, module.kernel_size[0], bits, bias)
+    if not isinstance(module, nn.Linear):
+        return PackedConv2d(module.in_channels, module.out_channels, module.kernel_size[0], bits, bias)
+    packed = PackedLinear(module.in_features, module.out_features, bits, bias, group)
+    if isinstance(module, RoundingLinear):
+        packed.input = Rounded(module.input.bits).over(*module.input.ends())
+    return packed
+
+
+class RoundingLinear(nn.Linear):
+    """A linear layer, made of a given one, that rounds its inputs over a range which is learned."""
+
+    def __init__(self, given: nn.Linear, bits: int, low: float, high: float):
+        super().__init__(given.in_features, given.out_features, given.bias is not None, device="meta")
+        self.weight, self.bias = given.weight, given.bias
+        self.input = LearnedRange(bits, low, high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.input(x))
 
 
 class CodedModel(nn.Module):
@@ -127,10 +143,13 @@ class CodedModel(nn.Module):
         return super().train(mode)
 
     def param_groups(self, config: TrainConfig, rest_lr: float) -> list[dict[str, Any]]:
-        """For the optimiser: the coders without weight decay; the rest with it, except vectors."""
-        rest = [p for p in self.vit.parameters() if p.requires_grad] if rest_lr else []
+        """For the optimiser: coders and learned ranges without weight decay; the rest with it, except vectors."""
+        codes = [p for p in self.coders.parameters() if p.requires_grad]
+        codes += [p for module in self.vit.modules() if isinstance(module, LearnedRange) for p in module.parameters()]
+        inside = {id(p) for p in codes}
+        rest = [p for p in self.vit.parameters() if p.requires_grad and id(p) not in inside] if rest_lr else []
         return [
-            {"params": [p for p in self.coders.parameters() if p.requires_grad], "weight_decay": 0.0, "lr_scale": 1.0},
+            {"params": codes, "weight_decay": 0.0, "lr_scale": 1.0},
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay, "lr_scale": rest_lr},
             {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": rest_lr},
         ]
@@ -166,16 +185,28 @@ def ends(model: nn.Module, bits: int | None, names: Sequence[str] = ("patch_embe
 
 
 def train_codes(
-    coded: CodedModel, config: Coding, data: ImageData | None, teacher: nn.Module | None, penalty: float = 0.0
+    coded: CodedModel,
+    config: Coding,
+    data: ImageData | None,
+    teacher: nn.Module | None,
+    penalty: Callable[[Tensor], Tensor] | None = None,
+    settle: Callable[[], None] | None = None,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Train a coded model jointly, and finish it. Returns the compressed model and the history of the training."""
+    """Train a coded model jointly, and finish it. Returns the compressed model and the history of the training.
+
+    Args:
+        penalty: makes a term of the loss of the coders' mismatch.
+        settle: called in between.
+    """
     history = tune(
         coded,
         config,
         data,
         teacher,
         groups=coded.param_groups(config.train, config.rest_lr),
-        penalty=(lambda: penalty * coded.mismatch) if penalty else None,
+        penalty=(lambda: penalty(coded.mismatch)) if penalty else None,
         title="training the codes",
     )
+    if settle:
+        settle()
     return coded.cpu().finish(config.rest), history

@@ -95,6 +95,34 @@ class LearnedStep(nn.Module):
         return codes.round().to(torch.int64), step.flatten().clone(), zero.flatten().round().to(torch.int64)
 
 
+class LearnedRange(nn.Module):
+    """A quantizer of activations whose range is learned (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576).
+
+    x -> s (q - z) with q = round(clamp(x / s + z, 0, 2^b - 1)), for the whole tensor. The step is trained as a multiple of
+    its start, so that one learning rate suits all; gradients as in `LearnedStep`, with the count of one image's values.
+    """
+
+    def __init__(self, bits: int, low: float, high: float):
+        super().__init__()
+        self.bits, start = bits, (high - low) / (2**bits - 1)
+        self.register_buffer("start", torch.tensor([start]))
+        self.factor = nn.Parameter(torch.ones(1))
+        self.zero = nn.Parameter(torch.tensor([-low / start]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        most = 2**self.bits - 1
+        scale = (x[0].numel() * most) ** -0.5
+        step = self.start * _scale_gradient(self.factor.clamp(min=1e-4), scale)
+        zero = _round(_scale_gradient(self.zero, scale))
+        return (_round((x / step + zero).clamp(0, most)) - zero) * step
+
+    @torch.no_grad()
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest value that a code stands for."""
+        step, zero = self.start * self.factor.clamp(min=1e-4), self.zero.round()
+        return -zero * step, (2**self.bits - 1 - zero) * step
+
+
 def _round(x: Tensor) -> Tensor:
     """Rounding whose gradient is 1."""
     return x + (x.round() - x).detach()

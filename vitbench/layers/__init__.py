@@ -4,23 +4,30 @@ A runtime layer can be built empty from its `spec`, so that a file needs no code
 buffers, so that they are saved as they are.
 """
 
+from vitbench.layers.attention import RoundedAttention
 from vitbench.layers.factored import FactoredLinear, SharedFactor
 from vitbench.layers.int8 import DynamicInt8Linear, StaticInt8Linear, flop_formulas
 from vitbench.layers.low_rank import LowRankLinear, SplitLinear
 from vitbench.layers.packed import PackedConv2d, PackedLinear, pack, unpack
 from vitbench.layers.registry import RUNTIME_LAYERS
+from vitbench.layers.rounded import Log2Rounded, Rounded, RoundedNorm, rounded
 
 __all__ = [
     "RUNTIME_LAYERS",
     "DynamicInt8Linear",
     "FactoredLinear",
+    "Log2Rounded",
     "LowRankLinear",
     "PackedConv2d",
     "PackedLinear",
+    "Rounded",
+    "RoundedAttention",
+    "RoundedNorm",
     "SharedFactor",
     "SplitLinear",
     "StaticInt8Linear",
     "flop_formulas",
     "pack",
+    "rounded",
     "unpack",
 ]

@@ -1,5 +1,6 @@
 """Linear layers whose product is made in 8-bit integers."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -7,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitbench.layers import onnx_forms
 from vitbench.layers.registry import runtime_layer
 
 
 class _Int8Linear(nn.Module):
     """W ~ scale[:, None] * weight in int8, one scale for each output row: weight (out, in), scale (out,), bias (out,) or None."""
+
+    rounds_inputs = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
@@ -39,21 +43,29 @@ class DynamicInt8Linear(_Int8Linear):
     """y = x W^T + b with W in int8 and x quantized to 8 bits on the fly, per tensor.
 
     W ~ scale[:, None] * weight, with one scale for each output row. On an x86 or Arm CPU torch's int8 kernel does the
-    product in integers; elsewhere the same integers are multiplied in floating point, which is exact but not fast.
+    product in integers, and so does ONNX Runtime; elsewhere the same integers are multiplied in floating point, which is
+    exact but not fast (on a CPU a warning says so).
 
     Shapes: x (..., in_features) -> (..., out_features); weight int8 (out, in), scale (out,), bias (out,) or None.
     """
+
+    portable = ("onnxruntime",)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
         self._packed = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and _int8_engine() != "none":
-            if self._packed is None:
-                self._packed = self._pack()
-            return torch.ops.quantized.linear_dynamic(x.float(), self._packed, not _has_vnni()).to(x.dtype)
-        return self.reference(x)
+        if torch.onnx.is_in_onnx_export():
+            return onnx_forms.dynamic_linear(x, self.weight, self.scale, self.bias)
+        if x.device.type != "cpu":
+            return self.reference(x)
+        _say_what_is_missing()
+        if _int8_engine() == "none":
+            return self.reference(x)
+        if self._packed is None:
+            self._packed = self._pack()
+        return torch.ops.quantized.linear_dynamic(x.float(), self._packed, not _has_vnni()).to(x.dtype)
 
     def reference(self, x: Tensor) -> Tensor:
         """The kernel's arithmetic written out: asymmetric 8-bit x over the tensor's range, integer product, rescale."""
@@ -95,7 +107,6 @@ class StaticInt8Linear(_Int8Linear):
     """
 
     portable = True
-    rounds_inputs = True
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, input_step: float = 1.0, input_zero: int = 0
@@ -108,8 +119,35 @@ class StaticInt8Linear(_Int8Linear):
         return {**super().spec(), "input_step": self.input_step, "input_zero": self.input_zero}
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            grid = (self.input_step, self.input_zero)
+            return onnx_forms.static_linear(x, *grid, self.weight, self.scale, self.bias)
         x = torch.fake_quantize_per_tensor_affine(x, self.input_step, self.input_zero, 0, 255)
         return F.linear(x, self.dense(), self.bias)
+
+
+def int8_kernel() -> str:
+    """What multiplies a `DynamicInt8Linear` on this CPU, in a few words."""
+    engine = _int8_engine()
+    if engine == "none":
+        return "no int8 kernel, floating point"
+    return f"int8 kernel {engine} {'with VNNI' if _has_vnni() else 'without VNNI, activations in 7 bits'}"
+
+
+@functools.cache
+def _say_what_is_missing() -> None:
+    """Warn, once a process, if this CPU lacks what dynamic int8 leans on."""
+    if _int8_engine() == "none":
+        warnings.warn(
+            "this torch has no int8 kernel for this CPU: the same whole numbers are multiplied in floating point, "
+            "so that answers hold and times say nothing about int8",
+            stacklevel=2,
+        )
+    elif not _has_vnni():
+        warnings.warn(
+            "this CPU has no VNNI instructions: activations keep to 7 bits, so that the int8 kernel's sums do not overflow",
+            stacklevel=2,
+        )
 
 
 def _int8_engine() -> str:

@@ -94,7 +94,8 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """y = x W^T + b with W in packed codes, one step for each output row or each `group` of a row's weights.
 
-    x stays in floating point, and W is unpacked by blocks of `ROWS` rows, so that only the codes and one block are held.
+    x stays in floating point, unless a `Rounded` stands in the place of `input`, and W is unpacked by blocks of `ROWS`
+    rows, so that only the codes and one block are held.
     Shapes: x (..., in_features) -> (..., out_features); codes uint8 (ceil(out in bits / 8),), step (out,) or
     (out, in / group).
     """
@@ -102,6 +103,7 @@ class PackedLinear(_Packed):
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True, group: int | None = None):
         super().__init__((out_features, in_features), bits, bias, group)
         self.in_features, self.out_features = in_features, out_features
+        self.input = nn.Identity()
 
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -109,7 +111,7 @@ class PackedLinear(_Packed):
         return {"in_features": self.in_features, "out_features": self.out_features, **super().spec(), **grouped}
 
     def forward(self, x: Tensor) -> Tensor:
-        starts = range(0, self.out_features, ROWS)
+        x, starts = self.input(x), range(0, self.out_features, ROWS)
         y = torch.cat([F.linear(x, self.dense(start, start + ROWS).to(x.dtype)) for start in starts], dim=-1)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 

@@ -12,7 +12,9 @@ def runtime_layer(cls: type[nn.Module]) -> type[nn.Module]:
     (that matrix). One with weights that are not plain floating-point tensors has `param_count` (weights and biases,
     however many bits each takes; steps and zero points are not weights). One that leans on a module which several
     layers share has `connect(shared)`, called with the model's shared modules by name once they are there. One that
-    is made of ordinary modules alone, so that every backend can run it, says `portable = True`.
+    every backend can run, as one made of ordinary modules alone, says `portable = True`; one that only some can names
+    their packages, `portable = ("onnxruntime",)`. One that rounds what it is given says `rounds_inputs = True`:
+    its answers in two backends may then be a code apart.
     """
     RUNTIME_LAYERS[cls.__name__] = cls
     return cls

@@ -8,25 +8,21 @@ al. 2023, arXiv 2211.10438), which costs nothing since LayerNorm takes the facto
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from vitbench import blocks, compensation, progress, vit
-from vitbench.batches import eval_batches
+from vitbench import blocks, compensation, progress, ranges, vit
 from vitbench.configs import Config
-from vitbench.data import ImageData, Split
+from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.layers import StaticInt8Linear
 from vitbench.methods import register
 from vitbench.methods.dynamic_int8 import quantize_rows
-from vitbench.moments import BATCH, watching
+from vitbench.ranges import Channels
 from vitbench.vit import LINEAR_TYPES, replace_module
-
-BINS, SHARES = 2048, 25  # of the histograms; shares of a range's ends that are tried
 
 
 class StaticInt8(Config):
@@ -56,10 +52,10 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
     if data is None:
         raise InputError("static_int8 fixes ranges on calibration images and no data set was given; give one")
     split = data.needs("calibration")
-    seen = _channels(model, layers, split)
+    seen = ranges.channels(model, layers, split)
     if config.equalise:
         _equalise(model, layers, seen, config.equalise)
-    ranges = _ranges(model, layers, seen, split, config.range)
+    found = ranges.ranges(model, layers, seen, split, config.range)
     if config.compensation:
         work = compensation.mismatches(model, copy.deepcopy(model), list(layers), split)
     else:
@@ -67,7 +63,7 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
     for name, mismatch in progress.bar(work, "quantizing", total=len(layers), unit="layer"):
         weight, bias = layers[name].weight.detach(), layers[name].bias
         wanted = weight if mismatch is None else (weight + mismatch.correction(config.ridge)).float()
-        low, high = ranges[name]
+        low, high = found[name]
         step = (high - low) / 255
         new = StaticInt8Linear(
             layers[name].in_features, layers[name].out_features, bias is not None, step, round(-low / step)
@@ -79,28 +75,6 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
                 new.bias += mismatch.bias((new.dense() - weight).double()).float()
         replace_module(model, name, new)
     return model
-
-
-@dataclass
-class Channels:
-    """The least and the largest value of each of a layer's inputs, (in,)."""
-
-    low: Tensor
-    high: Tensor
-
-
-@torch.inference_mode()
-def _channels(model: nn.Module, layers: Mapping[str, nn.Linear], split: Split) -> dict[str, Channels]:
-    found: dict[str, Channels] = {}
-
-    def see(name: str, x: Tensor, y: Tensor) -> None:
-        low, high = x.flatten(0, -2).aminmax(dim=0)
-        if name in found:
-            low, high = torch.minimum(low, found[name].low), torch.maximum(high, found[name].high)
-        found[name] = Channels(low, high)
-
-    _pass(model, layers, split, see, "ranges of inputs")
-    return found
 
 
 @torch.no_grad()
@@ -118,44 +92,3 @@ def _equalise(model: nn.Module, layers: Mapping[str, nn.Linear], seen: Mapping[s
             norm.bias.div_(s)
         layer.weight.mul_(s)
         found.low, found.high = found.low / s, found.high / s
-
-
-def _ranges(
-    model: nn.Module, layers: Mapping[str, nn.Linear], seen: Mapping[str, Channels], split: Split, rule: str
-) -> dict[str, tuple[float, float]]:
-    """The range of each layer's inputs that the 256 codes cover; 0 is always in it."""
-    whole = {name: (min(0.0, float(c.low.min())), max(1e-6, float(c.high.max()))) for name, c in seen.items()}
-    if rule == "minmax":
-        return whole
-    counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in layers}
-
-    def see(name: str, x: Tensor, y: Tensor) -> None:
-        counts[name] += torch.histc(x.float(), BINS, *whole[name]).double()
-
-    _pass(model, layers, split, see, "histograms of inputs")
-    return {name: least_error_range(counts[name], *whole[name]) for name in layers}
-
-
-def least_error_range(counts: Tensor, low: float, high: float) -> tuple[float, float]:
-    """The part of [low, high], which holds 0, whose 256 values round a histogram with the least squared error.
-
-    Args:
-        counts: of equal bins over [low, high].
-    """
-    width = (high - low) / len(counts)
-    values = low + width * (torch.arange(len(counts), dtype=torch.float64) + 0.5)
-    shares = torch.linspace(0.1, 1, SHARES, dtype=torch.float64)
-    lows, highs = (end.flatten()[:, None] for end in torch.meshgrid(low * shares, high * shares, indexing="ij"))
-    steps = (highs - lows) / 255
-    zeros = (-lows / steps).round()
-    rounded = ((values / steps).round().clamp(-zeros, 255 - zeros)) * steps
-    best = int(((rounded - values).square() * counts).sum(1).argmin())
-    return float(lows[best]), float(highs[best])
-
-
-@torch.inference_mode()
-def _pass(model: nn.Module, layers: Mapping[str, nn.Module], split: Split, see, title: str) -> None:
-    batches = eval_batches(split, model.recipe.preprocess, BATCH)
-    with watching(dict(layers), see):
-        for x, _ in progress.bar(batches, title, total=-(-len(split) // BATCH), unit="batch"):
-            model(x)

@@ -4,8 +4,9 @@
 
 and x in floating point. The codes are the nearest ones, with the steps that round with the least squared error, or those
 that keep the layers' outputs on calibration images (`vitbench.second_order`), each layer fitted to the inputs that the
-rounded layers before it produce (`vitbench.compensation`). Both can be trained together with their steps (LSQ, Esser et
-al. 2020) under cross-entropy and distillation. It is also what a factorisation has to beat at the same number of bytes.
+rounded layers before it produce (`vitbench.compensation`); either can then be fitted block by block
+(`vitbench.reconstruction`), and trained together with the steps (LSQ, Esser et al. 2020) under cross-entropy and
+distillation. It is also what a factorisation has to beat at the same number of bytes.
 """
 
 import copy
@@ -24,6 +25,7 @@ from vitbench.errors import InputError
 from vitbench.layers.packed import packed_bytes
 from vitbench.methods import register
 from vitbench.quantizers import best_step, to_codes
+from vitbench.reconstruction import reconstruct
 from vitbench.second_order import second_order
 from vitbench.training import TrainConfig
 from vitbench.tuning import find_teacher
@@ -43,6 +45,8 @@ class WeightOnly(Coding):
         rounding: "nearest", or "second_order", which needs calibration images.
         damping: of the second order, on the covariance's diagonal, in units of its mean.
         ridge: of the correction for what the layers before have lost, in the same units.
+        reconstruction: steps for each block in which its codes are fitted together afterwards
+            (`vitbench.reconstruction`), which needs calibration images; 0: none.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -52,6 +56,7 @@ class WeightOnly(Coding):
     rounding: Literal["nearest", "second_order"] = "nearest"
     damping: float = Field(default=0.01, gt=0)
     ridge: float = Field(default=1.0, gt=0)
+    reconstruction: int = Field(default=0, ge=0)
     train: TrainConfig = TrainConfig(epochs=0, lr=2e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
@@ -65,12 +70,17 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
     bits = dict.fromkeys(layers, config.bits)
     if config.target_bytes:
         bits = _bits(model, layers, config, data)
-    steps = _fit(model, layers, bits, config, data) if config.rounding == "second_order" else {}
-    coders = [RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()]
-    coders += ends(model, config.ends_bits)
-    if not coders:
+    given = copy.deepcopy(model)
+    steps = _fit(model, given, layers, bits, config, data) if config.rounding == "second_order" else {}
+    coders = {name: RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()}
+    if config.reconstruction and coders:
+        if data is None:
+            raise InputError("reconstruction needs calibration images and no data set was given; give one, or 0")
+        reconstruct(model, given, coders, data.needs("calibration"), config.reconstruction)
+    every = [*coders.values(), *ends(model, config.ends_bits)]
+    if not every:
         return model
-    small, small.history = train_codes(CodedModel(model, coders), config, data, teacher)
+    small, small.history = train_codes(CodedModel(model, every), config, data, teacher)
     return small
 
 
@@ -133,17 +143,18 @@ def _bytes(model: nn.Module, layers: Mapping[str, nn.Linear], bits: int, config:
 
 def _fit(
     model: nn.Module,
+    given: nn.Module,
     layers: Mapping[str, nn.Linear],
     bits: Mapping[str, int],
     config: WeightOnly,
     data: ImageData | None,
 ) -> dict[str, Tensor]:
-    """Round the layers in place, first to last, so that they answer as in the model given. Returns their steps."""
+    """Round the layers in place, first to last, so that they answer as in `given`. Returns their steps."""
     if data is None:
         raise InputError(
             "rounding=second_order needs calibration images and no data set was given; give one, or nearest"
         )
-    steps, given = {}, copy.deepcopy(model)
+    steps = {}
     found = compensation.mismatches(model, given, list(layers), data.needs("calibration"))
     for name, mismatch in progress.bar(found, "rounding", total=len(layers), unit="layer"):
         layer = layers[name]

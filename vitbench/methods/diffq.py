@@ -1,0 +1,125 @@
+"""DiffQ: how many bits each layer gets is learned, by gradient, together with its weights.
+
+Rounding has no gradient in the number of bits. DiffQ (Défossez et al. 2021, arXiv 2104.09987) puts noise of the size of the
+rounding error in its place while training:
+
+    w + s(b) u / 2,    u uniform in [-1, 1],    s(b) = (max w - min w) / (2^b - 1),
+
+which is smooth in the bits b. The loss gets a term for the bytes; here it is one-sided, as there is a target:
+
+    L + pressure max(0, bytes(b) / target - 1).
+
+At the end the bits become whole numbers that meet the target, and each row takes the step that rounds with the least
+squared error. The original gives bits to groups of 8 or 16 weights; here it is layers, and rows have the steps.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vitbench import vit
+from vitbench.coded import CodedModel, Coder, Coding, RowCoder, ends, train_codes
+from vitbench.data import ImageData
+from vitbench.errors import InputError
+from vitbench.methods import register
+from vitbench.training import TrainConfig
+from vitbench.tuning import find_teacher
+from vitbench.vit import LINEAR_TYPES
+
+LEAST, MOST = 2, 8  # bits
+SPEED = 10.0  # of the logits behind the bits, so that they move with the weights' learning rate
+
+
+class DiffQ(Coding):
+    """Which layers, for how many bits on average.
+
+    Attributes:
+        bits: a weight of these layers may take on average, as the target; steps and all else come on top.
+        pressure: of the term for the bytes above the target.
+    """
+
+    layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
+    bits: float = Field(default=4.0, ge=LEAST, le=MOST)
+    pressure: float = Field(default=10.0, gt=0)
+    train: TrainConfig = TrainConfig(epochs=5, lr=2e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
+
+
+@register(DiffQ, identity=DiffQ(layers=(), ends_bits=None, rest="float32"))
+def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> nn.Module:
+    """Learn bits for each layer under noise, then round."""
+    vit.dense_layers(model, config.layers)
+    layers, teacher = vit.linears(model, config.layers), find_teacher(model, config, data)
+    if layers and not config.train.epochs:
+        raise InputError("diffq learns its bits in training; give train.epochs of 1 or more, or use weight_only")
+    torch.manual_seed(config.train.seed)
+    noisy = {name: NoiseCoder(name, layer, config.bits) for name, layer in layers.items()}
+    coders = [*noisy.values(), *ends(model, config.ends_bits)]
+    if not coders:
+        return model
+    target = config.bits * sum(coder.value.numel() for coder in noisy.values())
+
+    def pressure(used: Tensor) -> Tensor:
+        return config.pressure * (used / target - 1).clamp(min=0)
+
+    coded = CodedModel(model, coders)
+    small, small.history = train_codes(coded, config, data, teacher, pressure, lambda: settle(noisy.values(), target))
+    return small
+
+
+class NoiseCoder(Coder):
+    """One weight whose bits are learned, in units of its rows' root mean squares; all its rows share the bits."""
+
+    def __init__(self, name: str, module: nn.Linear, bits: float):
+        super().__init__()
+        self.names = [name]
+        weight = module.weight.detach()
+        self.register_buffer("scale", weight.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8))
+        self.value = nn.Parameter(weight / self.scale)
+        share = min(max((bits - LEAST) / (MOST - LEAST), 0.02), 0.98)
+        self.start, self.moved = math.log(share / (1 - share)), nn.Parameter(torch.zeros(1))
+        self.whole: int | None = None  # once it is settled
+
+    @property
+    def bits(self) -> Tensor:
+        """The present bits, between the least and the most, (1,)."""
+        return LEAST + (MOST - LEAST) * torch.sigmoid(self.start + SPEED * self.moved)
+
+    def decode(self) -> dict[str, Tensor]:
+        if not self.training:
+            return self._rounded(self.whole or round(float(self.bits.detach()))).decode()
+        low, high = self.value.detach().aminmax(dim=1, keepdim=True)
+        step = (high - low) / (2**self.bits - 1)
+        noise = torch.rand_like(self.value) - 0.5
+        return {self.names[0]: (self.value + step * noise) * self.scale}
+
+    def mismatch(self, weights: dict[str, Tensor]) -> Tensor:
+        """The bits of the whole weight."""
+        return (self.bits * self.value.numel()).sum()
+
+    def install(self, model: nn.Module) -> None:
+        self._rounded(self.whole or round(float(self.bits.detach()))).install(model)
+
+    def _rounded(self, bits: int) -> RowCoder:
+        layer = nn.Linear(*reversed(self.value.shape), bias=False, device="meta")
+        layer.weight = nn.Parameter((self.value * self.scale).detach())
+        return RowCoder(self.names[0], layer, bits)
+
+
+def settle(coders: Iterable[NoiseCoder], target: float) -> None:
+    """Whole bits that meet the target: the learned ones rounded, then the least wanted taken or the most wanted given."""
+    coders = list(coders)
+    learned = {coder: float(coder.bits.detach()) for coder in coders}
+    for coder in coders:
+        coder.whole = round(learned[coder])
+
+    def left() -> float:
+        return target - sum(coder.whole * coder.value.numel() for coder in coders)
+
+    while left() < 0 and (above := [coder for coder in coders if coder.whole > LEAST]):
+        max(above, key=lambda coder: coder.whole - learned[coder]).whole -= 1
+    while fitting := [coder for coder in coders if coder.whole < MOST and coder.value.numel() <= left()]:
+        max(fitting, key=lambda coder: learned[coder] - coder.whole).whole += 1

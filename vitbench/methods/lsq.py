@@ -1,0 +1,60 @@
+"""LSQ: weights and activations in few bits, trained with the rounding in place (quantization-aware training).
+
+Learned step size quantization (Esser et al. 2020, arXiv 1902.08153) makes the steps parameters. Weights have a step for each
+output row; the inputs of each layer have one step and one zero point (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576), since
+what comes out of GELU lies on one side. All start where they round with the least squared error on calibration images,
+and are trained together with the weights under cross-entropy and distillation. The survey's 4-bit row is this with the
+weights alone (`weight_only` with training).
+
+Weights are packed on disk. Activations are rounded and then multiplied in floating point: the numbers are those of integer
+arithmetic, the time is not.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from vitbench import ranges, vit
+from vitbench.coded import CodedModel, Coding, RoundingLinear, RowCoder, ends, train_codes
+from vitbench.data import ImageData
+from vitbench.errors import InputError
+from vitbench.methods import register
+from vitbench.training import TrainConfig
+from vitbench.tuning import find_teacher
+from vitbench.vit import LINEAR_TYPES
+
+
+class LSQ(Coding):
+    """Bits of the weights and of the inputs of the blocks' linear layers; attention's own products stay in floating point.
+
+    With `train.epochs` 0 it is post-training quantization: what training is worth is the difference.
+    """
+
+    layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
+    weight_bits: int = Field(default=4, ge=2, le=8)
+    activation_bits: int = Field(default=4, ge=2, le=8)
+    train: TrainConfig = TrainConfig(epochs=5, lr=2e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
+
+
+@register(LSQ, identity=LSQ(layers=(), ends_bits=None, rest="float32"))
+def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
+    """Round weights and activations of the blocks' linear layers, and train with the rounding in place."""
+    vit.dense_layers(model, config.layers)
+    layers, teacher = vit.linears(model, config.layers), find_teacher(model, config, data)
+    if layers and data is None:
+        raise InputError("lsq starts from ranges on calibration images and no data set was given; give one")
+    torch.manual_seed(config.train.seed)
+    if layers:
+        split = data.needs("calibration")
+        seen = ranges.channels(model, layers, split)
+        found = ranges.ranges(model, layers, seen, split, bits=config.activation_bits)
+        for name, layer in layers.items():
+            vit.replace_module(model, name, RoundingLinear(layer, config.activation_bits, *found[name]))
+    coders = [RowCoder(name, layer, config.weight_bits) for name, layer in layers.items()]
+    coders += ends(model, config.ends_bits)
+    if not coders:
+        return model
+    small, small.history = train_codes(CodedModel(model, coders), config, data, teacher)
+    return small

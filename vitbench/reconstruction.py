@@ -1,0 +1,92 @@
+"""Block-wise reconstruction: the codes of a block's layers are trained together until the block answers as it should.
+
+Rounding layer by layer does not see that one layer of a block can make up for another. Here the weights and steps of a
+block's coders, and its biases and norms, are moved by gradient to keep the block's output on calibration images (BRECQ, Li
+et al. 2021, arXiv 2102.05426), block after block, each with the inputs that the coded blocks before it really produce:
+
+    min E||block(x'; decoded weights) - block_given(x)||^2,
+
+where the gradient passes through the rounding as if it were not there (LSQ).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vitbench import progress, vit
+from vitbench.batches import eval_batches
+from vitbench.coded import RowCoder
+from vitbench.data import Split
+from vitbench.moments import BATCH
+
+RATE, REST_RATE = 2e-3, 2e-4  # of the codes and their steps, in units of the weights' size; of biases and norms
+
+
+def reconstruct(
+    model: nn.Module, given: nn.Module, coders: Mapping[str, RowCoder], split: Split, steps: int, seed: int = 0
+) -> None:
+    """Fit the coders of `model`'s blocks, and its biases and norms, in place.
+
+    Args:
+        model: whose dense layers hold the decoded weights; they are kept up to date.
+        given: what it should answer like.
+        coders: layer name -> the coder of its weight.
+        steps: of Adam for each block, `BATCH` images each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        wanted = torch.cat([vit.embedded(given, x) for x, _ in eval_batches(split, given.recipe.preprocess, BATCH)])
+    present = wanted
+    vit.set_fused_attention(model, False)  # the fused kernel's backward pass is the slower one here
+    pairs = list(zip(model.blocks, given.blocks, strict=True))
+    with progress.bar(None, "fitting block by block", total=steps * len(pairs), unit="step") as bar:
+        for index, (block, original) in enumerate(pairs):
+            prefix = f"blocks.{index}."
+            own = {name.removeprefix(prefix): coder for name, coder in coders.items() if name.startswith(prefix)}
+            wanted = _through(original, wanted)
+            _fit(block, own, present, wanted, steps, generator, bar)
+            present = _through(block, present)
+    vit.set_fused_attention(model, True)
+
+
+def _fit(
+    block: nn.Module,
+    coders: Mapping[str, RowCoder],
+    present: Tensor,
+    wanted: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    bar,
+) -> None:
+    codes = [parameter for coder in coders.values() for parameter in coder.parameters()]
+    rest = [parameter for parameter in block.parameters() if parameter.ndim == 1]
+    optimizer = torch.optim.Adam([{"params": codes, "lr": RATE}, {"params": rest, "lr": REST_RATE}])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    spread = wanted.var()
+    with torch.enable_grad():
+        for parameter in rest:
+            parameter.requires_grad_(True)
+        for _ in range(steps):
+            chosen = torch.randint(len(present), (BATCH,), generator=generator)
+            answer = torch.func.functional_call(block, _decoded(coders), (present[chosen],))
+            loss = (answer - wanted[chosen]).square().mean() / spread
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update(1)
+    with torch.no_grad():
+        for parameter in rest:
+            parameter.requires_grad_(False)
+        for key, weight in _decoded(coders).items():
+            block.get_parameter(key).copy_(weight)
+
+
+def _decoded(coders: Mapping[str, RowCoder]) -> dict[str, Tensor]:
+    return {f"{name}.weight": next(iter(coder.decode().values())) for name, coder in coders.items()}
+
+
+@torch.no_grad()
+def _through(block: nn.Module, tokens: Tensor) -> Tensor:
+    return torch.cat([block(part) for part in tokens.split(BATCH)])
