@@ -119,6 +119,9 @@ SHORT = [
     "evaluations=6",
     "budgets=[0.75]",
     "weight_bits=[3]",
+    "fit_steps=10",
+    "qat.epochs=1",
+    "qat_bits=[2]",
     "search_seeds=[0,1]",
 ]
 RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]
