@@ -79,6 +79,10 @@ def test_every_layer_is_built_again_from_its_spec(name):
         "FactoredLinear": lambda: FactoredLinear(4, 3, 2, 4, "fc1", order="cheapest"),
         "LowRankLinear": lambda: layers.LowRankLinear(4, 3, 2, bias=False),
         "SplitLinear": lambda: layers.SplitLinear(4, [2, 1]),
+        "Rounded": lambda: layers.Rounded(4, 6),
+        "Log2Rounded": lambda: layers.Log2Rounded(3, 2**0.5),
+        "RoundedNorm": lambda: layers.RoundedNorm(6, bias=False),
+        "RoundedAttention": lambda: layers.RoundedAttention(6, 2, 5, False),
     }[name]()
     again = type(made)(**made.spec())
     assert again.spec() == made.spec()
