@@ -1,0 +1,100 @@
+"""The README's numbers on quantization are those of the reference rows."""
+
+from tests.conftest import ROOT
+from tests.test_readme import apart
+from vitbench.comparison import subject, value
+from vitbench.records import load_records
+
+REFERENCE = ROOT / "results" / "reference"
+CIFAR, BACKENDS = REFERENCE / "quantization-cifar10", REFERENCE / "int8-backends-deit-small"
+
+
+def name_of(method, config):
+    """What was done, in the README's words, and its bits; None for what is not in its tables."""
+    trained = config.get("train", {}).get("epochs")
+    if method == "dynamic_int8":
+        return "dynamic int8", "8"
+    if method == "static_int8":
+        usual = config["range"] == "mse" and config["equalise"] and config["compensation"]
+        return ("static int8", "8") if usual else None
+    if method == "weight_only":
+        kind = "trained with the rounding (LSQ)" if trained else config["rounding"].replace("_", " ")
+        kind += f", groups of {config['group']}" if config["group"] else ", a step a row"
+        kind += ", fitted by block" if config["reconstruction"] else ""
+        bits = "2 to 8" if config["target_bytes"] else str(config["bits"])
+        return kind + (", bits by layer" if config["target_bytes"] else ""), bits
+    if method == "lsq":
+        how = "trained (LSQ)" if trained else "nearest"
+        return f"weights and inputs, {how}", f"{config['weight_bits']} / {config['activation_bits']}"
+    if method == "diffq":
+        return "learned bits (DiffQ)", f"{config['bits']:g} on average"
+    if method == "simulated_integer":
+        bits = " / ".join(str(config[f"{what}_bits"]) for what in ("weight", "activation", "attention"))
+        return f"simulated integers, norms {config['norms']}, softmax {config['softmax']}", bits
+    return None
+
+
+def models(folder):
+    """(what was done, bits, label) of each quantized model whose accuracy was measured in eager mode."""
+    rows = subject(load_records(folder))
+    found = {}
+    for row in rows[(rows["metric"] == "top1") & rows["backend"].isna()].itertuples():
+        steps = row.config["methods"]
+        name = name_of(row.method, steps[0]["config"]) if len(steps) == 1 else None
+        if name:
+            found.setdefault(name, row.label)
+    return rows, [(*name, label) for name, label in found.items()]
+
+
+def lines(folder):
+    """A line for each model: bits, MB, top-1, how far it is from fp32, and its time in eager mode where it was timed."""
+    rows, found = models(folder)
+    dense = value(rows, "baseline", "top1")
+    for kind, bits, label in found:
+        top1, size = value(rows, label, "top1"), value(rows, label, "bytes")
+        times = [value(rows, label, "latency_ratio", batch) for batch in (1, 8)]
+        cells = f"{100 * top1['value']:.2f} [{100 * top1['low']:.2f}, {100 * top1['high']:.2f}]"
+        time = " / ".join("-" if row is None else f"{row['value']:.2f}" for row in times)
+        yield f"| {kind} | {bits} | {size['value'] / 1e6:.2f} | {cells} | {apart(top1, dense)} | {time} |"
+
+
+def test_the_table_is_the_reference_rows():
+    found, text = list(lines(CIFAR)), (ROOT / "README.md").read_text()
+    assert len(found) >= 14
+    for line in found:
+        assert line in text
+
+
+def test_what_training_is_worth_is_the_reference_rows():
+    rows, found = models(CIFAR)
+    top1 = {(kind, bits): value(rows, label, "top1") for kind, bits, label in found}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    pairs = [
+        (("trained with the rounding (LSQ), a step a row", "4"), ("nearest, a step a row", "4")),
+        (("weights and inputs, trained (LSQ)", "4 / 4"), ("weights and inputs, nearest", "4 / 4")),
+        (("learned bits (DiffQ)", "3 on average"), ("trained with the rounding (LSQ), a step a row", "3")),
+        (("second order, groups of 32", "2"), ("nearest, groups of 32", "2")),
+        (("second order, groups of 32, fitted by block", "2"), ("second order, groups of 32", "2")),
+        (("second order, groups of 32", "4"), ("nearest, groups of 32", "4")),
+        (("second order, groups of 32, fitted by block", "4"), ("second order, groups of 32", "4")),
+    ]
+    for first, second in pairs:
+        assert apart(top1[first], top1[second]) in readme, (first, second)
+
+
+def backend_lines():
+    """A line for each variant: file, backend, MB, and time over eager fp32's at batch 1 and 8."""
+    rows = load_records(BACKENDS)
+    rows = rows[rows["status"] == "ok"]
+    timed = rows[rows["metric"] == "latency_ratio"]
+    for (method, backend), own in timed.groupby(["method", "backend"], sort=False):
+        size = rows[(rows["method"] == method) & (rows["metric"] == "bytes")]["value"].iloc[-1]
+        cells = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in own.sort_values("batch").itertuples()]
+        yield f"| {method} | {backend} | {size / 1e6:.1f} | {' | '.join(cells)} |"
+
+
+def test_the_backends_are_the_reference_rows():
+    found, text = list(backend_lines()), (ROOT / "README.md").read_text()
+    assert len(found) >= 6
+    for line in found:
+        assert line in text
