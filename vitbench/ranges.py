@@ -29,7 +29,8 @@ def channels(model: nn.Module, layers: Mapping[str, nn.Module], split: Split) ->
     found: dict[str, Channels] = {}
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        low, high = x.flatten(0, -2).aminmax(dim=0)
+        x = x.flatten(0, -2)
+        low, high = x.amin(0), x.amax(0)  # several times faster than aminmax along a dimension
         if name in found:
             low, high = torch.minimum(low, found[name].low), torch.maximum(high, found[name].high)
         found[name] = Channels(low, high)
