@@ -1,6 +1,6 @@
 """Ranges of activations: what passes through layers on calibration images, and which part of it the codes should cover."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +35,7 @@ def channels(model: nn.Module, layers: Mapping[str, nn.Module], split: Split) ->
             low, high = torch.minimum(low, found[name].low), torch.maximum(high, found[name].high)
         found[name] = Channels(low, high)
 
-    _pass(model, layers, split, see, "ranges of inputs")
+    watch(model, layers, split, see, "ranges of inputs")
     return found
 
 
@@ -56,7 +56,7 @@ def ranges(
     def see(name: str, x: Tensor, y: Tensor) -> None:
         counts[name] += torch.histc(x.float(), BINS, *whole[name]).double()
 
-    _pass(model, layers, split, see, "histograms of inputs")
+    watch(model, layers, split, see, "histograms of inputs")
     return {name: least_error_range(counts[name], *whole[name], bits) for name in layers}
 
 
@@ -78,7 +78,14 @@ def least_error_range(counts: Tensor, low: float, high: float, bits: int = 8) ->
 
 
 @torch.inference_mode()
-def _pass(model: nn.Module, layers: Mapping[str, nn.Module], split: Split, see, title: str) -> None:
+def watch(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    split: Split,
+    see: Callable[[str, Tensor, Tensor], None],
+    title: str,
+) -> None:
+    """Let `see` have the name, the input and the output of every call of the layers on the images of `split`."""
     batches = eval_batches(split, model.recipe.preprocess, BATCH)
     with watching(dict(layers), see):
         for x, _ in progress.bar(batches, title, total=-(-len(split) // BATCH), unit="batch"):

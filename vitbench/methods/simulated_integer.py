@@ -14,7 +14,7 @@ softmax and the pixels stay in floating point.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -23,14 +23,12 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from vitbench import blocks, compensation, progress, ranges, vit
-from vitbench.batches import eval_batches
 from vitbench.coded import CodedModel, RowCoder, ends
 from vitbench.configs import Config
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
 from vitbench.layers import Log2Rounded, Rounded, RoundedAttention, RoundedNorm
 from vitbench.methods import register
-from vitbench.moments import BATCH, watching
 from vitbench.second_order import second_order
 from vitbench.tokens import TokenBlocks
 from vitbench.vit import LINEAR_TYPES, replace_module
@@ -131,18 +129,6 @@ def _check(model: nn.Module, config: SimulatedInteger) -> None:
             raise InputError(f"{where} has no LayerNorm that could be {config.norms}; give norms=plain")
 
 
-def _watch(
-    model: nn.Module, names: Sequence[str], split: Split, see: Callable[[str, Tensor, Tensor], None], title: str
-) -> None:
-    """Let `see` have the name, input and output of the modules on the images of `split`."""
-    modules, batches = {name: model.get_submodule(name) for name in names}, -(-len(split) // BATCH)
-    with torch.inference_mode(), watching(modules, see):
-        for x, _ in progress.bar(
-            eval_batches(split, model.recipe.preprocess, BATCH), title, total=batches, unit="batch"
-        ):
-            model(x)
-
-
 def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: SimulatedInteger) -> dict[str, Rounded]:
     """Roundings with one step and one zero point for what the modules in `widths` (name -> bits) are given."""
     modules, found = {name: model.get_submodule(name) for name in widths}, {}
@@ -179,7 +165,7 @@ def _powers(model: nn.Module, names: Sequence[str], split: Split, bits: int) -> 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         counts[name] += torch.histc(-x.float().log2().clamp(-OCTAVES, 0), BINS, 0, OCTAVES).double()
 
-    _watch(model, names, split, see, "histograms of attention")
+    ranges.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of attention")
     return {name: Log2Rounded(bits, 2**0.5).fit(counts[name], OCTAVES) for name in names}
 
 
@@ -202,7 +188,7 @@ def _factors(model: nn.Module, split: Split, bits: int) -> dict[str, Rounded]:
             tried = Rounded(bits).over(*(factor * end for end in ends[name]))
             errors += (tried(x) - x).flatten(0, -2).square().sum(0).double()
 
-    _watch(model, names, split, see, "factors of two")
+    ranges.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "factors of two")
     found = {}
     for name in names:
         factors = torch.tensor(FACTORS)[lost[name].argmin(0)]
@@ -268,7 +254,7 @@ def _each_channel(model: nn.Module, names: Sequence[str], split: Split, config: 
         place += bins * torch.arange(len(low))  # of all channels in a row
         counts[name] += torch.bincount(place.flatten(), minlength=counts[name].numel()).view(-1, bins)
 
-    _watch(model, names, split, see, "histograms of channels")
+    ranges.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of channels")
     return {name: found[name].fit(counts[name], *spans[name]) for name in names}
 
 
