@@ -80,6 +80,10 @@ def test_what_training_is_worth_is_the_reference_rows():
     ]
     for first, second in pairs:
         assert apart(top1[first], top1[second]) in readme, (first, second)
+    dense = value(rows, "baseline", "top1")["value"]
+    for trained, rounded in pairs[:2]:
+        lost = [f"{100 * (dense - top1[name]['value']):.2f}" for name in (rounded, trained)]
+        assert f"from {lost[0]} to {lost[1]}" in readme
 
 
 def backend_lines():

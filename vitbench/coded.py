@@ -80,11 +80,11 @@ class RowCoder(Coder):
     def install(self, model: nn.Module) -> None:
         codes, step, _ = self.steps.export(self.value)
         old = model.get_submodule(self.names[0])
-        new = packed_like(old, self.bits, self.group).fill(codes, step * self.scale.flatten(), old.bias)
+        new = _packed_like(old, self.bits, self.group).fill(codes, step * self.scale.flatten(), old.bias)
         vit.replace_module(model, self.names[0], new)
 
 
-def packed_like(module: nn.Module, bits: int, group: int | None) -> PackedLinear | PackedConv2d:
+def _packed_like(module: nn.Module, bits: int, group: int | None) -> PackedLinear | PackedConv2d:
     """An empty packed layer of a dense one's shape; it rounds its inputs if the given one does."""
     bias = module.bias is not None
     if not isinstance(module, nn.Linear):

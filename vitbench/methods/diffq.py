@@ -81,7 +81,7 @@ class NoiseCoder(Coder):
         self.value = nn.Parameter(weight / self.scale)
         share = min(max((bits - LEAST) / (MOST - LEAST), 0.02), 0.98)
         self.start, self.moved = math.log(share / (1 - share)), nn.Parameter(torch.zeros(1))
-        self.whole: int | None = None  # once it is settled
+        self.whole = LEAST  # until it is settled
 
     @property
     def bits(self) -> Tensor:
@@ -90,7 +90,7 @@ class NoiseCoder(Coder):
 
     def decode(self) -> dict[str, Tensor]:
         if not self.training:
-            return self._rounded(self.whole or round(float(self.bits.detach()))).decode()
+            return self._rounded(round(float(self.bits.detach()))).decode()
         low, high = self.value.detach().aminmax(dim=1, keepdim=True)
         step = (high - low) / (2**self.bits - 1)
         noise = torch.rand_like(self.value) - 0.5
@@ -101,7 +101,7 @@ class NoiseCoder(Coder):
         return (self.bits * self.value.numel()).sum()
 
     def install(self, model: nn.Module) -> None:
-        self._rounded(self.whole or round(float(self.bits.detach()))).install(model)
+        self._rounded(self.whole).install(model)
 
     def _rounded(self, bits: int) -> RowCoder:
         layer = nn.Linear(*reversed(self.value.shape), bias=False, device="meta")
