@@ -8,9 +8,13 @@ with a step s for each group g of a row's weights. Columns are rounded one after
 up for by those that are not rounded yet; then steps and codes are improved in turn, each by its exact minimum.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
+import torch
+from torch import Tensor, nn
+
+from vitbench import compensation, progress
+from vitbench.data import Split
 from vitbench.quantizers import best_step, code_range, to_codes
 
 BLOCK = 64  # columns whose corrections reach the later ones at once
@@ -41,6 +45,42 @@ def second_order(
         steps = _better_steps(w, h, codes, steps, group)
         codes = _better_codes(w, h, codes, steps.repeat_interleave(group, 1), bits)
     return codes.float(), steps.float()
+
+
+def round_in_turn(
+    model: nn.Module,
+    given: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    bits: Mapping[str, int],
+    split: Split,
+    *,
+    group: int | None = None,
+    damping: float = 0.01,
+    ridge: float = 1.0,
+) -> dict[str, Tensor]:
+    """Round `model`'s layers in place, first to last, each to what the rounded ones before it give it (`compensation`).
+
+    Args:
+        given: what the layers should answer like.
+        bits: of each layer's codes.
+        group: inputs that share a step; None: all of a row.
+        ridge: of the compensation.
+
+    Returns:
+        Layer name -> its steps, as `second_order` has them.
+    """
+    steps = {}
+    found = compensation.mismatches(model, given, list(layers), split)
+    for name, mismatch in progress.bar(found, "rounding", total=len(layers), unit="layer"):
+        layer, size = layers[name], group or layers[name].in_features
+        weight = layer.weight.detach().double()
+        wanted = weight + mismatch.correction(ridge)
+        codes, step = second_order(wanted, mismatch.covariance, bits[name], size, damping)
+        rounded = codes * step.repeat_interleave(size, 1)
+        if layer.bias is not None:
+            layer.bias.data += mismatch.bias(rounded - weight).float()
+        layer.weight.data, steps[name] = rounded, step
+    return steps
 
 
 def _columns(w: Tensor, h: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:

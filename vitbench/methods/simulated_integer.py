@@ -22,14 +22,14 @@ from pydantic import Field
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from vitbench import blocks, compensation, progress, ranges, vit
+from vitbench import blocks, ranges, vit
 from vitbench.coded import CodedModel, RowCoder, ends
 from vitbench.configs import Config
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
 from vitbench.layers import Log2Rounded, Rounded, RoundedAttention, RoundedNorm
 from vitbench.methods import register
-from vitbench.second_order import second_order
+from vitbench.second_order import round_in_turn
 from vitbench.tokens import TokenBlocks
 from vitbench.vit import LINEAR_TYPES, replace_module
 
@@ -267,19 +267,10 @@ def _fit(
     config: SimulatedInteger,
 ) -> dict[str, Tensor]:
     """Round the weights in place, first to last, so that they answer to rounded inputs as in `given`. Returns their steps."""
-    steps = {}
     handles = [
         layer.register_forward_pre_hook(lambda _, x, name=name: (inputs[name](x[0]),)) for name, layer in layers.items()
     ]
-    found = compensation.mismatches(model, given, list(layers), split)
-    for name, mismatch in progress.bar(found, "rounding", total=len(layers), unit="layer"):
-        layer = layers[name]
-        weight = layer.weight.detach().double()
-        wanted = weight + mismatch.correction(config.ridge)
-        codes, steps[name] = second_order(wanted, mismatch.covariance, config.weight_bits, layer.in_features)
-        if layer.bias is not None:
-            layer.bias.data += mismatch.bias(codes * steps[name] - weight).float()
-        layer.weight.data = codes * steps[name]
+    steps = round_in_turn(model, given, layers, dict.fromkeys(layers, config.weight_bits), split, ridge=config.ridge)
     for handle in handles:
         handle.remove()
     return steps

@@ -15,18 +15,18 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from vitbench import compensation, moments, progress, vit
+from vitbench import moments, progress, vit
 from vitbench.allocation import OutOfReach, spend
 from vitbench.coded import CodedModel, Coding, RowCoder, ends, train_codes
-from vitbench.data import ImageData
+from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
 from vitbench.layers.packed import packed_bytes
 from vitbench.methods import register
 from vitbench.quantizers import best_step, to_codes
 from vitbench.reconstruction import reconstruct
-from vitbench.second_order import second_order
+from vitbench.second_order import round_in_turn
 from vitbench.training import TrainConfig
 from vitbench.tuning import find_teacher
 from vitbench.vit import LINEAR_TYPES
@@ -71,17 +71,25 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
     if config.target_bytes:
         bits = _bits(model, layers, config, data)
     given = copy.deepcopy(model)
-    steps = _fit(model, given, layers, bits, config, data) if config.rounding == "second_order" else {}
+    steps = {}
+    if config.rounding == "second_order":
+        split = _calibration(data, "rounding=second_order", "nearest")
+        how = {"group": config.group, "damping": config.damping, "ridge": config.ridge}
+        steps = round_in_turn(model, given, layers, bits, split, **how)
     coders = {name: RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()}
     if config.reconstruction and coders:
-        if data is None:
-            raise InputError("reconstruction needs calibration images and no data set was given; give one, or 0")
-        reconstruct(model, given, coders, data.needs("calibration"), config.reconstruction)
+        reconstruct(model, given, coders, _calibration(data, "reconstruction", "0"), config.reconstruction)
     every = [*coders.values(), *ends(model, config.ends_bits)]
     if not every:
         return model
     small, small.history = train_codes(CodedModel(model, every), config, data, teacher)
     return small
+
+
+def _calibration(data: ImageData | None, what: str, instead: str) -> Split:
+    if data is None:
+        raise InputError(f"{what} needs calibration images and no data set was given; give one, or {instead}")
+    return data.needs("calibration")
 
 
 def _check_group(layers: Mapping[str, nn.Linear], group: int | None) -> None:
@@ -102,8 +110,7 @@ def _bits(
     What b bits cost is the second order of the loss, as mixed rank has it: the layer's sensitivity times the squared error
     of its outputs with the nearest codes.
     """
-    if data is None:
-        raise InputError("target_bytes needs calibration images and no data set was given; give one, or bits")
+    _calibration(data, "target_bytes", "bits")
     found = moments.collect(model, layers, data, gradients=True)
     choices = {}
     for name, layer in progress.bar(layers.items(), "error by bits", unit="layer"):
@@ -139,31 +146,3 @@ def _bytes(model: nn.Module, layers: Mapping[str, nn.Linear], bits: int, config:
         steps = tensor.numel() // group if group else len(tensor)
         total += packed_bytes(tensor.numel(), own) + steps * width
     return total
-
-
-def _fit(
-    model: nn.Module,
-    given: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    bits: Mapping[str, int],
-    config: WeightOnly,
-    data: ImageData | None,
-) -> dict[str, Tensor]:
-    """Round the layers in place, first to last, so that they answer as in `given`. Returns their steps."""
-    if data is None:
-        raise InputError(
-            "rounding=second_order needs calibration images and no data set was given; give one, or nearest"
-        )
-    steps = {}
-    found = compensation.mismatches(model, given, list(layers), data.needs("calibration"))
-    for name, mismatch in progress.bar(found, "rounding", total=len(layers), unit="layer"):
-        layer = layers[name]
-        weight = layer.weight.detach().double()
-        wanted = weight + mismatch.correction(config.ridge)
-        group = config.group or layer.in_features
-        codes, step = second_order(wanted, mismatch.covariance, bits[name], group, config.damping)
-        rounded = codes * step.repeat_interleave(group, 1)
-        if layer.bias is not None:
-            layer.bias.data += mismatch.bias(rounded - weight).float()
-        layer.weight.data, steps[name] = rounded, step
-    return steps
