@@ -81,6 +81,15 @@ def test_dynamic_int8_is_scored_in_onnxruntime(base, small, digits, tmp_path):
     assert other.loc["top1", "value"] == pytest.approx(eager.loc["top1", "value"], abs=0.01)
 
 
+@needs_onnx
+@pytest.mark.parametrize("name", ["dynamic_int8", "static_int8"])
+def test_several_batch_sizes_are_timed_one_after_the_other(base, small, digits, tmp_path, name):
+    path, how = artifact.save(small[name], tmp_path / "small"), {"batches": (1, 3), "rounds": 10}
+    rows = measure(path, digits, Run(tmp_path), versus=base.path, what=("latency",), backend="onnxruntime", **how)
+    assert set(rows["status"]) == {"ok"}
+    assert set(rows["batch"]) == {1, 3}
+
+
 @needs_bf16
 def test_openvino_in_bf16_is_near_and_not_the_same(base, small):
     x = torch.randn(8, 3, 8, 8)

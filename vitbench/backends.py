@@ -1,5 +1,6 @@
 """What runs a model: eager PyTorch, ONNX Runtime or OpenVINO. Prepared once, checked against eager's answer, then called."""
 
+import copy
 import io
 import sys
 from collections.abc import Callable
@@ -32,7 +33,8 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Call:
 def onnx_file(model: nn.Module, x: Tensor) -> bytes:
     """The model as an ONNX file for inputs shaped like `x`."""
     file = io.BytesIO()
-    torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(file)
+    # a copy: int8 layers that have answered before hold packed weights, which only they can read
+    torch.onnx.export(copy.deepcopy(model), (x,), dynamo=True, verbose=False).save(file)
     return file.getvalue()
 
 
