@@ -1,12 +1,15 @@
 """The README's numbers on quantization are those of the reference rows."""
 
+import pytest
+
 from tests.conftest import ROOT
 from tests.test_readme import apart
 from vitbench.comparison import subject, value
 from vitbench.records import load_records
 
 REFERENCE = ROOT / "results" / "reference"
-CIFAR, BACKENDS = REFERENCE / "quantization-cifar10", REFERENCE / "int8-backends-deit-small"
+CIFAR, IMAGENET = REFERENCE / "quantization-cifar10", REFERENCE / "fewer-bits-imagenet-sample"
+BACKENDS = REFERENCE / "int8-backends-deit-small"
 
 
 def name_of(method, config):
@@ -30,7 +33,8 @@ def name_of(method, config):
         return "learned bits (DiffQ)", f"{config['bits']:g} on average"
     if method == "simulated_integer":
         bits = " / ".join(str(config[f"{what}_bits"]) for what in ("weight", "activation", "attention"))
-        return f"simulated integers, norms {config['norms']}, softmax {config['softmax']}", bits
+        weights = ", second order" if config["rounding"] == "second_order" else ""
+        return f"simulated integers, norms {config['norms']}, softmax {config['softmax']}{weights}", bits
     return None
 
 
@@ -58,11 +62,43 @@ def lines(folder):
         yield f"| {kind} | {bits} | {size['value'] / 1e6:.2f} | {cells} | {apart(top1, dense)} | {time} |"
 
 
-def test_the_table_is_the_reference_rows():
-    found, text = list(lines(CIFAR)), (ROOT / "README.md").read_text()
-    assert len(found) >= 14
+@pytest.mark.parametrize(("folder", "least"), [(CIFAR, 17), (IMAGENET, 24)], ids=["cifar10", "imagenet-sample"])
+def test_the_tables_are_the_reference_rows(folder, least):
+    found, text = list(lines(folder)), (ROOT / "README.md").read_text()
+    assert len(found) >= least
     for line in found:
         assert line in text
+
+
+def gains(folder, group, bits):
+    """What the second order adds to the nearest codes, and fitting by block to that, as the README says it."""
+    rows, found = models(folder)
+    top1 = {(kind, own): value(rows, label, "top1") for kind, own, label in found}
+    second = f"second order, groups of {group}"
+    steps = [f"nearest, groups of {group}", second, f"{second}, fitted by block"]
+    return [apart(top1[after, bits], top1[before, bits]) for before, after in zip(steps, steps[1:])]
+
+
+def in_backends(folder):
+    """(method, backend) -> time over eager fp32's at batch 1 and 8, as the README says it."""
+    rows, found = subject(load_records(folder)), {}
+    for pair in (("dynamic_int8", "onnxruntime"), ("static_int8", "onnxruntime"), ("static_int8", "openvino")):
+        own = [value(rows, pair[0], "latency_ratio", batch, pair[1], versus="eager")["value"] for batch in (1, 8)]
+        found[pair] = "{:.2f} and {:.2f}".format(*own)
+    return found
+
+
+def test_the_times_in_backends_are_the_reference_rows():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for (method, backend), times in in_backends(IMAGENET).items():
+        assert times in readme, (method, backend)
+
+
+@pytest.mark.parametrize("bits", ["4", "3", "2"])
+def test_the_gains_of_groups_of_64_are_the_reference_rows(bits):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for gained in gains(IMAGENET, 64, bits):
+        assert f"{gained} at {bits}" in readme
 
 
 def test_what_training_is_worth_is_the_reference_rows():
