@@ -52,26 +52,33 @@ def ours(backend: str) -> Callable:
 
 @dataclass(frozen=True)
 class Variant:
-    """Whose rows it gives, what runs it, and `(model, x, calibration) -> (callable, bytes)`; bytes 0: those of our file."""
+    """Whose rows it gives, what runs it, and `(model, x, calibration) -> (callable, bytes)`; bytes 0: those of our file.
+
+    `file` names the vitbench file that it starts from.
+    """
 
     method: str
     backend: str
     make: Callable
     packages: tuple[str, ...] = ()
-
-    @property
-    def file(self) -> str:
-        """The vitbench file that it starts from."""
-        return "baseline" if self.method.startswith("peer_") else self.method
+    file: str = "baseline"
 
 
-def _ours(method: str, *names: str) -> dict[str, Variant]:
-    return {f"{method}:{name}": Variant(method, name, ours(name), backends.NEEDS[name]) for name in names}
+def _ours(file: str, *names: str) -> dict[str, Variant]:
+    method = FILES[file][0] if file in FILES else file
+    return {f"{file}:{name}": Variant(method, name, ours(name), backends.NEEDS[name], file) for name in names}
 
 
+# our compressed files: the method and its config
+FILES = {
+    "static_int8": ("static_int8", {}),
+    "static_int8_attention": ("static_int8", {"attention": True}),
+    "dynamic_int8": ("dynamic_int8", {}),
+}
 VARIANTS = {
     **_ours("baseline", "eager", "openvino", "onnxruntime"),
     **_ours("static_int8", "openvino", "openvino_bf16", "onnxruntime"),
+    **_ours("static_int8_attention", "openvino", "openvino_bf16", "onnxruntime"),
     **_ours("dynamic_int8", "eager", "onnxruntime"),
     "peer_nncf:openvino": Variant("peer_nncf", "openvino", peers.nncf("f32"), ("nncf", "openvino")),
     "peer_nncf:openvino_bf16": Variant("peer_nncf", "openvino_bf16", peers.nncf("bf16"), ("nncf", "openvino")),
@@ -191,9 +198,10 @@ def compare(args: argparse.Namespace) -> None:
             "give the images that it was made for, or --random"
         )
     files = {"baseline": vb.save(base, run.models / "baseline")}
-    for method, config in (("static_int8", {"compensation": not args.random}), ("dynamic_int8", {})):
-        if any(VARIANTS[name].method == method for name in args.only):
-            files[method] = vb.save(vb.compress(base, vb.make_config(method, config), seen), run.models / method)
+    for file, (method, config) in FILES.items():
+        if any(VARIANTS[name].file == file for name in args.only):
+            config = config | ({"compensation": not args.random} if method == "static_int8" else {})
+            files[file] = vb.save(vb.compress(base, vb.make_config(method, config), seen), run.models / file)
     images = torch.cat([x for x, _ in eval_batches(seen.needs("calibration"), base.recipe.preprocess)])
     images = images[: len(images) // max(args.batches) * max(args.batches)].contiguous()
     with tempfile.TemporaryDirectory() as folder:

@@ -51,6 +51,13 @@ def test_onnxruntime_multiplies_in_integers(small, tmp_path, name):
 
 
 @needs_onnx
+def test_onnxruntime_multiplies_in_integers_in_attention_too(base, digits, tmp_path):
+    whole = compress(base.model, make_config("static_int8", {"attention": True}), digits)
+    found = kernels(whole, torch.randn(8, 3, 8, 8), tmp_path / "optimized.onnx")
+    assert sum(found[kind] for kind in INTEGER_KERNELS) == 16 + 2 * 4
+
+
+@needs_onnx
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 48), (2, 7, 48), (2, 3, 7, 48)])
 def test_the_onnx_forms_compute_what_the_layers_do(shape, bias):

@@ -73,6 +73,7 @@ def test_every_layer_is_built_again_from_its_spec(name):
     made = {
         "DynamicInt8Linear": lambda: layers.DynamicInt8Linear(4, 3),
         "StaticInt8Linear": lambda: layers.StaticInt8Linear(4, 3, input_step=0.02, input_zero=17),
+        "StaticInt8Rounding": lambda: layers.StaticInt8Rounding(0.02, 128),
         "PackedLinear": lambda: PackedLinear(4, 3, 5, bias=False, group=2),
         "PackedConv2d": lambda: PackedConv2d(3, 2, 4, 8),
         "SharedFactor": lambda: SharedFactor(3, 4, 4),

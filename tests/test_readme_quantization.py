@@ -127,10 +127,16 @@ def backend_lines():
     rows = load_records(BACKENDS)
     rows = rows[rows["status"] == "ok"]
     timed = rows[rows["metric"] == "latency_ratio"]
-    for (method, backend), own in timed.groupby(["method", "backend"], sort=False):
-        size = rows[(rows["method"] == method) & (rows["metric"] == "bytes")]["value"].iloc[-1]
+    timed, sizes = (part.assign(file=part.apply(_file, axis=1)) for part in (timed, rows[rows["metric"] == "bytes"]))
+    for (file, backend), own in timed.groupby(["file", "backend"], sort=False):
+        size = sizes[sizes["file"] == file]["value"].iloc[-1]
         cells = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in own.sort_values("batch").itertuples()]
-        yield f"| {method} | {backend} | {size / 1e6:.1f} | {' | '.join(cells)} |"
+        yield f"| {file} | {backend} | {size / 1e6:.1f} | {' | '.join(cells)} |"
+
+
+def _file(row):
+    attention = any(step["config"].get("attention") for step in row["config"]["methods"])
+    return row["method"] + (", attention too" if attention else "")
 
 
 def test_the_backends_are_the_reference_rows():

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 
-from vitbench import artifact, backends, comparison, vit
+from vitbench import artifact, backends, blocks, comparison, vit
 from vitbench.batches import eval_batches
 from vitbench.errors import InputError
 from vitbench.layers import StaticInt8Linear
@@ -25,6 +25,12 @@ needs_openvino = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def small(base, digits):
     return compress(base.model, make_config("static_int8"), digits)
+
+
+@pytest.fixture(scope="module")
+def whole(base, digits):
+    """With attention's products in codes too."""
+    return compress(base.model, make_config("static_int8", {"attention": True}), digits)
 
 
 def rounding_error(values, low, high):
@@ -103,19 +109,53 @@ def test_no_images_no_ranges(base):
         compress(base.model, make_config("static_int8"))
 
 
+def precisions(call, kind):
+    """In what each node of a kind computes, in the graph that OpenVINO compiled."""
+    compiled = call.__closure__[0].cell_contents
+    about = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    return [each["runtimePrecision"].astype(str) for each in about if each["layerType"].astype(str) == kind]
+
+
 @needs_openvino
 def test_openvino_multiplies_in_integers(small):
     """Its compiled graph holds 8-bit matrix products, one for each quantized layer."""
     x = torch.randn(8, 3, 8, 8)
     call = backends.openvino(small, x)
-    compiled = call.__closure__[0].cell_contents
-    kinds = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
-    products = [
-        str(kind["runtimePrecision"].astype(str)) for kind in kinds if "FullyConnected" in kind["layerType"].astype(str)
-    ]
+    products = precisions(call, "FullyConnected")
     layers = sum(isinstance(module, StaticInt8Linear) for module in small.modules())
     assert sum(kind in ("u8", "i8") for kind in products) == layers == 16
     backends.prepare("openvino", small, x)
+
+
+@needs_openvino
+def test_openvino_makes_attention_in_integers_where_it_is_rounded(small, whole):
+    x = torch.randn(8, 3, 8, 8)
+    fused = [precisions(backends.openvino(model, x), "Subgraph").count("i8") for model in (small, whole)]
+    assert fused == [0, 4], "one for each block"
+    backends.prepare("openvino", whole, x)
+
+
+def test_rounded_attention_keeps_answers_and_comes_back_from_its_file(base, digits, whole, tmp_path):
+    assert evaluate(whole, digits.test).top1.mean() > evaluate(base.model, digits.test).top1.mean() - 0.01
+    x, loaded = torch.randn(3, 3, 8, 8), artifact.load(artifact.save(whole, tmp_path / "whole"))
+    assert torch.allclose(loaded(x), whole(x), atol=0.1)
+    attn = loaded.blocks[2].attn
+    assert [attn.q.zero, attn.k.zero, attn.v.zero, attn.softmax.zero] == [128, 128, 128, 0]
+    assert 0 < attn.softmax.step <= 1 / 255
+
+
+def test_attention_that_passes_roundings_by_is_refused(base, digits):
+    merged = copy.deepcopy(base.model)
+    blocks.reduce_tokens(merged, "merge", [None, 12, 12, 12])
+    for model, why in ((merged, "reduces tokens"), (with_query_norms(base.model), "has a q_norm")):
+        with pytest.raises(InputError, match=f"{why}.* static_int8 with attention=true"):
+            compress(model, make_config("static_int8", {"attention": True}), digits)
+
+
+def with_query_norms(model):
+    model = copy.deepcopy(model)
+    model.blocks[2].attn.q_norm = torch.nn.LayerNorm(model.blocks[2].attn.head_dim)
+    return model
 
 
 @needs_openvino

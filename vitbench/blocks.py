@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from vitbench.errors import InputError
+from vitbench.layers import RoundedAttention
 from vitbench.recipe import Architecture, BlockShape
 from vitbench.tokens import TokenBlocks
 
@@ -52,6 +54,32 @@ def norms_before(model: nn.Module) -> dict[str, nn.Module]:
         for layer, norm in pairs.items()
         if isinstance(block.get_submodule(norm), nn.LayerNorm)
     }
+
+
+def write_out_attention(model: nn.Module, method: str) -> dict[str, list[str]]:
+    """Put attention with places for roundings into every block, in place. Returns q, k, v, softmax -> their places.
+
+    Raises:
+        InputError: blocks that are not plain ones, which `method` does not know; the model is left as it was.
+    """
+    name = model.recipe.architecture.name
+    if isinstance(model.blocks, TokenBlocks):
+        raise InputError(
+            f"{name} reduces tokens ({model.blocks.reduction}) and so passes roundings in its attention by, which {method} "
+            "makes; give the model before its tokens were reduced"
+        )
+    for index, block in enumerate(model.blocks):
+        attn, where = getattr(block, "attn", None), f"blocks.{index} of {name}"
+        if type(attn) is not Attention or not hasattr(block, "ls1"):
+            raise InputError(f"{where} has an attention that {method} does not know; give a plain ViT")
+        inner = {"q_norm": attn.q_norm, "k_norm": attn.k_norm, "norm": attn.norm, "gate": getattr(attn, "gate", None)}
+        odd = [part for part, module in inner.items() if not isinstance(module, nn.Identity | None)]
+        if odd:
+            raise InputError(f"the attention in {where} has a {odd[0]}, which {method} does not know; give a plain ViT")
+    for block in model.blocks:
+        block.attn = RoundedAttention.like(block.attn)
+    parts = ("q", "k", "v", "softmax")
+    return {part: [f"blocks.{index}.attn.{part}" for index in range(len(model.blocks))] for part in parts}
 
 
 def build(model: nn.Module, architecture: Architecture) -> None:

@@ -6,7 +6,7 @@ buffers, so that they are saved as they are.
 
 from vitbench.layers.attention import RoundedAttention
 from vitbench.layers.factored import FactoredLinear, SharedFactor
-from vitbench.layers.int8 import DynamicInt8Linear, StaticInt8Linear, flop_formulas
+from vitbench.layers.int8 import DynamicInt8Linear, StaticInt8Linear, StaticInt8Rounding, flop_formulas
 from vitbench.layers.low_rank import LowRankLinear, SplitLinear
 from vitbench.layers.packed import PackedConv2d, PackedLinear, pack, unpack
 from vitbench.layers.registry import RUNTIME_LAYERS
@@ -26,6 +26,7 @@ __all__ = [
     "SharedFactor",
     "SplitLinear",
     "StaticInt8Linear",
+    "StaticInt8Rounding",
     "flop_formulas",
     "pack",
     "rounded",

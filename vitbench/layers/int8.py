@@ -126,6 +126,29 @@ class StaticInt8Linear(_Int8Linear):
         return F.linear(x, self.dense(), self.bias)
 
 
+@runtime_layer
+class StaticInt8Rounding(nn.Module):
+    """What passes, in 8 bits over a fixed range: x ~ step (q - zero), q in [0, 255]; shapes stay.
+
+    Where both sides of a product have passed one, a backend with integer kernels makes the product in integers.
+    """
+
+    portable = True
+    rounds_inputs = True
+    param_count = 0
+
+    def __init__(self, step: float, zero: int):
+        super().__init__()
+        self.step, self.zero = step, zero
+
+    def spec(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"step": self.step, "zero": self.zero}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, self.step, self.zero, 0, 255)
+
+
 def int8_kernel() -> str:
     """What multiplies a `DynamicInt8Linear` on this CPU, in a few words."""
     engine = _int8_engine()

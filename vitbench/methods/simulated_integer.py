@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from vitbench import blocks, ranges, vit
@@ -27,10 +26,9 @@ from vitbench.coded import CodedModel, RowCoder, ends
 from vitbench.configs import Config
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
-from vitbench.layers import Log2Rounded, Rounded, RoundedAttention, RoundedNorm
+from vitbench.layers import Log2Rounded, Rounded, RoundedNorm
 from vitbench.methods import register
 from vitbench.second_order import round_in_turn
-from vitbench.tokens import TokenBlocks
 from vitbench.vit import LINEAR_TYPES, replace_module
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)  # of the range of LayerNorm's inputs that a channel's codes may span
@@ -105,28 +103,14 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
 
 
 def _check(model: nn.Module, config: SimulatedInteger) -> None:
-    """Raise `InputError` unless the blocks are plain ones that call their attention themselves."""
-    name = model.recipe.architecture.name
-    if isinstance(model.blocks, TokenBlocks):
-        raise InputError(
-            f"{name} reduces tokens ({model.blocks.reduction}) and so passes its attention's roundings by; give the model "
-            "before its tokens were reduced"
-        )
+    """Raise `InputError` unless the blocks have the dense layers and norms that get codes."""
     vit.dense_layers(model, config.layers)
     for index, block in enumerate(model.blocks):
-        attn, where = getattr(block, "attn", None), f"blocks.{index} of {name}"
-        if type(attn) is not Attention or not hasattr(block, "ls1"):
-            raise InputError(
-                f"{where} is a {type(block).__name__} that simulated_integer does not know; give a plain ViT"
-            )
-        inner = {"q_norm": attn.q_norm, "k_norm": attn.k_norm, "norm": attn.norm, "gate": attn.gate}
-        odd = [part for part, module in inner.items() if not isinstance(module, nn.Identity | None)]
-        if odd:
-            raise InputError(
-                f"the attention in {where} has a {odd[0]}, whose rounding is not simulated; give a plain ViT"
-            )
         if config.norms != "plain" and not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
-            raise InputError(f"{where} has no LayerNorm that could be {config.norms}; give norms=plain")
+            raise InputError(
+                f"blocks.{index} of {model.recipe.architecture.name} has no LayerNorm that could be {config.norms}; give "
+                "norms=plain"
+            )
 
 
 def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: SimulatedInteger) -> dict[str, Rounded]:
@@ -142,11 +126,7 @@ def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: 
 
 def _inside(model: nn.Module, split: Split, config: SimulatedInteger) -> dict[str, nn.Module]:
     """Make places for roundings in attention and LayerNorm, in place. Returns place -> what is to stand there."""
-    for block in model.blocks:
-        block.attn = RoundedAttention.like(block.attn)
-    places = {
-        part: [f"blocks.{i}.attn.{part}" for i in range(len(model.blocks))] for part in ("q", "k", "v", "softmax")
-    }
+    places = blocks.write_out_attention(model, "simulated_integer")
     uniform = dict.fromkeys(places["q"] + places["k"] + places["v"], config.activation_bits)
     if config.softmax == "uniform":
         uniform |= dict.fromkeys(places["softmax"], config.attention_bits)

@@ -3,7 +3,8 @@
 No tensor is searched for its range at run time, as dynamic int8 does, and a backend can keep to integers from layer to
 layer. What a ViT adds are activations with a few large channels (after LayerNorm) and lopsided ones (after GELU): ranges
 are those of least squared error, lopsided where the values are, and channels are evened out first (SmoothQuant, Xiao et
-al. 2023, arXiv 2211.10438), which costs nothing since LayerNorm takes the factors.
+al. 2023, arXiv 2211.10438), which costs nothing since LayerNorm takes the factors. Attention's two products can be made of
+codes too: queries, keys and values about 0, for which integer kernels need no zero point, and softmax's shares.
 """
 
 import copy
@@ -16,9 +17,9 @@ from torch import nn
 
 from vitbench import blocks, compensation, progress, ranges, vit
 from vitbench.configs import Config
-from vitbench.data import ImageData
+from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
-from vitbench.layers import StaticInt8Linear
+from vitbench.layers import StaticInt8Linear, StaticInt8Rounding
 from vitbench.methods import register
 from vitbench.methods.dynamic_int8 import quantize_rows
 from vitbench.ranges import Channels
@@ -26,13 +27,15 @@ from vitbench.vit import LINEAR_TYPES, replace_module
 
 
 class StaticInt8(Config):
-    """Which linear layers of the blocks to quantize, and how the ranges of their inputs are found.
+    """What of the blocks to quantize, and how the ranges of what passes are found.
 
     Attributes:
         range: "mse", the range whose rounding has the least squared error, or "minmax", all that was seen.
         equalise: how much of the channels' unevenness after LayerNorm goes into the weights, 0 to 1.
         compensation: fit each layer to what the quantized layers before it produce (`vitbench.compensation`).
         ridge: of the compensation, in units of the inputs' mean variance.
+        attention: round queries, keys, values and softmax's shares too, so that no matrix product of a block is left in
+            floating point. Plain attention only.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -40,6 +43,7 @@ class StaticInt8(Config):
     equalise: float = Field(default=0.5, ge=0, le=1)
     compensation: bool = True
     ridge: float = Field(default=1.0, gt=0)
+    attention: bool = False
 
 
 @register(StaticInt8, identity=StaticInt8(layers=()))
@@ -52,12 +56,16 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
     if data is None:
         raise InputError("static_int8 fixes ranges on calibration images and no data set was given; give one")
     split = data.needs("calibration")
+    places = blocks.write_out_attention(model, "static_int8 with attention=true") if config.attention else {}
     seen = ranges.channels(model, layers, split)
     if config.equalise:
         _equalise(model, layers, seen, config.equalise)
     found = ranges.ranges(model, layers, seen, split, config.range)
+    given = copy.deepcopy(model) if config.compensation else None
+    if places:
+        _round_attention(model, places, split, config.range)
     if config.compensation:
-        work = compensation.mismatches(model, copy.deepcopy(model), list(layers), split)
+        work = compensation.mismatches(model, given, list(layers), split)
     else:
         work = ((name, None) for name in layers)
     for name, mismatch in progress.bar(work, "quantizing", total=len(layers), unit="layer"):
@@ -75,6 +83,16 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
                 new.bias += mismatch.bias((new.dense() - weight).double()).float()
         replace_module(model, name, new)
     return model
+
+
+def _round_attention(model: nn.Module, places: Mapping[str, list[str]], split: Split, rule: str) -> None:
+    """Put roundings into every block's attention, in place."""
+    modules = {name: model.get_submodule(name) for names in places.values() for name in names}
+    found = ranges.ranges(model, modules, ranges.channels(model, modules, split), split, rule)
+    for name, (low, high) in found.items():
+        about_zero = name not in places["softmax"]
+        step, zero = (max(-low, high) / 127, 128) if about_zero else (high / 255, 0)
+        replace_module(model, name, StaticInt8Rounding(step, zero))
 
 
 @torch.no_grad()
