@@ -1,5 +1,6 @@
 """Measurements: rows that are made once, intervals, timing in turn, memory of a fresh process."""
 
+import copy
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from vitbench import artifact, backends, statistics, vit
-from vitbench.comparison import comparison
+from vitbench.batches import eval_batches
+from vitbench.comparison import comparison, paired_loss, subject
 from vitbench.errors import InputError
 from vitbench.measure import child, measure, training_rows
 from vitbench.measure.memory import peak_tensors
@@ -47,6 +49,31 @@ def test_values_make_sense(measured, base):
     timed = rows[(rows.metric == "latency_p50") & (rows.batch == 1)].iloc[0]
     assert len(timed.samples) == 10
     assert timed.value == pytest.approx(np.median(timed.samples))
+
+
+def test_the_cross_entropy_is_kept_image_by_image(measured, digits):
+    run, path, rows = measured
+    own = rows[rows.metric == "cross_entropy"].iloc[0]
+    x, y = (
+        torch.cat(parts) for parts in zip(*eval_batches(digits.test, artifact.read_manifest(path).recipe.preprocess))
+    )
+    with torch.inference_mode():
+        wanted = -artifact.load(path)(x).log_softmax(1)[torch.arange(len(y)), y]
+    assert own.samples == pytest.approx(wanted.tolist(), rel=0.02, abs=1e-3)
+    assert own.low < own.value == pytest.approx(float(wanted.mean()), rel=1e-3) < own.high
+    everything = subject(run.rows())
+    apart = paired_loss(everything, "dynamic_int8", "baseline")
+    assert apart.low <= apart.difference <= apart.high
+    with pytest.raises(InputError, match="no cross-entropy of 'uct'"):
+        paired_loss(everything, "uct", "baseline")
+
+
+def test_answers_that_are_no_numbers_are_a_failed_row(base, digits, tmp_path):
+    broken = copy.deepcopy(base.model)
+    broken.head.bias = torch.nn.Parameter(torch.full((10,), float("nan")))
+    rows = measure(artifact.save(broken, tmp_path / "broken"), digits, Run(tmp_path / "run"), what=("accuracy",))
+    assert set(rows["status"]) == {"failed"}
+    assert rows["error"].str.contains("answers are not finite numbers").all()
 
 
 def test_the_same_again_measures_nothing(measured, base, digits, monkeypatch):
@@ -166,6 +193,17 @@ def test_pareto_front_by_hand():
 def test_answers_come_back_from_their_digits():
     hits = np.random.default_rng(0).random(359) < 0.9
     assert (statistics.unpack_hits(statistics.pack_hits(hits), len(hits)) == hits).all()
+
+
+def test_paired_means_against_t_by_hand():
+    first, second = [1.0, 2.0, 4.0, 3.0], [0.5, 1.0, 2.5, 3.5]
+    gaps = np.subtract(first, second)
+    spread = gaps.std(ddof=1) / 2
+    found = statistics.paired_means(first, second)
+    assert found.difference == pytest.approx(gaps.mean())
+    assert found.high - found.difference == pytest.approx(3.182446 * spread, rel=1e-5)  # t of 3 degrees at 97.5 %
+    with pytest.raises(ValueError, match="not of the same images"):
+        statistics.paired_means(first, second[:3])
 
 
 def test_paired_answers_against_mcnemar_by_hand():

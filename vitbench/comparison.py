@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from vitbench.errors import InputError
-from vitbench.statistics import Paired, paired, unpack_hits
+from vitbench.statistics import Paired, paired, paired_means, unpack_hits
 
 MEGA = 1e6
 EAGER = "eager"
@@ -141,6 +141,12 @@ def points(rows: pd.DataFrame, first: str, second: str) -> str:
     return f"{100 * test.difference:+.2f} [{100 * test.low:+.2f}, {100 * test.high:+.2f}] p = {test.p:.2g}"
 
 
+def nats(rows: pd.DataFrame, first: str, second: str) -> str:
+    """`paired_loss` in nats with its 95 % interval and p, as tables show it."""
+    test = paired_loss(subject(rows), first, second)
+    return f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}] p = {test.p:.2g}"
+
+
 def paired_top1(rows: pd.DataFrame, first: str, second: str) -> Paired:
     """By how much the model labelled `first` is right more often than `second` on the same test images."""
     answers = [value(rows, label, "top1") for label in (first, second)]
@@ -148,6 +154,18 @@ def paired_top1(rows: pd.DataFrame, first: str, second: str) -> Paired:
         if row is None or not row["hits"]:
             raise InputError(f"the rows hold no answers of {label!r} image by image; measure its accuracy again")
     return paired(*(unpack_hits(row["hits"], row["context"]["images"]) for row in answers))
+
+
+def paired_loss(rows: pd.DataFrame, first: str, second: str) -> Paired:
+    """By how many nats the cross-entropy of the model labelled `first` is above that of `second` on the same test images.
+
+    It sees what top-1 does not, how sure a right or wrong answer is, and so tells apart what top-1 needs more images for.
+    """
+    answers = [value(rows, label, "cross_entropy") for label in (first, second)]
+    for label, row in zip((first, second), answers, strict=True):
+        if row is None:
+            raise InputError(f"the rows hold no cross-entropy of {label!r}; measure its accuracy again")
+    return paired_means(*(row["samples"] for row in answers))
 
 
 def ratios(rows: pd.DataFrame, method: str) -> list[pd.Series]:

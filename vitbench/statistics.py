@@ -28,11 +28,7 @@ def unpack_hits(text: str, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same images: by how much the first is right more often.
-
-    `difference` is a fraction of the images, with its 95 % interval (normal, from the discordant pairs); `p` is that of
-    the exact McNemar test.
-    """
+    """Two models on the same images: by how much the first's mean is above the second's, its 95 % interval, and p."""
 
     difference: float
     low: float
@@ -41,7 +37,11 @@ class Paired:
 
 
 def paired(first: np.ndarray, second: np.ndarray) -> Paired:
-    """Compare the answers of two models, image by image."""
+    """Compare the right and wrong answers of two models, image by image.
+
+    The difference is a fraction of the images, its interval normal, from the discordant pairs; p is that of the exact
+    McNemar test.
+    """
     from scipy.stats import binomtest, norm
 
     if len(first) != len(second):
@@ -51,6 +51,17 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
     spread = norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(max(gained + lost - (gained - lost) ** 2 / count, 0)) / count
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return Paired(difference, difference - spread, difference + spread, float(p))
+
+
+def paired_means(first: Sequence[float], second: Sequence[float]) -> Paired:
+    """Compare two models' values on the same images, cross-entropies say, by the paired t test."""
+    from scipy.stats import ttest_rel
+
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} values: they are not of the same images")
+    test = ttest_rel(first, second)
+    interval = test.confidence_interval(CONFIDENCE)
+    return Paired(float(np.mean(first) - np.mean(second)), *map(float, interval), float(test.pvalue))
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> tuple[float, float, float]:

@@ -58,10 +58,14 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model did on a split: for each image, in the split's order, whether the right class was first / in five."""
+    """What a model did on a split, image by image in the split's order.
+
+    Whether the right class was first / among five, and its cross-entropy, -log p(right class), in nats.
+    """
 
     top1: np.ndarray
     top5: np.ndarray
+    loss: np.ndarray
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -91,16 +95,18 @@ def evaluate(
 ) -> Evaluation:
     """Score `model` on every image of `split` with the preprocessing of its recipe."""
     model = model.to(device).eval()
-    first, fifth = [], []
+    first, fifth, lost = [], [], []
     batches: Iterable = eval_batches(split, model.recipe.preprocess, batch_size, device)
     if title:
         batches = progress.bar(batches, title, total=math.ceil(len(split) / batch_size), unit="batch")
     for x, y in batches:
-        ranked = model(x).float().topk(min(5, model.recipe.architecture.num_classes), dim=1).indices
+        logits = model(x).float()
+        ranked = logits.topk(min(5, model.recipe.architecture.num_classes), dim=1).indices
         hits = ranked == y[:, None]
         first.append(hits[:, 0].cpu())
         fifth.append(hits.any(dim=1).cpu())
-    return Evaluation(torch.cat(first).numpy(), torch.cat(fifth).numpy())
+        lost.append(F.cross_entropy(logits, y, reduction="none").cpu())
+    return Evaluation(*(torch.cat(parts).numpy() for parts in (first, fifth, lost)))
 
 
 def train(

@@ -127,8 +127,8 @@ def _groups(path, data, versus, batches, threads, rounds, device, run_by) -> Ite
     test, (backend, versus_backend) = data.needs("test"), run_by
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
     context |= {} if backend == "eager" else {"backend": backend}
-    metrics = ["top1", "top5"] if len(data.classes) > 5 else ["top1"]
-    slots = [(metric, "fraction", context) for metric in metrics]
+    metrics = ["top1", *(["top5"] if len(data.classes) > 5 else []), "cross_entropy"]
+    slots = [(metric, "nats" if metric == "cross_entropy" else "fraction", context) for metric in metrics]
     own = artifact.read_manifest(path).recipe
     obstacle = backends.obstacle(backend, own)
     yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device, backend), obstacle)
