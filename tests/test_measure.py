@@ -10,7 +10,7 @@ import torch
 
 from vitbench import artifact, backends, statistics, vit
 from vitbench.batches import eval_batches
-from vitbench.comparison import comparison, paired_loss, subject
+from vitbench.comparison import comparison, paired_loss, subject, value
 from vitbench.errors import InputError
 from vitbench.measure import child, measure, training_rows
 from vitbench.measure.memory import peak_tensors
@@ -51,21 +51,19 @@ def test_values_make_sense(measured, base):
     assert timed.value == pytest.approx(np.median(timed.samples))
 
 
-def test_the_cross_entropy_is_kept_image_by_image(measured, digits):
-    run, path, rows = measured
-    own = rows[rows.metric == "cross_entropy"].iloc[0]
-    x, y = (
-        torch.cat(parts) for parts in zip(*eval_batches(digits.test, artifact.read_manifest(path).recipe.preprocess))
-    )
+def test_the_cross_entropy_is_kept_image_by_image(measured, base, digits):
+    rows = subject(measured[0].rows())
+    own = value(rows, "baseline", "cross_entropy")
+    x, y = (torch.cat(parts) for parts in zip(*eval_batches(digits.test, base.model.recipe.preprocess)))
     with torch.inference_mode():
-        wanted = -artifact.load(path)(x).log_softmax(1)[torch.arange(len(y)), y]
-    assert own.samples == pytest.approx(wanted.tolist(), rel=0.02, abs=1e-3)
-    assert own.low < own.value == pytest.approx(float(wanted.mean()), rel=1e-3) < own.high
-    everything = subject(run.rows())
-    apart = paired_loss(everything, "dynamic_int8", "baseline")
+        wanted = -base.model(x).log_softmax(1)[torch.arange(len(y)), y]
+    assert own.samples == pytest.approx(wanted.tolist(), rel=0.01, abs=1e-5)
+    assert own.value == pytest.approx(float(wanted.mean()), rel=1e-4)
+    assert own.low < own.value < own.high
+    apart = paired_loss(rows, "dynamic_int8", "baseline")
     assert apart.low <= apart.difference <= apart.high
     with pytest.raises(InputError, match="no cross-entropy of 'uct'"):
-        paired_loss(everything, "uct", "baseline")
+        paired_loss(rows, "uct", "baseline")
 
 
 def test_answers_that_are_no_numbers_are_a_failed_row(base, digits, tmp_path):
