@@ -76,7 +76,7 @@ def against_tokens(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             depth = int(rows["context"].iloc[-1]["depth"])
             axes.set_title(title.format(depth=depth, s="" if depth == 1 else "s"))
         panels[0].set_ylabel("over full attention's")
-        panels[0].legend(fontsize=8, loc="upper right")
+        panels[0].legend(fontsize=8, loc="lower left")
         last = rows.iloc[-1]
         figure.suptitle(
             f"{last['model']}'s shape, batch {last['batch']}, {last['threads']} threads, eager", fontsize=10
@@ -105,4 +105,7 @@ def _panel(axes: plt.Axes, rows: pd.DataFrame, part: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
+    axes.set_yticks(
+        [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+    )
     axes.yaxis.set_major_formatter("{x:g}")
