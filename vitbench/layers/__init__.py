@@ -1,4 +1,4 @@
-"""Runtime layers: what stands in a compressed model in the place of a dense layer.
+"""Runtime layers: what stands in a compressed model in the place of a dense layer or of attention.
 
 A runtime layer can be built empty from its `spec`, so that a file needs no code of the method that made it; codes are
 buffers, so that they are saved as they are.
