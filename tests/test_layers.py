@@ -84,6 +84,9 @@ def test_every_layer_is_built_again_from_its_spec(name):
         "Log2Rounded": lambda: layers.Log2Rounded(3, 2**0.5),
         "RoundedNorm": lambda: layers.RoundedNorm(6, bias=False),
         "RoundedAttention": lambda: layers.RoundedAttention(6, 2, 5, False),
+        "LinearAttention": lambda: layers.LinearAttention(6, 2, 5, False),
+        "NystroemAttention": lambda: layers.NystroemAttention(6, 2, 5, landmarks=4, iterations=2, prefix=1, residual=3),
+        "ExactNystroemAttention": lambda: layers.ExactNystroemAttention(6, 2, 5, landmarks=4, prefix=1, residual=3),
     }[name]()
     again = type(made)(**made.spec())
     assert again.spec() == made.spec()

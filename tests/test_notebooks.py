@@ -123,6 +123,10 @@ SHORT = [
     "qat.epochs=1",
     "qat_bits=[2]",
     "search_seeds=[0,1]",
+    "landmarks=[4]",
+    "iterations=[6]",
+    "merged=[2]",
+    "sides=[64,128]",
 ]
 RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]
 

@@ -76,7 +76,16 @@ def test_imports_run_one_way():
     """Methods do not measure, and what draws does not touch a model."""
     for file in (ROOT / "vitbench" / "methods").glob("*.py"):
         assert "vitbench.measure" not in file.read_text(), file
-    for name in ("figures", "policy_figures", "closeups", "comparison", "report", "records", "statistics"):
+    for name in (
+        "figures",
+        "attention_figures",
+        "policy_figures",
+        "closeups",
+        "comparison",
+        "report",
+        "records",
+        "statistics",
+    ):
         text = (ROOT / "vitbench" / f"{name}.py").read_text()
         assert not re.search(r"^(from|import) (torch|timm|vitbench\.(methods|measure|vit|training))", text, re.M), name
     for file in (ROOT / "vitbench").rglob("*.py"):

@@ -1,6 +1,6 @@
 """Sizes of a Vision Transformer's blocks: read, built, cut, masked and counted. With vit.py, what knows timm's inside."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -120,9 +120,50 @@ def reduce_tokens(model: nn.Module, reduction: str, counts: Sequence[int | None]
     model.blocks = TokenBlocks(model.blocks, reduction, counts, prefix, tokens)
 
 
+def replace_attention(model: nn.Module, chosen: Sequence[int] | None, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Put `make(attention)` in the place of the attention of the `chosen` blocks (None: of all), in place.
+
+    Raises:
+        InputError: no such block, attention that is not timm's plain one, or tokens that are reduced on the way.
+    """
+    name, places = model.recipe.architecture.name, range(len(model.blocks))
+    chosen = places if chosen is None else chosen
+    wrong = [index for index in chosen if index not in places]
+    if wrong:
+        raise InputError(f"blocks = {tuple(chosen)}: {name} has blocks 0 to {len(places) - 1}; name some of those")
+    if chosen and isinstance(model.blocks, TokenBlocks):
+        raise InputError(
+            f"{name} reduces tokens ({model.blocks.reduction}) by the keys and shares of softmax attention, so its attention "
+            "has to stay; give the model before its tokens were reduced"
+        )
+    for index in chosen:
+        check_attention(model, index)
+        parts = ("q_norm", "k_norm", "norm", "gate")
+        odd = [part for part in parts if not isinstance(getattr(model.blocks[index].attn, part), nn.Identity | None)]
+        if odd:
+            raise InputError(
+                f"the attention in blocks.{index} of {name} has a {odd[0]}, which its replacement has not; give a plain ViT"
+            )
+    for index in chosen:
+        model.blocks[index].attn = make(model.blocks[index].attn)
+
+
+def check_attention(model: nn.Module, index: int) -> None:
+    """Raise `InputError` unless block `index` is one that calls a timm attention layer, with whatever linear layers."""
+    block = model.blocks[index]
+    attn = getattr(block, "attn", None)
+    if type(attn) is not Attention or not hasattr(block, "ls1"):
+        inside = "" if attn is None else f" with a {type(attn).__name__}"
+        raise InputError(
+            f"blocks.{index} of {model.recipe.architecture.name} is a {type(block).__name__}{inside}, not a plain block with "
+            "softmax attention; give a plain ViT, before its attention was replaced"
+        )
+
+
 def check_prunable(model: nn.Module) -> None:
     """Raise `InputError` unless heads and neurons can be taken out of each block's plain layers."""
     for index, block in enumerate(model.blocks):
+        check_attention(model, index)
         attn, mlp = block.attn, block.mlp
         layers = {"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2}
         coded = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]

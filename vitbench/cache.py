@@ -26,7 +26,7 @@ from vitbench.training import TrainConfig
 
 # sources that measure and show, and so do not decide what a model becomes
 SHOWING = re.compile(
-    r".*/vitbench/(measure/.*|(backends|cli|closeups|comparison|environment|figures|lessons|policy_figures|progress|records|report|runs|statistics|suite|version)\.py)$"
+    r".*/vitbench/(measure/.*|(attention_figures|backends|cli|closeups|comparison|environment|figures|lessons|policy_figures|progress|records|report|runs|statistics|suite|version)\.py)$"
 )
 
 

@@ -129,36 +129,34 @@ def keep_and_fuse(state: State, scores: Tensor, count: int, prefix: int) -> Stat
 
 
 def merge(state: State, keys: Tensor, pairs: int, prefix: int) -> State:
-    """Average the `pairs` most similar pairs, one of each from the tokens at even places and one from those at odd.
+    """Average the `pairs` most similar pairs; each is one of the second, fourth, ... token and one of the first, third, ...
 
-    Similarity is the cosine of the mean keys (B, heads, N, head_dim); prefix tokens stay apart. The tokens at even places
-    that are left come first, in order, then those at odd places.
+    Similarity is the cosine of the mean keys (B, heads, N, head_dim). Prefix tokens stay apart, in front; then come the
+    tokens at even places that are left, in order, then those at odd places with what joined them.
     """
     x = state.x
     sizes = torch.ones_like(x[..., 0]) if state.sizes is None else state.sizes
-    metric = F.normalize(keys.mean(1), dim=-1)
-    alike = metric[:, ::2] @ metric[:, 1::2].transpose(-2, -1)
-    alike[:, : (prefix + 1) // 2] = -torch.inf
-    alike[:, :, : prefix // 2] = -torch.inf
-    best, partner = alike.max(-1)
+    metric = F.normalize(keys.mean(1)[:, prefix:], dim=-1)
+    best, partner = (metric[:, 1::2] @ metric[:, ::2].transpose(-2, -1)).max(-1)
     order = best.argsort(dim=1, descending=True)
     going, staying = order[:, :pairs], order[:, pairs:].sort(dim=1).values
     into = partner.gather(1, going)
 
     def joined(values: Tensor) -> Tensor:  # (B, N, c) -> (B, N - pairs, c), sums
-        even, odd, c = values[:, ::2], values[:, 1::2], values.shape[2]
+        even, odd, c = values[:, prefix + 1 :: 2], values[:, prefix::2], values.shape[2]
         moved = even.gather(1, going[..., None].expand(-1, -1, c))
         left = even.gather(1, staying[..., None].expand(-1, -1, c))
-        return torch.cat([left, odd.scatter_add(1, into[..., None].expand(-1, -1, c), moved)], dim=1)
+        return torch.cat([values[:, :prefix], left, odd.scatter_add(1, into[..., None].expand(-1, -1, c), moved)], 1)
 
     total = joined(sizes[..., None])
     source = state.source
     if source is not None:
-        places, left = torch.empty_like(source[:, : x.shape[1]]), staying.shape[1]
-        places[:, 1::2] = left + torch.arange(x.shape[1] // 2, device=x.device)
+        places, left = torch.empty_like(source[:, : x.shape[1]]), prefix + staying.shape[1]
+        places[:, :prefix] = torch.arange(prefix, device=x.device)
+        places[:, prefix::2] = left + torch.arange((x.shape[1] - prefix + 1) // 2, device=x.device)
         even = torch.empty_like(order)
-        even.scatter_(1, staying, torch.arange(left, device=x.device).expand_as(staying))
+        even.scatter_(1, staying, torch.arange(prefix, left, device=x.device).expand_as(staying))
         even.scatter_(1, going, left + into)
-        places[:, ::2] = even
+        places[:, prefix + 1 :: 2] = even
         source = places.gather(1, source)
     return State(joined(x * sizes[..., None]) / total, total[..., 0], state.scores, source)

@@ -283,7 +283,8 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
 def analytic_macs(model: VisionTransformer) -> int:
     """Multiply-accumulates for one image, from shapes alone: patch embedding, blocks (`blocks.macs`) and head.
 
-    Norms, softmax and GELU are not counted, as is usual.
+    Norms, softmax and GELU are not counted, as is usual. Attention that a method replaced counts as full attention here;
+    `measure.cost.count_macs` counts what really runs.
     """
     embed, shapes, d = model.patch_embed, blocks.shapes(model), model.embed_dim
     patch = embed.macs() if hasattr(embed, "macs") else embed.proj.weight.numel() * embed.num_patches

@@ -14,7 +14,7 @@ from vitbench.cache import Made
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
-from vitbench.measure import accuracy, cost, memory, outputs, timing, weights
+from vitbench.measure import accuracy, cost, memory, outputs, scaling, timing, weights  # noqa: F401  (all jobs are registered)
 from vitbench.measure.child import ChildError
 from vitbench.measure.value import Value
 from vitbench.recipe import Recipe

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitbench import artifact
@@ -37,11 +37,16 @@ def count_params(model: nn.Module) -> int:
     return coded + sum(tensor.numel() for tensor in dense.values())
 
 
-@torch.inference_mode()
 def count_macs(model: nn.Module) -> int:
     """Multiply-accumulates for one image: convolutions, linear layers and attention products, by what really runs."""
     size = model.recipe.preprocess.size
-    set_fused_attention(model, False)  # some versions of torch count the fused kernel as nothing
+    return macs_of(model, torch.zeros(1, 3, size, size))
+
+
+@torch.inference_mode()
+def macs_of(module: nn.Module, x: Tensor) -> int:
+    """Likewise of any module for the input x."""
+    set_fused_attention(module, False)  # some versions of torch count the fused kernel as nothing
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-        model(torch.zeros(1, 3, size, size))
+        module(x)
     return counter.get_total_flops() // 2

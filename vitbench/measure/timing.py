@@ -1,7 +1,7 @@
 """Latency: percentiles of single calls in a fresh process, in turn with a second model for a ratio."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,7 @@ def latency(
 ) -> Iterator[Value]:
     """Time the model at `path`, in turn with the one at `versus` if given, in a child process, batch size by batch size."""
     models = [(str(path), backend), *([(str(versus), versus_backend)] if versus else [])]
-    with FileLock(
-        writable_folder(model_cache(), "cache") / "timing.lock"
-    ):  # two timings at once would disturb each other
+    with locked():
         timed = in_child("time_models", threads, models=models, batches=list(batches), rounds=rounds)["times"]
     for times in timed:
         own = times[0]
@@ -47,6 +45,11 @@ def latency(
         if versus:
             ratio, low, high = median_ratio(own, times[1])
             yield Value("latency_ratio", ratio, how + "; ratio of medians, bootstrap 95 %", low, high, samples=times[1])
+
+
+def locked() -> FileLock:
+    """To hold while something is timed: two timings at once would disturb each other."""
+    return FileLock(writable_folder(model_cache(), "cache") / "timing.lock")
 
 
 @job
@@ -68,20 +71,25 @@ def _time_batch(models: list, run_by: list[str], batch: int, rounds: int) -> lis
 
     inputs = [torch.randn(batch, 3, size, size) for size in (model.recipe.preprocess.size for model in models)]
     ready = [backends.prepare(backend, model, x) for backend, model, x in zip(run_by, models, inputs, strict=True)]
+    return turns([lambda run=run, x=x: run(x) for run, x in zip(ready, inputs, strict=True)], rounds)
+
+
+def turns(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each of `rounds` calls of each of `calls`, in turn after warm-up; rather fewer than too long."""
 
     def call(i: int) -> float:
         start = time.perf_counter()
-        ready[i](inputs[i])
+        calls[i]()
         return (time.perf_counter() - start) * 1000
 
-    times: list[list[float]] = [[] for _ in models]
-    for i in range(len(models)):
+    times: list[list[float]] = [[] for _ in calls]
+    for i in range(len(calls)):
         _warm_up(lambda i=i: call(i))
     start = time.monotonic()
     for turn in range(rounds):
         if turn >= MIN_ROUNDS and time.monotonic() - start > MAX_SECONDS:
             break
-        for i in sorted(range(len(models)), reverse=turn % 2 == 1):
+        for i in sorted(range(len(calls)), reverse=turn % 2 == 1):
             times[i].append(call(i))
     return times
 

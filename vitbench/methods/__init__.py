@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,32 +17,35 @@ from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
 from vitbench.recipe import Step
 
+Saves = Literal["bytes", "macs"]
 Handler = Callable[[nn.Module, Config, ImageData | None], nn.Module]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its config class, its handler, and a config that must leave the model as it is."""
+    """A registered method: its config class, its handler, a config that must leave the model as it is, and what it saves."""
 
     name: str
     config: type[Config]
     handler: Handler
     identity: Config
+    saves: Saves
 
 
 METHODS: dict[str, Method] = {}
 
 
-def register(config: type[Config], *, identity: Config) -> Callable[[Handler], Handler]:
+def register(config: type[Config], *, identity: Config, saves: Saves = "bytes") -> Callable[[Handler], Handler]:
     """Register a handler under its function's name.
 
     Args:
         config: the class of its configs; all fields have defaults, which are the method's usual setting.
         identity: the config at which nothing is compressed (tests hold every method to it).
+        saves: what the usual setting has less of, a file's bytes or multiply-accumulates (likewise).
     """
 
     def add(handler: Handler) -> Handler:
-        METHODS[handler.__name__] = Method(handler.__name__, config, handler, identity)
+        METHODS[handler.__name__] = Method(handler.__name__, config, handler, identity, saves)
         return handler
 
     return add

@@ -1,0 +1,76 @@
+"""Time and multiply-accumulates against the number of tokens, the points where they cross, and the figure."""
+
+import numpy as np
+import pytest
+
+from vitbench import attention_figures
+from vitbench.errors import InputError
+from vitbench.measure.scaling import scaling
+from vitbench.methods import make_config
+from vitbench.runs import Run
+
+LINEAR = make_config("linear_attention", {"train": {"epochs": 0}})
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("scaling"))
+    configs = [make_config("nystroem", {"landmarks": 8}), LINEAR]
+    how = {"depth": 1, "rounds": 10}
+    found = scaling(run, "vit_mini_patch2_8", configs, [4, 16], **how)
+    before = run.records.read_bytes()
+    again = scaling(run, "vit_mini_patch2_8", configs, [4, 16], **how)
+    assert run.records.read_bytes() == before, "what is there is not measured again"
+    assert set(again["key"]) == set(found["key"])
+    return found
+
+
+def test_every_variant_part_and_size_has_its_rows(rows):
+    good = rows[rows["status"] == "ok"]
+    assert set(good["metric"]) == {"macs", "latency_p50", "latency_ratio"}
+    kinds = {(row.method, row.context["part"], row.context["tokens"]) for row in good.itertuples()}
+    parts = ("attention", "model")
+    wanted = {(method, part, n) for method in ("baseline", "linear_attention") for part in parts for n in (5, 65)}
+    assert kinds == wanted | {("nystroem", part, 65) for part in parts}
+    assert (good["value"] > 0).all()
+
+
+def test_what_does_not_suit_a_size_is_skipped_with_the_reason(rows):
+    skipped = rows[rows["status"] != "ok"]
+    assert set(skipped["status"]) == {"skipped"}
+    assert {row.context["tokens"] for row in skipped.itertuples()} == {5}
+    assert skipped["error"].str.contains("landmarks = 8: vit_mini_patch2_8 has 5 tokens").all()
+
+
+def test_multiply_accumulates_of_the_layer_are_the_formula(rows):
+    full = attention_figures.curves(rows, "macs", "attention")["full attention"]
+    assert full["value"].tolist() == [4 * n * 64 * 64 + 2 * n * n * 64 for n in (5, 65)]
+    linear = attention_figures.curves(rows, "macs", "attention")["linear"]
+    assert linear["value"].tolist() == [4 * n * 64 * 64 + 2 * n * 16 * 64 + n * 64 for n in (5, 65)]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "wanted"),
+    [
+        ([2, 1.5, 1.1], np.inf),
+        ([0.9, 0.8, 0.5], 10),
+        ([2, 2, 0.5], 10**2.5),
+        ([0.5, 2, 0.5], 10**2.5),
+        ([2, 1, 0.5], 100),
+    ],
+)
+def test_the_crossing_is_where_the_ratio_stays_below_one(ratios, wanted):
+    assert attention_figures.crossing(np.array([10, 100, 1000]), np.array(ratios)) == pytest.approx(wanted)
+
+
+def test_the_figure_and_its_crossings_come_from_the_rows(rows):
+    figure, shown = attention_figures.against_tokens(rows)
+    assert len(figure.axes) == 2
+    assert set(shown["key"]) == set(rows["key"])
+    assert set(attention_figures.crossings(rows, "model")) == {"Nystroem, m = 8, 6 iterations", "linear"}
+
+
+@pytest.mark.parametrize("how", [{"rounds": 5}, {"threads": 0}, {"batch": 0}])
+def test_wrong_settings(how, tmp_path):
+    with pytest.raises(InputError, match="at least 1 thread, 10 rounds"):
+        scaling(Run(tmp_path), "vit_mini_patch2_8", [LINEAR], [8], **how)

@@ -1,0 +1,135 @@
+"""Token merging: schedules, what is left, prefix tokens, pictures of what went together, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+
+from vitbench import artifact, tokens, vit
+from vitbench.errors import InputError
+from vitbench.measure.cost import count_macs
+from vitbench.methods import compress, make_config
+from vitbench.methods.nystroem import Nystroem
+from vitbench.methods.token_merging import TokenMerging, schedule, tokens_left
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = vit.create_model("deit_tiny_patch16_224", img_size=64, num_classes=10, depth=4, seed=1)
+    return made.requires_grad_(False)
+
+
+def test_the_schedules_merge_as_many_in_all():
+    for r in (1, 4, 8, 13, 16):
+        constant, decreasing = schedule(r, 12, "constant"), schedule(r, 12, "decreasing")
+        assert constant == [r] * 12
+        assert sum(decreasing) == 12 * r
+        assert decreasing[0] == 2 * r
+        assert decreasing[-1] == 0
+        assert decreasing == sorted(decreasing, reverse=True)
+    assert schedule(3, 1, "decreasing") == [3]
+
+
+def test_at_most_half_of_the_tokens_go_and_two_stay():
+    assert tokens_left([8] * 12, 197, 1) == [197 - 8 * i for i in range(1, 13)]
+    assert tokens_left([100, 100, 3, 0], 197, 1) == [99, 50, 47, 47]  # 196 // 2 = 98, 98 // 2 = 49
+    assert tokens_left([9] * 6, 5, 1) == [3, 2, 2, 2, 2, 2]
+    assert tokens_left([9] * 4, 4, 0) == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("config", "left"),
+    [
+        (TokenMerging(), [15, 13, 11, 9]),
+        (TokenMerging(r=3), [14, 11, 8, 5]),
+        (TokenMerging(r=2, schedule="decreasing"), [13, 10, 9, 9]),
+        (TokenMerging(r=(0, 5, 0, 1)), [17, 12, 12, 11]),
+        (TokenMerging(r=50), [9, 5, 3, 2]),
+    ],
+)
+def test_tokens_really_become_fewer(config, left, model, tmp_path):
+    small = compress(model, config)
+    loaded = artifact.load(artifact.save(small, tmp_path / "small"))
+    start = tokens.State(vit.embedded(loaded, torch.randn(2, 3, 64, 64)), source=torch.arange(17).expand(2, -1))
+    states = loaded.blocks.states(start)
+    assert [state.x.shape[1] for state in states[1:]] == left
+    for state in states[1:]:
+        if state.sizes is not None:
+            assert (state.sizes.sum(1) == 17).all()
+            counted = torch.stack([torch.bincount(row, minlength=state.x.shape[1]) for row in state.source])
+            assert torch.equal(counted.float(), state.sizes)
+        assert (state.source[:, 0] == 0).all()
+        assert (state.source[:, 1:] > 0).all(), "the class token stays by itself"
+    assert count_macs(loaded) < count_macs(model)
+    assert vit.analytic_macs(loaded) == pytest.approx(count_macs(loaded), rel=0.01)
+
+
+@pytest.mark.parametrize("r", [0, (0, 0, 0, 0)])
+def test_no_pairs_leave_the_model_as_it_is(r, model):
+    same = compress(model, TokenMerging(r=r))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(same(x), model(x))
+    assert not isinstance(same.blocks, tokens.TokenBlocks)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+def test_prefix_tokens_stay_in_front_and_apart(prefix):
+    """Twice, since what comes first after a merge must come first in the next."""
+    torch.manual_seed(0)
+    x = torch.randn(2, prefix + 9, 4)
+    state = tokens.State(x, source=torch.arange(prefix + 9).expand(2, -1))
+    for pairs in (3, 2):
+        state = tokens.merge(state, torch.randn(2, 3, state.x.shape[1], 8), pairs, prefix)
+        assert torch.equal(state.x[:, :prefix], x[:, :prefix])
+        assert torch.equal(state.source[:, :prefix], torch.arange(prefix).expand(2, -1))
+    for image in range(2):
+        for place in range(state.x.shape[1]):
+            wanted = x[image][state.source[image] == place].mean(0)
+            assert torch.allclose(state.x[image, place], wanted, atol=1e-5)
+
+
+def test_a_model_with_two_prefix_tokens_is_merged():
+    made = vit.create_model("deit_tiny_distilled_patch16_224", img_size=64, num_classes=10, depth=3)
+    assert made.num_prefix_tokens == 2
+    small = compress(made, TokenMerging(r=4))
+    start = tokens.State(vit.embedded(small, torch.randn(1, 3, 64, 64)), source=torch.arange(18)[None])
+    assert small.blocks.states(start)[-1].source[0, :2].tolist() == [0, 1]
+
+
+def test_it_comes_after_quantization(base, digits, tmp_path):
+    small = compress(base.model, [make_config("dynamic_int8"), TokenMerging(r=2)], digits)
+    loaded, x = artifact.load(artifact.save(small, tmp_path / "small")), torch.randn(2, 3, 8, 8)
+    assert torch.allclose(loaded(x), small(x), atol=2e-2 * small(x).abs().max())
+    assert type(loaded.blocks[0].attn.qkv).__name__ == "DynamicInt8Linear"
+
+
+def test_it_is_trained_if_asked_to(base, digits):
+    config = make_config("token_merging", {"r": 4, "train": {"epochs": 1}})
+    small = compress(base.model, config, digits)
+    assert len(small.history) == 1
+    assert not torch.equal(small.blocks[0].attn.qkv.weight, base.model.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r": -1}, "greater than or equal to 0"),
+        ({"r": (1, 2)}, r"r = \(1, 2\) has 2 numbers and deit_tiny_patch16_224 4 blocks"),
+        ({"schedule": "rising"}, "schedule = 'rising'"),
+    ],
+)
+def test_wrong_settings(values, message, model):
+    with pytest.raises(InputError, match=message):
+        compress(model, make_config("token_merging", values))
+
+
+def test_models_that_cannot_merge_say_why(model):
+    merged = compress(model, TokenMerging(r=1))
+    with pytest.raises(InputError, match=r"tokens of this deit_tiny_patch16_224 are reduced already \(merge\)"):
+        compress(merged, TokenMerging(r=1))
+    with pytest.raises(InputError, match="is a Block with a NystroemAttention"):
+        compress(compress(model, Nystroem(landmarks=4)), TokenMerging(r=1))
+    gated = copy.deepcopy(model)
+    gated.blocks[2].attn.gate = torch.nn.Linear(192, 192)
+    with pytest.raises(InputError, match="blocks.2 of .* has a gate"):
+        compress(gated, TokenMerging(r=1))
