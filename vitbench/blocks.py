@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitbench.errors import InputError
+from vitbench.layers import SplitLinear
 from vitbench.recipe import Architecture, BlockShape
 from vitbench.tokens import TokenBlocks
 
@@ -43,6 +44,50 @@ def shapes(model: nn.Module) -> tuple[BlockShape, ...]:
     )
 
 
+def stream(block: nn.Module, name: str) -> str:
+    """The module in `block` whose input is the residual stream that the output of the layer `name` is added to, as it is.
+
+    "" for a layer whose output goes elsewhere, or is scaled first (LayerScale).
+    """
+    norm, scale = {"attn.proj": ("norm1", "ls1"), "mlp.fc2": ("norm2", "ls2")}.get(name, ("", ""))
+    return norm if isinstance(getattr(block, scale, None), nn.Identity) else ""
+
+
+def split_heads(model: nn.Module) -> dict[str, slice]:
+    """Cut each dense qkv layer into q, k and v of every head, in place. Returns the rows of the old layer by part's name."""
+    rows = {}
+    for index, block in enumerate(model.blocks):
+        linear, heads = block.attn.qkv, block.attn.num_heads
+        if isinstance(linear, nn.Linear):
+            size = linear.out_features // (3 * heads)
+            split = SplitLinear(linear.in_features, [size] * 3 * heads, bias=linear.bias is not None)
+            block.attn.qkv = split.fill(linear)
+            rows |= {f"blocks.{index}.attn.qkv.parts.{i}": slice(i * size, (i + 1) * size) for i in range(3 * heads)}
+    return rows
+
+
+def spread(depth: int, of: int) -> list[int]:
+    """`depth` of `of` blocks, evenly spaced, the first and, of two or more, the last among them."""
+    return [round(float(place)) for place in np.linspace(0, of - 1, depth)]
+
+
+def ends_of_stages(depth: int, of: int) -> list[int]:
+    """For each of `depth` blocks the one of `of` blocks that lies at the same share of the depth, the last for the last."""
+    return [-(-(block + 1) * of // depth) - 1 for block in range(depth)]
+
+
+def keep_blocks(model: nn.Module, places: Sequence[int]) -> None:
+    """Leave only the blocks at `places`, with their weights, in place."""
+    if isinstance(model.blocks, TokenBlocks):
+        raise InputError(
+            "blocks cannot be taken from a model with fewer tokens on the way; give one that keeps them all"
+        )
+    model.blocks = nn.Sequential(*(model.blocks[place] for place in places))
+    architecture = model.recipe.architecture
+    sizes = tuple(architecture.blocks[place] for place in places) if architecture.blocks else ()
+    model.recipe = model.recipe.having(architecture=architecture.having(depth=len(places), blocks=sizes))
+
+
 def norms_before(model: nn.Module) -> dict[str, nn.Module]:
     """Linear layer -> the LayerNorm whose output is its input and nothing else's."""
     pairs = {"attn.qkv": "norm1", "mlp.fc1": "norm2"}
@@ -74,6 +119,13 @@ def build(model: nn.Module, architecture: Architecture) -> None:
         mlp.fc2 = nn.Linear(shape.neurons, mlp.fc2.out_features, bias=mlp.fc2.bias is not None)
     if architecture.reduction:
         reduce_tokens(model, architecture.reduction, [shape.tokens for shape in wanted])
+
+
+def answer_apart(model: nn.Module, apart: bool) -> None:
+    """Whether a model with a distillation token answers with both heads apart while it trains, or with their mean."""
+    for module in model.modules():
+        if hasattr(module, "distilled_training"):
+            module.distilled_training = apart
 
 
 def size_attention(attn: nn.Module, heads: int, head_dim: int) -> None:

@@ -91,7 +91,9 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
     if layers:
         inside = _inside(model, split, config)
     bits = {name: config.activation_bits for name in layers if name not in inputs}
-    bits |= dict.fromkeys((name for coder in outer for name in coder.names if name == "head"), config.ends_bits)
+    bits |= dict.fromkeys(
+        (name for coder in outer for name in coder.names if name.startswith("head")), config.ends_bits
+    )
     inputs |= _uniform(model, bits, split, config)
     for name, module in inside.items():
         replace_module(model, name, module)
