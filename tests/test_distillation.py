@@ -275,6 +275,6 @@ def test_teachers_that_do_not_fit(few, teacher, tmp_path):
     other = artifact.save(large, tmp_path / "large")
     with pytest.raises(InputError, match="the student has 16 and the teacher 64 of them"):
         distilled(teacher, few, teacher=str(other), train={"feature_weight": 1.0})
+    reduced = compress(teacher, make_config("pruning", {"neurons": 0.0, "heads": 0.0, "tokens": 0.3}), few)
     with pytest.raises(InputError, match="one class token"):
-        reduced = compress(teacher, make_config("pruning", {"neurons": 0.0, "heads": 0.0, "tokens": 0.3}), few)
         distilled(reduced, few, student="", depth=0, token=True)
