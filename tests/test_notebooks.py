@@ -123,6 +123,10 @@ SHORT = [
     "qat.epochs=1",
     "qat_bits=[2]",
     "search_seeds=[0,1]",
+    "seeds=[0,1]",
+    "kinds=[token,features]",
+    "distilled.epochs=2",
+    "recovery.epochs=1",
 ]
 RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]
 

@@ -70,8 +70,11 @@ class Teaching:
 
     Args:
         student, teacher: the teacher answers the student's classes; neither is changed.
-        projections: (made here) for each block of a student of another width, a linear layer to the teacher's width.
-            They are trained along and thrown away.
+
+    Attributes:
+        projections: of each block of a student of another width, a linear layer to the teacher's width. They are trained
+            along and thrown away.
+        answers: the teacher's logits of the epoch's view, (N, C) in the split's order; None where it answers as it goes.
 
     Raises:
         InputError: answers to be kept of images that are mixed anew at each step; block outputs of models without
