@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from vitbench import artifact, blocks, tokens, vit
-from vitbench.blocks import Kept
 from vitbench.errors import InputError
 from vitbench.measure.cost import count_macs
 from vitbench.methods import compress, make_config
 from vitbench.recipe import BlockShape
+from vitbench.removal import cut
+from vitbench.removal.cut import Kept
 from vitbench.removal.policy import Space, mac_cost
 
 REDUCTIONS = ("cls_attention", "hsic", "hsic_cls", "merge")
@@ -46,11 +47,11 @@ def deit():
 @pytest.mark.parametrize("head_dims", [True, False])
 def test_a_cut_model_answers_as_the_masked_one(seed, head_dims, deit, tmp_path):
     x, kept = torch.randn(2, 3, 64, 64), random_kept(deit, seed, head_dims)
-    with blocks.masked(deit, kept):
+    with cut.masked(deit, kept):
         wanted = deit(x)
     assert not torch.allclose(deit(x), wanted, atol=1e-2)
     small = copy.deepcopy(deit)
-    blocks.prune(small, kept)
+    cut.prune(small, kept)
     loaded = artifact.load(artifact.save(small, tmp_path / "small"))
     for model in (small, loaded):
         for fused in (True, False):
@@ -63,7 +64,7 @@ def test_a_cut_model_answers_as_the_masked_one(seed, head_dims, deit, tmp_path):
 def test_a_masked_model_is_back_to_itself_afterwards(deit):
     x = torch.randn(1, 3, 64, 64)
     before = deit(x)
-    with blocks.masked(deit, random_kept(deit, 0)):
+    with cut.masked(deit, random_kept(deit, 0)):
         pass
     assert torch.equal(deit(x), before)
 
@@ -188,17 +189,17 @@ def test_the_policys_cost_is_the_models(deit):
 def test_what_cannot_be_pruned_says_why(base, deit):
     int8 = compress(base.model, make_config("dynamic_int8"))
     with pytest.raises(InputError, match="is a DynamicInt8Linear, not a plain linear layer; prune first"):
-        blocks.check_prunable(int8)
+        cut.check_prunable(int8)
     one = deit.recipe.architecture.having(blocks=blocks.shapes(deit)[:1])
     with pytest.raises(InputError, match="sizes of 1 blocks were given and deit_tiny_patch16_224 has 4"):
         vit.skeleton(one)
     normed = copy.deepcopy(deit)
     normed.blocks[0].attn.q_norm = torch.nn.LayerNorm(64)
     with pytest.raises(InputError, match="normalises queries over a head's 64 dimensions"):
-        blocks.prune(normed, random_kept(normed, 0))
+        cut.prune(normed, random_kept(normed, 0))
     normed.blocks[0].attn.norm = torch.nn.LayerNorm(192)
     with pytest.raises(InputError, match=r"has attn.norm inside its blocks"):
-        blocks.check_prunable(normed)
+        cut.check_prunable(normed)
 
 
 def test_quantization_and_low_rank_take_a_pruned_model(base, digits, tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from vitbench import blocks, vit
 from vitbench import moments as moments_module
-from vitbench import vit
 from vitbench.allocation import Layer, greedy, uniform
 from vitbench.compensation import mismatches
 from vitbench.errors import InputError
@@ -221,6 +221,6 @@ def test_layers_of_two_thin_matrices_and_in_parts():
     model = vit.create_model("vit_mini_patch2_8")
     images = torch.randn(2, 3, 8, 8)
     before = model(images)
-    rows = vit.split_heads(model)
+    rows = blocks.split_heads(model)
     assert len(rows) == 4 * 3 * 4
     assert torch.allclose(model(images), before, atol=1e-5)

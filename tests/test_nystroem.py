@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from vitbench import artifact, backends, blocks, vit
+from vitbench import artifact, backends, vit
 from vitbench.errors import InputError
 from vitbench.layers import ExactNystroemAttention, LinearAttention, NystroemAttention
 from vitbench.layers.nystroem import iterative_inverse, landmarks
@@ -13,6 +13,7 @@ from vitbench.measure.cost import macs_of
 from vitbench.methods import compress, make_config
 from vitbench.methods.linear_attention import LinearAttention as Linear
 from vitbench.methods.nystroem import Nystroem
+from vitbench.removal import cut
 from vitbench.training import TrainConfig
 
 HEADS, WIDTH = 3, 16
@@ -221,7 +222,7 @@ def test_in_the_last_block_a_class_token_apart_gets_full_attentions_answer(model
 
 def test_pruning_after_it_says_why_it_cannot(model):
     with pytest.raises(InputError, match="a NystroemAttention, not a plain block .* before its attention was replaced"):
-        blocks.check_prunable(compress(model, Nystroem(landmarks=4)))
+        cut.check_prunable(compress(model, Nystroem(landmarks=4)))
 
 
 def test_what_exports_says_so(model):

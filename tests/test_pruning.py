@@ -13,7 +13,7 @@ from vitbench.methods import compress, make_config
 from vitbench.methods.multidimensional import MultiDimensional, Task
 from vitbench.methods.pruning import Pruning
 from vitbench.moments import Moments, watching
-from vitbench.removal import compensate
+from vitbench.removal import compensate, cut
 from vitbench.removal.latency_table import LatencyTable
 from vitbench.removal.policy import DIMENSIONS
 from vitbench.removal.scores import Criterion
@@ -86,14 +86,14 @@ def test_the_same_code_prunes_t2t_vit(digits):
 
 def test_a_layer_without_bias_gets_none_and_is_refused_nothing():
     model = vit.create_model("t2t_vit_t_14", img_size=32, depth=1, num_classes=10)
-    kept = [blocks.Kept(torch.arange(600), torch.arange(3))]
+    kept = [cut.Kept(torch.arange(600), torch.arange(3))]
     moments = {}
     for name, size in (("blocks.0.mlp.fc2", 1152), ("blocks.0.attn.proj", 384)):
         moments[name] = Moments(
             10, torch.eye(size).double(), torch.zeros(size).double(), torch.ones(size), torch.empty(0)
         )
     compensate(model, kept, moments, "ridge", 0.1)
-    blocks.prune(model, kept)
+    cut.prune(model, kept)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 

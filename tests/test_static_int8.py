@@ -148,7 +148,7 @@ def test_attention_that_passes_roundings_by_is_refused(base, digits):
     merged = copy.deepcopy(base.model)
     blocks.reduce_tokens(merged, "merge", [None, 12, 12, 12])
     for model, why in ((merged, "reduces tokens"), (with_query_norms(base.model), "has a q_norm")):
-        with pytest.raises(InputError, match=f"{why}.* static_int8 with attention=true"):
+        with pytest.raises(InputError, match=why):
             compress(model, make_config("static_int8", {"attention": True}), digits)
 
 

@@ -45,10 +45,10 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(digits, tmp_path, monkeypat
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     epochs = training._Run.epoch
 
-    def interrupted(self, epoch, split, bar):
+    def interrupted(self, epoch, bar):
         if epoch == 2:
             raise KeyboardInterrupt
-        return epochs(self, epoch, split, bar)
+        return epochs(self, epoch, bar)
 
     monkeypatch.setattr(training._Run, "epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -157,7 +157,7 @@ def parts(path: str | Path) -> dict[str, int]:
         parent, _, last = key.rpartition(".")
         if key.startswith(SHARED):
             part = "shared factors"
-        elif parent in ("patch_embed.proj", "head") and last != "bias":
+        elif parent in vit.ENDS and last != "bias":
             part = "patch embedding and head"
         elif vit.layer_type(parent) and last != "bias":
             part = "block weights"

@@ -1,7 +1,7 @@
 """Batches of model input: images resized, augmented and normalised, in a fixed order for a fixed seed."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -34,6 +34,12 @@ def eval_batches(
         yield x.to(device), y.to(device)
 
 
+def epoch_order(count: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
+    """The places in the split of each batch's images, (B,) each: an epoch's order, the last incomplete batch dropped."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[: max(1, count // batch_size) * batch_size].split(batch_size)
+
+
 def train_batches(
     split: Split,
     preprocess: Preprocess,
@@ -41,29 +47,66 @@ def train_batches(
     augment: Augment,
     seed: int,
     device: str | torch.device = "cpu",
+    view: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in an order drawn from `seed`, the last incomplete batch dropped; shapes as `eval_batches`.
+    """One epoch in the order `epoch_order` draws from `seed`; shapes as `eval_batches`.
 
     augment: "shift" moves each image by up to an eighth of its side, filling with black; "shift-flip" also mirrors
     half of them; "timm" is timm's training transform (random resized crop, flip, RandAugment, random erasing).
+    view: a seed; an image is then augmented as (view, its place in the split) say, whatever the order of the epoch.
     """
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    order = order[: max(1, len(split) // batch_size) * batch_size]
+    order = epoch_order(len(split), batch_size, seed)
+    yield from _augmented(split, preprocess, order, augment, seed, view, device)
+
+
+def view_batches(
+    split: Split,
+    preprocess: Preprocess,
+    batch_size: int,
+    augment: Augment,
+    view: int,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image in order, augmented as `train_batches` does it for that `view`; shapes as `eval_batches`."""
+    yield from _augmented(split, preprocess, torch.arange(len(split)).split(batch_size), augment, view, view, device)
+
+
+def _augmented(
+    split: Split,
+    preprocess: Preprocess,
+    order: Sequence[Tensor],
+    augment: Augment,
+    seed: int,
+    view: int | None,
+    device: str | torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
     if augment == "timm" or split.array is None:
         transform = _timm_train_transform(preprocess) if augment == "timm" else _timm_eval_transform(preprocess)
-        for x, y in _pil_loader(split, transform, batch_size, order=order.tolist(), seed=seed):
+        places, draws = torch.cat(tuple(order)).tolist(), seed if view is None else view
+        for x, y in _pil_loader(split, transform, len(order[0]), order=places, seed=draws):
             yield x.to(device), y.to(device)
         return
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed((seed if view is None else view) + 1)
     images, labels = torch.from_numpy(split.array).to(device), torch.from_numpy(split.labels).to(device)
-    for chosen in order.split(batch_size):
+    of_all = None if view is None else _draw(len(split), images.shape[1], augment, generator)
+    for chosen in order:
         x = images[chosen.to(device)]
+        own = of_all[chosen] if of_all is not None else _draw(len(x), images.shape[1], augment, generator)
         if augment != "none":
-            x = _shift(x, generator)
+            x = _shift(x, own[:, :2].T)
         if augment == "shift-flip":
-            flips = torch.rand(len(x), generator=generator).lt(0.5).to(device)
-            x = torch.where(flips[:, None, None, None], x.flip(2), x)
+            x = torch.where(own[:, 2].bool().to(device)[:, None, None, None], x.flip(2), x)
         yield _to_input(x, preprocess), labels[chosen.to(device)]
+
+
+def _draw(count: int, height: int, augment: Augment, generator: torch.Generator) -> Tensor:
+    """Of `count` images, (count, 3): rows and columns to move by, from 0 to twice the reach, and whether to mirror."""
+    moves, flips = torch.zeros(2, count, dtype=torch.int64), torch.zeros(count)
+    if augment != "none":
+        moves = torch.randint(0, 2 * _reach(height) + 1, (2, count), generator=generator)
+    if augment == "shift-flip":
+        flips = torch.rand(count, generator=generator).lt(0.5)
+    return torch.stack([*moves, flips.long()], dim=1)
 
 
 def _to_input(images: Tensor, preprocess: Preprocess) -> Tensor:
@@ -77,11 +120,14 @@ def _to_input(images: Tensor, preprocess: Preprocess) -> Tensor:
     return (x - mean) / std
 
 
-def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move each of (B, H, W, 3) by its own whole number of pixels, up to H // 8 each way, filling with zeros."""
+def _reach(height: int) -> int:
+    return max(1, height // 8)
+
+
+def _shift(images: Tensor, offsets: Tensor) -> Tensor:
+    """Move each of (B, H, W, 3) by its own `offsets` (2, B), whole pixels counted from the reach, filling with zeros."""
     batch, height, width, _ = images.shape
-    reach = max(1, height // 8)
-    offsets = torch.randint(0, 2 * reach + 1, (2, batch, 1), generator=generator).to(images.device)
+    reach, offsets = _reach(height), offsets[:, :, None].to(images.device)
     padded = F.pad(images, (0, 0, reach, reach, reach, reach))
     rows = offsets[0] + torch.arange(height, device=images.device)
     columns = offsets[1] + torch.arange(width, device=images.device)

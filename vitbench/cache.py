@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from vitbench import artifact, batches, image_sources, paths, training, vit
+from vitbench import artifact, batches, image_sources, paths, train_config, training, vit
 from vitbench import data as data_module
 from vitbench.configs import Config
 from vitbench.data import ImageData
@@ -167,7 +167,7 @@ def _plain(text: str) -> str:
 
 
 def _key(recipe: Recipe, device: str) -> str:
-    modules = (vit, training, batches, data_module, image_sources)
+    modules = (vit, training, train_config, batches, data_module, image_sources)
     facts = {
         "recipe": recipe.to_dict(),
         "versions": [torch.__version__, timm.__version__],

@@ -178,8 +178,8 @@ def _nearest_half(x: Tensor) -> Tensor:
     return torch.where((x != 0) & (x.abs() < least), least * x.sign(), x).half().float()
 
 
-def ends(model: nn.Module, bits: int | None, names: Sequence[str] = ("patch_embed.proj", "head")) -> list[Coder]:
-    """Coders of the patch embedding and the head (or the one in `names`), or none."""
+def ends(model: nn.Module, bits: int | None, names: Sequence[str] = vit.ENDS) -> list[Coder]:
+    """Coders of the patch embedding and the head (or the ones in `names`), or none."""
     found = {} if bits is None else vit.ends(model)
     return [RowCoder(name, module, bits) for name, module in found.items() if name in names]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from vitbench import vit
+from vitbench import blocks, vit
 from vitbench.batches import eval_batches
 from vitbench.data import Split
 from vitbench.layers import SplitLinear
@@ -93,7 +93,7 @@ def _answers(
     block: nn.Module, layers: dict[str, nn.Module], tokens: Tensor, answers: dict[str, list[Tensor]]
 ) -> Tensor:
     """What the block makes of `tokens`; adds to `answers` what the layers answer, with the stream that it is added to."""
-    streams = {name: vit.stream(block, name) for name in layers}
+    streams = {name: blocks.stream(block, name) for name in layers}
     norms = {name: block.get_submodule(name) for name in set(streams.values()) if name}
     stream: dict[str, Tensor] = {}
 
@@ -140,7 +140,7 @@ class _Enough(Exception):
 
 def _arriving(block: nn.Module, name: str, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
     """The input of the layer `name` in `block`, and the stream that its output is added to, if it is."""
-    norm, found = vit.stream(block, name), {}
+    norm, found = blocks.stream(block, name), {}
 
     def see(seen: str, x: Tensor, y: Tensor) -> None:
         found[seen] = x

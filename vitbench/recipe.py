@@ -24,7 +24,8 @@ class BlockShape(Config):
 class Architecture(Config):
     """A timm (or vitbench) Vision Transformer by name, with what was changed from the name's defaults.
 
-    `blocks` holds the sizes of the blocks where something was removed, else nothing; `reduction` how tokens are chosen.
+    `blocks` holds the sizes of the blocks where something was removed, else nothing; `reduction` how tokens are chosen;
+    `distillation_token` whether a second class token with a head of its own was added (DeiT).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Architecture(Config):
     depth: int | None = Field(default=None, ge=1)
     blocks: tuple[BlockShape, ...] = ()
     reduction: Reduction | None = None
+    distillation_token: bool = False
 
 
 class Preprocess(Config):
@@ -62,13 +64,15 @@ class Recipe(Config):
     `layers` maps a module's name to the runtime layer that stands in its place (see `vitbench.layers`), and `shared`
     names the modules that several layers share. `storage` is how floating-point tensors lie on disk; in memory they are
     float32.
-    `origin` says how the weights were made: training config, data, seed, starting weights.
+    `origin` says how the weights were made: training config, data, seed, starting weights. A student of another
+    architecture than the model that it was distilled from keeps that one's origin, and its name as `original`.
     """
 
     format: Literal[1] = 1
     architecture: Architecture
     preprocess: Preprocess
     origin: dict[str, Any] = {}
+    original: str = ""
     methods: tuple[Step, ...] = ()
     layers: dict[str, dict[str, Any]] = {}
     shared: dict[str, dict[str, Any]] = {}

@@ -10,50 +10,26 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from vitbench import progress
 from vitbench.artifact import weights_hash
-from vitbench.batches import Augment, eval_batches, train_batches
+from vitbench.batches import epoch_order, eval_batches, train_batches
+from vitbench.blocks import answer_apart
 from vitbench.configs import Config
 from vitbench.data import ImageData, Split
+from vitbench.distilling import Teaching
 from vitbench.errors import InputError
 from vitbench.paths import model_cache, writable_folder
+from vitbench.train_config import TrainConfig
 from vitbench.vit import set_fused_attention
 
 CHECKPOINT_SECONDS = 5.0
-
-
-class TrainConfig(Config):
-    """How to train: AdamW, linear warm-up, cosine decay to a hundredth of `lr`.
-
-    `kd_weight` and `temperature` matter only with a teacher: the loss is then
-    (1 - kd_weight) CE + kd_weight T^2 KL(teacher || student), both softened by T (Hinton et al. 2015).
-    `beta2` is AdamW's second decay. `precision` "auto" is bf16 on a GPU and on a CPU with bf16 instructions for widths of 192 or more, else fp32.
-    """
-
-    epochs: int = Field(default=60, ge=0)
-    batch_size: int = Field(default=128, ge=1)
-    lr: float = Field(default=4e-3, gt=0)
-    beta2: float = Field(default=0.98, gt=0, lt=1)
-    weight_decay: float = Field(default=0.05, ge=0)
-    warmup_epochs: float = Field(default=5.0, ge=0)
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    augment: Augment = "none"
-    mixup: float = Field(default=0.8, ge=0)
-    cutmix: float = Field(default=0.0, ge=0)
-    ema: float = Field(default=0.0, ge=0, lt=1)
-    clip_norm: float = Field(default=1.0, gt=0)
-    kd_weight: float = Field(default=0.5, ge=0, le=1)
-    temperature: float = Field(default=1.0, gt=0)
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -82,9 +58,10 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def checkpoint_path(model: nn.Module, data: ImageData, config: Config) -> Path:
-    """Where a run that starts from this very model, with these images and this config, keeps its checkpoint."""
+def checkpoint_path(model: nn.Module, data: ImageData, config: Config, teacher: nn.Module | None = None) -> Path:
+    """Where a run that starts from this very model, with these images, config and teacher, keeps its checkpoint."""
     facts = [weights_hash(model), config.to_dict(), data.fingerprint, torch.get_num_threads()]
+    facts += [weights_hash(teacher)] if teacher is not None else []
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return model_cache() / "unfinished" / f"{digest[:16]}.pt"
 
@@ -127,7 +104,7 @@ def train(
     `checkpoint` ends with the weights of a run that was not.
 
     Args:
-        teacher: its softened answers join the loss (see `TrainConfig`); not trained.
+        teacher: what it says joins the loss (see `TrainConfig`); not trained.
         checkpoint: a file to save the state of the run to and to resume from; removed by whoever keeps the result.
         groups: parameter groups for the optimiser in place of all of the model's, each with an `lr_scale`.
         penalty: a term to add to the loss, called after each forward pass.
@@ -137,7 +114,8 @@ def train(
         `steps` (since the start), `loss`, `lr`, `val_top1` (a fraction; NaN without a val split). The last epoch is the result: no epoch is chosen.
 
     Raises:
-        InputError: fewer images than a batch, or a loss that is no longer finite; the last checkpoint is kept.
+        InputError: fewer images than a batch, a teacher that cannot teach like that (see `distilling.Teaching`), or a
+            loss that is no longer finite; the last checkpoint is kept.
     """
     split, target = data.needs("train"), pick_device(device)
     if len(split) < config.batch_size:
@@ -145,13 +123,13 @@ def train(
             f"batch_size = {config.batch_size} is more than the {len(split)} training images; give a smaller one"
         )
     set_fused_attention(model, target.type != "cpu")  # on a CPU the fused kernel's backward pass is the slower one
-    run = _Run(model.to(target), config, len(split) // config.batch_size, teacher, target, groups, penalty)
+    run = _Run(model.to(target), data, config, teacher, target, groups, penalty)
     history = run.resume(checkpoint)
     saved = time.monotonic()
     with progress.bar(None, title, total=config.epochs * run.steps, unit="step") as bar:
         bar.update(len(history) * run.steps)
         for epoch in range(len(history), config.epochs):
-            loss = run.epoch(epoch, split, bar)
+            loss = run.epoch(epoch, bar)
             result = float("nan")
             if len(data.val):
                 result = float(
@@ -167,33 +145,40 @@ def train(
     if trained is not model:
         model.load_state_dict(trained.state_dict())
     set_fused_attention(model, True)
+    answer_apart(model, False)
     return model.eval(), history
 
 
 class _Run:
     """The moving parts of one training run."""
 
-    def __init__(self, model, config, steps, teacher, device, groups, penalty):
+    def __init__(self, model, data, config, teacher, device, groups, penalty):
         from timm.data import Mixup
         from timm.optim import param_groups_weight_decay
         from timm.utils import ModelEmaV3
 
-        self.model, self.config, self.steps, self.device = model, config, steps, device
+        self.model, self.config, self.split, self.device = model, config, data.train, device
+        self.steps = len(self.split) // config.batch_size
         self.classes = model.recipe.architecture.num_classes
-        groups = groups or param_groups_weight_decay(model, config.weight_decay)
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(model, device))
+        self.teaching = None
+        if teacher is not None:
+            self.teaching = Teaching(model, teacher, config, data, device, self.autocast)
+        answer_apart(model, teacher is not None)
+        groups = list(groups or param_groups_weight_decay(model, config.weight_decay))
+        if self.teaching:
+            groups.append({"params": list(self.teaching.projections.parameters()), "weight_decay": config.weight_decay})
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True
         )
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.penalty = penalty
         self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
-        self.teacher = teacher.to(device).eval() if teacher is not None else None
         self.mixup = None
         if config.mixup or config.cutmix:
             self.mixup = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=self.classes
             )
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(model, device))
 
     def rate(self, step: int) -> float:
         """The learning rate before optimiser step `step`: linear warm-up, then a cosine to a hundredth."""
@@ -203,21 +188,23 @@ class _Run:
         done = (step - warm) / max(1.0, total - warm)
         return self.config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
-    def epoch(self, epoch: int, split: Split, bar) -> float:
+    def epoch(self, epoch: int, bar) -> float:
         """Train one epoch; returns the mean loss."""
-        seed = (self.config.seed * 100_003 + epoch) % 2**31
+        seed, views = self._seed(epoch), self.config.views
+        view = self._seed(epoch % views) if views else None
+        if self.teaching:
+            self.teaching.begin(view)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
         self.model.train()
         total, config = torch.zeros((), device=self.device), self.config
-        batches = train_batches(
-            split, self.model.recipe.preprocess, config.batch_size, config.augment, seed, self.device
-        )
+        preprocess, order = self.model.recipe.preprocess, epoch_order(len(self.split), config.batch_size, seed)
+        batches = train_batches(self.split, preprocess, config.batch_size, config.augment, seed, self.device, view)
         for i, (x, y) in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(epoch * self.steps + i) * group.get("lr_scale", 1.0)
-            loss = self._loss(x, y)
+            loss = self._loss(x, y, order[i])
             if not torch.isfinite(loss):
                 raise InputError(
                     f"the loss is {loss.item()} at step {epoch * self.steps + i + 1} (epoch {epoch + 1}): training diverged; "
@@ -233,26 +220,22 @@ class _Run:
             bar.update(1)
         return float(total) / self.steps
 
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        config = self.config
+    def _seed(self, epoch: int) -> int:
+        """What the order and the draws of an epoch, or of a view, come from."""
+        return (self.config.seed * 100_003 + epoch) % 2**31
+
+    def _loss(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
         labels = y
         if self.mixup:
             x, labels = self.mixup(x, y)
-        smoothing = 0.0 if self.mixup else config.label_smoothing  # Mixup has smoothed its labels itself
-        with self.autocast():
-            logits = self.model(x)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-        if self.teacher is not None:
-            loss = (1 - config.kd_weight) * loss + config.kd_weight * self._distillation(x, logits.float())
+        smoothing = 0.0 if self.mixup else self.config.label_smoothing  # Mixup has smoothed its labels itself
+        with self.autocast(), self.teaching.watch() if self.teaching else nullcontext() as seen:
+            answers = self.model(x)
+        own, heard = answers if isinstance(answers, tuple) else (answers, answers)
+        loss = F.cross_entropy(own.float(), labels, label_smoothing=smoothing)
+        if self.teaching:
+            loss = self.teaching.join(loss, heard.float(), x, places, seen)
         return loss + self.penalty() if self.penalty else loss
-
-    def _distillation(self, x: Tensor, logits: Tensor) -> Tensor:
-        """T^2 KL(teacher || student), both softened by T."""
-        t = self.config.temperature
-        with torch.inference_mode(), self.autocast():
-            wanted = self.teacher(x).float()
-        soft = (F.log_softmax(answers / t, 1) for answers in (logits, wanted.clone()))
-        return t**2 * F.kl_div(*soft, log_target=True, reduction="batchmean")
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -267,6 +250,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
         }
         state |= {"ema": self.ema.module.state_dict() if self.ema else {}, "history": history}
+        state |= {"projections": self.teaching.projections.state_dict() if self.teaching else {}}
         writable_folder(Path(path).parent, "checkpoint folder")
         part = f"{path}.{os.getpid()}.part"
         torch.save(state, part)
@@ -288,6 +272,8 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
+        if self.teaching:
+            self.teaching.projections.load_state_dict(state["projections"])
         return state["history"]
 
 

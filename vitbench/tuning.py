@@ -1,15 +1,16 @@
-"""Training a compressed model further, with the model that it was made from as the teacher."""
+"""Training a compressed model further, with the model that it was made from, or another one, as the teacher."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vitbench import artifact, training
+from vitbench import training
 from vitbench.configs import Config
 from vitbench.data import ImageData
+from vitbench.distilling import keeps_answers
 from vitbench.errors import InputError
+from vitbench.teachers import load_teacher
 from vitbench.training import TrainConfig
 
 
@@ -18,7 +19,8 @@ class Tuning(Config):
 
     Attributes:
         train: with cross-entropy and distillation (`kd_weight`); 0 epochs trains nothing.
-        teacher: "original" (the given model), "none", or the folder of a saved model.
+        teacher: "original" (the given model), "none", the folder of a saved model, a timm name (with timm's weights for
+            it), or "NAME:FILE" (with those of a weights file).
     """
 
     train: TrainConfig = TrainConfig()
@@ -34,17 +36,22 @@ def tune(
     """
     if not config.train.epochs:
         return []
-    checkpoint = training.checkpoint_path(model, data, config)
+    checkpoint = training.checkpoint_path(model, data, config, teacher)
     _, history = training.train(model, data, config.train, teacher=teacher, checkpoint=checkpoint, **how)
     checkpoint.unlink(missing_ok=True)
     return history
 
 
-def find_teacher(model: nn.Module, config: Tuning, data: ImageData | None) -> nn.Module | None:
+def find_teacher(
+    model: nn.Module, config: Tuning, data: ImageData | None, original: nn.Module | None = None
+) -> nn.Module | None:
     """The teacher that `config` names, after checking that it and the images suit the student `model`.
 
+    `original`, by default the model as it is now, is what that word means.
+
     Raises:
-        InputError: no images to train on, or of other classes; a teacher of other classes or with another input.
+        InputError: no images to train on, or of other classes; a teacher of other classes, or one with another input
+            that would have to answer the student's images.
     """
     own = model.recipe
     classes = own.architecture.num_classes
@@ -55,18 +62,23 @@ def find_teacher(model: nn.Module, config: Tuning, data: ImageData | None) -> nn
             f"the model has {classes} outputs and {data.name} has {len(data.classes)} classes; give the images that the "
             "model was made for, or train.epochs=0"
         )
-    if config.teacher in ("none", "original"):
-        return copy.deepcopy(model).requires_grad_(False) if config.teacher == "original" else None
-    found = artifact.load(Path(config.teacher))
+    if config.teacher == "none":
+        return None
+    if config.teacher == "original":
+        found = copy.deepcopy(original or model).requires_grad_(False)
+    else:
+        found = load_teacher(config.teacher, classes)
     other = found.recipe
     if other.architecture.num_classes != classes:
         raise InputError(
             f"the teacher {config.teacher!r} answers {other.architecture.num_classes} classes and the student {classes}; "
             "give a teacher trained on the same classes, or teacher=original"
         )
-    if other.preprocess != own.preprocess:
+    own_views = keeps_answers(config.train) and config.train.augment != "timm"
+    if other.preprocess != own.preprocess and not own_views:
         raise InputError(
             f"the teacher {config.teacher!r} takes images prepared in another way ({other.preprocess}) than the student "
-            f"({own.preprocess}); give a teacher with the same input, or teacher=original"
+            f"({own.preprocess}); give a teacher with the same input, or let it answer on its own: train.views of 1 or more, "
+            "augment other than timm, no feature_weight and no attention_weight"
         )
     return found

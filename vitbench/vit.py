@@ -1,5 +1,6 @@
 """What knows timm's Vision Transformers: names, preprocessing, layer types, MACs; their blocks inside are blocks.py's."""
 
+import copy
 import difflib
 import hashlib
 from collections.abc import Sequence
@@ -8,19 +9,21 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitbench import blocks
 from vitbench.errors import InputError
-from vitbench.layers import SplitLinear
 from vitbench.recipe import Architecture, Preprocess, Recipe
 from vitbench.t2t import T2T_VITS, TokensToToken, sinusoids
 
 LINEAR_TYPES = ("qkv", "proj", "fc1", "fc2")
+ENDS = ("patch_embed.proj", "head", "head_dist")
 
 # Small Vision Transformers for small images; the same timm class, so that every method applies to them unchanged.
 SMALL_VITS = {
+    "vit_micro_patch2_8": {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 4, "num_heads": 4},
     "vit_mini_patch2_8": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4},
     "vit_mini_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6},
 }
@@ -84,8 +87,30 @@ def skeleton(architecture: Architecture) -> VisionTransformer:
     with torch.device("meta"):
         changes = {key: getattr(architecture, key) for key in ("num_classes", "img_size", "depth")}
         model = _construct(architecture.name, False, **changes)
+        if architecture.distillation_token:
+            add_distillation_token(model)
         blocks.build(model, architecture)
         return model
+
+
+def add_distillation_token(model: VisionTransformer) -> None:
+    """Make `model` timm's VisionTransformerDistilled, in place: a second class token with a head of its own.
+
+    (DeiT, Touvron et al. 2021, section 4.) Both start as copies of the first. The answer is the mean of both heads'.
+    """
+    if isinstance(model, VisionTransformerDistilled):
+        return
+    if model.num_prefix_tokens != 1 or model.global_pool != "token" or isinstance(model.blocks, blocks.TokenBlocks):
+        raise InputError(
+            "a distillation token needs a model with one class token, which it reads, and no fewer tokens on the way"
+        )
+    model.__class__ = VisionTransformerDistilled  # they differ in the second token and in the reading of both alone
+    model.num_prefix_tokens, model.distilled_training = 2, False
+    model.dist_token = nn.Parameter(model.cls_token.detach().clone())
+    if not model.no_embed_class:
+        place = model.pos_embed.detach()
+        model.pos_embed = nn.Parameter(torch.cat([place[:, :1], place], dim=1))
+    model.head_dist = copy.deepcopy(model.head)
 
 
 def _check_name(name: str) -> None:
@@ -177,7 +202,7 @@ def load_weights(model: VisionTransformer, path: str | Path) -> dict[str, str]:
         reason = str(error).strip().splitlines()[0][:160]
         raise InputError(f"checkpoint {path.name!r} is not a safetensors or plain state-dict file ({reason})") from None
     own = model.state_dict()
-    head = {key for key in ("head.weight", "head.bias") if key in state and key in own}
+    head = {key for key in own if key.startswith(("head.", "head_dist.")) and key in state}
     fresh_head = any(state[key].shape != own[key].shape for key in head)
     if fresh_head:
         state = {key: value for key, value in state.items() if key not in head} | {key: own[key] for key in head}
@@ -214,8 +239,8 @@ def linears(model: nn.Module, types: tuple[str, ...] = LINEAR_TYPES) -> dict[str
 
 
 def ends(model: nn.Module) -> dict[str, nn.Module]:
-    """The dense layers at the two ends by name: the patch embedding's projection and the classifier."""
-    found = {name: model.get_submodule(name) for name in ("patch_embed.proj", "head")}
+    """The dense layers at the two ends by name: the patch embedding's projection and the classifier (or both of them)."""
+    found = {name: model.get_submodule(name) for name in ENDS if hasattr(model, name.partition(".")[0])}
     return {name: module for name, module in found.items() if isinstance(module, nn.Conv2d | nn.Linear)}
 
 
@@ -247,27 +272,6 @@ def embedded(model: VisionTransformer, x: Tensor) -> Tensor:
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
 
 
-def stream(block: nn.Module, name: str) -> str:
-    """The module in `block` whose input is the residual stream that the output of the layer `name` is added to, as it is.
-
-    "" for a layer whose output goes elsewhere, or is scaled first (LayerScale).
-    """
-    norm, scale = {"attn.proj": ("norm1", "ls1"), "mlp.fc2": ("norm2", "ls2")}.get(name, ("", ""))
-    return norm if isinstance(getattr(block, scale, None), nn.Identity) else ""
-
-
-def split_heads(model: nn.Module) -> dict[str, slice]:
-    """Cut each qkv layer into q, k and v of every head, in place. Returns the rows of the old layer by part's name."""
-    rows = {}
-    for name, linear in linears(model, ("qkv",)).items():
-        heads = model.get_submodule(name.rpartition(".")[0]).num_heads
-        size = linear.out_features // (3 * heads)
-        split = SplitLinear(linear.in_features, [size] * 3 * heads, bias=linear.bias is not None).fill(linear)
-        replace_module(model, name, split)
-        rows |= {f"{name}.parts.{i}": slice(i * size, (i + 1) * size) for i in range(3 * heads)}
-    return rows
-
-
 def token_count(model: VisionTransformer) -> int:
     """Tokens in the blocks for one image: patches and class or register tokens."""
     return model.patch_embed.num_patches + model.num_prefix_tokens
@@ -291,4 +295,5 @@ def analytic_macs(model: VisionTransformer) -> int:
     sizes = ([getattr(shape, name) for shape in shapes] for name in ("heads", "head_dim", "neurons"))
     reduction = getattr(model.blocks, "reduction", None)
     inner = blocks.macs(*map(np.array, sizes), *blocks.tokens_through(shapes, token_count(model)), d, reduction)
-    return patch + int(inner) + d * model.num_classes
+    heads = 2 if hasattr(model, "head_dist") else 1
+    return patch + int(inner) + heads * d * model.num_classes

@@ -63,9 +63,11 @@ class RoundedAttention(OwnAttention):
     `Log2Rounded` may stand.
     """
 
+    PLACES = ("q", "k", "v", "softmax")
+
     def __init__(self, dim: int, num_heads: int, head_dim: int, bias: bool = True, proj_bias: bool = True):
         super().__init__(dim, num_heads, head_dim, bias, proj_bias)
-        self.q, self.k, self.v, self.softmax = (nn.Identity() for _ in range(4))
+        self.q, self.k, self.v, self.softmax = (nn.Identity() for _ in self.PLACES)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.q(q), self.k(k), self.v(v)

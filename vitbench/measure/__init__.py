@@ -147,7 +147,7 @@ def _groups(path, data, versus, batches, threads, rounds, device, run_by) -> Ite
             "weights", [("weight_error", "fraction", context)], lambda: weights.weight_error(path, versus, names)
         )
 
-    if other and len(data.calibration):
+    if other and len(data.calibration) and outputs.comparable(own, other.recipe):
         every = outputs.layers_of(vit.skeleton(other.recipe.architecture))
         context = {**against, "layers": every, "split": "calibration"}
         units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}
@@ -177,7 +177,7 @@ def _groups(path, data, versus, batches, threads, rounds, device, run_by) -> Ite
 
 def _about(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
     return {
-        "model": recipe.architecture.name,
+        "model": recipe.original or recipe.architecture.name,
         "dataset": data.name if data else "none",
         "data_fingerprint": data.fingerprint if data else "",
         "method": recipe.method,

@@ -12,11 +12,18 @@ from vitbench.data import ImageData
 from vitbench.measure.cost import count_params
 from vitbench.measure.value import Value
 from vitbench.moments import BATCH, watching
+from vitbench.recipe import Recipe
 
 
 def layers_of(model: nn.Module) -> list[str]:
     """Names of the blocks' linear layers, whatever stands in their places, in the order of the forward pass."""
     return [name for name, _ in model.named_modules() if vit.layer_type(name) == name.rpartition(".")[-1] != ""]
+
+
+def comparable(own: Recipe, other: Recipe) -> bool:
+    """Whether two models have the same blocks, so that their layers can be compared one by one."""
+    first, second = (vit.skeleton(recipe.architecture) for recipe in (own, other))
+    return first.embed_dim == second.embed_dim and len(first.blocks) == len(second.blocks)
 
 
 def outputs(path: Path, versus: Path, data: ImageData, names: list[str]) -> Iterator[Value]:

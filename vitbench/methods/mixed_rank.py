@@ -21,8 +21,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vitbench import blocks, progress, vit
 from vitbench import moments as moments_module
-from vitbench import progress, vit
 from vitbench.allocation import Layer, greedy, uniform
 from vitbench.compensation import Mismatch, learned, mismatches
 from vitbench.data import ImageData
@@ -123,7 +123,7 @@ def _moments(model: nn.Module, config: MixedRank, data: ImageData) -> dict[str, 
             stacklevel=2,
         )
     if config.split_qkv and "qkv" in config.layers:
-        for name, rows in vit.split_heads(model).items():
+        for name, rows in blocks.split_heads(model).items():
             whole = found[name.rpartition(".parts.")[0]]
             gradient = whole.gradient[rows, rows] if needs_gradients else whole.gradient
             found[name] = dataclasses.replace(whole, gradient=gradient)

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import artifact, blocks, paths, training, vit
+from vitbench import artifact, paths, training, vit
 from vitbench.batches import eval_batches
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.methods import register
-from vitbench.removal import Removal, Remover
+from vitbench.removal import Removal, Remover, cut
 from vitbench.removal.latency_table import LatencyTable
 from vitbench.removal.policy import PAPER, Space, budget, describe, mac_cost, one_ratio
 from vitbench.removal.scores import Scores, choose
@@ -179,7 +179,7 @@ class _Masks:
             after = counts.after[0].tolist()
             device = next(self.model.parameters()).device
             for block, keep in zip(self.model.blocks, choose(self.scores, counts.left()), strict=True):
-                self.masks.append(tuple(mask.to(device) for mask in blocks.masks(block, keep)))
+                self.masks.append(tuple(mask.to(device) for mask in cut.masks(block, keep)))
         if isinstance(self.model.blocks, TokenBlocks):
             self.model.blocks.counts = tuple(after)
 

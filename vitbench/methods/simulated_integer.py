@@ -89,7 +89,9 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
     if layers:
         inside = _inside(model, split, config)
     bits = {name: config.activation_bits for name in layers if name not in inputs}
-    bits |= dict.fromkeys((name for coder in outer for name in coder.names if name == "head"), config.ends_bits)
+    bits |= dict.fromkeys(
+        (name for coder in outer for name in coder.names if name.startswith("head")), config.ends_bits
+    )
     inputs |= _uniform(model, bits, split, config)
     for name, module in inside.items():
         replace_module(model, name, module)
@@ -126,7 +128,7 @@ def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: 
 
 def _inside(model: nn.Module, split: Split, config: SimulatedInteger) -> dict[str, nn.Module]:
     """Make places for roundings in attention and LayerNorm, in place. Returns place -> what is to stand there."""
-    places = blocks.write_out_attention(model, "simulated_integer")
+    places = blocks.round_attention(model)
     uniform = dict.fromkeys(places["q"] + places["k"] + places["v"], config.activation_bits)
     if config.softmax == "uniform":
         uniform |= dict.fromkeys(places["softmax"], config.attention_bits)

@@ -56,7 +56,7 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
     if data is None:
         raise InputError("static_int8 fixes ranges on calibration images and no data set was given; give one")
     split = data.needs("calibration")
-    places = blocks.write_out_attention(model, "static_int8 with attention=true") if config.attention else {}
+    places = blocks.round_attention(model) if config.attention else {}
     seen = ranges.channels(model, layers, split)
     if config.equalise:
         _equalise(model, layers, seen, config.equalise)

@@ -170,7 +170,10 @@ def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) ->
 def _ends(model: nn.Module, config: UCT) -> list:
     if config.head_bits is None or config.ends_bits is None:
         return ends(model, config.ends_bits)
-    patch, head = ends(model, config.ends_bits, ("patch_embed.proj",)), ends(model, config.head_bits, ("head",))
+    patch, head = (
+        ends(model, config.ends_bits, ("patch_embed.proj",)),
+        ends(model, config.head_bits, ("head", "head_dist")),
+    )
     return [*patch, *head]
 
 

@@ -15,7 +15,7 @@ from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.moments import Moments
 from vitbench.recipe import Reduction
-from vitbench.removal import criteria, policy
+from vitbench.removal import criteria, cut, policy
 from vitbench.removal.policy import Counts, Space
 from vitbench.removal.scores import Criterion, Scores, choose
 from vitbench.removal.unit_dependence import positions
@@ -55,7 +55,7 @@ class Remover:
     """
 
     def __init__(self, model: nn.Module, config: Removal, data: ImageData | None, *, tokens: bool):
-        blocks.check_prunable(model)
+        cut.check_prunable(model)
         self.model, self.config, self.data = model, config, data
         self.at = policy.token_blocks(len(model.blocks)) if config.token_blocks is None else config.token_blocks
         if tokens:
@@ -116,7 +116,7 @@ class Remover:
             kept = choose(self.scores, counts.left())
             if self.config.compensation != "none":
                 compensate(small, kept, self.moments, self.config.compensation, self.config.ridge)
-            blocks.prune(small, kept)
+            cut.prune(small, kept)
         self._cut_tokens(small, counts)
         return small
 
@@ -157,9 +157,7 @@ class Remover:
 
 
 @torch.no_grad()
-def compensate(
-    model: nn.Module, kept: Sequence[blocks.Kept], moments: dict[str, Moments], how: str, ridge: float
-) -> None:
+def compensate(model: nn.Module, kept: Sequence[cut.Kept], moments: dict[str, Moments], how: str, ridge: float) -> None:
     """Let what follows the units outside `kept` do without them, in place, before they are taken out.
 
     With the units' values z = [z_k, z_g] (kept, gone) and the next layer W z + b:
@@ -167,7 +165,7 @@ def compensate(
     W_k' = W_k + W_g T and b' = b + W_g (mean_g - T mean_k). The moments are those of the model before.
     """
     for index, (block, keep) in enumerate(zip(model.blocks, kept, strict=True)):
-        stays = {"mlp.fc2": keep.neurons, "attn.proj": blocks.value_rows(block.attn, keep)}
+        stays = {"mlp.fc2": keep.neurons, "attn.proj": cut.value_rows(block.attn, keep)}
         for name, k in stays.items():
             layer, found = block.get_submodule(name), moments[f"blocks.{index}.{name}"]
             gone = torch.ones(layer.in_features, dtype=torch.bool)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from vitbench import progress, training, vit
 from vitbench.artifact import weights_hash
 from vitbench.batches import eval_batches
-from vitbench.blocks import check_prunable
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
 from vitbench.moments import BATCH, watching
 from vitbench.removal import dependence, unit_dependence
+from vitbench.removal.cut import check_prunable
 from vitbench.removal.scores import Criterion, Scores, by_head, seen_by
 from vitbench.tensor_cache import kept_tensors
 
@@ -31,7 +31,7 @@ def score(model: nn.Module, data: ImageData | None, criterion: Criterion) -> lis
     """Score the units of each block on calibration images, or take the scores from the cache; the model is not changed.
 
     Raises:
-        InputError: units that cannot be taken out (`blocks.check_prunable`), no images, or too few of them for HSIC.
+        InputError: units that cannot be taken out (`removal.cut.check_prunable`), no images, or too few of them for HSIC.
     """
     check_prunable(model)
     if data is None and criterion.name != "magnitude":

@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench.blocks import Kept
 from vitbench.configs import Config
 from vitbench.data import ImageData, Split
+from vitbench.removal.cut import Kept
 from vitbench.training import TrainConfig
 
 
