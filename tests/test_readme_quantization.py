@@ -4,11 +4,12 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_readme import apart
-from vitbench.comparison import subject, value
+from vitbench.comparison import paired_loss, subject, value
 from vitbench.records import load_records
 
 REFERENCE = ROOT / "results" / "reference"
 CIFAR, IMAGENET = REFERENCE / "quantization-cifar10", REFERENCE / "fewer-bits-imagenet-sample"
+FOUR, SCRATCH = REFERENCE / "four-bits-imagenet-sample", REFERENCE / "diffq-scratch-cifar10"
 BACKENDS = REFERENCE / "int8-backends-deit-small"
 
 
@@ -99,6 +100,46 @@ def test_the_gains_of_groups_of_64_are_the_reference_rows(bits):
     readme = " ".join((ROOT / "README.md").read_text().split())
     for gained in gains(IMAGENET, 64, bits):
         assert f"{gained} at {bits}" in readme
+
+
+def test_what_cross_entropy_tells_apart_at_4_bits():
+    """The second order against nearest, image by image, with groups of 32 and of 64."""
+    rows, found = models(FOUR)
+    label = {kind: own for kind, _, own in found}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for group in (32, 64):
+        pair = (label[f"{kind}, groups of {group}"] for kind in ("second order", "nearest"))
+        test = paired_loss(rows, *pair)
+        assert test.high < 0
+        text = (
+            f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}] (p = {test.p:.2g}) nats with groups of {group}"
+        )
+        assert text in readme
+
+
+def test_static_int8_with_attention_is_the_reference_rows():
+    rows = subject(load_records(FOUR))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    label, dense = "static_int8", value(rows, "baseline", "top1")
+    times = [value(rows, label, "latency_ratio", batch, "openvino", versus="eager")["value"] for batch in (1, 8)]
+    top1 = [value(rows, label, "top1", backend=backend)["value"] for backend in ("eager", "openvino")]
+    assert "it takes {:.2f} and {:.2f} there".format(*times) in readme
+    assert f"scores {100 * top1[0]:.2f} % ({100 * top1[1]:.2f} % there)" in readme
+    assert f"{apart(value(rows, label, 'top1'), dense)} points from fp32" in readme
+
+
+def test_diffq_from_scratch_is_the_reference_rows():
+    rows = load_records(SCRATCH)
+    rows = rows[(rows["status"] == "ok") & rows["backend"].isna()]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for method, text in (
+        ("baseline", "{:.2f} % in fp32 ({:.2f} MB)"),
+        ("diffq", "{:.2f} % with learned bits, 3 on average ({:.2f} MB)"),
+    ):
+        own = rows[rows["method"] == method].set_index("metric")["value"]
+        assert text.format(100 * own["top1"], own["bytes"] / 1e6) in readme
+    top1 = rows[rows["metric"] == "top1"].set_index("method")
+    assert f"{apart(top1.loc['diffq'], top1.loc['baseline'])} points" in readme
 
 
 def test_what_training_is_worth_is_the_reference_rows():
