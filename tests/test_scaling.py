@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
 from vitbench import attention_figures
 from vitbench.errors import InputError
 from vitbench.measure.scaling import scaling
 from vitbench.methods import make_config
+from vitbench.records import load_records
 from vitbench.runs import Run
 
 LINEAR = make_config("linear_attention", {"train": {"epochs": 0}})
@@ -68,6 +70,15 @@ def test_the_figure_and_its_crossings_come_from_the_rows(rows):
     assert len(figure.axes) == 2
     assert set(shown["key"]) == set(rows["key"])
     assert set(attention_figures.crossings(rows, "model")) == {"Nystroem, m = 8, 6 iterations", "linear"}
+
+
+def test_speed_for_accuracy_shows_the_rows_it_names():
+    found = load_records(ROOT / "results" / "reference" / "token-merging-imagenet-sample")
+    named = {"constant": {0: "token_merging", 8: "token_merging (r=8)"}}
+    figure, shown = attention_figures.speed_for_accuracy(found, named, "merging", batches=(8,))
+    assert len(figure.axes) == 1
+    assert set(shown["label"]) == set(named["constant"].values())
+    assert len(shown) == 4
 
 
 @pytest.mark.parametrize("how", [{"rounds": 5}, {"threads": 0}, {"batch": 0}])

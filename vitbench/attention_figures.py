@@ -1,4 +1,4 @@
-"""What replaced attention costs against the number of tokens, and where it starts to pay; like all figures, from rows alone."""
+"""What efficient attention costs, and where it starts to pay; like all figures, from rows alone."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitbench.figures import COLOURS, MARKERS, note, style
+from vitbench.comparison import subject, value
+from vitbench.figures import COLOURS, MARKERS, heading, note, style
 
 TITLES = {"attention": "one attention layer", "model": "the whole model, {depth} block{s}"}
 
@@ -109,3 +110,37 @@ def _panel(axes: plt.Axes, rows: pd.DataFrame, part: str) -> None:
         [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
     )
     axes.yaxis.set_major_formatter("{x:g}")
+
+
+def speed_for_accuracy(
+    rows: pd.DataFrame, named: dict[str, dict[int, str]], what: str, batches: tuple[int, ...] = (1, 8)
+) -> tuple[Figure, pd.DataFrame]:
+    """Accuracy against the time over the baseline's, a panel a batch size; `named`: family -> r -> the model's label."""
+    rows, shown = subject(rows), []
+    with style():
+        figure, panels = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4), sharey=True, squeeze=False)
+        for axes, batch in zip(panels[0], batches, strict=True):
+            for place, (family, labels) in enumerate(named.items(), 1):
+                top1 = [value(rows, label, "top1") for label in labels.values()]
+                time = [value(rows, label, "latency_ratio", batch) for label in labels.values()]
+                x, y = [row["value"] for row in time], [100 * row["value"] for row in top1]
+                spread = {"xerr": _reach(time), "yerr": 100 * _reach(top1), "capsize": 2, "elinewidth": 0.7}
+                colour = COLOURS[2 * place - 1]
+                axes.errorbar(x, y, **spread, color=colour, marker=MARKERS[place], label=family)
+                beside = {"xytext": (-6, 5), "ha": "right"} if place == 1 else {"xytext": (6, -13)}
+                for r, *point in zip(labels, x, y, strict=True):
+                    if r or place == 1:  # no pairs are the same model in every family
+                        axes.annotate(f"r = {r}", point, textcoords="offset points", fontsize=8, color=colour, **beside)
+                shown += top1 + time
+            axes.axvline(1, color="black", lw=0.8, ls=":")
+            axes.set_xlabel(f"median time over the baseline's, batch {batch}")
+        panels[0, 0].set_ylabel("top-1 (%)")
+        panels[0, 0].set_title(heading(rows, what))
+        panels[0, -1].legend(fontsize=8, loc="lower right")
+        note(figure, "bars: 95 % intervals; left and up is better")
+    return figure, pd.DataFrame(shown).drop_duplicates("key")
+
+
+def _reach(rows: list[pd.Series]) -> np.ndarray:
+    """How far the intervals of rows reach below and above, (2, rows)."""
+    return np.array([[abs(row[end] - row["value"]) for row in rows] for end in ("low", "high")])
