@@ -218,3 +218,10 @@ def test_nothing_to_report(tmp_path):
     append_rows(tmp_path / "records.jsonl", [failed])
     with pytest.raises(InputError, match="no ok row"):
         subject(load_records(tmp_path))
+
+
+def test_a_model_timed_against_a_baseline_without_rows_of_its_own(tmp_path):
+    append_rows(tmp_path / "records.jsonl", [row for row in make_rows() if row.method != "baseline"])
+    _, shown = figures.latencies(load_records(tmp_path))
+    assert set(shown["method"]) == {"dynamic_int8"}
+    assert "dynamic_int8" in write_report(tmp_path).read_text()

@@ -133,7 +133,9 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     same process; a baseline alone is given in ms.
     """
     rows = subject(rows)
-    names = methods(rows)
+    names = list(
+        dict.fromkeys(["baseline", *methods(rows)])
+    )  # a ratio holds the baseline's calls, row of its own or not
     rows = rows[in_backend(rows)]
     paired = rows[rows["metric"] == "latency_ratio"]
     shown = rows[rows["metric"].isin(["latency_p50", "latency_ratio"] if len(paired) else ["latency_p50"])]
