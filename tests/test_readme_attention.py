@@ -12,6 +12,7 @@ from vitbench.records import load_records
 REFERENCE = ROOT / "results" / "reference"
 MERGED, IMAGENET = REFERENCE / "token-merging-imagenet-sample", REFERENCE / "nystroem-imagenet-sample"
 DIGITS, SIZES = REFERENCE / "digits-efficient-attention", REFERENCE / "attention-latency"
+CIFAR = REFERENCE / "nystroem-cifar10-224"
 
 
 def models(folder):
@@ -85,9 +86,10 @@ def sizes(rows):
         (merging_lines, 9),
         (lambda: attention_lines(IMAGENET), 13),
         (lambda: attention_lines(DIGITS), 18),
+        (lambda: attention_lines(CIFAR), 9),
         (size_lines, 8),
     ],
-    ids=["merging", "imagenet-sample", "digits", "sizes"],
+    ids=["merging", "imagenet-sample", "digits", "cifar10-224", "sizes"],
 )
 def test_the_tables_are_the_reference_rows(lines, least):
     found, text = list(lines()), (ROOT / "README.md").read_text()
@@ -98,7 +100,7 @@ def test_the_tables_are_the_reference_rows(lines, least):
 
 def test_without_training_accuracy_is_in_the_surveys_order():
     """65.9, 75.9 and 91.7 % with 24, 32 and 64 landmarks there."""
-    for folder in (IMAGENET, DIGITS):
+    for folder in (IMAGENET, DIGITS, CIFAR):
         rows, found = models(folder)
         ours = {
             config["landmarks"]: value(rows, label, "top1")["value"]
@@ -112,9 +114,9 @@ def test_without_training_accuracy_is_in_the_surveys_order():
         assert in_order[-1] < value(rows, "baseline", "top1")["value"]
 
 
-def won_back():
+def won_back(folder):
     """Share of what was lost against the control that training won back, by name, where a point or more was lost."""
-    rows, found = models(DIGITS)
+    rows, found = models(folder)
     top1 = {}
     for label, (method, config) in found.items():
         if method in ("nystroem", "linear_attention"):
@@ -128,9 +130,10 @@ def won_back():
     }
 
 
-def test_what_training_wins_back_is_in_the_readme():
+@pytest.mark.parametrize("folder", [DIGITS, CIFAR], ids=["digits", "cifar10-224"])
+def test_what_training_wins_back_is_in_the_readme(folder):
     readme = " ".join((ROOT / "README.md").read_text().split())
-    for name, share in won_back().items():
+    for name, share in won_back(folder).items():
         assert f"{share:.2f} ({name})" in readme, name
 
 
