@@ -225,3 +225,15 @@ def test_a_model_timed_against_a_baseline_without_rows_of_its_own(tmp_path):
     _, shown = figures.latencies(load_records(tmp_path))
     assert set(shown["method"]) == {"dynamic_int8"}
     assert "dynamic_int8" in write_report(tmp_path).read_text()
+
+
+def test_a_model_scored_in_eager_mode_and_timed_elsewhere_has_a_report(tmp_path):
+    rows = [row for row in make_rows() if not (row.method == "baseline" and row.metric.startswith("latency"))]
+    moved = [
+        row.having(context={**row.context, "backend": "openvino"}) if row.metric.startswith("latency") else row
+        for row in rows
+    ]
+    append_rows(tmp_path / "records.jsonl", moved)
+    page = write_report(tmp_path).read_text()
+    assert "Accuracy against size on disk." in page
+    assert "Every timed call." not in page

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from vitbench import figures
-from vitbench.comparison import comparison, findings, subject
+from vitbench.comparison import comparison, findings, in_backend, subject
 from vitbench.errors import InputError
 from vitbench.records import load_records, records_file
 
@@ -81,12 +81,14 @@ def _cell(number: float) -> str:
 
 
 def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
-    scored, timed = (rows["metric"] == "top1").any(), rows[rows["metric"] == "latency_ratio"]
+    # the figures' times are eager ones, of models that were scored; rows of other backends are the tables'
+    own = rows[in_backend(rows)]
+    timed, scored = own[own["metric"] == "latency_ratio"], own.loc[own["metric"] == "top1", "label"]
     batch = int(timed["batch"].min()) if len(timed) else 0
     made = []
-    if scored:
+    if len(scored):
         made.append(("Accuracy against size on disk.", *figures.tradeoff(rows, "bytes")))
-    if scored and batch:
+    if timed["label"].isin(scored).any():
         caption = f"Accuracy against median latency at batch {batch}."
         made.append((caption, *figures.tradeoff(rows, "latency_ratio", batch)))
     if batch:
