@@ -65,7 +65,7 @@ def lines(folder):
         yield f"| {name} | {size / 1e6:.2f} | {size / whole:.2f} | {cells} | {gained} | {time} |"
 
 
-@pytest.mark.parametrize(("folder", "least"), [(DIGITS, 11), (CIFAR, 5)], ids=["digits", "cifar10"])
+@pytest.mark.parametrize(("folder", "least"), [(DIGITS, 11), (CIFAR, 6)], ids=["digits", "cifar10"])
 def test_the_tables_are_the_reference_rows(folder, least):
     found, text = list(lines(folder)), (ROOT / "README.md").read_text()
     assert len(found) >= least
