@@ -136,7 +136,7 @@ RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]
 
 
 def suite(*arguments, **options):
-    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, timeout=900, **options)
+    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, timeout=2400, **options)
 
 
 @pytest.fixture(scope="module")
