@@ -166,10 +166,10 @@ def test_a_killed_training_goes_on(base, digits, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     epochs = training._Run.epoch
 
-    def interrupted(self, epoch, split, bar):
+    def interrupted(self, epoch, *rest):
         if epoch == 1:
             raise KeyboardInterrupt
-        return epochs(self, epoch, split, bar)
+        return epochs(self, epoch, *rest)
 
     monkeypatch.setattr(training._Run, "epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -188,9 +188,9 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits
     steps = len(digits.train) // 128
     losses = training._Run._loss
 
-    def broken(self, x, y):
+    def broken(self, *batch):
         self.seen = getattr(self, "seen", 0) + 1
-        return losses(self, x, y) * (float("nan") if self.seen == steps + 3 else 1.0)
+        return losses(self, *batch) * (float("nan") if self.seen == steps + 3 else 1.0)
 
     monkeypatch.setattr(training._Run, "_loss", broken)
     unfinished = home / "results" / "cache" / "unfinished"
