@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from vitbench.errors import InputError, one_of
 from vitbench.lessons import parse_setting
 from vitbench.measure import _about
 from vitbench.measure.child import THREAD_VARIABLES
-from vitbench.measure.timing import _warm_up
+from vitbench.measure.timing import turns
 from vitbench.records import Row
 from vitbench.statistics import median_ratio, pack_hits, wilson
 from vitbench.suite import open_data
@@ -122,28 +121,11 @@ def child(task: str, answer: str) -> None:
             x = calibration[:batch].clone()
             call, found["bytes"] = variant.make(model, x, calibration)
             found["apart"].append(float((call(x) - base(x)).abs().max()))
-            found["times"].append(_in_turn([lambda: call(x), lambda: base(x)], order["rounds"]))  # noqa: B023
+            found["times"].append(turns([lambda: call(x), lambda: base(x)], order["rounds"]))  # noqa: B023
     if order["dataset"]:
         hits = vb.evaluate(Answers(call, model, batch), open_data(order["dataset"], "", order["splits"]).test).top1
         found["hits"] = [int(hit) for hit in hits]
     Path(answer).write_text(json.dumps(found))
-
-
-def _in_turn(calls: list[Callable], rounds: int) -> list[list[float]]:
-    """Milliseconds of each call, round by round after a warm-up; the order alternates."""
-
-    def timed(call: Callable) -> float:
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1000
-
-    for call in calls:
-        _warm_up(lambda call=call: timed(call))
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds):
-        for i in sorted(range(len(calls)), reverse=turn % 2 == 1):
-            times[i].append(timed(calls[i]))
-    return times
 
 
 def in_child(threads: int, **order: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Shared pieces of the tests. Everything is written below a temporary home, whose notebooks are this checkout's."""
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 import matplotlib as mpl  # noqa: E402
 import torch  # noqa: E402
 
+from vitbench import training  # noqa: E402
 from vitbench.cache import baseline  # noqa: E402
 from vitbench.data import load_data  # noqa: E402
 from vitbench.training import TrainConfig  # noqa: E402
@@ -41,6 +43,28 @@ def digits():
 def base(digits):
     """A baseline that was trained a little, enough to be far from chance."""
     return baseline("vit_mini_patch2_8", digits, TrainConfig(epochs=10, mixup=0.0))
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """`with stopped(2): ...` has a training that saves after each epoch interrupted before its third."""
+
+    @contextlib.contextmanager
+    def stop(at):
+        whole = training._Run.epoch
+
+        def interrupted(self, epoch, *rest):
+            if epoch == at:
+                raise KeyboardInterrupt
+            return whole(self, epoch, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+            patch.setattr(training._Run, "epoch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return stop
 
 
 @pytest.fixture

@@ -170,21 +170,11 @@ def test_what_blocks_hold_is_followed_and_the_projections_vanish(few, teacher, t
     assert small.history[-1]["loss"] < small.history[0]["loss"]
 
 
-def test_a_stopped_run_with_projections_goes_on(few, teacher, monkeypatch):
+def test_a_stopped_run_with_projections_goes_on(few, teacher, stopped):
     how = {"train": {"feature_weight": 1.0, "seed": 3}}
     whole = distilled(teacher, few, **how)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    epochs = training._Run.epoch
-
-    def interrupted(self, epoch, bar):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return epochs(self, epoch, bar)
-
-    monkeypatch.setattr(training._Run, "epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped(2):
         distilled(teacher, few, **how)
-    monkeypatch.setattr(training._Run, "epoch", epochs)
     assert torch.equal(weights(distilled(teacher, few, **how)), weights(whole))
 
 

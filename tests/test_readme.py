@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from tests.conftest import ROOT
+from tests.readme_words import apart
 from vitbench.comparison import across_seeds, comparison, subject, value
 from vitbench.methods import make_config
 from vitbench.records import load_records, read_rows
@@ -205,12 +206,6 @@ def policy_lines():
             if all(row is not None for row in each):
                 cells = [f"{100 * row.value:.2f} [{100 * row.low:.2f}, {100 * row.high:.2f}]" for row in each]
                 yield f"| {name} | {macs[(*kind, keep, FREE)].value / dense['value']:.3f} | {' | '.join(cells)} |"
-
-
-def apart(first, second):
-    """Two rows of top-1 on the same images, as the README says it."""
-    found = paired(*(unpack_hits(row.hits, row.context["images"]) for row in (first, second)))
-    return f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}] (p = {found.p:.2g})"
 
 
 def search_gain(folder):

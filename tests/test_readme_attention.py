@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_readme import apart
+from tests.readme_words import accuracy, apart, times_of
 from vitbench import attention_figures
 from vitbench.comparison import subject, value
 from vitbench.records import load_records
@@ -26,10 +26,8 @@ def models(folder):
 
 def cells(rows, label):
     """Top-1, how far from the baseline, and the time at batch 1 and 8 where it was taken."""
-    top1, times = value(rows, label, "top1"), [value(rows, label, "latency_ratio", batch) for batch in (1, 8)]
-    accuracy = f"{100 * top1['value']:.2f} [{100 * top1['low']:.2f}, {100 * top1['high']:.2f}]"
-    time = " / ".join("-" if row is None else f"{row['value']:.2f}" for row in times)
-    return f"{accuracy} | {apart(top1, value(rows, 'baseline', 'top1'))} | {time}"
+    top1 = value(rows, label, "top1")
+    return f"{accuracy(top1)} | {apart(top1, value(rows, 'baseline', 'top1'))} | {times_of(rows, label)}"
 
 
 def merging_lines():

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_readme import apart
+from tests.readme_words import accuracy, apart, times_of
 from vitbench.comparison import subject, value
 from vitbench.records import load_records
 from vitbench.statistics import mean_interval
@@ -55,14 +55,8 @@ def lines(folder):
         top1, size = value(rows, label, "top1"), value(rows, label, "bytes")["value"]
         alone = found.get(f"{name.split(', ')[0]}, alone")
         gained = "" if alone in (None, label) else apart(top1, value(rows, alone, "top1"))
-        times = [value(rows, label, "latency_ratio", batch) for batch in (1, 8)]
-        time = (
-            "1 / 1"
-            if label == "baseline"
-            else " / ".join("-" if row is None else f"{row['value']:.2f}" for row in times)
-        )
-        cells = f"{100 * top1['value']:.2f} [{100 * top1['low']:.2f}, {100 * top1['high']:.2f}]"
-        yield f"| {name} | {size / 1e6:.2f} | {size / whole:.2f} | {cells} | {gained} | {time} |"
+        time = "1 / 1" if label == "baseline" else times_of(rows, label)
+        yield f"| {name} | {size / 1e6:.2f} | {size / whole:.2f} | {accuracy(top1)} | {gained} | {time} |"
 
 
 @pytest.mark.parametrize(("folder", "least"), [(DIGITS, 11), (CIFAR, 6)], ids=["digits", "cifar10"])

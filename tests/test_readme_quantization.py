@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_readme import apart
+from tests.readme_words import accuracy, apart, times_of
 from vitbench.comparison import paired_loss, subject, value
 from vitbench.records import load_records
 
@@ -57,10 +57,8 @@ def lines(folder):
     dense = value(rows, "baseline", "top1")
     for kind, bits, label in found:
         top1, size = value(rows, label, "top1"), value(rows, label, "bytes")
-        times = [value(rows, label, "latency_ratio", batch) for batch in (1, 8)]
-        cells = f"{100 * top1['value']:.2f} [{100 * top1['low']:.2f}, {100 * top1['high']:.2f}]"
-        time = " / ".join("-" if row is None else f"{row['value']:.2f}" for row in times)
-        yield f"| {kind} | {bits} | {size['value'] / 1e6:.2f} | {cells} | {apart(top1, dense)} | {time} |"
+        cells = f"{accuracy(top1)} | {apart(top1, dense)} | {times_of(rows, label)}"
+        yield f"| {kind} | {bits} | {size['value'] / 1e6:.2f} | {cells} |"
 
 
 @pytest.mark.parametrize(("folder", "least"), [(CIFAR, 17), (IMAGENET, 24)], ids=["cifar10", "imagenet-sample"])

@@ -39,21 +39,11 @@ def test_same_seed_same_weights_and_another_seed_others(digits):
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.4])
-def test_a_run_that_stopped_goes_on_as_if_it_had_not(digits, tmp_path, monkeypatch, mixup):
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(digits, tmp_path, stopped, mixup):
     config = SHORT.having(mixup=mixup)
     whole, history = short_run(digits, config)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    epochs = training._Run.epoch
-
-    def interrupted(self, epoch, bar):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return epochs(self, epoch, bar)
-
-    monkeypatch.setattr(training._Run, "epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped(2):
         short_run(digits, config, checkpoint=tmp_path / "run.pt")
-    monkeypatch.setattr(training._Run, "epoch", epochs)
     resumed, resumed_history = short_run(digits, config, checkpoint=tmp_path / "run.pt")
     assert torch.equal(whole, resumed)
     assert history == resumed_history

@@ -161,19 +161,11 @@ def test_official_choices_are_kept_apart(base, digits):
     assert (ours.head.bits, ours.patch_embed.proj.bits) == (8, 8)
 
 
-def test_a_killed_training_goes_on(base, digits, monkeypatch):
+def test_a_killed_training_goes_on(base, digits, monkeypatch, stopped):
     whole = compress(base.model, SHORT, digits)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    epochs = training._Run.epoch
-
-    def interrupted(self, epoch, *rest):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return epochs(self, epoch, *rest)
-
-    monkeypatch.setattr(training._Run, "epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped(1):
         compress(base.model, SHORT, digits)
+    epochs = training._Run.epoch
     monkeypatch.setattr(
         training._Run,
         "epoch",

@@ -133,9 +133,8 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     same process; a baseline alone is given in ms.
     """
     rows = subject(rows)
-    names = list(
-        dict.fromkeys(["baseline", *methods(rows)])
-    )  # a ratio holds the baseline's calls, row of its own or not
+    # the baseline's calls are in the ratios, whether it has rows of its own or not
+    names = list(dict.fromkeys(["baseline", *methods(rows)]))
     rows = rows[in_backend(rows)]
     paired = rows[rows["metric"] == "latency_ratio"]
     shown = rows[rows["metric"].isin(["latency_p50", "latency_ratio"] if len(paired) else ["latency_p50"])]

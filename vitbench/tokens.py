@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitbench.layers.attention import softmax_attention
+
 
 @dataclass
 class State:
@@ -92,11 +94,7 @@ def attend(attn: nn.Module, x: Tensor, sizes: Tensor | None = None) -> tuple[Ten
     q, k, v = attn.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
     q, k = attn.q_norm(q), attn.k_norm(k)
     bias = None if sizes is None else sizes.log()[:, None, None, :].to(q.dtype)
-    if attn.fused_attn:
-        answer = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attn.scale)
-    else:
-        logits = attn.scale * (q @ k.transpose(-2, -1))
-        answer = (logits if bias is None else logits + bias).softmax(-1) @ v
+    answer = softmax_attention(q, k, v, attn.scale, attn.fused_attn, bias)
     answer = attn.norm(answer.transpose(1, 2).flatten(2))
     return attn.proj_drop(attn.proj(answer)), q, k
 

@@ -1,15 +1,15 @@
 """Attention layers of our own: what stands in the place of a timm attention layer and mixes the tokens in another way."""
 
+from abc import ABC, abstractmethod
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitbench.layers.registry import runtime_layer
 
 
-class OwnAttention(nn.Module):
+class OwnAttention(nn.Module, ABC):
     """Multi-head attention as timm has it around a `mix` of queries, keys and values that a subclass gives.
 
     In the places of `qkv` and `proj` any linear layer may stand. Shapes: x (B, N, dim) -> the same.
@@ -45,9 +45,9 @@ class OwnAttention(nn.Module):
         """The constructor's arguments."""
         return self._spec
 
+    @abstractmethod
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, N, head_dim) three times -> the same."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """timm's blocks pass a mask and a flag on, which Vision Transformers leave empty; they are not used."""
@@ -89,13 +89,12 @@ class LinearAttention(OwnAttention):
         return (q @ (k.transpose(-2, -1) @ v)) / weights
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tensor:
-    """softmax(scale q k^T) v, in one kernel if `fused`: (B, heads, n, c), (B, heads, m, c), (B, heads, m, c') -> (B, heads, n, c')."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T + bias) v, in one kernel if `fused`.
+
+    Shapes: q (B, heads, n, c), k (B, heads, m, c), v (B, heads, m, c'), bias broadcast to (B, heads, n, m) -> (B, heads, n, c').
+    """
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return (scale * (q @ k.transpose(-2, -1))).softmax(-1) @ v
-
-
-def identity_like(matrices: Tensor) -> Tensor:
-    """The identity of the size of square matrices (..., m, m), broadcast to their shape."""
-    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    logits = scale * (q @ k.transpose(-2, -1))
+    return (logits if bias is None else logits + bias).softmax(-1) @ v

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitbench.layers.attention import OwnAttention, identity_like, softmax_attention
+from vitbench.layers.attention import OwnAttention, softmax_attention
 from vitbench.layers.registry import runtime_layer
 
 
@@ -112,7 +112,7 @@ def iterative_inverse(shares: Tensor, iterations: int) -> Tensor:
     Xiong et al. 2021, eq. 11, after Razavi et al. 2014: it starts from A^T over the largest sums of a column and of a row
     (here 1), for each matrix by itself, and the error's power is tripled at each step.
     """
-    unit = identity_like(shares)
+    unit = torch.eye(shares.shape[-1], dtype=shares.dtype, device=shares.device)
     inverse = shares.transpose(-2, -1) / shares.sum(-2).amax(-1)[..., None, None]
     for _ in range(iterations):
         product = shares @ inverse

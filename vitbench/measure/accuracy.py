@@ -23,9 +23,7 @@ def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str, b
     for metric in metrics:
         if metric == "cross_entropy":
             mean, low, high = mean_interval(found.loss)
-            samples = [
-                float(f"{loss:.3g}") for loss in found.loss
-            ]  # they go into the rows, so no more digits than count
+            samples = [float(f"{loss:.3g}") for loss in found.loss]  # in rows no more digits than count
             yield Value(metric, mean, "measured: test images, mean, Student 95 %", low, high, samples=samples)
             continue
         hits = getattr(found, metric)
