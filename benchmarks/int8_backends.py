@@ -12,7 +12,6 @@ and what compiles a model (inductor with freezing) sets switches for the whole p
 import argparse
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -35,9 +34,8 @@ from vitbench.batches import eval_batches
 from vitbench.errors import InputError, one_of
 from vitbench.lessons import parse_setting
 from vitbench.measure import _about
-from vitbench.measure.child import THREAD_VARIABLES
-from vitbench.measure.timing import turns
 from vitbench.records import Row
+from vitbench.standalone import thread_environment, turns
 from vitbench.statistics import median_ratio, pack_hits, wilson
 from vitbench.suite import open_data
 
@@ -46,7 +44,7 @@ IMAGES, TIME_LIMIT = 64, 1800  # digits to calibrate on; seconds of a child
 
 def ours(backend: str) -> Callable:
     """A vitbench file in one of vitbench's backends."""
-    return lambda model, x, calibration: (backends.BACKENDS[backend](model, x), 0)
+    return lambda model, x, calibration: (backends.BACKENDS[backend].call(model, x), 0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Variant:
 
 def _ours(file: str, *names: str) -> dict[str, Variant]:
     method = FILES[file][0] if file in FILES else file
-    return {f"{file}:{name}": Variant(method, name, ours(name), backends.NEEDS[name], file) for name in names}
+    return {f"{file}:{name}": Variant(method, name, ours(name), backends.BACKENDS[name].needs, file) for name in names}
 
 
 # our compressed files: the method and its config
@@ -130,7 +128,7 @@ def child(task: str, answer: str) -> None:
 
 def in_child(threads: int, **order: Any) -> dict[str, Any]:
     """What `child` finds, in a fresh process with so many threads."""
-    env = os.environ | {name: str(threads) for name in THREAD_VARIABLES}
+    env = thread_environment(threads)
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
         task.write_text(json.dumps({"threads": threads, **order}))
@@ -236,7 +234,7 @@ def _slots(variant: Variant, files: dict[str, Path], images: int, args, data: vb
         own["backend"] = variant.backend
     rows = [Row(**about, metric="bytes", unit="bytes", context=own)]
     timed = {"backend": variant.backend, "threads": args.threads, "rounds": args.rounds}
-    timed |= {"device": f"cpu: {environment.cpu_name()}", "versus": f"baseline:{base.sha256[:12]}"}
+    timed |= {"device": environment.device_name(), "versus": f"baseline:{base.sha256[:12]}"}
     timed |= {"artifact": own["artifact"]} | ({} if variant.backend == "eager" else {"versus_backend": "eager"})
     for batch in args.batches:
         for metric, unit in (("latency_p50", "ms"), ("latency_ratio", "ratio")):

@@ -16,7 +16,7 @@ from vitbench.runs import Run
 
 INTEGER_KERNELS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul")
 needs_onnx = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in backends.NEEDS["onnxruntime"]),
+    not all(importlib.util.find_spec(name) for name in backends.BACKENDS["onnxruntime"].needs),
     reason="the extra onnx is not installed",
 )
 needs_bf16 = pytest.mark.skipif(
@@ -105,7 +105,7 @@ def test_openvino_in_bf16_is_near_and_not_the_same(base, small):
         name: float((backends.prepare(name, base.model, x)(x) - wanted).abs().max() / wanted.abs().max())
         for name in ("openvino", "openvino_bf16")
     }
-    assert apart["openvino"] < backends.TOLERANCE["openvino"] < apart["openvino_bf16"]
+    assert apart["openvino"] < backends.BACKENDS["openvino"].tolerance < apart["openvino_bf16"]
     backends.prepare("openvino_bf16", small["static_int8"], x)
 
 
@@ -120,7 +120,7 @@ def test_each_layer_says_what_can_run_it(small):
     recipes = {name: artifact.recipe_of(model) for name, model in small.items()}
     assert all(backends.obstacle(backend, recipes["static_int8"]) == "" for backend in backends.BACKENDS)
     assert backends.obstacle("onnxruntime", recipes["dynamic_int8"]) == ""
-    for backend in ("openvino", "openvino_bf16"):
+    for backend in ("openvino", "openvino_bf16", "torch_compile", "executorch"):
         assert backends.obstacle(backend, recipes["dynamic_int8"]) == f"{backend} has no form of DynamicInt8Linear"
 
 

@@ -1,14 +1,19 @@
-"""What runs a model: eager PyTorch, ONNX Runtime or OpenVINO. Prepared once, checked against eager's answer, then called."""
+"""What runs a model: eager or compiled PyTorch, ONNX Runtime, OpenVINO, ExecuTorch. Prepared once, checked against eager, then called."""
 
 import copy
+import functools
 import io
 import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitbench import standalone
 from vitbench.errors import InputError, one_of, require
 from vitbench.layers import RUNTIME_LAYERS
 from vitbench.recipe import Recipe
@@ -19,14 +24,50 @@ sys.modules.setdefault("openvino_telemetry", None)
 Call = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a model.
+
+    Attributes:
+        call: makes a model callable for inputs shaped like x, with torch's thread count.
+        tolerance: largest difference from eager's logits, relative to the largest logit. A number of bf16 is off by up to
+            1 part in 256, and a model is some tens of such roundings one after another, in directions of their own.
+        needs: packages; the first is the one whose operators it has.
+        extra: of vitbench, which installs them.
+        file: writes the model, for inputs shaped like x, as what `standalone` runs without PyTorch: `file(model, x, stem)`.
+    """
+
+    call: Callable[[nn.Module, Tensor], Call]
+    tolerance: float = 1e-3
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+    file: Callable[[nn.Module, Tensor, Path], Path] | None = None
+
+
 def eager(model: nn.Module, x: Tensor) -> Call:
     """The model as PyTorch runs it, operator by operator."""
     return model
 
 
+def cuda(model: nn.Module, x: Tensor) -> Call:
+    """The model on the graphics card, images brought there and answers back."""
+    there = copy.deepcopy(model).cuda()
+    return lambda images: there(images.cuda()).cpu()
+
+
+def torch_compile(model: nn.Module, x: Tensor) -> Call:
+    """The model compiled by torch.compile with its weights frozen into the code, for this shape; takes tens of seconds."""
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()  # what was compiled before counts against a limit, past which it would silently stay eager
+    compiled = torch.compile(copy.deepcopy(model), dynamic=False, fullgraph=True)
+    with inductor.patch(freezing=True):  # as an option of torch.compile itself it fails
+        compiled(x)
+    return compiled
+
+
 def onnxruntime(model: nn.Module, x: Tensor) -> Call:
     """The model exported for inputs shaped like `x` and run by ONNX Runtime's CPU provider, with torch's thread count."""
-    available("onnxruntime")
     return onnx_call(onnx_file(model, x))
 
 
@@ -40,30 +81,34 @@ def onnx_file(model: nn.Module, x: Tensor) -> bytes:
 
 def onnx_call(file: bytes, optimized: str = "") -> Call:
     """An ONNX file made callable; `optimized` is where ONNX Runtime writes the graph that it really runs."""
-    import onnxruntime as runtime
-
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # of errors alone
-    options.optimized_model_filepath = optimized
-    # its threads wait busily for more work; what is timed in turn with it should not find the cores taken
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if not torch.cpu._is_vnni_supported():  # its int8 instructions saturate; slower, and exact, is to widen the codes
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = standalone.onnx_session(file, torch.get_num_threads(), exact=not _has_vnni(), optimized=optimized)
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
+def write_onnx(model: nn.Module, x: Tensor, stem: Path) -> Path:
+    """`stem`.onnx, its graph optimised, and `stem`.data with the weights, which are then mapped and not read."""
+    import onnx
+
+    path, data = stem.with_suffix(".onnx"), stem.with_suffix(".data")
+    with tempfile.TemporaryDirectory() as folder:
+        whole = str(Path(folder, "optimized.onnx"))
+        standalone.onnx_session(onnx_file(model, x), 1, exact=not _has_vnni(), optimized=whole, portable=True)
+        graph = onnx.load(whole)
+    for node in graph.graph.node:
+        del node.metadata_props[:]  # where in the source it came from, which is as long as a small model
+    onnx.save(graph, path, save_as_external_data=True, location=data.name, size_threshold=1024)
+    data.chmod(0o644)
+    return path
+
+
 def openvino(model: nn.Module, x: Tensor) -> Call:
     """The model exported for inputs shaped like `x` and compiled by OpenVINO for the CPU in fp32, with torch's thread count."""
-    available("openvino")
     return openvino_call(openvino_model(model, x), "f32")
 
 
 def openvino_bf16(model: nn.Module, x: Tensor) -> Call:
     """Likewise, and what is not in integers is computed in bf16."""
-    available("openvino_bf16")
     return openvino_call(openvino_model(model, x), "bf16")
 
 
@@ -79,26 +124,41 @@ def openvino_call(model: Any, precision: str) -> Call:
     """An OpenVINO model made callable; `precision` is f32 or bf16."""
     import openvino as runtime
 
-    # without the hint a CPU with bf16 instructions would compute in bf16
-    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = runtime.compile_model(model, "CPU", settings)
+    compiled = runtime.compile_model(model, "CPU", standalone.openvino_settings(torch.get_num_threads(), precision))
     return lambda images: torch.from_numpy(compiled(images.numpy(), share_inputs=True)[0])
 
 
-BACKENDS = {"eager": eager, "onnxruntime": onnxruntime, "openvino": openvino, "openvino_bf16": openvino_bf16}
-# the packages of each; the first is the one whose operators it has
-NEEDS = {
-    "eager": (),
-    "onnxruntime": ("onnxruntime", "onnxscript"),
-    "openvino": ("openvino",),
-    "openvino_bf16": ("openvino",),
-}
-EXTRAS = {"onnxruntime": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
+def write_openvino(model: nn.Module, x: Tensor, stem: Path) -> Path:
+    """`stem`.xml and `stem`.bin, the weights as they are and not in half precision, which is OpenVINO's default."""
+    import openvino as runtime
 
-# Largest difference from eager's logits, relative to the largest logit. A number of bf16 is off by up to 1 part in 256,
-# and a model is some tens of such roundings one after another, in directions of their own.
-TOLERANCE = {"eager": 1e-3, "onnxruntime": 1e-3, "openvino": 1e-3, "openvino_bf16": 0.05}
-# the same where activations are rounded to codes: a sum that differs in its last bit may get another, in every layer
+    path = stem.with_suffix(".xml")
+    runtime.save_model(openvino_model(model, x), path, compress_to_fp16=False)
+    return path
+
+
+def executorch(model: nn.Module, x: Tensor) -> Call:
+    """The model exported for inputs shaped like `x` and lowered to XNNPACK, the kernels of phones, and run by ExecuTorch."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    with torch.no_grad():
+        program = to_edge_transform_and_lower(torch.export.export(model, (x,)), partitioner=[XnnpackPartitioner()])
+    method = Runtime.get().load_program(program.to_executorch().buffer).load_method("forward")
+    return lambda images: method.execute((images,))[0].clone()
+
+
+BACKENDS = {
+    "eager": Backend(eager),
+    "cuda": Backend(cuda),
+    "torch_compile": Backend(torch_compile),
+    "onnxruntime": Backend(onnxruntime, needs=("onnxruntime", "onnxscript"), extra="onnx", file=write_onnx),
+    "openvino": Backend(openvino, needs=("openvino",), extra="openvino", file=write_openvino),
+    "openvino_bf16": Backend(openvino_bf16, tolerance=0.05, needs=("openvino",), extra="openvino"),
+    "executorch": Backend(executorch, needs=("executorch",), extra="executorch"),
+}
+# the tolerance where activations are rounded to codes: a sum that differs in its last bit may get another, in every layer
 ROUNDED = 0.3
 
 
@@ -109,16 +169,25 @@ def prepare(backend: str, model: nn.Module, x: Tensor) -> Call:
         InputError: unknown backend, or its extra is not installed.
         RuntimeError: its answer is not eager's.
     """
-    call = BACKENDS[one_of("backend", backend, BACKENDS)](model, x)
-    wanted = model(x)
-    apart = float((call(x) - wanted).abs().max() / wanted.abs().max())
-    rounds = any(getattr(module, "rounds_inputs", False) for module in model.modules())
-    allowed = ROUNDED if rounds else TOLERANCE[backend]
-    if apart > allowed:
+    available(backend)
+    call = BACKENDS[backend].call(model, x)
+    apart, allowed = distance(call(x), model(x)), tolerance(backend, model)
+    if not apart <= allowed:
         raise RuntimeError(
             f"{backend} differs from eager by {apart:.1e} of the largest logit; at most {allowed} is allowed"
         )
     return call
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference between two answers, relative to the largest logit of the second."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def tolerance(backend: str, model: nn.Module) -> float:
+    """How far a backend's logits may be from eager's, as `distance` says it."""
+    rounds = any(getattr(module, "rounds_inputs", False) for module in model.modules())
+    return ROUNDED if rounds else BACKENDS[backend].tolerance
 
 
 class Prepared(nn.Module):
@@ -140,28 +209,49 @@ class Prepared(nn.Module):
 
 def available(backend: str) -> None:
     """Raise `InputError` if `backend` is unknown, or what it needs is not installed or not in this CPU."""
-    for module in NEEDS[one_of("backend", backend, BACKENDS)]:
-        require(module, EXTRAS[module])
+    found = BACKENDS[one_of("backend", backend, BACKENDS)]
+    for module in found.needs:
+        require(module, found.extra)
     if backend == "openvino_bf16" and not _has_bf16():
         raise InputError(
             "this CPU has no bf16 instructions (AVX512_BF16 or AMX), openvino_bf16 needs them; take openvino"
         )
+    if backend == "cuda" and not torch.cuda.is_available():
+        raise InputError("no graphics card is to be seen here, or this PyTorch has no CUDA; take another backend")
+    if backend == "torch_compile" and not _compiler():
+        raise InputError("torch_compile needs a C++ compiler and none was found; install g++ (or clang) and try again")
 
 
 def _has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def _has_vnni() -> bool:
+    """Without VNNI, ONNX Runtime's int8 instructions saturate."""
+    return torch.cpu._is_vnni_supported()
+
+
+@functools.cache
+def _compiler() -> str:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        return cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, OSError):
+        return ""
+
+
 def obstacle(backend: str, recipe: Recipe) -> str:
     """Why `backend` cannot run a model with this recipe; "" if it can."""
-    if backend == "eager":
-        return ""
     names = {spec["layer"] for spec in recipe.layers.values()}
-    layers = sorted(name for name in names if not _portable(name, NEEDS[backend][0]))
+    layers = sorted(name for name in names if not _runs(backend, RUNTIME_LAYERS.get(name)))
     return f"{backend} has no form of {', '.join(layers)}" if layers else ""
 
 
-def _portable(layer: str, package: str) -> bool:
-    """Whether the package can run a runtime layer, as `runtime_layer` says it."""
-    where = getattr(RUNTIME_LAYERS.get(layer), "portable", False)
-    return where if isinstance(where, bool) else package in where
+def _runs(backend: str, layer: type | None) -> bool:
+    """Whether the backend can run a runtime layer, as `runtime_layer` says it."""
+    needs = BACKENDS[backend].needs
+    if not needs:
+        return backend != "torch_compile" or getattr(layer, "compiles", True)
+    where = getattr(layer, "portable", False)
+    return where if isinstance(where, bool) else needs[0] in where

@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
     size.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")
     size.add_argument("--rounds", type=int, default=60, help="timed calls of each model (default: 60)")
-    runners = "what runs it: eager, onnxruntime, openvino or openvino_bf16 (default: eager)"
+    runners = (
+        "what runs it: eager, cuda, torch_compile, onnxruntime, openvino, openvino_bf16 or executorch (default: eager)"
+    )
     size.add_argument("--backend", default="eager", help=runners)
     size.add_argument("--versus-backend", default="", help="what runs the baseline (default: the same)")
     size.add_argument(

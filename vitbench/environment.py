@@ -25,6 +25,11 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def device_name(backend: str = "") -> str:
+    """What runs a backend: the graphics card or the processor, by name."""
+    return f"cuda: {torch.cuda.get_device_name()}" if backend == "cuda" else f"cpu: {cpu_name()}"
+
+
 @functools.cache
 def environment() -> dict:
     """Machine and versions; no host name, user or path."""

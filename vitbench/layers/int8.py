@@ -50,6 +50,7 @@ class DynamicInt8Linear(_Int8Linear):
     """
 
     portable = ("onnxruntime",)
+    compiles = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)

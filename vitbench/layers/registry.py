@@ -13,8 +13,9 @@ def runtime_layer(cls: type[nn.Module]) -> type[nn.Module]:
     however many bits each takes; steps and zero points are not weights). One that leans on a module which several
     layers share has `connect(shared)`, called with the model's shared modules by name once they are there. One that
     every backend can run, as one made of ordinary modules alone, says `portable = True`; one that only some can names
-    their packages, `portable = ("onnxruntime",)`. One that rounds what it is given says `rounds_inputs = True`:
-    its answers in two backends may then be a code apart.
+    their packages, `portable = ("onnxruntime",)`. One whose kernel torch.compile cannot look into says
+    `compiles = False`. One that rounds what it is given says `rounds_inputs = True`: its answers in two backends may then
+    be a code apart.
     """
     RUNTIME_LAYERS[cls.__name__] = cls
     return cls

@@ -1,5 +1,6 @@
 """Measure a saved model: accuracy, size, MACs, latency, memory. Each number becomes a row, once."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,21 @@ from vitbench.cache import Made
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
-from vitbench.measure import accuracy, cost, memory, outputs, scaling, timing, weights  # noqa: F401  (all jobs are registered)
+from vitbench.measure import (
+    accuracy,
+    cost,
+    energy,
+    fresh,
+    limits,
+    outputs,
+    scaling,  # noqa: F401  (its job is registered)
+    timing,
+    weights,
+)
 from vitbench.measure.child import ChildError
 from vitbench.measure.value import Value
 from vitbench.recipe import Recipe
-from vitbench.records import GROUPS, Row
+from vitbench.records import DEVICE_GROUPS, GROUPS, Row
 from vitbench.runs import Run
 
 DEFAULT_BATCHES = (1, 8)
@@ -45,8 +56,9 @@ def measure(
     rounds: int = 60,
     device: str = "auto",
     backend: str = "eager",
-    versus_backend: str = "",
+    versus_backend: str | Sequence[str] = "",
     what: Sequence[str] = GROUPS,
+    power: float = 0.0,
 ) -> pd.DataFrame:
     """Measure the model saved at `path` and write one row a metric to `run`; what is there already is not done again.
 
@@ -58,9 +70,11 @@ def measure(
         threads: of the timed process.
         rounds: how often each model is timed.
         device: where accuracy is computed. Latency and memory are those of the CPU.
-        backend: what scores and times the model, eager, onnxruntime or openvino (see `vitbench.backends`).
-        versus_backend: what times `versus`; by default the same.
-        what: which of accuracy, size, weights and outputs (their errors; need `versus`), latency and memory to measure.
+        backend: what scores and runs the model: eager, torch_compile, onnxruntime, openvino, ... (see `vitbench.backends`).
+        versus_backend: what times `versus`, by default the same; several for a ratio to each, in turn in one process.
+        what: which of accuracy, size, weights and outputs (their errors; need `versus`), latency and memory to measure;
+            and startup (time to the first answer), limit (the smallest limit of memory), energy, which are only done if asked for.
+        power: watts that the device draws while it computes, for an estimate of energy where nothing counts it.
 
     Returns:
         This model's rows, new and old.
@@ -71,9 +85,12 @@ def measure(
             f"threads = {threads}, rounds = {rounds}, batches = {tuple(batches)}: at least 1 thread, 10 rounds, batch 1"
         )
     for group in what:
-        one_of("group of metrics", group, GROUPS)
-    versus_backend = versus_backend or backend
-    for each in (backend, versus_backend):
+        one_of("group of metrics", group, (*GROUPS, *DEVICE_GROUPS))
+    if not power >= 0:
+        raise InputError(f"power = {power}: watts, 0 or more")
+    others = [versus_backend] if isinstance(versus_backend, str) else versus_backend
+    versus_backends = list(dict.fromkeys(other or backend for other in others))
+    for each in (backend, *versus_backends):
         backends.available(each)
     manifest = artifact.read_manifest(path)
     outputs = manifest.recipe.architecture.num_classes
@@ -85,9 +102,11 @@ def measure(
     about = _about(manifest.recipe, data)
     done = run.done()
     todo, wanted = [], set()
-    for group in _groups(path, data, versus, batches, threads, rounds, device, (backend, versus_backend)):
-        if group.title not in what:
-            continue
+    every = [
+        *_model_groups(path, data, versus, device, backend),
+        *_device_groups(path, versus, batches, threads, rounds, backend, versus_backends, power),
+    ]
+    for group in [group for group in every if group.title in what]:
         rows = [
             Row(
                 **about,
@@ -123,8 +142,9 @@ def _measured(group: _Group, rows: list[Row]) -> list[Row]:
     return [row.having(metric=value.metric, **value.fields()) for row, value in zip(rows, values, strict=True)]
 
 
-def _groups(path, data, versus, batches, threads, rounds, device, run_by) -> Iterable[_Group]:
-    test, (backend, versus_backend) = data.needs("test"), run_by
+def _model_groups(path, data, versus, device, backend) -> Iterable[_Group]:
+    """What is true of a model wherever it runs."""
+    test = data.needs("test")
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
     context |= {} if backend == "eager" else {"backend": backend}
     metrics = ["top1", *(["top5"] if len(data.classes) > 5 else []), "cross_entropy"]
@@ -138,41 +158,61 @@ def _groups(path, data, versus, batches, threads, rounds, device, run_by) -> Ite
     slots += [("part_bytes", "bytes", {"part": part}) for part in artifact.parts(path)]
     yield _Group("size", slots, lambda: cost.cost(path))
 
-    other = artifact.read_manifest(versus) if versus else None
-    against = {"versus": f"{other.recipe.method}:{other.sha256[:12]}"} if other else {}
+    other = artifact.read_manifest(versus).recipe if versus else None
     names = weights.coded_layers(own)
     if other and names:
-        context = {**against, "layers": names}
+        context = {**_against(versus), "layers": names}
         yield _Group(
             "weights", [("weight_error", "fraction", context)], lambda: weights.weight_error(path, versus, names)
         )
 
-    if other and len(data.calibration) and outputs.comparable(own, other.recipe):
-        every = outputs.layers_of(vit.skeleton(other.recipe.architecture))
-        context = {**against, "layers": every, "split": "calibration"}
+    if other and len(data.calibration) and outputs.comparable(own, other):
+        every = outputs.layers_of(vit.skeleton(other.architecture))
+        context = {**_against(versus), "layers": every, "split": "calibration"}
         units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}
         slots = [(metric, unit, context) for metric, unit in units.items()]
         yield _Group("outputs", slots, lambda: outputs.outputs(path, Path(versus), data, every))
 
-    machine = {"threads": threads, "device": f"cpu: {environment.cpu_name()}"}
-    timed = {**machine, "backend": backend, "rounds": rounds, **against}
-    timed |= {"versus_backend": versus_backend} if other and versus_backend != backend else {}
-    slots = [
-        (metric, unit, {**timed, "batch": batch})
-        for batch in batches
-        for metric, unit in timing.metrics(bool(versus)).items()
-    ]
+
+def _device_groups(path, versus, batches, threads, rounds, backend, versus_backends, power) -> Iterable[_Group]:
+    """What a model costs on this device."""
+    obstacle = backends.obstacle(backend, artifact.read_manifest(path).recipe)
+    machine = {"threads": threads, "device": environment.device_name(backend), "backend": backend}
+    timed = {**machine, "rounds": rounds, **_against(versus)}
+    apart = {other: {} if other == backend else {"versus_backend": other} for other in versus_backends}
+    slots = []
+    for batch in batches:
+        own = {**timed, "batch": batch} | ({} if backend in apart or not versus else apart[versus_backends[0]])
+        slots += [(f"latency_p{p}", "ms", own) for p in timing.PERCENTILES]
+        slots += [("latency_ratio", "ratio", {**timed, "batch": batch, **apart[other]}) for other in apart if versus]
     yield _Group(
         "latency",
         slots,
-        lambda: timing.latency(path, versus, batches, threads, rounds, backend, versus_backend),
+        lambda: timing.latency(path, versus, batches, threads, rounds, backend, versus_backends),
         obstacle,
     )
+    for title, units, work, why in (
+        ("memory", fresh.memory_metrics(backend), fresh.memory, ""),
+        ("startup", fresh.STARTUP, fresh.startup, ""),
+        ("limit", {"memory_limit": "bytes"}, fresh.memory_limit, limits.obstacle()),
+    ):
+        slots = [(metric, unit, machine) for metric, unit in units.items()]
+        yield _Group(title, slots, functools.partial(work, path, backend, threads), obstacle or why)
+    slots, work = [("energy", "J", machine | ({"power": power} if power else {}))], energy.energy
+    yield _Group(
+        "energy",
+        slots,
+        functools.partial(work, path, backend, threads, power),
+        obstacle or energy.obstacle(backend, power),
+    )
 
-    slots = [
-        (metric, "bytes", {**machine, "backend": "eager"}) for metric in ("peak_rss", "import_rss", "peak_tensors")
-    ]
-    yield _Group("memory", slots, lambda: memory.peak_rss(path, threads))
+
+def _against(versus: str | Path) -> dict[str, str]:
+    """The context of what is measured against another model."""
+    if not versus:
+        return {}
+    other = artifact.read_manifest(versus)
+    return {"versus": f"{other.recipe.method}:{other.sha256[:12]}"}
 
 
 def _about(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
@@ -191,7 +231,7 @@ def seconds_row(path: Path, data: ImageData | None, seconds: float) -> Row:
     manifest = artifact.read_manifest(path)
     recipe = manifest.recipe
     about = _about(recipe, data)
-    context = {"threads": torch.get_num_threads(), "device": f"cpu: {environment.cpu_name()}"}
+    context = {"threads": torch.get_num_threads(), "device": environment.device_name()}
     context |= {"artifact": manifest.sha256[:12], "depth": len(vit.skeleton(recipe.architecture).blocks)}
     return Row(
         **about, metric="compress_seconds", unit="s", value=seconds, source="measured: wall clock", context=context

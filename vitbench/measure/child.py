@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vitbench import standalone
+
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {}
 TIME_LIMIT = 1800
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class ChildError(RuntimeError):
@@ -27,7 +28,7 @@ def job(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]
 def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
     """Run the job `name` in a fresh process that uses `threads` threads."""
     source = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {variable: str(threads) for variable in THREAD_VARIABLES}
+    env = standalone.thread_environment(threads)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
@@ -38,8 +39,7 @@ def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             raise ChildError(f"{name} took more than {TIME_LIMIT} s") from None
         if done.returncode or not answer.exists():
-            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise ChildError(f"{name} failed: {said[-1]}")
+            raise ChildError(f"{name} failed: {standalone.reason(done.stderr, done.returncode)}")
         return json.loads(answer.read_text())
 
 

@@ -54,7 +54,7 @@ def scaling(
             "batch 1, and one side of 1 pixel or more"
         )
     steps = [None, *({"method": method_of(config).name, "config": config.to_dict()} for config in configs)]
-    machine = {"backend": "eager", "batch": batch, "threads": threads, "device": f"cpu: {environment.cpu_name()}"}
+    machine = {"backend": "eager", "batch": batch, "threads": threads, "device": environment.device_name()}
     done, wanted = run.done(), set()
     for side in progress.bar(sides, "tokens", unit="size"):
         shape = vit.skeleton(Architecture(name=model, num_classes=CLASSES, img_size=side, depth=depth))

@@ -1,0 +1,133 @@
+"""Energy of an answer: from the counters of the processor or the graphics card, else estimated from a stated power, else none."""
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from vitbench.measure.child import in_child, job
+from vitbench.measure.timing import locked
+from vitbench.measure.value import Value
+
+POWERCAP = Path("/sys/class/powercap")
+SECONDS = 5.0  # counters move about every millisecond, so that answers of some ms are counted over many of them
+
+
+class Meter(Protocol):
+    """Something that counts joules: `read` gives a list of counts, `spent` what lies between two of them."""
+
+    source: str
+
+    def read(self) -> list[float]: ...
+
+    def spent(self, before: list[float], after: list[float]) -> float: ...
+
+
+class Rapl:
+    """The energy counters of the processor packages, as Linux's powercap shows them; they count in microjoules and wrap around."""
+
+    def __init__(self, zones: list[Path]):
+        self.zones = zones
+        self.ranges = [float((zone / "max_energy_range_uj").read_text()) for zone in zones]
+        self.source = f"RAPL counters of {len(zones)} processor package(s)"
+
+    def read(self) -> list[float]:
+        """Microjoules, a number a package."""
+        return [float((zone / "energy_uj").read_text()) for zone in self.zones]
+
+    def spent(self, before: list[float], after: list[float]) -> float:
+        """Joules between two readings less than one turn of the counter apart."""
+        turns = zip(before, after, self.ranges, strict=True)
+        return sum((new - old) % (whole + 1) if new < old else new - old for old, new, whole in turns) / 1e6
+
+
+class Nvml:
+    """The energy counter of an NVIDIA graphics card, in millijoules since the driver was loaded."""
+
+    source = "NVML counter of the graphics card"
+
+    def __init__(self, library: Any, card: Any):
+        self.library, self.card = library, card
+
+    def read(self) -> list[float]:
+        """Millijoules, one number."""
+        return [float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.card))]
+
+    def spent(self, before: list[float], after: list[float]) -> float:
+        """Joules between two readings."""
+        return sum(new - old for old, new in zip(before, after, strict=True)) / 1e3
+
+
+def meter(backend: str) -> Meter | None:
+    """The counter of what runs the backend, the processor or the graphics card; None if this process may read none."""
+    return _nvml() if backend == "cuda" else _rapl()
+
+
+def _rapl() -> Rapl | None:
+    with contextlib.suppress(OSError, ValueError):
+        # packages alone: their parts are in them, and the platform's counter holds them once more
+        names = {zone: (zone / "name").read_text() for zone in sorted(POWERCAP.glob("*-rapl:*"))}
+        rapl = Rapl([zone for zone, name in names.items() if name.startswith("package")])
+        return rapl if rapl.read() else None
+    return None
+
+
+def _nvml() -> Nvml | None:
+    if not importlib.util.find_spec("pynvml"):
+        return None
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        nvml = Nvml(pynvml, pynvml.nvmlDeviceGetHandleByIndex(0))
+        nvml.read()
+        return nvml
+    return None
+
+
+def obstacle(backend: str, power: float) -> str:
+    """Why there is no energy to be had; "" if it can be counted or estimated."""
+    if power > 0 or meter(backend):
+        return ""
+    where = "the package pynvml" if backend == "cuda" else POWERCAP
+    return (
+        f"no energy counter: {where} shows none that may be read; "
+        "give power=WATTS (what the device draws while it computes) for an estimate"
+    )
+
+
+def energy(path: Path, backend: str, threads: int, power: float) -> Iterator[Value]:
+    """Joules of one image at batch 1: counted while the model answers, idle draw included, or `power` times the time."""
+    with locked():
+        found = in_child("count_joules", threads, path=str(path), backend=backend)
+    if found["source"]:
+        how = f"measured: {found['source']}, idle draw included, over {found['answers']} answers"
+        yield Value("energy", found["joules"] / found["answers"], how)
+    else:
+        how = f"estimated: a stated {power:g} W times the measured time of {found['answers']} answers"
+        yield Value("energy", power * found["seconds"] / found["answers"], how)
+
+
+@job
+def count_joules(path: str, backend: str) -> dict[str, Any]:
+    """Joules, seconds and answers of a model that answers one image after another."""
+    import torch
+
+    from vitbench import artifact, backends
+
+    model = artifact.load(path)
+    size = model.recipe.preprocess.size
+    x = torch.randn(1, 3, size, size)
+    with torch.inference_mode():
+        call = backends.prepare(backend, model, x)
+        for _ in range(3):
+            call(x)
+        counter, answers = meter(backend), 0
+        before, start = counter.read() if counter else [], time.perf_counter()
+        while (seconds := time.perf_counter() - start) < SECONDS:
+            call(x)
+            answers += 1
+        joules = counter.spent(before, counter.read()) if counter else 0.0
+    return {"joules": joules, "seconds": seconds, "answers": answers, "source": counter.source if counter else ""}

@@ -1,0 +1,114 @@
+"""Run a command under a real limit of memory, and find the smallest in which it still works."""
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from vitbench.errors import InputError
+
+CGROUPS = Path("/sys/fs/cgroup")
+CLOSE = 0.02  # how near the smallest limit is found
+SECONDS = 120  # a command that swaps itself to a standstill does not work
+
+
+def kind() -> str:
+    """What limits the memory here, in a few words; "" if nothing can."""
+    if _controller():
+        return "memory cgroup (pages of files that the system holds anyway are not counted)"
+    return "ulimit -d (heap and private pages)" if os.name == "posix" and sys.platform != "darwin" else ""
+
+
+def obstacle() -> str:
+    """Why no limit can be set; "" if one can."""
+    return "" if kind() else f"{sys.platform} has neither memory cgroups nor a limit of data that holds"
+
+
+def works(command: list[str], limit: int, env: dict[str, str], files: Iterable[Path] = ()) -> bool:
+    """Whether the command ends well in `limit` bytes. What the system has cached of `files` is dropped first.
+
+    Raises:
+        InputError: not even the interpreter starts in so little.
+    """
+    if not _ends_well([sys.executable, "-c", "pass"], limit, env):
+        raise InputError(f"a memory limit of {limit:,} bytes is too small to start Python; give some tens of megabytes")
+    _drop_cached(files)
+    return _ends_well(command, limit, env)
+
+
+def smallest(command: list[str], peak: int, env: dict[str, str], files: Iterable[Path] = ()) -> int:
+    """The smallest limit in bytes in which the command still ends well, to 2 %, by bisection below and above `peak`."""
+    files, low, high = list(files), 0, peak
+    _drop_cached(files)
+    while not _ends_well(command, high, env):
+        low, high = high, 2 * high
+        if high > 64 * peak:
+            raise InputError(f"the command fails in {high:,} bytes too, so the limit is not what stops it")
+    while high - low > CLOSE * high:
+        middle = (low + high) // 2
+        _drop_cached(files)
+        low, high = (low, middle) if _ends_well(command, middle, env) else (middle, high)
+    return high
+
+
+def _ends_well(command: list[str], limit: int, env: dict[str, str]) -> bool:
+    with _limited(limit) as prefix:
+        try:
+            done = subprocess.run([*prefix, *command], env=env, capture_output=True, timeout=SECONDS)
+        except (subprocess.TimeoutExpired, OSError):
+            return False
+    return done.returncode == 0
+
+
+@contextlib.contextmanager
+def _limited(limit: int) -> Iterator[list[str]]:
+    """What to put before a command so that it runs in `limit` bytes; the shell enters the group, then becomes the command."""
+    controller = _controller()
+    if not controller:
+        yield ["sh", "-c", f'ulimit -d {limit // 1024} && exec "$@"', "sh"]
+        return
+    root, name = controller
+    group = Path(tempfile.mkdtemp(prefix="vitbench.", dir=root))
+    try:
+        _write(group / name, limit)
+        yield ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh"]
+    finally:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
+@functools.cache
+def _controller() -> tuple[Path, str] | None:
+    """The folder in which memory groups can be made, and the file that holds a group's limit; None if there is none."""
+    for root, name in ((CGROUPS, "memory.max"), (CGROUPS / "memory", "memory.limit_in_bytes")):
+        try:
+            group = Path(tempfile.mkdtemp(prefix="vitbench.", dir=root))
+        except OSError:
+            continue
+        try:
+            _write(group / name, 2**30)
+            return root, name
+        except OSError:
+            continue
+        finally:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+    return None
+
+
+def _write(file: Path, value: int) -> None:
+    with open(file, "r+") as there:  # in a folder that is no control group it should not come into being
+        there.write(str(value))
+
+
+def _drop_cached(files: Iterable[Path]) -> None:
+    """Have the system forget its copies of the files, so that what reads them is charged for them."""
+    for path in files:
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            if file.is_file() and hasattr(os, "posix_fadvise"):
+                with open(file, "rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
