@@ -1,16 +1,20 @@
 """Tables, figures and the report are made of rows alone."""
 
 import re
+import warnings
+from itertools import combinations
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from vitbench import closeups, figures
 from vitbench.comparison import across_seeds, comparison, findings, label_of, subject
 from vitbench.errors import InputError
 from vitbench.records import Row, append_rows, load_records
 from vitbench.report import write_report
+from vitbench.tradeoff import COSTS, tradeoff
 
 
 def make_rows(methods=("baseline", "dynamic_int8"), top1=(0.97, 0.96), size=(800_000, 240_000), **about):
@@ -149,9 +153,9 @@ def test_closeups_show_rows_under_the_names_given(folder, tmp_path, name):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("cost", figures.COSTS)
+@pytest.mark.parametrize("cost", COSTS)
 def test_the_tradeoff_shows_rows_and_names_every_method(folder, cost):
-    figure, shown = figures.tradeoff(load_records(folder), cost)
+    figure, shown = tradeoff(load_records(folder), cost)
     words = {text.get_text() for text in figure.axes[0].texts}
     assert {"baseline", "dynamic_int8"} <= words
     assert set(shown["metric"]) == {"top1", cost}
@@ -161,7 +165,7 @@ def test_the_tradeoff_shows_rows_and_names_every_method(folder, cost):
 
 def test_figures_are_the_same_files_again(folder, tmp_path):
     rows = load_records(folder)
-    for make in (figures.predicted_beside_measured, figures.latencies, figures.tradeoff):
+    for make in (figures.predicted_beside_measured, figures.latencies, tradeoff):
         for attempt in ("a", "b"):
             figure, shown = make(rows)
             figures.save_figure(figure, tmp_path / attempt, "x", shown)
@@ -172,15 +176,75 @@ def test_figures_are_the_same_files_again(folder, tmp_path):
     assert keys <= set(rows["key"])
 
 
-def test_many_methods_and_none_can_be_drawn(tmp_path):
-    names = ("baseline", *(f"method_{i}" for i in range(7)))
-    append_rows(tmp_path / "many.jsonl", make_rows(names, [0.9] * 8, [1000] * 8))
-    append_rows(tmp_path / "one.jsonl", make_rows(names[:1]))
-    for make in (figures.predicted_beside_measured, figures.latencies, figures.tradeoff):
-        for file in ("many", "one"):
-            figure, _ = make(load_records(tmp_path / f"{file}.jsonl"))
-            assert max(figure.get_size_inches()) < 16
-            plt.close(figure)
+FAMILIES = ("uct", "pruning", "weight_only", "distillation+dynamic_int8", "nystroem")
+SETTINGS = {"group": 8, "layers": ["qkv", "proj"], "rounding": "nearest", "train": {"epochs": 0}}
+
+
+def rows_of(count):
+    """Rows of so many methods, some with many settings; every tenth is far less accurate than the others."""
+    rows = []
+    for i in range(count):
+        method = FAMILIES[i % len(FAMILIES)] if i else "baseline"
+        top1 = 0.3 if i % 10 == 9 else 0.95 - 0.001 * (i % 7)
+        own = SETTINGS if i < len(FAMILIES) else SETTINGS | {"group": i, "layers": ["qkv"], "rounding": "second_order"}
+        steps = [{"method": method, "config": own}] if i else []
+        made = make_rows(("baseline", method), (top1, top1), (800_000, 800_000 - 9_000 * i))
+        made = made[6:] if i else make_rows(("baseline",))
+        rows += [row.having(config={"origin": {"start": "random"}, "methods": steps}) for row in made]
+    return rows
+
+
+def assert_readable(figure):
+    """No text outside the figure or on another one."""
+    figure.draw_without_rendering()
+    # of an annotation the words alone, without the line to its point
+    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in drawn_texts(figure)]
+    for text, box in boxes:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, text
+    for (one, box), (other, near) in combinations(boxes, 2):
+        assert not box.overlaps(near), f"{one!r} is on {other!r}"
+
+
+def drawn_texts(figure):
+    """All texts but those of the ticks that an axis keeps beyond its limits."""
+    beyond = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for tick in axis.get_major_ticks():
+            beyond |= set() if low <= tick.get_loc() <= high else {tick.label1, tick.label2}
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in beyond]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 31, 60])
+@pytest.mark.parametrize("make", [figures.predicted_beside_measured, figures.latencies, tradeoff])
+def test_figures_are_readable_with_few_methods_and_with_many(tmp_path, make, count):
+    append_rows(tmp_path / "records.jsonl", rows_of(count))
+    rows = load_records(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure, _ = make(rows)
+        assert_readable(figure)
+    width, height = figure.get_size_inches()
+    assert width < 13
+    assert height < 5 + 0.3 * count
+    plt.close(figure)
+
+
+def test_a_list_names_every_method_and_the_tradeoff_of_many_its_front(tmp_path):
+    append_rows(tmp_path / "records.jsonl", rows_of(31))
+    rows = load_records(tmp_path)
+    labels = set(subject(rows)["label"])
+    figure, shown = figures.latencies(rows)
+    names = {" ".join(text.get_text().split()) for text in figure.axes[0].get_yticklabels()}
+    assert names == labels == {"baseline", *shown["label"]}
+    plt.close(figure)
+    figure, shown = tradeoff(rows)
+    assert "baseline" in {text.get_text() for text in figure.axes[0].texts}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"baseline", *FAMILIES}
+    assert len(figure.axes[0].texts) < len(labels) == shown["label"].nunique()
+    assert "points further down, at 30.0 %" in " ".join(text.get_text() for text in figure.texts)
+    plt.close(figure)
 
 
 def test_colours_differ_in_lightness_too():
@@ -236,4 +300,4 @@ def test_a_model_scored_in_eager_mode_and_timed_elsewhere_has_a_report(tmp_path)
     append_rows(tmp_path / "records.jsonl", moved)
     page = write_report(tmp_path).read_text()
     assert "Accuracy against size on disk." in page
-    assert "Every timed call." not in page
+    assert "How long a call takes." not in page

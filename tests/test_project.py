@@ -78,6 +78,7 @@ def test_imports_run_one_way():
         assert "vitbench.measure" not in file.read_text(), file
     for name in (
         "figures",
+        "tradeoff",
         "attention_figures",
         "policy_figures",
         "closeups",

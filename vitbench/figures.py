@@ -1,23 +1,22 @@
 """Figures from rows alone, in one style: legible in grey, safe for colour-blind readers, labelled in place."""
 
 import contextlib
-import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from vitbench.comparison import MEGA, in_backend, methods, ratios, subject, value
-from vitbench.errors import InputError, one_of
+from vitbench.comparison import in_backend, methods, ratios, subject, value
+from vitbench.errors import InputError
 from vitbench.paths import writable_folder
-from vitbench.statistics import pareto_front
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
 COLOURS = ("#000000", "#D55E00", "#56B4E9", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -28,6 +27,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "font.size": 10,
     "axes.titlesize": 11,
+    "figure.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,11 +40,13 @@ STYLE = {
     "svg.fonttype": "none",
     "axes.prop_cycle": mpl.cycler(color=COLOURS),
 }
-COSTS = {  # cost -> what the title calls it, the axis label, and the scale of the axis
-    "bytes": ("size", "size on disk (MB)", 1 / MEGA),
-    "latency_ratio": ("time", "median latency / baseline's, batch {batch}, timed in turn", 1.0),
-    "macs": ("work", "multiply-accumulates for one image (M)", 1 / MEGA),
-}
+SMALL = 8  # points, of the names and numbers of which there are many
+PREDICTED = ("weights x bits", "MACs")
+RING = {"ls": "", "marker": "o", "ms": 8, "color": "black", "mfc": "white"}
+MEDIAN = {"ls": "", "marker": "o", "ms": 4.5, "color": COLOURS[3], "zorder": 4}
+INTERVAL = {"lw": 5, "color": COLOURS[3], "alpha": 0.45, "solid_capstyle": "butt", "zorder": 3}
+P90 = {"ls": "", "marker": "|", "ms": 7, "color": "#555555"}
+P99 = {"ls": "", "marker": "d", "ms": 3.5, "color": "#777777"}
 
 
 @contextlib.contextmanager
@@ -76,176 +78,173 @@ def save_figure(figure: Figure, folder: str | Path, name: str, rows: pd.DataFram
         rows[columns].to_csv(folder / f"{name}.csv", index=False)
 
 
-def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[Figure, pd.DataFrame]:
-    """Accuracy against a cost ("bytes", "latency_ratio" or "macs"), with 95 % intervals and the Pareto front.
-
-    Returns the figure and the rows that it shows.
-    """
-    word, label, scale = COSTS[one_of("cost", cost, COSTS)]
-    rows = subject(rows)
-    names, points, shown = methods(rows), [], []
-    at = batch if cost == "latency_ratio" else None
-    for method in names:
-        gain, price = value(rows, method, "top1"), value(rows, method, cost, at)
-        if gain is None or (price is None and not (cost == "latency_ratio" and method == "baseline")):
-            continue
-        x = (1.0, None, None) if price is None else (price["value"] * scale, price["low"], price["high"])
-        points.append((method, x, gain))
-        shown += [row for row in (gain, price) if row is not None]
-    if not points:
-        raise InputError(f"no model has both an accuracy and a {word} among these rows; measure both first")
-    with style():
-        figure, axes = plt.subplots(figsize=(6.4, 4.2))
-        for method, (x, low, high), gain in points:
-            spread = None if low is None or np.isnan(low) else [[x - low], [high - x]]
-            errors = 100 * np.array([[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]])
-            kind = look(method, names)
-            axes.errorbar(
-                x,
-                100 * gain["value"],
-                yerr=errors,
-                xerr=spread,
-                fmt=kind["marker"],
-                color=kind["color"],
-                ms=8,
-                capsize=3,
-            )
-        front = pareto_front([x for _, (x, *_), _ in points], [gain["value"] for *_, gain in points])
-        widest = max(x for _, (x, *_), _ in points)
-        line = [(points[i][1][0], 100 * points[i][2]["value"]) for i in front]
-        line.append((1.6 * widest, line[-1][1]))  # to the right, nothing better was found
-        axes.plot(*zip(*line, strict=True), color="#777777", lw=1, ls="--", zorder=0, drawstyle="steps-post")
-        axes.set_xlim(0, 1.6 * widest)  # room for the labels
-        _label_points(axes, [(method, x, 100 * gain["value"]) for method, (x, *_), gain in points], names)
-        axes.set(
-            xlabel=label.format(batch=batch),
-            ylabel="top-1 on test images (%)",
-            title=heading(rows, f"accuracy against {word}"),
-        )
-        note(figure, "bars: 95 % intervals; dashed: Pareto front; left and up is better")
-    return figure, pd.DataFrame(shown)
-
-
 def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Every timed call, as the share of calls that took at most so long, one panel a batch size.
+    """How long a call takes: median, p90 and p99, a line for each method, the fastest first, one panel a batch size.
 
     Where methods were timed in turn with the baseline, a call's time is given in medians of the baseline's calls of the
-    same process; a baseline alone is given in ms.
+    same process, so that a method's median is its ratio to the baseline, drawn with its 95 % interval; a baseline alone
+    is given in ms.
     """
     rows = subject(rows)
-    # the baseline's calls are in the ratios, whether it has rows of its own or not
-    names = list(dict.fromkeys(["baseline", *methods(rows)]))
-    rows = rows[in_backend(rows)]
+    rows = rows[in_backend(rows) & rows["samples"].notna()]
     paired = rows[rows["metric"] == "latency_ratio"]
-    shown = rows[rows["metric"].isin(["latency_p50", "latency_ratio"] if len(paired) else ["latency_p50"])]
-    shown = shown[shown["samples"].notna() & (shown["label"].isin(paired["label"]) | (not len(paired)))]
-    batches = sorted(shown["batch"].unique())
+    in_turn = len(paired) > 0
+    shown = rows[rows["metric"].isin(["latency_p50", "latency_ratio"])]
+    shown = shown[shown["label"].isin(paired["label"]) | (not in_turn)]
+    if not len(shown):
+        raise InputError("no call was timed among these rows; measure the latency first")
+    calls = {int(batch): _calls(own, in_turn) for batch, own in shown.groupby("batch")}
+    names = dict.fromkeys(name for own in calls.values() for name in own)
+    names = sorted(names, key=lambda name: [np.median(own.get(name, np.inf)) for own in calls.values()])
     with style():
-        figure, panels = plt.subplots(1, len(batches), figsize=(4.4 * len(batches), 3.6), squeeze=False, sharey=True)
-        for axes, batch in zip(panels[0], batches, strict=True):
-            calls = _calls(shown[shown["batch"] == batch], bool(len(paired)))
-            for place, (method, times) in enumerate(calls.items()):
-                kind, dashes = look(method, names), ("-", "--", ":", "-.")[place % 4]
-                sns.ecdfplot(x=times, ax=axes, color=kind["color"], ls=dashes, label=textwrap.fill(method, 34))
-                axes.axvline(np.median(times), color=kind["color"], lw=0.8, alpha=0.5)
-            widest = max(min(np.percentile(times, 98), 2 * np.median(times)) for times in calls.values())
-            axes.set_xlim(0, 1.1 * widest)
-            axes.set(ylim=(0, 1.25), yticks=np.linspace(0, 1, 6), ylabel="share of calls")
-            unit = "time of one call / baseline's median" if len(paired) else "ms for one call"
-            axes.set_xlabel(f"{unit}, batch {int(batch)}")
-            axes.legend(loc="upper left", fontsize=9)
-        panels[0][0].set_title(heading(rows, "every timed call"))
-        note(figure, "thin vertical lines: medians; the slowest calls may lie outside")
+        figure, panels, places = _method_lines(names, len(calls))
+        for axes, (batch, own) in zip(panels, calls.items(), strict=True):
+            for name, times in own.items():
+                _draw_times(axes, places[name], times, value(shown, name, "latency_ratio", batch))
+            # one slow call must not press all the others together
+            slow, slowest = (max(np.percentile(times, p) for times in own.values()) for p in (90, 99))
+            axes.set_xlim(0, 1.05 * min(slowest, 2 * slow))
+            unit = "time of a call / baseline's median" if in_turn else "time of a call (ms)"
+            axes.set_xlabel(f"{unit}, batch {batch}")
+            if in_turn:
+                axes.axvline(1, color="black", lw=0.8, zorder=1)
+            _key(
+                axes,
+                {"median": MEDIAN} | ({"its 95 % interval": INTERVAL} if in_turn else {}) | {"p90": P90, "p99": P99},
+            )
+        figure.suptitle(heading(rows, "how long a call takes"), x=0.01, ha="left")
+        numbers = "the median and its 95 % interval" if in_turn else "the median"
+        note(figure, f"numbers: {numbers}; the slowest calls may lie outside")
     return figure, shown
 
 
-def _calls(shown: pd.DataFrame, paired: bool) -> dict[str, np.ndarray]:
-    """Each method's calls; paired, in units of the baseline's median, with the baseline's own calls first."""
+def _calls(shown: pd.DataFrame, in_turn: bool) -> dict[str, np.ndarray]:
+    """Each method's calls; in turn, in units of the baseline's median, with the baseline's own calls first."""
     own = {row.label: np.array(row.samples) for row in shown[shown["metric"] == "latency_p50"].itertuples()}
-    if not paired:
+    if not in_turn:
         return own
     base = {row.label: np.array(row.samples) for row in shown[shown["metric"] == "latency_ratio"].itertuples()}
     calls = {"baseline": np.concatenate([times / np.median(times) for times in base.values()])}
     return calls | {label: own[label] / np.median(base[label]) for label in base}
 
 
+def _draw_times(axes: Axes, place: float, times: np.ndarray, ratio: pd.Series | None) -> None:
+    """One method's line; the baseline has no ratio and so no interval."""
+    median, p90, p99 = np.percentile(times, (50, 90, 99))
+    axes.plot([median, p99], [place, place], color="#999999", lw=1)
+    axes.plot(p90, place, **P90)
+    axes.plot(p99, place, **P99)
+    text = f"{median:.2f}"
+    if ratio is not None:
+        axes.plot([ratio["low"], ratio["high"]], [place, place], **INTERVAL)
+        text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    axes.plot(median, place, **MEDIAN | ({} if ratio is not None else {"color": "black"}))
+    _beside(axes, place, text)
+
+
 def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """For each compressed method, what bits and MACs promise and what disk and clock say, as ratios to the baseline."""
+    """What bits and MACs promise beside what disk and clock say, as ratios to the baseline.
+
+    A line for each compressed method, the smallest file first; its size in one panel, its time in the other.
+    """
     rows = subject(rows)
     names = [method for method in methods(rows) if method != "baseline"]
-    columns = min(3, max(1, len(names)))
-    lines = math.ceil(max(1, len(names)) / columns)
-    shown = []
+    promises = {name: _promises(rows, name) for name in names}
+    names.sort(key=lambda name: promises[name][0].get("on disk", (np.inf,)))
     with style():
-        figure, panels = plt.subplots(lines, columns, figsize=(max(6.4, 4.6 * columns), 3.4 * lines), squeeze=False)
-        for axes, method in zip(panels.flat, names, strict=False):
-            bars, used = _promises(rows, method)
-            _draw_bars(axes, bars)
-            axes.set_title(method)
-            shown += used
-        for axes in panels.flat[len(names) :]:
-            axes.axis("off")
+        figure, panels, places = _method_lines(names, 2)
+        for side, (axes, what) in enumerate(zip(panels, ("size", "work or time"), strict=True)):
+            kinds = _kinds(label for name in names for label in promises[name][side])
+            for name in names:
+                _draw_marks(axes, places[name], promises[name][side], kinds)
+            axes.axvline(1, color="black", lw=0.8, zorder=1)
+            axes.set_xlim(left=0)
+            axes.set_xlabel(f"{what} / baseline's (1 = no gain)")
+            _key(axes, kinds)
         if not names:
-            panels[0][0].text(0.5, 0.5, "no compressed method has been measured yet", ha="center")
-        note(figure, "hatched: predicted; filled: measured; black bar: 95 % interval")
-    return figure, pd.DataFrame(shown, columns=rows.columns)
+            panels[0].text(0, 0.2, "no compressed method has been measured yet")
+        figure.suptitle(heading(rows, "predicted beside measured"), x=0.01, ha="left")
+        note(
+            figure,
+            "hollow: predicted; filled: measured; bars: 95 % intervals; numbers: predicted \N{RIGHTWARDS ARROW} measured",
+        )
+    used = [row for name in names for row in promises[name][2]]
+    return figure, pd.DataFrame(used, columns=rows.columns).drop_duplicates("key")
 
 
-Bar = tuple[str, float, tuple[float, float] | None, bool]  # label, ratio to the baseline, interval, measured
+Marks = dict[str, tuple[float, float, float]]  # what it tells -> ratio to the baseline, and the ends of its interval
 
 
-def _promises(rows: pd.DataFrame, method: str) -> tuple[list[Bar], list[pd.Series]]:
-    """The bars of one method and the rows behind them."""
-    bars: list[Bar] = []
-    used = []
-    for label, metric, measured in (
-        ("bytes: weights x bits", "bytes_predicted", False),
-        ("bytes: on disk", "bytes", True),
-        ("MACs", "macs", False),
+def _promises(rows: pd.DataFrame, method: str) -> tuple[Marks, Marks, list[pd.Series]]:
+    """The marks of one method for size and for time, and the rows behind them."""
+    size, time, used = {}, {}, []
+    for marks, label, metric in (
+        (size, "weights x bits", "bytes_predicted"),
+        (size, "on disk", "bytes"),
+        (time, "MACs", "macs"),
     ):
         base, own = value(rows, "baseline", metric), value(rows, method, metric)
         if base is not None and own is not None:
-            bars.append((label, own["value"] / base["value"], None, measured))
+            marks[label] = (own["value"] / base["value"],) * 3
             used += [base, own]
     for row in ratios(rows, method):
-        bars.append((f"latency, batch {int(row['batch'])}", row["value"], (row["low"], row["high"]), True))
+        time[f"time, batch {int(row['batch'])}"] = (row["value"], row["low"], row["high"])
         used.append(row)
-    return bars, used
+    return size, time, used
 
 
-def _draw_bars(axes: Axes, bars: list[Bar]) -> None:
-    for place, (_, ratio, interval, measured) in enumerate(bars):
-        colour = COLOURS[3] if measured else "white"
-        axes.barh(place, ratio, color=colour, edgecolor=COLOURS[3], hatch="" if measured else "///")
-        if interval:
-            axes.plot(interval, [place, place], color="black", lw=2)
-        right = interval[1] if interval else ratio
-        axes.annotate(f"{ratio:.2f}", (right, place), xytext=(5, 0), textcoords="offset points", va="center")
-    axes.axvline(1, color="black", lw=1)
-    axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
-    axes.set_xlim(0, 1.15 * max([1.0, *(interval[1] if interval else ratio for _, ratio, interval, _ in bars)]))
-    axes.set_xlabel("ratio to the baseline (1 = no gain)")
-    axes.invert_yaxis()
+def _kinds(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each label's marks look: predicted ones are rings, into which a measured one of the same value fits."""
+    labels = list(dict.fromkeys(labels))
+    kinds: dict[str, dict[str, Any]] = {label: RING for label in labels if label in PREDICTED}
+    for place, label in enumerate(label for label in labels if label not in PREDICTED):
+        colour, marker = COLOURS[(3, 1, 5, 4)[place % 4]], MARKERS[place % len(MARKERS)]
+        kinds[label] = {"ls": "", "ms": 5, "marker": marker, "color": colour}
+    return kinds
 
 
-def _label_points(axes: Axes, points: list[tuple[str, float, float]], names: Sequence[str]) -> None:
-    """Write each point's name beside it; names of points that lie together are stacked."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    for place, (name, x, y) in enumerate(points):
-        near = sum(
-            abs(x - other) < 0.3 * (right - left) and abs(y - height) < 0.06 * (top - bottom)
-            for _, other, height in points[:place]
-        )
-        colour = look(name, names)["color"]
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(9, 5 + 13 * near),
-            textcoords="offset points",
-            color=colour,
-            fontsize=9,
-            bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85},
-        )
+def _draw_marks(axes: Axes, place: float, marks: Marks, kinds: dict[str, dict[str, Any]]) -> None:
+    """One method's line in one panel; what was measured at several batch sizes stands a little apart, in inches."""
+    predicted, measured = ([label for label in kinds if (label in PREDICTED) == side] for side in (True, False))
+    found = [ratio for ratio, *_ in marks.values()]
+    axes.plot(found, [place] * len(found), color="#BBBBBB", lw=1)
+    for label, (ratio, low, high) in marks.items():
+        at = place + (0.08 * (measured.index(label) - (len(measured) - 1) / 2) if label in measured else 0)
+        axes.plot([low, high], [at, at], **INTERVAL | {"color": kinds[label]["color"], "lw": 3})
+        axes.plot(ratio, at, **kinds[label])
+    sides = [", ".join(f"{marks[label][0]:.2f}" for label in side if label in marks) for side in (predicted, measured)]
+    _beside(axes, place, " \N{RIGHTWARDS ARROW} ".join(side or "-" for side in sides))
+
+
+def _method_lines(names: Sequence[str], panels: int) -> tuple[Figure, list[Axes], dict[str, float]]:
+    """An empty figure with a line for each name, and panels side by side; with it, the place of each name's line."""
+    texts = [wrapped(name, 44) for name in names]
+    heights = np.array([0.085 + 0.135 * (1 + text.count("\n")) for text in texts])  # inches
+    total, places = max(0.5, heights.sum()), np.cumsum(heights) - heights / 2
+    figure, drawn = plt.subplots(1, panels, figsize=(3 + 3.8 * panels, 1.7 + total), sharey=True, squeeze=False)
+    drawn[0, 0].set_yticks(places, texts, fontsize=SMALL)
+    drawn[0, 0].set_ylim(total, 0)
+    for axes in drawn[0]:
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    return figure, list(drawn[0]), dict(zip(names, places, strict=True))
+
+
+def _beside(axes: Axes, place: float, text: str) -> None:
+    """Write to the right of a panel, on a method's line."""
+    axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), fontsize=SMALL, va="center")
+
+
+def _key(axes: Axes, kinds: dict[str, dict[str, Any]]) -> None:
+    """What the marks mean, above the panel: the reading of a long list starts there."""
+    marks = [Line2D([], [], label=label, **kind) for label, kind in kinds.items()]
+    close = {"borderpad": 0, "columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5}
+    axes.legend(handles=marks, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=SMALL, **close)
+
+
+def wrapped(name: str, width: int) -> str:
+    """A name on as many lines as it needs; nothing is left out, since two settings may differ in the last of them only."""
+    return textwrap.fill(name, width, break_on_hyphens=False)
 
 
 def heading(rows: pd.DataFrame, what: str) -> str:

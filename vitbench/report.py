@@ -16,6 +16,7 @@ from vitbench import figures
 from vitbench.comparison import comparison, findings, in_backend, subject
 from vitbench.errors import InputError
 from vitbench.records import load_records, records_file
+from vitbench.tradeoff import tradeoff
 
 ENVIRONMENT_FACTS = ("system", "python", "cpu", "cores", "memory_gib", "cpu_capability", "int8_engine", "gpus")
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
@@ -87,15 +88,15 @@ def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
     batch = int(timed["batch"].min()) if len(timed) else 0
     made = []
     if len(scored):
-        made.append(("Accuracy against size on disk.", *figures.tradeoff(rows, "bytes")))
+        made.append(("Accuracy against size on disk.", *tradeoff(rows, "bytes")))
     if timed["label"].isin(scored).any():
         caption = f"Accuracy against median latency at batch {batch}."
-        made.append((caption, *figures.tradeoff(rows, "latency_ratio", batch)))
+        made.append((caption, *tradeoff(rows, "latency_ratio", batch)))
     if batch:
         made.append(
             ("What bits and MACs promise, and what disk and clock say.", *figures.predicted_beside_measured(rows))
         )
-        made.append(("Every timed call.", *figures.latencies(rows)))
+        made.append(("How long a call takes.", *figures.latencies(rows)))
     pages = []
     for caption, figure, _ in made:
         svg = io.BytesIO()
