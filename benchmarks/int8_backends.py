@@ -33,7 +33,7 @@ from vitbench import artifact, backends, environment
 from vitbench.batches import eval_batches
 from vitbench.errors import InputError, one_of
 from vitbench.lessons import parse_setting
-from vitbench.measure import _about
+from vitbench.measure.value import about
 from vitbench.records import Row
 from vitbench.standalone import thread_environment, turns
 from vitbench.statistics import median_ratio, pack_hits, wilson
@@ -227,22 +227,22 @@ def _missing(variant: Variant) -> str:
 def _slots(variant: Variant, files: dict[str, Path], images: int, args, data: vb.ImageData | None) -> list[Row]:
     """The variant's rows without values, in the order of `_values`."""
     manifest, base = (artifact.read_manifest(files[name]) for name in (variant.file, "baseline"))
-    about = _about(manifest.recipe, data) | {"method": variant.method, "value": 0, "source": "measured"}
+    facts = about(manifest.recipe, data) | {"method": variant.method, "value": 0, "source": "measured"}
     own = {"artifact": manifest.sha256[:12]}
     if variant.method.startswith("peer_"):
-        about["config"]["methods"] = [{"method": variant.method, "config": {"images": images, **_versions(variant)}}]
+        facts["config"]["methods"] = [{"method": variant.method, "config": {"images": images, **_versions(variant)}}]
         own["backend"] = variant.backend
-    rows = [Row(**about, metric="bytes", unit="bytes", context=own)]
+    rows = [Row(**facts, metric="bytes", unit="bytes", context=own)]
     timed = {"backend": variant.backend, "threads": args.threads, "rounds": args.rounds}
     timed |= {"device": environment.device_name(), "versus": f"baseline:{base.sha256[:12]}"}
     timed |= {"artifact": own["artifact"]} | ({} if variant.backend == "eager" else {"versus_backend": "eager"})
     for batch in args.batches:
         for metric, unit in (("latency_p50", "ms"), ("latency_ratio", "ratio")):
-            rows.append(Row(**about, metric=metric, unit=unit, context={**timed, "batch": batch}))
+            rows.append(Row(**facts, metric=metric, unit=unit, context={**timed, "batch": batch}))
     if data:
         context = {"split": "test", "images": len(data.test), "cut": data.origin["test"], "artifact": own["artifact"]}
         context |= {} if variant.backend == "eager" else {"backend": variant.backend}
-        rows.append(Row(**about, metric="top1", unit="fraction", context=context))
+        rows.append(Row(**facts, metric="top1", unit="fraction", context=context))
     return rows
 
 

@@ -12,7 +12,8 @@ from vitbench import artifact, backends, statistics, vit
 from vitbench.batches import eval_batches
 from vitbench.comparison import comparison, paired_loss, subject, value
 from vitbench.errors import InputError
-from vitbench.measure import child, measure, training_rows
+from vitbench.measure import child, measure
+from vitbench.measure.history import training_rows
 from vitbench.measure.memory import peak_tensors
 from vitbench.methods import compress, make_config
 from vitbench.records import read_rows
@@ -139,7 +140,7 @@ def test_a_job_that_fails_becomes_failed_rows(base, digits, tmp_path, monkeypatc
 
 def test_the_child_says_why_it_failed():
     with pytest.raises(child.ChildError, match="not a saved model"):
-        child.in_child("time_models", 1, models=[("/nowhere", "eager")], batches=[1], rounds=10)
+        child.in_child("count_joules", 1, path="/nowhere", backend="eager")
 
 
 def test_wrong_settings(base, digits, tmp_path):

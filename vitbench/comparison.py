@@ -179,13 +179,14 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
 
     Columns: top1, low, high (per cent); bytes (MB) and `x smaller`; MACs (M); for each batch size (and each backend
     other than eager, named) the median latency (ms) and its ratio to the baseline timed in turn in the same backend;
-    peak RSS (MB). A number that was not measured is NaN.
+    peak RSS (MB), likewise. A number that was not measured is NaN.
     """
     rows = subject(rows)
     found = rows[(rows["metric"] == "latency_p50") & rows["versus_backend"].isna()]
     timed = sorted(
         {(row.backend, int(row.batch)) for row in found.itertuples()}, key=lambda pair: (pair[0] != EAGER, *pair)
     )
+    held = sorted(set(rows["backend"][rows["metric"] == "peak_rss"]), key=lambda backend: (backend != EAGER, backend))
     base = value(rows, "baseline", "bytes")
     table = []
     for method in methods(rows):
@@ -210,7 +211,9 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
             )
             line[f"p50 ms {name}"] = number("latency_p50", **where)
             line[f"ratio {name}"] = 1.0 if method == "baseline" else number("latency_ratio", **where)
-        line["peak MB"] = number("peak_rss", 1 / MEGA)
+        for backend in held:
+            name = "peak MB" if backend == EAGER else f"peak MB {backend}"
+            line[name] = number("peak_rss", 1 / MEGA, backend=backend)
         table.append(line)
     return pd.DataFrame(table).set_index("method")
 

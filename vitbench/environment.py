@@ -54,19 +54,15 @@ def environment() -> dict:
     }
 
 
-def environment_id() -> str:
-    """The hash that rows refer to."""
-    return hashlib.sha256(json.dumps(environment(), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def write_environment(folder: Path) -> str:
-    """Keep the environment as `folder`/<id>.json; returns the id."""
-    name = environment_id()
+def write_environment(folder: Path, facts: dict | None = None) -> str:
+    """Keep the environment, this process's or another device's `facts`, as `folder`/<id>.json; returns the id, its hash."""
+    facts = environment() if facts is None else facts
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     target = folder / f"{name}.json"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{name}.{os.getpid()}"
-        part.write_text(json.dumps(environment(), indent=1) + "\n")
+        part.write_text(json.dumps(facts, indent=1) + "\n")
         part.replace(target)
     return name
 

@@ -25,7 +25,7 @@ from vitbench.errors import InputError
 SCHEMA_VERSION = 1
 IDENTITY = ("model", "dataset", "data_fingerprint", "method", "config", "seed", "metric", "context")
 GROUPS = ("accuracy", "size", "weights", "outputs", "latency", "memory")  # of metrics, as `measure` takes them
-DEVICE_GROUPS = ("startup", "limit", "energy")  # only if asked for
+DEVICE_GROUPS = ("startup", "limit", "energy", "roofline")  # only if asked for
 CONTEXT_COLUMNS = ("backend", "versus_backend", "batch", "threads", "device", "split", "versus")
 
 

@@ -24,9 +24,9 @@ class Run:
         self.figures = self.folder / "figures"
         self.notebooks = self.folder / "notebooks"
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Add rows with the environment and the commit they were made with."""
-        env_id = environment.write_environment(self.folder / "environments")
+    def append(self, rows: Iterable[Row], facts: dict | None = None) -> None:
+        """Add rows with the environment, this process's or another device's `facts`, and the commit they were made with."""
+        env_id = environment.write_environment(self.folder / "environments", facts)
         append_rows(self.records, [row.stamped(env_id, environment.commit()) for row in rows])
 
     def done(self) -> set[str]:

@@ -212,7 +212,11 @@ def measure_bundle(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     for entry in manifest["models"]:
         result = {"name": entry["name"]}
         try:
+            if entry["error"]:  # it could not be exported
+                raise BundleError(entry["error"])
             result |= _measure_entry(folder, entry, manifest["models"], threads, rounds)
+        except BundleError as error:
+            result["error"] = str(error)
         except Exception as error:  # one model that fails should not take the others with it
             result["error"] = f"{type(error).__name__}: {error}"
         print(f"{entry['name']}: {result.get('error') or _summary(result)}", flush=True)

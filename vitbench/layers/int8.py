@@ -16,6 +16,7 @@ class _Int8Linear(nn.Module):
     """W ~ scale[:, None] * weight in int8, one scale for each output row: weight (out, in), scale (out,), bias (out,) or None."""
 
     rounds_inputs = True
+    multiplies_codes = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()

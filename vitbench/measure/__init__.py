@@ -1,18 +1,14 @@
 """Measure a saved model: accuracy, size, MACs, latency, memory. Each number becomes a row, once."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from vitbench import artifact, backends, environment, progress, vit
-from vitbench.cache import Made
-from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
 from vitbench.measure import (
@@ -22,13 +18,13 @@ from vitbench.measure import (
     fresh,
     limits,
     outputs,
+    roofline,
     scaling,  # noqa: F401  (its job is registered)
     timing,
     weights,
 )
 from vitbench.measure.child import ChildError
-from vitbench.measure.value import Value
-from vitbench.recipe import Recipe
+from vitbench.measure.value import Value, about
 from vitbench.records import DEVICE_GROUPS, GROUPS, Row
 from vitbench.runs import Run
 
@@ -73,7 +69,8 @@ def measure(
         backend: what scores and runs the model: eager, torch_compile, onnxruntime, openvino, ... (see `vitbench.backends`).
         versus_backend: what times `versus`, by default the same; several for a ratio to each, in turn in one process.
         what: which of accuracy, size, weights and outputs (their errors; need `versus`), latency and memory to measure;
-            and startup (time to the first answer), limit (the smallest limit of memory), energy, which are only done if asked for.
+            and, only if asked for: startup (time to the first answer), limit (the smallest limit of memory), energy,
+            and roofline (the least time that this machine's measured peaks allow).
         power: watts that the device draws while it computes, for an estimate of energy where nothing counts it.
 
     Returns:
@@ -99,7 +96,7 @@ def measure(
             f"the model has {outputs} outputs and {data.name} has {len(data.classes)} classes; "
             f"give the images that the model was made for, or train it on these first"
         )
-    about = _about(manifest.recipe, data)
+    facts = about(manifest.recipe, data)
     done = run.done()
     todo, wanted = [], set()
     every = [
@@ -109,7 +106,7 @@ def measure(
     for group in [group for group in every if group.title in what]:
         rows = [
             Row(
-                **about,
+                **facts,
                 metric=metric,
                 unit=unit,
                 context={**context, "artifact": manifest.sha256[:12]},
@@ -122,7 +119,7 @@ def measure(
         wanted |= keys
         if not keys <= done:
             todo.append((group, rows))
-    bar = progress.bar(todo, f"measuring {about['method']}", unit="group") if todo else []
+    bar = progress.bar(todo, f"measuring {facts['method']}", unit="group") if todo else []
     for group, rows in bar:
         bar.set_postfix_str(group.title)
         run.append(_measured(group, rows))
@@ -153,7 +150,7 @@ def _model_groups(path, data, versus, device, backend) -> Iterable[_Group]:
     obstacle = backends.obstacle(backend, own)
     yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device, backend), obstacle)
 
-    units = {"params": "weights", "macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
+    units = {"params": "weights", "macs": "MACs", "int8_macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
     slots = [(metric, unit, {}) for metric, unit in units.items()]
     slots += [("part_bytes", "bytes", {"part": part}) for part in artifact.parts(path)]
     yield _Group("size", slots, lambda: cost.cost(path))
@@ -179,12 +176,7 @@ def _device_groups(path, versus, batches, threads, rounds, backend, versus_backe
     obstacle = backends.obstacle(backend, artifact.read_manifest(path).recipe)
     machine = {"threads": threads, "device": environment.device_name(backend), "backend": backend}
     timed = {**machine, "rounds": rounds, **_against(versus)}
-    apart = {other: {} if other == backend else {"versus_backend": other} for other in versus_backends}
-    slots = []
-    for batch in batches:
-        own = {**timed, "batch": batch} | ({} if backend in apart or not versus else apart[versus_backends[0]])
-        slots += [(f"latency_p{p}", "ms", own) for p in timing.PERCENTILES]
-        slots += [("latency_ratio", "ratio", {**timed, "batch": batch, **apart[other]}) for other in apart if versus]
+    slots = [slot for batch in batches for slot in timing.slots({**timed, "batch": batch}, versus_backends)]
     yield _Group(
         "latency",
         slots,
@@ -198,13 +190,12 @@ def _device_groups(path, versus, batches, threads, rounds, backend, versus_backe
     ):
         slots = [(metric, unit, machine) for metric, unit in units.items()]
         yield _Group(title, slots, functools.partial(work, path, backend, threads), obstacle or why)
-    slots, work = [("energy", "J", machine | ({"power": power} if power else {}))], energy.energy
-    yield _Group(
-        "energy",
-        slots,
-        functools.partial(work, path, backend, threads, power),
-        obstacle or energy.obstacle(backend, power),
-    )
+    slots = [("energy", "J", machine | ({"power": power} if power else {}))]
+    work = functools.partial(energy.energy, path, backend, threads, power)
+    yield _Group("energy", slots, work, obstacle or energy.obstacle(backend, power))
+    bare = {key: value for key, value in machine.items() if key != "backend"}
+    slots = [("latency_floor", "ms", {**bare, "batch": batch}) for batch in batches]
+    yield _Group("roofline", slots, functools.partial(roofline.roofline, path, batches, threads))
 
 
 def _against(versus: str | Path) -> dict[str, str]:
@@ -213,85 +204,3 @@ def _against(versus: str | Path) -> dict[str, str]:
         return {}
     other = artifact.read_manifest(versus)
     return {"versus": f"{other.recipe.method}:{other.sha256[:12]}"}
-
-
-def _about(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
-    return {
-        "model": recipe.original or recipe.architecture.name,
-        "dataset": data.name if data else "none",
-        "data_fingerprint": data.fingerprint if data else "",
-        "method": recipe.method,
-        "config": {"origin": recipe.origin, "methods": [step.to_dict() for step in recipe.methods]},
-        "seed": recipe.origin.get("train", {}).get("seed", 0),
-    }
-
-
-def seconds_row(path: Path, data: ImageData | None, seconds: float) -> Row:
-    """How long the model saved at `path` took to make from the one before it, with this process's threads."""
-    manifest = artifact.read_manifest(path)
-    recipe = manifest.recipe
-    about = _about(recipe, data)
-    context = {"threads": torch.get_num_threads(), "device": environment.device_name()}
-    context |= {"artifact": manifest.sha256[:12], "depth": len(vit.skeleton(recipe.architecture).blocks)}
-    return Row(
-        **about, metric="compress_seconds", unit="s", value=seconds, source="measured: wall clock", context=context
-    )
-
-
-def training_rows(made: Made, data: ImageData) -> list[Row]:
-    """The training curves of a model as rows: the last value, and one sample an epoch. None for an untrained one."""
-    if not made.history:
-        return []
-    manifest = artifact.read_manifest(made.path)
-    about, steps = _about(manifest.recipe, data), made.history[-1].get("steps", 0) // len(made.history)
-    context = {"artifact": manifest.sha256[:12], "epochs": len(made.history), "steps_per_epoch": steps or 1}
-    rows = []
-    for metric, key, unit, source in (
-        ("train_loss", "loss", "nats", "measured: mean over each epoch's training batches, after augmentation"),
-        ("val_top1", "val_top1", "fraction", "measured: val split after each epoch"),
-    ):
-        curve = [epoch[key] for epoch in made.history]
-        if all(math.isfinite(value) for value in curve):
-            row = Row(**about, metric=metric, unit=unit, value=curve[-1], samples=curve, source=source, context=context)
-            rows.append(row)
-    return rows
-
-
-def search_rows(base: Path, data: ImageData, config: Config, history: list[dict[str, Any]]) -> list[Row]:
-    """A search for a policy as rows, each with a number for every policy or for every block as samples.
-
-    `search_score` and `search_cost` of every policy in order, `search_policies` their ratios one after the other, and
-    `policy_neurons`, `policy_heads`, `policy_head_dims`, `policy_tokens`: what the best one leaves of each block.
-
-    Args:
-        base: the saved model that was searched for.
-        config: of `multidimensional`, with what the search was told.
-        history: as `multidimensional` leaves it in `search`.
-    """
-    manifest = artifact.read_manifest(base)
-    about = _about(manifest.recipe, data) | {"method": "search", "seed": config.search.seed}
-    about["config"] |= {"methods": [{"method": "multidimensional", "config": config.to_dict()}]}
-    about["context"] = {"split": "val", "images": len(data.val), "artifact": manifest.sha256[:12]}
-    best = max(history, key=lambda step: step["score"])
-    scored = "measured: candidates cut, compensated, and scored on the val split"
-    counted = "modelled: what is left of each block under the best policy"
-    values = {
-        "search_score": (best["score"], [step["score"] for step in history], scored),
-        "search_cost": (
-            best["cost"],
-            [step["cost"] for step in history],
-            "modelled: multiply-accumulates, or seconds of a table",
-        ),
-        "search_policies": (
-            len(history),
-            [round(r, 4) for step in history for r in step["policy"]],
-            "modelled: ratios that go",
-        ),
-    }
-    for metric, key in (("neurons", "neurons"), ("heads", "heads"), ("head_dims", "head_dims"), ("tokens", "after")):
-        values[f"policy_{metric}"] = (sum(best[key]), best[key], counted)
-    units = {"search_score": "fraction" if config.objective == "top1" else "nats", "search_cost": config.budget}
-    return [
-        Row(**about, metric=metric, unit=units.get(metric, ""), value=value, samples=samples, source=source)
-        for metric, (value, samples, source) in values.items()
-    ]

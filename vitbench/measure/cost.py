@@ -18,6 +18,7 @@ def cost(path: Path) -> Iterator[Value]:
     model = artifact.load(path)
     yield Value("params", count_params(model), "measured: weights in the loaded model, scales not counted")
     yield Value("macs", count_macs(model), "measured: torch FlopCounterMode / 2, one image")
+    yield Value("int8_macs", count_int8_macs(model), "measured: those of them whose two factors are 8-bit codes")
     yield Value("bytes", artifact.size_on_disk(path), "measured: files on disk")
     width = getattr(torch, model.recipe.storage).itemsize
     predicted = sum(
@@ -41,6 +42,24 @@ def count_macs(model: nn.Module) -> int:
     """Multiply-accumulates for one image: convolutions, linear layers and attention products, by what really runs."""
     size = model.recipe.preprocess.size
     return macs_of(model, torch.zeros(1, 3, size, size))
+
+
+@torch.inference_mode()
+def count_int8_macs(model: nn.Module) -> int:
+    """Those of them whose weight and input are 8-bit codes, as a backend with integer kernels multiplies them."""
+    counts = []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        counts.append(y.numel() * layer.in_features)
+
+    hooks = [
+        layer.register_forward_hook(count) for layer in model.modules() if getattr(layer, "multiplies_codes", False)
+    ]
+    size = model.recipe.preprocess.size
+    model(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
 
 
 @torch.inference_mode()

@@ -1,8 +1,11 @@
-"""One measured number, before it is a row."""
+"""One measured number, before it is a row, and what a row says of its model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from vitbench.data import ImageData
+from vitbench.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -20,3 +23,15 @@ class Value:
     def fields(self) -> dict[str, Any]:
         """What goes into the row."""
         return {key: value for key, value in asdict(self).items() if key != "metric"}
+
+
+def about(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
+    """What a row says of the model and the images."""
+    return {
+        "model": recipe.original or recipe.architecture.name,
+        "dataset": data.name if data else "none",
+        "data_fingerprint": data.fingerprint if data else "",
+        "method": recipe.method,
+        "config": {"origin": recipe.origin, "methods": [step.to_dict() for step in recipe.methods]},
+        "seed": recipe.origin.get("train", {}).get("seed", 0),
+    }

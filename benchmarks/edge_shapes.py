@@ -1,0 +1,134 @@
+"""What every method costs in every backend on a shape: latency in turn, bytes, memory, MACs, and the machine's own limits.
+
+    python benchmarks/edge_shapes.py deit_tiny_patch16_224 --out results/runs/edge-deit-tiny
+    python benchmarks/edge_shapes.py deit_small_patch16_224 --out results/runs/edge-deit-small
+    python benchmarks/edge_shapes.py deit_base_patch16_224 --rounds 10 --out results/runs/edge-deit-base
+
+Weights are random: size and speed do not depend on them, accuracy is not measured. Every method has its default config, but it
+is not trained (diffq, which learns its bits, for one short epoch), and a search tries 2 policies. The same command goes on where it
+was stopped. Each backend is one process for each batch size, in which all models take turns with eager fp32 and with fp32 in
+that backend.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import vitbench as vb
+from vitbench import artifact, backends, environment
+from vitbench.cli.common import print_results
+from vitbench.errors import InputError, one_of
+from vitbench.measure import timing
+from vitbench.measure.value import Value, about
+from vitbench.methods import METHODS
+from vitbench.records import Row
+
+BACKENDS = ("eager", "torch_compile", "onnxruntime", "openvino", "openvino_bf16")
+UNTRAINED = {"train": {"epochs": 0}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "diffq": {"train": {"epochs": 1, "batch_size": 8}},
+    "multidimensional": UNTRAINED | {"search": {"evaluations": 2, "first": 2}},
+}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", help="a model's name; `vitbench list models` has them")
+    parser.add_argument("--out", required=True, metavar="DIR", help="results folder")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="default: all")
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), metavar="NAME", help=f"default: {BACKENDS}")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    try:
+        for backend in options.backends:
+            backends.available(backend)
+        for name in options.methods:
+            one_of("method", name, METHODS)
+        run = vb.Run(options.out)
+        models = make(options.shape, options.methods, run)
+        measure(models, run, options)
+    except InputError as error:
+        print(f"edge_shapes.py: {error}", file=sys.stderr)
+        return 2
+    print_results(run.folder)
+    return 0
+
+
+def make(shape: str, names: list[str], run: vb.Run) -> dict[str, Path]:
+    """Each method's model, saved; those that are there already are taken."""
+    data = vb.load_data("digits", val=16, test=16, calibration=64)
+    paths = {name: run.models / name for name in ("baseline", *names)}
+    if not (paths["baseline"] / artifact.RECIPE).is_file():
+        vb.save(vb.create_model(shape, num_classes=len(data.classes)), paths["baseline"])
+    base = vb.load(paths["baseline"])
+    small = dataclasses.replace(data, train=data.calibration)  # enough for the one epoch of diffq
+    for name in names:
+        if not (paths[name] / artifact.RECIPE).is_file():
+            start = time.monotonic()
+            usual = UNTRAINED if "train" in METHODS[name].config.model_fields else {}
+            vb.save(vb.compress(base, [vb.make_config(name, CONFIGS.get(name, usual))], small), paths[name])
+            print(f"{name}: made in {time.monotonic() - start:.0f} s", flush=True)
+    return paths
+
+
+def measure(models: dict[str, Path], run: vb.Run, options: argparse.Namespace) -> None:
+    """All rows of all models."""
+    data = vb.load_data("digits")
+    for path in models.values():
+        vb.measure(
+            path, data, run, what=("size", "memory", "roofline"), batches=options.batches, threads=options.threads
+        )
+    for backend in options.backends:
+        for batch in options.batches:
+            start = time.monotonic()
+            _race(models, data, run, backend, batch, options)
+            print(f"{backend}, batch {batch}: {time.monotonic() - start:.0f} s", flush=True)
+        if backends.BACKENDS[backend].file:
+            for path in models.values():
+                vb.measure(path, data, run, what=("memory",), backend=backend, threads=options.threads)
+
+
+def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str, batch: int, options: Any) -> None:
+    """Time all models in one process, and add their rows."""
+    base, references = models["baseline"], list(dict.fromkeys((backend, "eager")))
+    sha = artifact.read_manifest(base).sha256[:12]
+    timed = {"threads": options.threads, "device": environment.device_name(backend), "backend": backend}
+    timed |= {"rounds": options.rounds, "batch": batch, "versus": f"baseline:{sha}"}
+    slots = {path: list(_slots(path, data, timed, references)) for path in models.values()}
+    if all(row.identity() in run.done() for rows in slots.values() for row in rows):
+        return
+    able = {path: backends.obstacle(backend, artifact.read_manifest(path).recipe) for path in slots}
+    racing = [path for path, why in able.items() if not why]
+    entries = [*((str(base), reference) for reference in references), *((str(path), backend) for path in racing)]
+    (found,) = timing.race(entries, [batch], options.threads, options.rounds)
+    others, times = found[: len(references)], dict(zip(racing, found[len(references) :], strict=True))
+    for path, rows in slots.items():
+        own = times.get(path, able[path])
+        if isinstance(own, str):
+            status = {"status": "skipped" if able[path] else "failed", "error": own, "value": None, "source": ""}
+            run.append(row.having(**status) for row in rows)
+        else:
+            run.append(_filled(rows, timing.values(own, others)))
+
+
+def _slots(path: Path, data: vb.ImageData, timed: dict[str, Any], references: list[str]) -> Iterator[Row]:
+    manifest = artifact.read_manifest(path)
+    facts = about(manifest.recipe, data) | {"value": 0, "source": "measured"}
+    for metric, unit, context in timing.slots(timed, references):
+        yield Row(**facts, metric=metric, unit=unit, context={**context, "artifact": manifest.sha256[:12]})
+
+
+def _filled(rows: list[Row], values: Iterator[Value]) -> Iterator[Row]:
+    for row, value in zip(rows, values, strict=True):
+        yield row.having(**value.fields())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

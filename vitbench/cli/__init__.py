@@ -1,0 +1,47 @@
+"""The command line: parse, call one function, print."""
+
+import argparse
+import errno
+import sys
+import warnings
+
+from vitbench.cli import compress, edge, measure, run
+from vitbench.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns 0, or 1 where a notebook failed; a wrong input prints one line and returns 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"vitbench: warning: {message}", file=sys.stderr)
+            return options.command(options)
+    except InputError as error:
+        if options.debug:
+            raise
+        print(f"vitbench: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if options.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(
+            f"vitbench: {error.filename or 'a file'} cannot be written ({error.strerror}); give a folder with free space "
+            "that you own; what was finished is kept",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\nvitbench: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vitbench", description="Compress Vision Transformers, measure what it really costs, and compare."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for module in (run, compress, measure, edge):
+        module.add(commands)
+    return parser

@@ -1,0 +1,107 @@
+"""compress."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from vitbench.cli.common import SPLITS, data_of
+from vitbench.errors import InputError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Make the command known."""
+    small = commands.add_parser("compress", help="compress a model and save it")
+    small.add_argument("model", help="a folder with a saved model, or a model's name with --checkpoint or --pretrained")
+    small.add_argument(
+        "--method",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="one method, or several in order; none saves the model as it is",
+    )
+    small.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="config of a method, nested keys with dots (train.epochs=5); with several methods write METHOD.KEY=VALUE",
+    )
+    small.add_argument("--out", required=True, metavar="DIR", help="folder to save the compressed model to")
+    small.add_argument("--record", metavar="DIR", help="results folder to add a row to, with the seconds that it took")
+    small.add_argument(
+        "--dataset", default="", help="images for the methods that need some: digits, a hub name, a folder"
+    )
+    small.add_argument("--splits", **SPLITS)
+    small.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
+    small.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
+    small.add_argument(
+        "--random", action="store_true", help="random weights for a model given by name: to measure size and speed only"
+    )
+    small.add_argument("--img-size", type=int, metavar="N", help="input height and width of a model given by name")
+    small.add_argument("--depth", type=int, metavar="N", help="blocks of a model given by name (default: its own)")
+    small.add_argument("--classes", type=int, metavar="N", help="outputs of a model given by name (default: its own)")
+    small.set_defaults(command=_compress)
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from vitbench import artifact, methods, vit
+    from vitbench.measure.history import seconds_row
+    from vitbench.runs import Run
+
+    configs = [methods.make_config(name, values) for name, values in _method_settings(options).items()]
+    if (Path(options.model) / artifact.RECIPE).is_file():
+        model = artifact.load(options.model)
+    elif not (options.checkpoint or options.pretrained or options.random):
+        raise InputError(
+            f"{options.model!r} is not a folder with a saved model; "
+            "for a model by name give --checkpoint, --pretrained or --random"
+        )
+    else:
+        model = vit.create_model(
+            options.model,
+            num_classes=options.classes,
+            img_size=options.img_size,
+            pretrained=options.pretrained,
+            checkpoint=options.checkpoint,
+            depth=options.depth,
+        )
+    data, start = data_of(options) if options.dataset else None, time.monotonic()
+    small = methods.compress(model, configs, data)
+    seconds = time.monotonic() - start
+    path = artifact.save(small, options.out)
+    if options.record:
+        Run(options.record).append([seconds_row(path, data, seconds)])
+    print(f"{path}: {artifact.size_on_disk(path):,} bytes, {small.recipe.method}, made in {seconds:.1f} s")
+    return 0
+
+
+def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    from vitbench.lessons import parse_setting
+
+    values: dict[str, dict[str, Any]] = {name: {} for name in options.method}
+    if len(values) < len(options.method):
+        raise InputError(
+            f"--method {' '.join(options.method)}: name each method once; compress the result again for a second time"
+        )
+    for setting in options.settings:
+        key, value = parse_setting(setting)
+        first, dot, rest = key.partition(".")
+        if first in values and dot:
+            name, key = first, rest
+        elif len(values) == 1:
+            (name,) = values
+        else:
+            raise InputError(
+                f"--set {setting}: give METHOD.KEY=VALUE with METHOD one of those in --method ({', '.join(values) or 'none given'})"
+            )
+        *outer, last = key.split(".")
+        place = values[name]
+        for part in outer:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise InputError(f"--set {setting}: {part} was given a value of its own before; give one or the other")
+        place[last] = value
+    return values

@@ -1,0 +1,73 @@
+"""measure."""
+
+import argparse
+from pathlib import Path
+
+from vitbench.cli.common import SPLITS, data_of, print_results
+from vitbench.records import DEVICE_GROUPS, GROUPS
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Make the command known."""
+    size = commands.add_parser("measure", help="measure a saved model and add its rows to a results folder")
+    size.add_argument("model", help="a folder with a saved model")
+    size.add_argument("--dataset", default="digits", help="digits, a Hugging Face name, or a folder (default: digits)")
+    size.add_argument("--dataset-name", default="", metavar="NAME", help="how rows and figures name the data set")
+    size.add_argument("--splits", **SPLITS)
+    size.add_argument("--versus", default="", metavar="DIR", help="a saved baseline to take turns with in the timings")
+    size.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
+    size.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")
+    size.add_argument("--rounds", type=int, default=60, help="timed calls of each model (default: 60)")
+    runners = (
+        "what runs it: eager, cuda, torch_compile, onnxruntime, openvino, openvino_bf16 or executorch (default: eager)"
+    )
+    size.add_argument("--backend", default="eager", help=runners)
+    size.add_argument(
+        "--versus-backend",
+        nargs="+",
+        default=[""],
+        help="what runs the baseline, several for a ratio to each (default: the same)",
+    )
+    size.add_argument(
+        "--what",
+        nargs="+",
+        default=list(GROUPS),
+        metavar="GROUP",
+        help=f"which of {', '.join(GROUPS)} (default: these), {', '.join(DEVICE_GROUPS)} to measure",
+    )
+    size.add_argument(
+        "--power",
+        type=float,
+        default=0.0,
+        metavar="WATTS",
+        help="what the device draws, to estimate energy without a counter",
+    )
+    size.add_argument("--out", required=True, metavar="DIR", help="results folder to add the rows to")
+    size.set_defaults(command=_measure)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from vitbench import artifact, backends
+    from vitbench.measure import measure
+    from vitbench.runs import Run
+
+    for backend in (options.backend, *options.versus_backend):
+        backends.available(backend or options.backend)
+    for model in filter(None, (options.model, options.versus)):
+        artifact.read_manifest(model)
+    data = data_of(options)
+    measure(
+        options.model,
+        data,
+        Run(options.out),
+        versus=options.versus,
+        batches=options.batches,
+        threads=options.threads,
+        rounds=options.rounds,
+        backend=options.backend,
+        versus_backend=options.versus_backend,
+        what=options.what,
+        power=options.power,
+    )
+    print_results(Path(options.out))
+    return 0

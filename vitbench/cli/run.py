@@ -1,0 +1,90 @@
+"""run, list and report."""
+
+import argparse
+from pathlib import Path
+
+from vitbench.cli.common import print_results
+from vitbench.errors import InputError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Make the commands known."""
+    run = commands.add_parser("run", help="run the notebooks of a profile and write the report")
+    run.add_argument("profile", help="quick, cifar10, imagenet, or a path to a YAML file of notebook parameters")
+    run.add_argument("--only", nargs="+", default=[], metavar="NOTEBOOK", help="only these, by name or number (05)")
+    run.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="parameters in place of the profile's, for example dataset=FOLDER train.epochs=5",
+    )
+    run.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="method notebooks at once (1: timings are then undisturbed)"
+    )
+    run.add_argument("--out", default="", metavar="DIR", help="results folder (default: results/runs/PROFILE)")
+    run.set_defaults(command=_run)
+
+    show = commands.add_parser("list", help="show notebooks, profiles, methods, or models")
+    show.add_argument(
+        "what", nargs="?", choices=("notebooks", "profiles", "methods", "models"), help="default: all but models"
+    )
+    show.set_defaults(command=_list)
+
+    report = commands.add_parser("report", help="write report.html from the rows of a results folder")
+    report.add_argument("folder", help="a results folder, or its records.jsonl")
+    report.set_defaults(command=_report)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vitbench import lessons, paths, suite
+
+    if options.workers < 1:
+        raise InputError(f"--workers {options.workers}: give a whole number of 1 or more")
+    known = lessons.find_lessons()
+    chosen = lessons.choose(known, options.only)
+    values = lessons.read_profile(options.profile, options.settings, known)
+    out = Path(options.out) if options.out else paths.home() / "results" / "runs" / Path(options.profile).stem
+    outcomes = suite.run_suite(chosen, values, out.resolve(), options.workers)
+    for outcome in outcomes:
+        print(f"{outcome.status:8} {outcome.lesson.name}" + (f": {outcome.error}" if outcome.error else ""))
+        if outcome.status == "failed":
+            print(f"         {outcome.copy}")
+    if (out / "records.jsonl").exists():
+        print_results(out)
+    left = [lesson.name for lesson in chosen if lesson.name not in {outcome.lesson.name for outcome in outcomes}]
+    if left:
+        print(f"not run, because the baseline failed: {', '.join(left)}")
+    return 1 if left or any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from vitbench import lessons
+    from vitbench.methods import METHODS
+    from vitbench.vit import model_names
+
+    if options.what in (None, "notebooks"):
+        print("notebooks:")
+        for lesson in lessons.find_lessons():
+            print(f"  {lesson.name:24} {lesson.minutes:4.1f} min  {lesson.title}")
+    if options.what in (None, "profiles"):
+        print("profiles:")
+        for name, path in lessons.profiles().items():
+            print(f"  {name:24} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    if options.what in (None, "methods"):
+        print("methods:")
+        for name, method in METHODS.items():
+            values = ", ".join(f"{key}={value}" for key, value in method.config().to_dict().items())
+            print(f"  {name:24} {(method.handler.__doc__ or '').splitlines()[0]}\n  {'':24} {values}")
+    if options.what == "models":
+        print("\n".join(model_names()))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from vitbench.report import write_report
+
+    print(write_report(options.folder))
+    return 0

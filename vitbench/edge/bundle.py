@@ -1,0 +1,289 @@
+"""A folder to copy to a device: exported models and a script that measures them with numpy and a runtime alone; and its answers back."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from vitbench import artifact, backends, progress, standalone
+from vitbench.batches import eval_batches
+from vitbench.configs import Config
+from vitbench.data import ImageData
+from vitbench.errors import InputError
+from vitbench.measure.timing import PERCENTILES
+from vitbench.measure.value import about
+from vitbench.paths import replaced, writable_folder
+from vitbench.records import Row, append_rows, read_rows, records_file
+from vitbench.runs import Run
+from vitbench.statistics import median_ratio
+
+SCRIPT, ROWS, README = "measure.py", "rows.jsonl", "README.txt"
+# rows that hold wherever a model runs go along with it
+ANYWHERE = {"top1", "top5", "cross_entropy", "params", "macs", "int8_macs", "bytes", "bytes_predicted"}
+TEXT = f"""Measure these models on this device:
+
+    python3 -m pip install numpy {{packages}}
+    python3 {SCRIPT}
+
+It writes {standalone.ANSWERS} here. Copy that file back beside the bundle, and read it with
+
+    vitbench adopt THIS_FOLDER --out RESULTS_FOLDER
+"""
+
+
+class Entry(Config):
+    """One exported model of a bundle: what it is, its files, and what its answer has to be near."""
+
+    name: str
+    backend: str
+    batch: int
+    about: dict[str, Any]
+    artifact: str
+    error: str = ""
+    file: str = ""
+    images: str = ""
+    logits: str = ""
+    tolerance: float = 0.0
+    versus: str = ""
+    versus_artifact: str = ""
+    exported_bytes: int = 0
+
+
+class Manifest(Config):
+    """`bundle.json`."""
+
+    schema_version: int
+    id: str
+    models: list[Entry]
+    files: dict[str, str]
+
+
+class Result(Config):
+    """What a device found for one entry."""
+
+    name: str
+    error: str = ""
+    apart: float = 0.0
+    imports: list[float] = []
+    peak: list[float] = []
+    load: list[float] = []
+    cold_start: list[float] = []
+    times: list[float] = []
+    versus_times: list[float] = []
+
+
+class Answers(Config):
+    """`answers.json`."""
+
+    schema_version: int
+    bundle: str
+    device: dict[str, Any]
+    threads: int = Field(ge=1)
+    results: list[Result]
+
+
+def make_bundle(
+    models: Sequence[str | Path],
+    out: str | Path,
+    data: ImageData | None = None,
+    *,
+    run_by: Sequence[str] = ("onnxruntime",),
+    batches: Sequence[int] = (1,),
+    rows: str | Path = "",
+) -> Path:
+    """Export saved models into the folder `out`, with a script that measures them where PyTorch is not installed.
+
+    Args:
+        models: folders written by `save`; the first whose method is "baseline" is what the others are timed against.
+        data: its calibration images are what is answered; without, random numbers.
+        run_by: backends that need no PyTorch, onnxruntime and openvino.
+        batches: images a call, each with a file of its own.
+        rows: a results folder; its rows of accuracy, bytes and MACs of these models go along.
+
+    Raises:
+        InputError: nothing to export, a backend that needs PyTorch, or a folder that cannot be written.
+    """
+    able = [name for name, backend in backends.BACKENDS.items() if backend.file]
+    for backend in run_by:
+        if backend not in able:
+            raise InputError(f"a bundle runs without PyTorch, {backend!r} does not; allowed: {', '.join(able)}")
+        backends.available(backend)
+    if not models or min(batches, default=0) < 1:
+        raise InputError("give at least one saved model, and batches of 1 image or more")
+    manifests = {Path(path): artifact.read_manifest(path) for path in models}
+    out = Path(out).expanduser()
+    writable_folder(out.parent, "output folder")
+    with replaced(out) as folder:
+        entries = [
+            _export(folder, number, path, backend, batch, data)
+            for number, path in enumerate(progress.bar(list(manifests), "exporting", unit="model"))
+            for backend in run_by
+            for batch in batches
+        ]
+        entries = [_against(entry, entries) for entry in entries]
+        kept = _kept_rows(rows, {entry.artifact for entry in entries}) if rows else []
+        if kept:
+            append_rows(folder / ROWS, kept)
+            Path(f"{folder / ROWS}.lock").unlink(missing_ok=True)
+        shutil.copyfile(standalone.__file__, folder / SCRIPT)
+        (folder / README).write_text(TEXT.format(packages=" ".join(dict.fromkeys(run_by))))
+        files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+        name = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+        made = Manifest(schema_version=standalone.SCHEMA_VERSION, id=name, models=entries, files=files)
+        (folder / standalone.MANIFEST).write_text(json.dumps(made.to_dict(), indent=1) + "\n")
+    return out
+
+
+def _export(folder: Path, number: int, path: Path, backend: str, batch: int, data: ImageData | None) -> Entry:
+    """Write one model for one backend and batch size; where the backend has no form of it, the entry says so."""
+    model = artifact.load(path)
+    recipe, sha = model.recipe, artifact.read_manifest(path).sha256[:12]
+    stem = f"{number:02}-{recipe.method.replace('+', '-')}-{backend}-b{batch}"
+    facts = {"name": stem, "backend": backend, "batch": batch, "about": about(recipe, data), "artifact": sha}
+    if why := backends.obstacle(backend, recipe):
+        return Entry(**facts, error=why)
+    x = _images(recipe.preprocess, batch, data)
+    images, logits = folder / f"{stem}.images.npy", folder / f"{stem}.logits.npy"
+    with torch.inference_mode():
+        wanted = model(x)
+    file = backends.BACKENDS[backend].file(model, x, folder / stem)
+    size = sum(part.stat().st_size for part in folder.glob(f"{stem}.*"))
+    np.save(images, x.numpy())
+    np.save(logits, wanted.numpy())
+    allowed = backends.tolerance(backend, model)
+    return Entry(
+        **facts, file=file.name, images=images.name, logits=logits.name, tolerance=allowed, exported_bytes=size
+    )
+
+
+def _images(preprocess: Any, batch: int, data: ImageData | None) -> torch.Tensor:
+    if data and len(data.calibration) >= batch:
+        images, _ = next(iter(eval_batches(data.calibration, preprocess, batch)))
+        return images.float().contiguous()
+    return torch.randn(batch, 3, preprocess.size, preprocess.size, generator=torch.Generator().manual_seed(0))
+
+
+def _against(entry: Entry, entries: list[Entry]) -> Entry:
+    """The entry with the name of the baseline in the same backend and batch size, if there is another such model."""
+    for other in entries:
+        same = (other.backend, other.batch) == (entry.backend, entry.batch)
+        if same and other.about["method"] == "baseline" and not other.error and other.name != entry.name:
+            return entry.having(versus=other.name, versus_artifact=other.artifact)
+    return entry
+
+
+def _kept_rows(folder: str | Path, artifacts: set[str]) -> list[Row]:
+    rows = read_rows(records_file(folder))
+    return [row for row in rows if row.metric in ANYWHERE and row.context.get("artifact") in artifacts]
+
+
+def adopt(bundle: str | Path, out: str | Path, device: str = "") -> int:
+    """Make rows of a bundle's answers and add them to the results folder `out`, with the rows that went along.
+
+    Args:
+        bundle: the folder, with `answers.json` from the device in it.
+        device: how rows and figures name it; by default the board's or the processor's own name.
+
+    Returns:
+        How many rows the bundle gives.
+
+    Raises:
+        InputError: no answers, of another bundle or schema version, or a results folder with another device's timings.
+    """
+    folder, run = Path(bundle).expanduser(), Run(out)
+    manifest, answers = (
+        _read(folder / name, kind) for name, kind in ((standalone.MANIFEST, Manifest), (standalone.ANSWERS, Answers))
+    )
+    if answers.bundle != manifest.id:
+        raise InputError(
+            f"{standalone.ANSWERS} is of bundle {answers.bundle}, this is {manifest.id}; copy the right file"
+        )
+    named = device or answers.device.get("board") or answers.device.get("cpu") or "unknown"
+    _refuse_another(run, f"cpu: {named}")
+    if (folder / ROWS).is_file():
+        append_rows(run.records, read_rows(folder / ROWS))
+    found = {result.name: result for result in answers.results}
+    rows = [
+        row
+        for entry in manifest.models
+        for row in _rows(entry, found.get(entry.name), {"threads": answers.threads, "device": f"cpu: {named}"})
+    ]
+    run.append(rows, answers.device)
+    return len(rows)
+
+
+def _read(path: Path, kind: type[Config]) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(
+            f"no {path.name} in {str(path.parent)!r}; run {SCRIPT} on the device and copy {standalone.ANSWERS} back"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is damaged ({error}); copy it again") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != standalone.SCHEMA_VERSION:
+        raise InputError(
+            f"{str(path)!r} has schema version {version!r}, this vitbench reads {standalone.SCHEMA_VERSION}; "
+            "make the bundle again and measure it again"
+        )
+    return kind(**content)
+
+
+def _refuse_another(run: Run, device: str) -> None:
+    if not run.records.exists():
+        return
+    others = {row.context["device"] for row in read_rows(run.records) if "device" in row.context} - {device}
+    if others:
+        raise InputError(
+            f"{str(run.folder)!r} holds what {', '.join(sorted(others))} took and this is {device}; give another --out"
+        )
+
+
+def _rows(entry: Entry, result: Result | None, machine: dict[str, Any]) -> Iterator[Row]:
+    """The rows of one entry; where the device has no answer, each metric's row says why."""
+    context = {**machine, "backend": entry.backend, "batch": entry.batch, "artifact": entry.artifact}
+    context |= {"versus": f"baseline:{entry.versus_artifact}"} if entry.versus else {}
+    why = entry.error or (result.error if result else "the device's answers do not have it")
+    if not why and not (result.times and result.peak):
+        why = "the device's answers hold no times"
+    values = {} if why else _values(entry, result)
+    status = "skipped" if entry.error else "failed"
+    for metric, unit in _metrics(entry).items():
+        facts = {**entry.about, "metric": metric, "unit": unit, "context": context}
+        yield Row(**facts, status=status, error=why) if why else Row(**facts, **values[metric])
+
+
+def _metrics(entry: Entry) -> dict[str, str]:
+    times = {f"latency_p{p}": "ms" for p in PERCENTILES} | ({"latency_ratio": "ratio"} if entry.versus else {})
+    once = {"peak_rss": "bytes", "import_rss": "bytes", "cold_start": "s", "load_time": "s", "exported_bytes": "bytes"}
+    return times | once
+
+
+def _values(entry: Entry, result: Result) -> dict[str, dict[str, Any]]:
+    """Each metric's value, source and samples."""
+    calls = f"measured: {len(result.times)} calls on the device after warm-up"
+    starts = f"measured: median of {len(result.peak)} fresh processes on the device, without PyTorch"
+    values: dict[str, dict[str, Any]] = {
+        f"latency_p{p}": {"value": float(np.percentile(result.times, p)), "source": calls} for p in PERCENTILES
+    }
+    values["latency_p50"]["samples"] = result.times
+    if entry.versus and result.versus_times:
+        ratio, low, high = median_ratio(result.times, result.versus_times)
+        how = f"{calls}, in turn with the baseline; ratio of medians, bootstrap 95 %"
+        values["latency_ratio"] = {
+            "value": ratio, "low": low, "high": high, "source": how, "samples": result.versus_times
+        }  # fmt: skip
+    for metric, key in (
+        ("peak_rss", "peak"), ("import_rss", "imports"), ("cold_start", "cold_start"), ("load_time", "load")
+    ):  # fmt: skip
+        samples = getattr(result, key)
+        values[metric] = {"value": float(np.median(samples)), "source": starts, "samples": samples}
+    values["exported_bytes"] = {"value": entry.exported_bytes, "source": f"measured: files that {entry.backend} loads"}
+    return values

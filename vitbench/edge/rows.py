@@ -1,0 +1,86 @@
+"""From the measured rows of models to modelled rows: what an answer costs on other devices, as `model` says it."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from vitbench.comparison import methods, subject, value
+from vitbench.edge.model import PARTS, Cost, Setting, Work, cost
+from vitbench.edge.profiles import Profiles
+from vitbench.errors import InputError
+from vitbench.records import Row
+
+METRICS = {"edge_time": "s", "edge_energy": "J"}
+NEEDED = ("bytes", "peak_tensors", "macs", "int8_macs")
+
+
+def works(rows: pd.DataFrame) -> dict[str, Work]:
+    """What each model of the comparison brings, by label; those of which something was not measured are left out.
+
+    Raises:
+        InputError: none is left.
+    """
+    rows, found = subject(rows), {}
+    for label in methods(rows):
+        have = [value(rows, label, metric) for metric in NEEDED]
+        if all(row is not None for row in have):
+            size, resident, macs, int8 = (row["value"] for row in have)
+            found[label] = Work(size, resident, macs - int8, int8)
+    if not found:
+        raise InputError(
+            f"no model of these rows has all of {', '.join(NEEDED)}; run `vitbench measure MODEL --what size memory`"
+        )
+    return found
+
+
+def modelled(
+    rows: pd.DataFrame,
+    profiles: Profiles,
+    devices: Sequence[str] = (),
+    links: Sequence[str] = (),
+    setting: Setting | None = None,
+) -> list[Row]:
+    """Rows of `edge_time` and `edge_energy` of an answer of each model on each device over each link (all, if none is named).
+
+    The samples are the parts, in the order of `PARTS`.
+    """
+    setting = setting or Setting()
+    rows = subject(rows)
+    made = []
+    for label, work in works(rows).items():
+        like = value(rows, label, "bytes")
+        for device in devices or profiles.devices:
+            for link in links or profiles.links:
+                found = cost(work, profiles.device(device), profiles.link(link), profiles.operations, setting)
+                made += _rows(like, found, {"profile": device, "link": link, **setting.to_dict()})
+    return made
+
+
+def _rows(like: pd.Series, found: Cost, context: dict) -> list[Row]:
+    about = {name: like[name] for name in ("model", "dataset", "data_fingerprint", "method", "config", "seed")}
+    context = context | {"artifact": like["context"].get("artifact", "")}
+    how = f"modelled: weights from {found.place}; parts {', '.join(PARTS)}"
+    values = {"edge_time": (found.seconds, found.time), "edge_energy": (found.joules, found.energy)}
+    return [
+        Row(
+            **about,
+            metric=metric,
+            unit=METRICS[metric],
+            value=total,
+            samples=list(parts.values()),
+            source=how,
+            context=context,
+        )
+        for metric, (total, parts) in values.items()
+    ]
+
+
+def table(made: Sequence[Row]) -> str:
+    """Modelled rows as text: a line for each model, device and link."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in made:
+        key = (row.method, row.context["artifact"][:6], row.context["profile"], row.context["link"])
+        line = lines.setdefault(key, {"weights from": row.source.split("from ")[1].split(";")[0]})
+        line[f"{row.metric.removeprefix('edge_')} {row.unit}"] = f"{row.value:.3g}"
+    index = pd.MultiIndex.from_tuples(lines, names=["method", "artifact", "device", "link"])
+    return pd.DataFrame(list(lines.values()), index=index).to_string()
