@@ -1,7 +1,8 @@
-"""Backends: integer kernels that really run, models off by more than rounding, CPUs that lack something."""
+"""Backends: integer kernels that really run, codes that stay packed, models off by more than rounding, what a CPU lacks."""
 
 import collections
 import importlib.util
+import math
 import warnings
 
 import pytest
@@ -9,18 +10,31 @@ import torch
 
 from vitbench import artifact, backends
 from vitbench.errors import InputError
-from vitbench.layers import DynamicInt8Linear, StaticInt8Linear, int8
+from vitbench.layers import (
+    DynamicInt8Linear,
+    FactoredLinear,
+    PackedConv2d,
+    PackedLinear,
+    Rounded,
+    SharedFactor,
+    StaticInt8Linear,
+    int8,
+)
 from vitbench.measure import measure
 from vitbench.methods import compress, make_config
 from vitbench.runs import Run
 
 INTEGER_KERNELS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul")
-needs_onnx = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in backends.BACKENDS["onnxruntime"].needs),
-    reason="the extra onnx is not installed",
-)
+
+
+def installed(backend):
+    return all(importlib.util.find_spec(name) for name in backends.BACKENDS[backend].needs)
+
+
+needs_onnx = pytest.mark.skipif(not installed("onnxruntime"), reason="the extra onnx is not installed")
+needs_openvino = pytest.mark.skipif(not installed("openvino"), reason="the extra openvino is not installed")
 needs_bf16 = pytest.mark.skipif(
-    not importlib.util.find_spec("openvino") or not backends._has_bf16(),
+    not installed("openvino_bf16") or not backends._has_bf16(),
     reason="the extra openvino is not installed, or this CPU has no bf16 instructions",
 )
 
@@ -75,6 +89,126 @@ def test_the_onnx_forms_compute_what_the_layers_do(shape, bias):
         answer = backends.onnx_call(backends.onnx_file(layer, x))(x)
         assert answer.shape == wanted.shape
         assert torch.allclose(answer, wanted, atol=1e-3)
+
+
+def filled(layer):
+    """A packed layer with random codes, steps and bias."""
+    middle = 2 ** (layer.bits - 1)
+    codes = torch.randint(-middle, middle, layer.shape)
+    bias = None if layer.bias is None else torch.randn(len(codes))
+    return layer.fill(codes, torch.rand(layer.step.shape), bias)
+
+
+class Factored(torch.nn.Sequential):
+    """Two factored layers with one factor; zero points may lie outside of the codes."""
+
+    def __init__(self, bits, order, rank=37, bias=True):
+        middle = 2 ** (bits - 1)
+        layers = [FactoredLinear(48, 48, rank, bits, "proj", bias, order) for _ in range(2)]
+        super().__init__(*layers)
+        factor, zero = SharedFactor(rank, 48, bits), torch.randint(-50, 300, (rank,))
+        factor.fill(torch.randint(-middle, middle, (rank, 48)), torch.rand(48) / 10, torch.rand(rank) / 10, zero)
+        self.shared = torch.nn.ModuleDict({"proj": factor})
+        for layer in layers:
+            layer.fill(torch.randint(0, 2 * middle, (48, rank)), torch.randn(48) if bias else None)
+            layer.connect(self.shared)
+
+    def forward(self, x):
+        return self[1](self[0](x))
+
+
+def same(model, x, within=1e-5):
+    """Whether ONNX Runtime answers as eager PyTorch does."""
+    answer, wanted = backends.onnx_call(backends.onnx_file(model.eval(), x))(x), model(x)
+    return answer.shape == wanted.shape and backends.distance(answer, wanted) < within
+
+
+@needs_onnx
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [None, 8, 24, 32])
+def test_packed_codes_are_multiplied_in_onnxruntime(bits, group):
+    torch.manual_seed(bits)
+    layer = filled(PackedLinear(96, 40, bits, bias=bits % 2 == 0, group=group))
+    assert same(torch.nn.Sequential(layer), torch.randn((5, 96) if bits > 5 else (2, 7, 96)))
+
+
+@needs_onnx
+def test_rounded_inputs_and_patches_too():
+    torch.manual_seed(0)
+    rounding, conv = filled(PackedLinear(50, 8, 4)), filled(PackedConv2d(3, 40, 4, 8))
+    rounding.input = Rounded(4).over(-2.0, 2.5)
+    assert same(torch.nn.Sequential(rounding), torch.randn(3, 50))
+    assert same(torch.nn.Sequential(conv), torch.randn(2, 3, 13, 20)), "what is left of an image is cut off"
+
+
+@needs_onnx
+@pytest.mark.parametrize("order", ["reordered", "decode_first", "cheapest"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_factors_are_multiplied_in_their_order_and_kept_once(tmp_path, order, bits):
+    torch.manual_seed(bits)
+    model, x = Factored(bits, order, bias=bits > 2).eval(), torch.randn(2, 400, 48)
+    assert same(model, x, 1e-4), "the sums of outlying zero points are large"
+    found = kernels(model, x, tmp_path / "optimized.onnx")
+    reordered = order == "reordered"
+    assert [found["MatMulNBits"], found["DequantizeLinear"]] == ([4, 0] if reordered else [2, 2])
+    shared = [held for held in initializers(tmp_path / "optimized.onnx") if held[0][0] == 48 and len(held[0]) == 3]
+    assert len(shared) == 1
+
+
+def initializers(path):
+    """Shape and numpy type of each tensor in an ONNX file."""
+    import onnx
+
+    held = onnx.load(path).graph.initializer
+    return [(tuple(each.dims), onnx.helper.tensor_dtype_to_np_dtype(each.data_type).name) for each in held]
+
+
+@pytest.fixture(scope="module")
+def packed(base):
+    """Models with codes of 4 bits."""
+    nothing = {"train": {"epochs": 0}}
+    configs = {"weight_only": {"group": 32}, "uct": {"start": "weights", **nothing}}
+    return {name: compress(base.model, make_config(name, values)) for name, values in configs.items()}
+
+
+@needs_onnx
+@pytest.mark.parametrize(("name", "products"), [("weight_only", 18), ("uct", 34)])
+def test_codes_are_small_in_the_onnx_file(packed, tmp_path, name, products):
+    """Its optimised graph multiplies by the codes, and no weight lies in it in floating point."""
+    import onnx
+
+    small, x = packed[name], torch.randn(8, 3, 8, 8)
+    path = backends.write_onnx(small, x, tmp_path / "small")
+    found = collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert [found["MatMulNBits"], found["DequantizeLinear"], found["Conv"]] == [products, 0, 0]
+    # positions are 17 of 64, steps a number for each 32 weights; the least of the blocks' weights is 64 by 64
+    assert max(math.prod(shape) for shape, kind in initializers(path) if kind == "float32") < 64 * 64
+    saved = artifact.size_on_disk(artifact.save(small, tmp_path / "artifact"))
+    assert path.with_suffix(".data").stat().st_size < saved
+    assert backends.distance(backends.prepare("onnxruntime", small, x)(x), small(x)) < 1e-5
+
+
+@needs_openvino
+@pytest.mark.parametrize("name", ["weight_only", "uct"])
+def test_codes_are_small_in_openvino_too(packed, name):
+    small, x = packed[name], torch.randn(8, 3, 8, 8)
+    held = [op for op in backends.openvino_model(small, x).get_ops() if op.get_type_name() == "Constant"]
+    kinds = {op.get_element_type().get_type_name() for op in held if math.prod(op.get_output_shape(0)) >= 64 * 64}
+    assert kinds == {"u4"}
+    assert backends.distance(backends.prepare("openvino", small, x)(x), small(x)) < 1e-5
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("lsq", {"train": {"epochs": 0}}), ("diffq", {"train": {"epochs": 1}}), ("simulated_integer", {})],
+)
+def test_every_method_with_packed_codes_runs_in_other_backends(base, digits, name, values):
+    small = compress(base.model, make_config(name, values), digits)
+    for backend in ("onnxruntime", "openvino"):
+        assert backends.obstacle(backend, artifact.recipe_of(small)) == ""
+        if installed(backend):
+            backends.prepare(backend, small, torch.randn(8, 3, 8, 8))
 
 
 @needs_onnx

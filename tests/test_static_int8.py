@@ -18,7 +18,8 @@ from vitbench.runs import Run
 from vitbench.training import evaluate
 
 needs_openvino = pytest.mark.skipif(
-    not importlib.util.find_spec("openvino"), reason="the extra openvino is not installed"
+    not all(importlib.util.find_spec(name) for name in backends.BACKENDS["openvino"].needs),
+    reason="the extra openvino is not installed",
 )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitbench import standalone
 from vitbench.errors import InputError, one_of, require
 from vitbench.layers import RUNTIME_LAYERS
+from vitbench.layers.onnx_codes import packed, with_forms
 from vitbench.recipe import Recipe
 
 # without this package OpenVINO takes its own stand-in and reports nothing to anyone
@@ -74,8 +75,8 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Call:
 def onnx_file(model: nn.Module, x: Tensor) -> bytes:
     """The model as an ONNX file for inputs shaped like `x`."""
     file = io.BytesIO()
-    # a copy: int8 layers that have answered before hold packed weights, which only they can read
-    torch.onnx.export(copy.deepcopy(model), (x,), dynamo=True, verbose=False).save(file)
+    # a copy: packed layers give way to their forms, and int8 layers that have answered before hold what only they can read
+    torch.onnx.export(with_forms(copy.deepcopy(model)), (x,), dynamo=True, verbose=False).save(file)
     return file.getvalue()
 
 
@@ -113,9 +114,11 @@ def openvino_bf16(model: nn.Module, x: Tensor) -> Call:
 
 
 def openvino_model(model: nn.Module, x: Tensor) -> Any:
-    """The model as OpenVINO's own, for inputs shaped like `x`."""
+    """The model as OpenVINO's own, for inputs shaped like `x`; from ONNX where there are packed codes, which then stay so."""
     import openvino as runtime
 
+    if packed(model):
+        return runtime.Core().read_model(onnx_file(model, x))
     with torch.no_grad():
         return runtime.convert_model(torch.export.export(model, (x,)))
 
@@ -154,8 +157,8 @@ BACKENDS = {
     "cuda": Backend(cuda),
     "torch_compile": Backend(torch_compile),
     "onnxruntime": Backend(onnxruntime, needs=("onnxruntime", "onnxscript"), extra="onnx", file=write_onnx),
-    "openvino": Backend(openvino, needs=("openvino",), extra="openvino", file=write_openvino),
-    "openvino_bf16": Backend(openvino_bf16, tolerance=0.05, needs=("openvino",), extra="openvino"),
+    "openvino": Backend(openvino, needs=("openvino", "onnxscript"), extra="openvino", file=write_openvino),
+    "openvino_bf16": Backend(openvino_bf16, tolerance=0.05, needs=("openvino", "onnxscript"), extra="openvino"),
     "executorch": Backend(executorch, needs=("executorch",), extra="executorch"),
 }
 # the tolerance where activations are rounded to codes: a sum that differs in its last bit may get another, in every layer

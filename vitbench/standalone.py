@@ -58,8 +58,9 @@ def onnx_session(model: bytes | str, threads: int, exact: bool = False, optimize
 
 
 def openvino_settings(threads: int, precision: str = "f32") -> dict[str, Any]:
-    """Without the hint a CPU with bf16 instructions would compute in bf16."""
-    return {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+    """Without these a CPU with bf16 instructions would compute in bf16, and what meets packed weights be rounded to int8."""
+    exact = {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    return {**exact, "INFERENCE_NUM_THREADS": threads}
 
 
 def open_model(path: str | Path, threads: int) -> Callable:

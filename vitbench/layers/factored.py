@@ -19,6 +19,8 @@ class SharedFactor(nn.Module):
     point for each of the `rank` columns, the same in every block.
     """
 
+    portable = ("onnxruntime", "openvino")
+
     def __init__(self, rank: int, out_features: int, bits: int):
         super().__init__()
         self.rank, self.out_features, self.bits = rank, out_features, bits
@@ -60,6 +62,8 @@ class FactoredLinear(nn.Module):
 
     Shapes: x (..., in_features) -> (..., out_features).
     """
+
+    portable = ("onnxruntime", "openvino")
 
     def __init__(
         self,

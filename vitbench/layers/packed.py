@@ -100,6 +100,8 @@ class PackedLinear(_Packed):
     (out, in / group).
     """
 
+    portable = ("onnxruntime", "openvino")
+
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True, group: int | None = None):
         super().__init__((out_features, in_features), bits, bias, group)
         self.in_features, self.out_features = in_features, out_features
@@ -122,6 +124,8 @@ class PackedConv2d(_Packed):
 
     Shapes: x (B, in, H, W) -> (B, out, H / kernel, W / kernel).
     """
+
+    portable = ("onnxruntime", "openvino")
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, bits: int, bias: bool = True):
         super().__init__((out_channels, in_channels, kernel, kernel), bits, bias)
