@@ -1,15 +1,12 @@
-"""Run an exported model with numpy and ONNX Runtime or OpenVINO alone: answers, times, memory.
+"""Run one exported model with numpy and ONNX Runtime or OpenVINO alone: answers, times, memory. Neither PyTorch nor vitbench is imported.
 
-A bundle for another device holds this file as `measure.py`; it imports neither PyTorch nor anything else of vitbench.
-
-    python measure.py                 measure every model of the bundle beside this file and write answers.json
-    python measure.py --answer FILE   one answer of one exported model, in this process: what it takes, as JSON
+A bundle for another device holds a copy of this file. `python standalone.py --answer MODEL --images FILE.npy --threads N` answers
+once and prints what it took.
 """
 
 import importlib.util
 import json
 import os
-import platform
 import re
 import sys
 import time
@@ -17,8 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
-MANIFEST, ANSWERS = "bundle.json", "answers.json"
 # the package that runs a file with this suffix, and the name of the backend
 PACKAGES = {".onnx": "onnxruntime", ".xml": "openvino"}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -184,138 +179,16 @@ def thread_environment(threads: int) -> dict[str, str]:
     return os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
-def read_bundle(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle; every file in it is checked by its SHA-256."""
-    import hashlib
-
+def main(arguments: list[str]) -> int:
+    """`--answer FILE --images FILE --threads N`: print `one_answer` as JSON."""
+    given = dict(zip(arguments[::2], arguments[1::2]))
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{str(folder)!r} is not a whole bundle ({error}); copy it again") from None
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise BundleError(
-            f"the bundle has schema version {manifest.get('schema_version')!r}, this script reads {SCHEMA_VERSION}; "
-            "make it again with the vitbench that is to read its answers"
-        )
-    for name, wanted in manifest["files"].items():
-        file = folder / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != wanted:
-            raise BundleError(f"{name!r} is missing or damaged; copy the bundle again")
-    return manifest
-
-
-def measure_bundle(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """Answers, start, memory and times of every model of the bundle; what cannot be had has its reason as `error`.
-
-    Each model is timed in turn with the baseline in the same format, in this process, two models in memory at a time.
-    """
-    manifest, found = read_bundle(folder), []
-    for entry in manifest["models"]:
-        result = {"name": entry["name"]}
-        try:
-            if entry["error"]:  # it could not be exported
-                raise BundleError(entry["error"])
-            result |= _measure_entry(folder, entry, manifest["models"], threads, rounds)
-        except BundleError as error:
-            result["error"] = str(error)
-        except Exception as error:  # one model that fails should not take the others with it
-            result["error"] = f"{type(error).__name__}: {error}"
-        print(f"{entry['name']}: {result.get('error') or _summary(result)}", flush=True)
-        found.append(result)
-    facts = {"schema_version": SCHEMA_VERSION, "bundle": manifest["id"], "device": device(), "threads": threads}
-    return {**facts, "results": found}
-
-
-def _measure_entry(
-    folder: Path, entry: dict[str, Any], entries: list[dict[str, Any]], threads: int, rounds: int
-) -> dict[str, Any]:
-    path, images = folder / entry["file"], folder / entry["images"]
-    call, apart = _checked(folder, entry, threads)
-    starts = [in_fresh_process(answer_command(path, images, threads), threads) for _ in range(STARTS)]
-    base = next((other for other in entries if other["name"] == entry["versus"]), None)
-    calls = [call, *([_checked(folder, base, threads)[0]] if base else [])]
-    times = turns(calls, rounds)
-    spent = {key: [start[key] for start in starts] for key in ("imports", "peak", "load", "cold_start")}
-    return {"apart": apart, **spent, "times": times[0], "versus_times": times[1] if base else []}
-
-
-def _checked(folder: Path, entry: dict[str, Any], threads: int) -> tuple[Callable[[], Any], float]:
-    """A call of the model with its images, and how far its answer is from the one that came with it."""
-    import numpy as np
-
-    images, wanted = (np.load(folder / entry[key], allow_pickle=False) for key in ("images", "logits"))
-    model = open_model(folder / entry["file"], threads)
-    apart = float(abs(model(images) - wanted).max() / abs(wanted).max())
-    if not apart <= entry["tolerance"]:
-        raise BundleError(
-            f"its answer is {apart:.1e} of the largest logit from PyTorch's, at most {entry['tolerance']} is allowed"
-        )
-    return lambda: model(images), apart
-
-
-def _summary(result: dict[str, Any]) -> str:
-    import numpy as np
-
-    peak, start = (np.median(result[key]) for key in ("peak", "cold_start"))
-    return f"{np.median(result['times']):.1f} ms, {peak / 1e6:.0f} MB at the peak, first answer after {start:.2f} s"
-
-
-def device() -> dict[str, Any]:
-    """The machine and the versions, without a host name."""
-    versions = {}
-    for package in ("numpy", *PACKAGES.values()):
-        if importlib.util.find_spec(package):
-            versions[package] = importlib.import_module(package).__version__
-    facts = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
-    return {**facts, "cpu": _cpu(), "board": _board(), "python": platform.python_version(), "packages": versions}
-
-
-def _cpu() -> str:
-    for line in _read("/proc/cpuinfo").splitlines():
-        if line.startswith(("model name", "Model")):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _board() -> str:
-    return _read("/proc/device-tree/model").strip("\0 \n")
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description="Measure the models of this bundle; write answers.json beside it.")
-    parser.add_argument("--threads", type=int, default=min(4, os.cpu_count() or 1), help="default: all cores, up to 4")
-    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each model (default: 40)")
-    parser.add_argument("--answer", metavar="FILE", help="load this exported model, answer once, print what it took")
-    parser.add_argument("--images", default="", metavar="FILE", help="images for --answer, a .npy file")
-    options = parser.parse_args(arguments)
-    folder = Path(__file__).resolve().parent
-    try:
-        if options.threads < 1 or options.rounds < 1:
-            raise BundleError("--threads and --rounds are whole numbers of 1 or more")
-        if options.answer:
-            print(json.dumps(one_answer(options.answer, options.images, options.threads)))
-            return 0
-        found = measure_bundle(folder, options.threads, options.rounds)
+        print(json.dumps(one_answer(given["--answer"], given["--images"], int(given["--threads"]))))
     except BundleError as error:
-        print(f"measure.py: {error}", file=sys.stderr)
+        print(f"BundleError: {error}", file=sys.stderr)
         return 2
-    part = folder / f".{ANSWERS}.part"
-    part.write_text(json.dumps(found))
-    part.replace(folder / ANSWERS)
-    failed = [result for result in found["results"] if "error" in result]
-    print(f"{folder / ANSWERS}: {len(found['results']) - len(failed)} measured, {len(failed)} could not be")
-    return 1 if failed else 0
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

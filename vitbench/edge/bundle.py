@@ -23,7 +23,9 @@ from vitbench.records import Row, append_rows, read_rows, records_file
 from vitbench.runs import Run
 from vitbench.statistics import median_ratio
 
-SCRIPT, ROWS, README = "measure.py", "rows.jsonl", "README.txt"
+SCHEMA_VERSION = 1  # as in on_device.py, which imports nothing of vitbench
+MANIFEST, ANSWERS, ROWS = "bundle.json", "answers.json", "rows.jsonl"
+SCRIPT, README = "measure.py", "README.txt"
 # rows that hold wherever a model runs go along with it
 ANYWHERE = {"top1", "top5", "cross_entropy", "params", "macs", "int8_macs", "bytes", "bytes_predicted"}
 TEXT = f"""Measure these models on this device:
@@ -31,7 +33,7 @@ TEXT = f"""Measure these models on this device:
     python3 -m pip install numpy {{packages}}
     python3 {SCRIPT}
 
-It writes {standalone.ANSWERS} here. Copy that file back beside the bundle, and read it with
+It writes {ANSWERS} here. Copy that file back beside the bundle, and read it with
 
     vitbench adopt THIS_FOLDER --out RESULTS_FOLDER
 """
@@ -131,12 +133,13 @@ def make_bundle(
         if kept:
             append_rows(folder / ROWS, kept)
             Path(f"{folder / ROWS}.lock").unlink(missing_ok=True)
-        shutil.copyfile(standalone.__file__, folder / SCRIPT)
+        shutil.copyfile(standalone.__file__, folder / Path(standalone.__file__).name)
+        shutil.copyfile(Path(__file__).with_name("on_device.py"), folder / SCRIPT)
         (folder / README).write_text(TEXT.format(packages=" ".join(dict.fromkeys(run_by))))
         files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
         name = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
-        made = Manifest(schema_version=standalone.SCHEMA_VERSION, id=name, models=entries, files=files)
-        (folder / standalone.MANIFEST).write_text(json.dumps(made.to_dict(), indent=1) + "\n")
+        made = Manifest(schema_version=SCHEMA_VERSION, id=name, models=entries, files=files)
+        (folder / MANIFEST).write_text(json.dumps(made.to_dict(), indent=1) + "\n")
     return out
 
 
@@ -197,13 +200,9 @@ def adopt(bundle: str | Path, out: str | Path, device: str = "") -> int:
         InputError: no answers, of another bundle or schema version, or a results folder with another device's timings.
     """
     folder, run = Path(bundle).expanduser(), Run(out)
-    manifest, answers = (
-        _read(folder / name, kind) for name, kind in ((standalone.MANIFEST, Manifest), (standalone.ANSWERS, Answers))
-    )
+    manifest, answers = (_read(folder / name, kind) for name, kind in ((MANIFEST, Manifest), (ANSWERS, Answers)))
     if answers.bundle != manifest.id:
-        raise InputError(
-            f"{standalone.ANSWERS} is of bundle {answers.bundle}, this is {manifest.id}; copy the right file"
-        )
+        raise InputError(f"{ANSWERS} is of bundle {answers.bundle}, this is {manifest.id}; copy the right file")
     named = device or answers.device.get("board") or answers.device.get("cpu") or "unknown"
     _refuse_another(run, f"cpu: {named}")
     if (folder / ROWS).is_file():
@@ -223,14 +222,14 @@ def _read(path: Path, kind: type[Config]) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise InputError(
-            f"no {path.name} in {str(path.parent)!r}; run {SCRIPT} on the device and copy {standalone.ANSWERS} back"
+            f"no {path.name} in {str(path.parent)!r}; run {SCRIPT} on the device and copy {ANSWERS} back"
         ) from None
     except ValueError as error:
         raise InputError(f"{str(path)!r} is damaged ({error}); copy it again") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != standalone.SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise InputError(
-            f"{str(path)!r} has schema version {version!r}, this vitbench reads {standalone.SCHEMA_VERSION}; "
+            f"{str(path)!r} has schema version {version!r}, this vitbench reads {SCHEMA_VERSION}; "
             "make the bundle again and measure it again"
         )
     return kind(**content)
