@@ -58,11 +58,13 @@ def cuda(model: nn.Module, x: Tensor) -> Call:
 
 def torch_compile(model: nn.Module, x: Tensor) -> Call:
     """The model compiled by torch.compile with its weights frozen into the code, for this shape; takes tens of seconds."""
+    import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()  # what was compiled before counts against a limit, past which it would silently stay eager
     compiled = torch.compile(copy.deepcopy(model), dynamic=False, fullgraph=True)
-    with inductor.patch(freezing=True):  # as an option of torch.compile itself it fails
+    # every model counts as one more version of the same code, and past the usual limit of them nothing is compiled;
+    # freezing as an option of torch.compile itself fails
+    with dynamo.patch(recompile_limit=1000), inductor.patch(freezing=True):
         compiled(x)
     return compiled
 

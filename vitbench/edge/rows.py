@@ -4,13 +4,16 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from vitbench import progress
 from vitbench.comparison import methods, subject, value
-from vitbench.edge.model import PARTS, Cost, Setting, Work, cost
-from vitbench.edge.profiles import Profiles
+from vitbench.edge.model import PARTS, Cost, Setting, Work, cost, transfer_time
+from vitbench.edge.profiles import Link, Profiles
+from vitbench.edge.streaming import stream
 from vitbench.errors import InputError
 from vitbench.records import Row
 
 METRICS = {"edge_time": "s", "edge_energy": "J"}
+ABOUT = ("model", "dataset", "data_fingerprint", "method", "config", "seed")
 NEEDED = ("bytes", "peak_tensors", "macs", "int8_macs")
 
 
@@ -57,13 +60,12 @@ def modelled(
 
 
 def _rows(like: pd.Series, found: Cost, context: dict) -> list[Row]:
-    about = {name: like[name] for name in ("model", "dataset", "data_fingerprint", "method", "config", "seed")}
     context = context | {"artifact": like["context"].get("artifact", "")}
     how = f"modelled: weights from {found.place}; parts {', '.join(PARTS)}"
     values = {"edge_time": (found.seconds, found.time), "edge_energy": (found.joules, found.energy)}
     return [
         Row(
-            **about,
+            **{name: like[name] for name in ABOUT},
             metric=metric,
             unit=METRICS[metric],
             value=total,
@@ -84,3 +86,31 @@ def table(made: Sequence[Row]) -> str:
         line[f"{row.metric.removeprefix('edge_')} {row.unit}"] = f"{row.value:.3g}"
     index = pd.MultiIndex.from_tuples(lines, names=["method", "artifact", "device", "link"])
     return pd.DataFrame(list(lines.values()), index=index).to_string()
+
+
+def streamed(like: pd.Series, link: Link, name: str, counts: Sequence[int]) -> list[Row]:
+    """Stream so many bytes at the link's bandwidth over loopback: rows of `transfer_time`, and of what `model` says it is.
+
+    Args:
+        like: a row of the model and data that these rows stand beside.
+        name: of the link.
+    """
+    made = []
+    for count in progress.bar(list(counts), f"streaming over {name}", unit="stream"):
+        context = {"link": name, "count": int(count), "bandwidth": link.bandwidth.value, "latency": link.latency.value}
+        found = {
+            "transfer_time": (stream(bytes(int(count)), link), "measured: loopback through a limiter of our own"),
+            "transfer_time_modelled": (transfer_time(count, link), "modelled: latency + bytes / bandwidth"),
+        }
+        made += [
+            Row(
+                **{name: like[name] for name in ABOUT},
+                metric=metric,
+                unit="s",
+                value=seconds,
+                source=how,
+                context=context,
+            )
+            for metric, (seconds, how) in found.items()
+        ]
+    return made

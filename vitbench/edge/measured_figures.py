@@ -1,0 +1,125 @@
+"""Figures of what a model costs where it was measured: memory with and without PyTorch, the first answer, the distance from the floor."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vitbench.comparison import MEGA, subject, value
+from vitbench.errors import InputError
+from vitbench.figures import COLOURS, MARKERS, heading, note, style, wrapped
+
+
+def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Peak memory of a fresh process that answers one image, by backend and model; what the imports alone take is hatched.
+
+    Where it was measured, a line marks the smallest limit of memory under which the process still answers.
+    """
+    rows, metrics = subject(rows), ("peak_rss", "import_rss", "memory_limit")
+    shown = rows[rows["metric"].isin(metrics)]
+    peaks = shown[shown["metric"] == "peak_rss"].drop_duplicates(["label", "backend"], keep="last")
+    if not len(peaks):
+        raise InputError("the rows hold no peak_rss; measure the memory first")
+    with style():
+        figure, axes = plt.subplots(figsize=(9, 1.4 + 0.3 * len(peaks)))
+        for position, row in enumerate(peaks.itertuples()):
+            floor = _exact(shown, row.label, "import_rss", row.backend)
+            axes.barh(position, row.value / MEGA, color=COLOURS[3])
+            axes.barh(position, floor / MEGA, color="white", hatch="///", edgecolor=COLOURS[3])
+            limit = _exact(shown, row.label, "memory_limit", row.backend)
+            if np.isfinite(limit):
+                axes.plot([limit / MEGA] * 2, [position - 0.4, position + 0.4], color=COLOURS[1], lw=3)
+            axes.annotate(
+                f"{row.value / MEGA:.0f}",
+                (row.value / MEGA, position),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        axes.set_yticks(range(len(peaks)), [f"{wrapped(row.label, 34)}, {row.backend}" for row in peaks.itertuples()])
+        axes.invert_yaxis()
+        axes.set_xlabel("peak memory of a fresh process that answers one image (MB)")
+        figure.suptitle(heading(rows, "memory"), x=0.01, ha="left")
+        note(
+            figure,
+            "hatched: after the imports, before the model; thick line: smallest memory limit in which it answers",
+        )
+    return figure, shown
+
+
+def _exact(rows: pd.DataFrame, label: str, metric: str, backend: str) -> float:
+    found = rows[(rows["label"] == label) & (rows["metric"] == metric) & (rows["backend"] == backend)]
+    return found["value"].iloc[-1] if len(found) else float("nan")
+
+
+def startup(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Seconds from the start of a process to its first answer, by backend and model: every start a dot; loading is hatched."""
+    rows = subject(rows)
+    shown = rows[rows["metric"].isin(["cold_start", "load_time"])]
+    starts = shown[shown["metric"] == "cold_start"].drop_duplicates(["label", "backend"], keep="last")
+    if not len(starts):
+        raise InputError("the rows hold no cold_start; measure the group startup first")
+    with style():
+        figure, axes = plt.subplots(figsize=(9, 1.4 + 0.34 * len(starts)))
+        for position, row in enumerate(starts.itertuples()):
+            axes.barh(position, row.value, color="#BFD7EA")
+            axes.barh(
+                position,
+                _exact(shown, row.label, "load_time", row.backend),
+                color="white",
+                hatch="///",
+                edgecolor=COLOURS[3],
+            )
+            axes.plot(row.samples, [position] * len(row.samples), ls="", marker="o", ms=3.5, color=COLOURS[3])
+            axes.annotate(
+                f"{row.value:.2f}", (max(row.samples), position), xytext=(6, 0), textcoords="offset points", va="center"
+            )
+        axes.set_yticks(range(len(starts)), [f"{wrapped(row.label, 34)}, {row.backend}" for row in starts.itertuples()])
+        axes.invert_yaxis()
+        axes.set_xlabel("time from the start of a process to its first answer (s)")
+        figure.suptitle(heading(rows, "the first answer"), x=0.01, ha="left")
+        note(figure, "dots: single starts; bar: their median; hatched: of it, to load the model")
+    return figure, shown
+
+
+def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Median time over the least that the machine's measured peaks allow, by model and backend, one panel a batch size.
+
+    The floor counts products and the bytes of the weights; what it leaves out is the rest of the way to 1.
+    """
+    rows = subject(rows)
+    floor = rows[rows["metric"] == "latency_floor"]
+    timed = rows[(rows["metric"] == "latency_p50") & rows["versus_backend"].isna()]
+    if not len(floor) or not len(timed):
+        raise InputError(
+            "the rows hold no latency_floor beside a latency; measure the groups roofline and latency first"
+        )
+    names, backends = list(dict.fromkeys(floor["label"])), list(dict.fromkeys(timed["backend"]))
+    batches = sorted(set(floor["batch"]) & set(timed["batch"]))
+    with style():
+        size = (3.4 + 3.6 * len(batches), 1.8 + 0.3 * len(names))
+        figure, panels = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False)
+        for axes, batch in zip(panels[0], batches, strict=True):
+            _floor_panel(axes, rows, names, backends, int(batch))
+        panels[0][0].set_yticks(range(len(names)), [wrapped(name, 30) for name in names])
+        panels[0][0].invert_yaxis()
+        panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        figure.suptitle(heading(rows, "how far from the machine's own limit"), x=0.01, ha="left")
+        note(figure, "1 is the floor: products and bytes at this machine's measured peaks")
+    return figure, pd.concat([floor, timed])
+
+
+def _floor_panel(axes: Axes, rows: pd.DataFrame, names: list[str], backends: list[str], batch: int) -> None:
+    for number, backend in enumerate(backends):
+        places, ratios = [], []
+        for place, name in enumerate(names):
+            own, least = value(rows, name, "latency_p50", batch, backend), value(rows, name, "latency_floor", batch)
+            if own is not None and own["backend"] == backend and least is not None:
+                places.append(place)
+                ratios.append(own["value"] / least["value"])
+        axes.plot(
+            ratios, places, ls="", marker=MARKERS[number], color=COLOURS[(number + 1) % len(COLOURS)], label=backend
+        )
+    axes.axvline(1, color="black", lw=1)
+    axes.set(xscale="log", xlabel=f"median time / floor, batch {batch}")
