@@ -10,7 +10,6 @@ from vitbench.edge.profiles import Link
 from vitbench.errors import InputError
 
 CHUNK = 16 * 1024  # bytes that go out at once
-SPARE = 0.002  # s that the sender may be early; below it a sleep is not worth its own error
 
 
 def stream(source: bytes | Path, link: Link, progress: Callable[[int], None] | None = None) -> float:
@@ -52,6 +51,6 @@ def _serve(server: socket.socket, content: bytes, link: Link) -> None:
         for start in range(0, len(content), CHUNK):
             part = content[start : start + CHUNK]
             due = begin + (start + len(part)) / link.bandwidth.value  # when the part would have gone through the link
-            if (wait := due - time.perf_counter()) > SPARE:
+            if (wait := due - time.perf_counter()) > 0:
                 time.sleep(wait)
             connection.sendall(part)
