@@ -27,9 +27,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--out", default="", metavar="DIR", help="results folder (default: results/runs/PROFILE)")
     run.set_defaults(command=_run)
 
-    show = commands.add_parser("list", help="show notebooks, profiles, methods, or models")
+    show = commands.add_parser("list", help="show notebooks, profiles, methods, models, or devices")
     show.add_argument(
-        "what", nargs="?", choices=("notebooks", "profiles", "methods", "models"), help="default: all but models"
+        "what",
+        nargs="?",
+        choices=("notebooks", "profiles", "methods", "models", "devices"),
+        help="default: all but models and devices",
     )
     show.set_defaults(command=_list)
 
@@ -63,6 +66,7 @@ def _run(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     from vitbench import lessons
     from vitbench.methods import METHODS
+    from vitbench.edge.profiles import load_profiles
     from vitbench.vit import model_names
 
     if options.what in (None, "notebooks"):
@@ -78,6 +82,11 @@ def _list(options: argparse.Namespace) -> int:
         for name, method in METHODS.items():
             values = ", ".join(f"{key}={value}" for key, value in method.config().to_dict().items())
             print(f"  {name:24} {(method.handler.__doc__ or '').splitlines()[0]}\n  {'':24} {values}")
+    if options.what == "devices":
+        for kind, group in (("devices", load_profiles().devices), ("links", load_profiles().links)):
+            print(f"{kind}:")
+            for name, profile in group.items():
+                print(f"  {name:24} {profile.title}")
     if options.what == "models":
         print("\n".join(model_names()))
     return 0
