@@ -65,8 +65,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     from vitbench import lessons
-    from vitbench.methods import METHODS
     from vitbench.edge.profiles import load_profiles
+    from vitbench.methods import METHODS
     from vitbench.vit import model_names
 
     if options.what in (None, "notebooks"):
