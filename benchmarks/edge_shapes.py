@@ -102,7 +102,8 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
     timed = {"threads": options.threads, "device": environment.device_name(backend), "backend": backend}
     timed |= {"rounds": options.rounds, "batch": batch, "versus": f"baseline:{sha}"}
     slots = {path: list(_slots(path, data, timed, references)) for path in models.values()}
-    if all(row.identity() in run.done() for rows in slots.values() for row in rows):
+    done = run.done()
+    if all(row.identity() in done for rows in slots.values() for row in rows):
         return
     able = {path: backends.obstacle(backend, artifact.read_manifest(path).recipe) for path in slots}
     racing = [path for path, why in able.items() if not why]

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from vitbench import artifact, backends
+from vitbench import artifact, backends, standalone
 from vitbench.errors import InputError
 from vitbench.layers import (
     DynamicInt8Linear,
@@ -291,3 +291,20 @@ def test_a_cpu_that_lacks_something_says_so_once(monkeypatch, engine, vnni, kern
         with pytest.warns(UserWarning, match=warning):
             layer(x)
     int8._say_what_is_missing.cache_clear()
+
+
+def test_only_an_x86_without_vnni_saturates(monkeypatch):
+    seen = {}
+    for machine, flags in (("x86_64", "avx2 avx512_vnni"), ("x86_64", "avx2"), ("aarch64", "asimd"), ("x86_64", None)):
+        standalone.saturates.cache_clear()
+        monkeypatch.setattr(standalone.platform, "machine", lambda machine=machine: machine)
+
+        def read_text(self, flags=flags):
+            if flags is None:
+                raise FileNotFoundError
+            return flags
+
+        monkeypatch.setattr(standalone.Path, "read_text", read_text)
+        seen[machine, flags] = standalone.saturates()
+    standalone.saturates.cache_clear()
+    assert list(seen.values()) == [False, True, False, True]

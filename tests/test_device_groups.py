@@ -54,6 +54,18 @@ def test_limits_that_mean_nothing_are_refused():
         limits.smallest([sys.executable, "-c", "raise SystemExit(1)"], 1_000_000, dict(os.environ))
 
 
+@needs_limits
+@needs_onnx
+def test_whether_a_model_answers_within_a_stated_limit(base, digits, tmp_path):
+    run = Run(tmp_path)
+    for within, wanted in ((300_000_000, 1.0), (12_000_000, 0.0)):
+        rows = measure(base.path, digits, run, what=("limit",), backend="onnxruntime", within=within)
+        assert list(rows["metric"]) == ["answers_within"]
+        assert rows["value"].iloc[0] == wanted
+    with pytest.raises(InputError, match="too small to start Python"):
+        measure(base.path, digits, run, what=("limit",), backend="onnxruntime", within=1000)
+
+
 def zone(folder, name, kind, joules, whole=1000.0):
     place = folder / name
     place.mkdir(exist_ok=True)

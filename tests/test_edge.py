@@ -112,6 +112,9 @@ def test_modelled_rows_follow_from_measured_ones(measured, capsys):
     assert "weights from memory" in found["dynamic_int8", "edge_time"].source
     assert all(row.value == pytest.approx(sum(row.samples)) and row.source.startswith("modelled") for row in made)
     assert edge_rows.works(run.rows())["dynamic_int8"].int8_macs > 0
+    other = PROFILES.having(links={"lte": LTE.having(latency=LTE.latency.having(value=9.0)).to_dict()})
+    again = edge_rows.modelled(run.rows(), other, ["raspberry_pi_5"], ["lte"], Setting(memory=4e5, storage=0))
+    assert {row.identity() for row in made}.isdisjoint(row.identity() for row in again), "other constants, other rows"
     folder = str(run.folder)
     assert cli.main(["edge", folder, "--devices", "raspberry_pi_5", "--links", "lte"]) == 0
     assert "raspberry_pi_5" in capsys.readouterr().out
@@ -142,6 +145,12 @@ def test_a_bundle_goes_to_a_device_and_its_answers_come_back(measured, base, dig
     with pytest.raises(InputError, match="give another --out"):
         adopt(bundle, tmp_path / "board", "another board")
     answers = json.loads((bundle / "answers.json").read_text())
+    answers["results"][0]["load"] = []
+    (bundle / "answers.json").write_text(json.dumps(answers))
+    adopt(bundle, tmp_path / "torn")
+    torn = load_records(tmp_path / "torn")
+    assert set(torn[torn["status"] == "failed"]["error"]) == {"the device's answers hold no load"}
+    assert (torn["status"] == "ok").sum() == (rows["status"] == "ok").sum() - 9
     for change, message in (({"schema_version": 99}, "schema version 99"), ({"bundle": "0"}, "is of bundle 0")):
         (bundle / "answers.json").write_text(json.dumps(answers | change))
         with pytest.raises(InputError, match=message):

@@ -25,7 +25,7 @@ def lines():
         yield f"| {method} | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("line", lines())
+@pytest.mark.parametrize("line", list(lines()))
 def test_the_table_of_shapes(line):
     assert line in README
 

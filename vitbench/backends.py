@@ -84,7 +84,7 @@ def onnx_file(model: nn.Module, x: Tensor) -> bytes:
 
 def onnx_call(file: bytes, optimized: str = "") -> Call:
     """An ONNX file made callable; `optimized` is where ONNX Runtime writes the graph that it really runs."""
-    session = standalone.onnx_session(file, torch.get_num_threads(), exact=not _has_vnni(), optimized=optimized)
+    session = standalone.onnx_session(file, torch.get_num_threads(), optimized=optimized)
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
@@ -96,7 +96,7 @@ def write_onnx(model: nn.Module, x: Tensor, stem: Path) -> Path:
     path, data = stem.with_suffix(".onnx"), stem.with_suffix(".data")
     with tempfile.TemporaryDirectory() as folder:
         whole = str(Path(folder, "optimized.onnx"))
-        standalone.onnx_session(onnx_file(model, x), 1, exact=not _has_vnni(), optimized=whole, portable=True)
+        standalone.onnx_session(onnx_file(model, x), 1, optimized=whole, portable=True)
         graph = onnx.load(whole)
     for node in graph.graph.node:
         del node.metadata_props[:]  # where in the source it came from, which is as long as a small model
@@ -229,11 +229,6 @@ def available(backend: str) -> None:
 
 def _has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _has_vnni() -> bool:
-    """Without VNNI, ONNX Runtime's int8 instructions saturate."""
-    return torch.cpu._is_vnni_supported()
 
 
 @functools.cache

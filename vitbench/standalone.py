@@ -4,9 +4,11 @@ A bundle for another device holds a copy of this file. `python standalone.py --a
 once and prints what it took.
 """
 
+import functools
 import importlib.util
 import json
 import os
+import platform
 import re
 import sys
 import time
@@ -26,13 +28,12 @@ class BundleError(ValueError):
     """A bundle, or a file in it, that cannot be measured here."""
 
 
-def onnx_session(model: bytes | str, threads: int, exact: bool = False, optimized: str = "", portable: bool = False):
+def onnx_session(model: bytes | str, threads: int, optimized: str = "", portable: bool = False):
     """An ONNX Runtime session on the CPU.
 
     Args:
         model: the file's content or its path.
         threads: how many compute.
-        exact: for CPUs whose 8-bit instructions saturate: widen the codes, which is slower.
         optimized: where to write the graph that really runs.
         portable: leave out what suits only the kind of CPU at hand.
     """
@@ -47,9 +48,20 @@ def onnx_session(model: bytes | str, threads: int, exact: bool = False, optimize
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     # its threads wait busily for more work; what is timed in turn with it should not find the cores taken
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if exact:
+    if saturates():  # slower, and exact, is to widen the codes
         options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether this CPU's products of 8-bit codes can overflow: an x86 without VNNI instructions, or of which that is not known."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return "vnni" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
 
 
 def openvino_settings(threads: int, precision: str = "f32") -> dict[str, Any]:

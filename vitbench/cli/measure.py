@@ -43,6 +43,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="what the device draws, to estimate energy without a counter",
     )
     size.add_argument("--out", required=True, metavar="DIR", help="results folder to add the rows to")
+    size.add_argument(
+        "--within",
+        type=float,
+        default=0,
+        metavar="BYTES",
+        help="with --what limit: only whether it answers in so much memory",
+    )
     size.set_defaults(command=_measure)
 
 
@@ -68,6 +75,7 @@ def _measure(options: argparse.Namespace) -> int:
         versus_backend=options.versus_backend,
         what=options.what,
         power=options.power,
+        within=int(options.within),
     )
     print_results(Path(options.out))
     return 0

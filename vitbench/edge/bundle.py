@@ -16,12 +16,12 @@ from vitbench.batches import eval_batches
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError
-from vitbench.measure.timing import PERCENTILES
-from vitbench.measure.value import about
+from vitbench.measure import timing
+from vitbench.measure.fresh import MEMORY, STARTUP
+from vitbench.measure.value import Value, about
 from vitbench.paths import replaced, writable_folder
 from vitbench.records import Row, append_rows, read_rows, records_file
 from vitbench.runs import Run
-from vitbench.statistics import median_ratio
 
 SCHEMA_VERSION = 1  # as in on_device.py, which imports nothing of vitbench
 MANIFEST, ANSWERS, ROWS = "bundle.json", "answers.json", "rows.jsonl"
@@ -247,42 +247,44 @@ def _refuse_another(run: Run, device: str) -> None:
 
 def _rows(entry: Entry, result: Result | None, machine: dict[str, Any]) -> Iterator[Row]:
     """The rows of one entry; where the device has no answer, each metric's row says why."""
-    context = {**machine, "backend": entry.backend, "batch": entry.batch, "artifact": entry.artifact}
+    context = {**machine, "backend": entry.backend, "batch": entry.batch}
     context |= {"versus": f"baseline:{entry.versus_artifact}"} if entry.versus else {}
-    why = entry.error or (result.error if result else "the device's answers do not have it")
-    if not why and not (result.times and result.peak):
-        why = "the device's answers hold no times"
-    values = {} if why else _values(entry, result)
-    status = "skipped" if entry.error else "failed"
-    for metric, unit in _metrics(entry).items():
-        facts = {**entry.about, "metric": metric, "unit": unit, "context": context}
-        yield Row(**facts, status=status, error=why) if why else Row(**facts, **values[metric])
+    slots = timing.slots(context, [entry.backend])
+    slots += [(metric, unit, context) for metric, unit in {**MEMORY, **STARTUP, "exported_bytes": "bytes"}.items()]
+    rows = [
+        Row(
+            **entry.about,
+            metric=metric,
+            unit=unit,
+            context={**own, "artifact": entry.artifact},
+            value=0,
+            source="measured",
+        )
+        for metric, unit, own in slots
+    ]
+    if why := entry.error or _lacks(entry, result):
+        status = "skipped" if entry.error else "failed"
+        yield from (row.having(status=status, error=why, value=None, source="") for row in rows)
+    else:
+        values = _values(entry, result)
+        yield from (row.having(**value.fields()) for row, value in zip(rows, values, strict=True))
 
 
-def _metrics(entry: Entry) -> dict[str, str]:
-    times = {f"latency_p{p}": "ms" for p in PERCENTILES} | ({"latency_ratio": "ratio"} if entry.versus else {})
-    once = {"peak_rss": "bytes", "import_rss": "bytes", "cold_start": "s", "load_time": "s", "exported_bytes": "bytes"}
-    return times | once
+def _lacks(entry: Entry, result: Result | None) -> str:
+    """What the device's answers do not have of an entry, in words; "" if they are whole."""
+    if result is None or result.error:
+        return result.error if result else "the device's answers do not have it"
+    needed = ("times", "peak", "imports", "cold_start", "load", *(["versus_times"] if entry.versus else []))
+    missing = [key for key in needed if not getattr(result, key)]
+    return f"the device's answers hold no {', '.join(missing)}" if missing else ""
 
 
-def _values(entry: Entry, result: Result) -> dict[str, dict[str, Any]]:
-    """Each metric's value, source and samples."""
-    calls = f"measured: {len(result.times)} calls on the device after warm-up"
+def _values(entry: Entry, result: Result) -> Iterator[Value]:
+    """The values of the rows, in order."""
+    yield from timing.values(result.times, [result.versus_times] if entry.versus else [], "on the device")
     starts = f"measured: median of {len(result.peak)} fresh processes on the device, without PyTorch"
-    values: dict[str, dict[str, Any]] = {
-        f"latency_p{p}": {"value": float(np.percentile(result.times, p)), "source": calls} for p in PERCENTILES
-    }
-    values["latency_p50"]["samples"] = result.times
-    if entry.versus and result.versus_times:
-        ratio, low, high = median_ratio(result.times, result.versus_times)
-        how = f"{calls}, in turn with the baseline; ratio of medians, bootstrap 95 %"
-        values["latency_ratio"] = {
-            "value": ratio, "low": low, "high": high, "source": how, "samples": result.versus_times
-        }  # fmt: skip
-    for metric, key in (
-        ("peak_rss", "peak"), ("import_rss", "imports"), ("cold_start", "cold_start"), ("load_time", "load")
-    ):  # fmt: skip
-        samples = getattr(result, key)
-        values[metric] = {"value": float(np.median(samples)), "source": starts, "samples": samples}
-    values["exported_bytes"] = {"value": entry.exported_bytes, "source": f"measured: files that {entry.backend} loads"}
-    return values
+    for metric, samples in zip(
+        (*MEMORY, *STARTUP), (result.peak, result.imports, result.cold_start, result.load), strict=True
+    ):
+        yield Value(metric, float(np.median(samples)), starts, samples=samples)
+    yield Value("exported_bytes", entry.exported_bytes, f"measured: files that {entry.backend} loads")

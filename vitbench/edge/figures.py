@@ -12,16 +12,14 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from vitbench.comparison import MEGA, subject, value
-from vitbench.edge.model import PARTS
-from vitbench.edge.profiles import Profiles
+from vitbench.edge.model import PARTS, transfer_energy
+from vitbench.edge.profiles import Device, Link, Profiles
+from vitbench.edge.rows import place
 from vitbench.errors import InputError
 from vitbench.figures import COLOURS, heading, note, style, wrapped
 
-PLACES = {
-    "memory": "#FFFFFF",
-    "storage": "#BFD7EA",
-    "server": "#E8A27C",
-}  # where the weights come from, darker is dearer
+# where the weights come from, darker is dearer
+PLACES = {"memory": "#FFFFFF", "storage": "#BFD7EA", "server": "#E8A27C"}
 PART_LOOKS = {"transfer": (COLOURS[1], ""), "load": (COLOURS[2], "//"), "infer": (COLOURS[3], "")}
 UNITS = {"edge_time": "time of an answer (s)", "edge_energy": "energy of an answer (J)"}
 CLAIMS = {"edge_time": 68, "edge_energy": 1470}  # ratios in DeepCompress-ViT's abstract (CVPR 2025)
@@ -44,17 +42,12 @@ def chosen(rows: pd.DataFrame, metric: str, **context: Any) -> pd.DataFrame:
     return rows.drop_duplicates(["label", "profile", "link"], keep="last")
 
 
-def place(row: pd.Series) -> str:
-    """Where the weights of a modelled row's answer come from."""
-    return row["source"].split("weights from ")[1].split(";")[0]
-
-
 def fits(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figure, pd.DataFrame]:
     """Where the weights come from on each device: its memory, its storage, or a server; with the seconds of an answer."""
     shown = chosen(rows, "edge_time", link=link, first=False, memory=None, storage=None, energy="board")
     order = list(dict.fromkeys(shown["label"]))
     names = list(PLACES)
-    codes = shown.assign(code=[names.index(place(row)) for _, row in shown.iterrows()])
+    codes = shown.assign(code=[names.index(place(source)) for source in shown["source"]])
     codes = codes.pivot(index="label", columns="profile", values="code").loc[order]
     seconds = shown.pivot(index="label", columns="profile", values="value").loc[order, codes.columns]
     titles = [wrapped(profiles.devices[name].title, 16) if name in profiles.devices else name for name in codes.columns]
@@ -120,7 +113,7 @@ def _stack(axes: Axes, shown: pd.DataFrame, parts: Sequence[str]) -> None:
         axes.annotate(f"{end:.3g}", (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(shown)), [wrapped(label, 30) for label in shown["label"]], fontsize=8)
     axes.set_xlim(0, 1.18 * max(ends.max(), 1e-12))
-    axes.invert_yaxis() if not axes.yaxis_inverted() else None
+    axes.set_ylim(len(shown) - 0.4, -0.6)
 
 
 def cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str) -> tuple[Figure, pd.DataFrame]:
@@ -180,61 +173,55 @@ def cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str) -> tup
 def claims(rows: pd.DataFrame, profiles: Profiles, dense: str, small: str, link: str) -> tuple[Figure, pd.DataFrame]:
     """How many times the small model's answer is cheaper, if only the dense one has to be fetched, against the link's bandwidth.
 
-    A line a device, for both metrics and both ways to count energy. What a link decides is the time of the transfer; energy
-    a byte is that of `link`. The abstract's ratios are drawn across.
+    A line for each device into whose memory the small model fits, for both metrics and both ways to count energy. What a
+    link decides is the time of the transfer; energy a byte is that of `link`. The abstract's ratios are drawn across.
+
+    Raises:
+        InputError: the small model fits nowhere.
     """
-    size = value(subject(rows), dense, "bytes")["value"]
-    kinds = (("edge_time", "board"), ("edge_energy", "board"), ("edge_energy", "operations"))
-    bandwidth, used = np.logspace(4.5, 9, 200), []
+    size, bandwidth, used = value(subject(rows), dense, "bytes")["value"], np.logspace(4.5, 9, 200), []
     with style():
         figure, panels = plt.subplots(1, 3, figsize=(13, 4.2))
+        kinds = (("edge_time", "board"), ("edge_energy", "board"), ("edge_energy", "operations"))
         for axes, (metric, energy) in zip(panels, kinds, strict=True):
             shown = chosen(rows, metric, link=link, first=False, memory=None, storage=None, energy=energy)
-            used.append(shown)
-            for number, name in enumerate(dict.fromkeys(shown["profile"])):
-                device, own = profiles.device(name), shown[shown["profile"] == name].set_index("label")["samples"]
-                big, little = own[dense][PARTS.index("infer")], own[small][PARTS.index("infer")]
-                moved = size / bandwidth
-                if metric == "edge_energy":
-                    radio = (
-                        size * profiles.link(link).energy_per_byte.value + profiles.link(link).energy_per_transfer.value
-                    )
-                    moved = radio + (device.idle_power.value * moved if energy == "board" else 0 * moved)
-                axes.plot(
-                    bandwidth,
-                    (moved + big) / little,
-                    color=COLOURS[number % len(COLOURS)],
-                    ls=("-", "--")[number % 2],
-                    label=name,
-                )
-            axes.axhline(CLAIMS[metric], color="black", lw=1, ls=":")
-            axes.annotate(
-                f"abstract: > {CLAIMS[metric]}", (bandwidth[-1], CLAIMS[metric]), ha="right", va="bottom", fontsize=8
-            )
-            for turn, (name, profile) in enumerate(profiles.links.items()):
-                axes.annotate(
-                    name,
-                    (profile.bandwidth.value, 0.01 + 0.14 * (turn % 2)),
-                    xycoords=("data", "axes fraction"),
-                    rotation=90,
-                    fontsize=7,
-                    color="#555555",
-                    va="bottom",
-                    ha="center",
-                )
+            held = shown[(shown["label"] == small) & (shown["source"].map(place) == "memory")]["profile"]
+            if not len(held):
+                raise InputError(f"{small} fits into no device's memory, so that no answer of it is held")
+            used.append(shown[shown["profile"].isin(held) & shown["label"].isin((dense, small))])
+            for number, name in enumerate(held):
+                infer = used[-1][used[-1]["profile"] == name].set_index("label")["samples"].str[PARTS.index("infer")]
+                moved = _moved(profiles.device(name), profiles.link(link), metric, energy, size, bandwidth)
+                line = {"color": COLOURS[number % len(COLOURS)], "ls": ("-", "--")[number % 2], "label": name}
+                axes.plot(bandwidth, (moved + infer[dense]) / infer[small], **line)
+            _claim(axes, metric, bandwidth[-1], profiles)
             what = "latency" if metric == "edge_time" else f"energy ({energy})"
             axes.set(
-                xscale="log",
-                yscale="log",
-                xlabel="bandwidth of the link (bytes/s)",
-                ylabel=f"{what}: times cheaper",
+                xscale="log", yscale="log", xlabel="bandwidth of the link (bytes/s)", ylabel=f"{what}: times cheaper"
             )
         panels[2].legend(fontsize=7)
-        figure.suptitle(
-            heading(used[0], f"{dense} fetched for every answer, {small} held in memory"), x=0.01, ha="left"
-        )
+        title = f"{dense} fetched for every answer, {small} held in memory"
+        figure.suptitle(heading(used[0], title), x=0.01, ha="left")
         note(figure, f"modelled; energy of a byte over {link}; names below: bandwidths of the links")
     return figure, pd.concat(used)
+
+
+def _moved(device: Device, link: Link, metric: str, energy: str, size: float, bandwidth: np.ndarray) -> np.ndarray:
+    """Seconds or joules to fetch `size` bytes at each bandwidth; a board also draws its idle power meanwhile."""
+    if metric == "edge_time":
+        return size / bandwidth
+    waiting = device.idle_power.value if energy == "board" else 0.0
+    return transfer_energy(size, link) + waiting * size / bandwidth
+
+
+def _claim(axes: Axes, metric: str, right: float, profiles: Profiles) -> None:
+    """The abstract's ratio across a panel, and the links' names at their bandwidths."""
+    axes.axhline(CLAIMS[metric], color="black", lw=1, ls=":")
+    axes.annotate(f"abstract: > {CLAIMS[metric]}", (right, CLAIMS[metric]), ha="right", va="bottom", fontsize=8)
+    small = {"rotation": 90, "fontsize": 7, "color": "#555555", "va": "bottom", "ha": "center"}
+    for turn, (name, profile) in enumerate(profiles.links.items()):
+        at = (profile.bandwidth.value, 0.01 + 0.14 * (turn % 2))
+        axes.annotate(name, at, xycoords=("data", "axes fraction"), **small)
 
 
 def streams(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:

@@ -1,7 +1,8 @@
 """Figures of what a model costs where it was measured: memory with and without PyTorch, the first answer, the distance from the floor."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,31 +17,12 @@ def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
     Where it was measured, a line marks the smallest limit of memory under which the process still answers.
     """
-    rows, metrics = subject(rows), ("peak_rss", "import_rss", "memory_limit")
-    shown = rows[rows["metric"].isin(metrics)]
-    peaks = shown[shown["metric"] == "peak_rss"].drop_duplicates(["label", "backend"], keep="last")
-    if not len(peaks):
-        raise InputError("the rows hold no peak_rss; measure the memory first")
+    figure, axes, shown, peaks = _bars(rows, "peak_rss", "import_rss", "memory", 1 / MEGA, extra=("memory_limit",))
+    for position, row in enumerate(peaks.itertuples()):
+        limit = _exact(shown, row, "memory_limit") / MEGA
+        axes.plot([limit, limit], [position - 0.4, position + 0.4], color=COLOURS[1], lw=3)
     with style():
-        figure, axes = plt.subplots(figsize=(9, 1.4 + 0.3 * len(peaks)))
-        for position, row in enumerate(peaks.itertuples()):
-            floor = _exact(shown, row.label, "import_rss", row.backend)
-            axes.barh(position, row.value / MEGA, color=COLOURS[3])
-            axes.barh(position, floor / MEGA, color="white", hatch="///", edgecolor=COLOURS[3])
-            limit = _exact(shown, row.label, "memory_limit", row.backend)
-            if np.isfinite(limit):
-                axes.plot([limit / MEGA] * 2, [position - 0.4, position + 0.4], color=COLOURS[1], lw=3)
-            axes.annotate(
-                f"{row.value / MEGA:.0f}",
-                (row.value / MEGA, position),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-            )
-        axes.set_yticks(range(len(peaks)), [f"{wrapped(row.label, 34)}, {row.backend}" for row in peaks.itertuples()])
-        axes.invert_yaxis()
         axes.set_xlabel("peak memory of a fresh process that answers one image (MB)")
-        figure.suptitle(heading(rows, "memory"), x=0.01, ha="left")
         note(
             figure,
             "hatched: after the imports, before the model; thick line: smallest memory limit in which it answers",
@@ -48,39 +30,45 @@ def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return figure, shown
 
 
-def _exact(rows: pd.DataFrame, label: str, metric: str, backend: str) -> float:
-    found = rows[(rows["label"] == label) & (rows["metric"] == metric) & (rows["backend"] == backend)]
-    return found["value"].iloc[-1] if len(found) else float("nan")
-
-
 def startup(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Seconds from the start of a process to its first answer, by backend and model: every start a dot; loading is hatched."""
-    rows = subject(rows)
-    shown = rows[rows["metric"].isin(["cold_start", "load_time"])]
-    starts = shown[shown["metric"] == "cold_start"].drop_duplicates(["label", "backend"], keep="last")
-    if not len(starts):
-        raise InputError("the rows hold no cold_start; measure the group startup first")
+    figure, axes, shown, starts = _bars(rows, "cold_start", "load_time", "startup", 1.0)
+    for position, row in enumerate(starts.itertuples()):
+        axes.plot(row.samples, [position] * len(row.samples), ls="", marker="o", ms=3.5, color="black")
     with style():
-        figure, axes = plt.subplots(figsize=(9, 1.4 + 0.34 * len(starts)))
-        for position, row in enumerate(starts.itertuples()):
-            axes.barh(position, row.value, color="#BFD7EA")
-            axes.barh(
-                position,
-                _exact(shown, row.label, "load_time", row.backend),
-                color="white",
-                hatch="///",
-                edgecolor=COLOURS[3],
-            )
-            axes.plot(row.samples, [position] * len(row.samples), ls="", marker="o", ms=3.5, color=COLOURS[3])
-            axes.annotate(
-                f"{row.value:.2f}", (max(row.samples), position), xytext=(6, 0), textcoords="offset points", va="center"
-            )
-        axes.set_yticks(range(len(starts)), [f"{wrapped(row.label, 34)}, {row.backend}" for row in starts.itertuples()])
-        axes.invert_yaxis()
         axes.set_xlabel("time from the start of a process to its first answer (s)")
-        figure.suptitle(heading(rows, "the first answer"), x=0.01, ha="left")
         note(figure, "dots: single starts; bar: their median; hatched: of it, to load the model")
     return figure, shown
+
+
+def _bars(
+    rows: pd.DataFrame, metric: str, part: str, group: str, scale: float, extra: tuple[str, ...] = ()
+) -> tuple[Figure, Axes, pd.DataFrame, pd.DataFrame]:
+    """A bar for each model and backend with a metric, its part hatched, the number at its end; the rows, and those of the bars."""
+    rows = subject(rows)
+    shown = rows[rows["metric"].isin([metric, part, *extra])]
+    bars = shown[shown["metric"] == metric].drop_duplicates(["label", "backend"], keep="last")
+    if not len(bars):
+        raise InputError(f"the rows hold no {metric}; measure the group {group} first")
+    with style():
+        figure, axes = plt.subplots(figsize=(9, 1.4 + 0.32 * len(bars)))
+        for position, row in enumerate(bars.itertuples()):
+            axes.barh(position, row.value * scale, color=COLOURS[2])
+            axes.barh(position, _exact(shown, row, part) * scale, color="white", hatch="///", edgecolor=COLOURS[3])
+            end = max(row.samples or [row.value]) * scale
+            axes.annotate(
+                f"{row.value * scale:.3g}", (end, position), xytext=(6, 0), textcoords="offset points", va="center"
+            )
+        axes.set_yticks(range(len(bars)), [f"{wrapped(row.label, 34)}, {row.backend}" for row in bars.itertuples()])
+        axes.invert_yaxis()
+        figure.suptitle(heading(rows, "memory" if metric == "peak_rss" else "the first answer"), x=0.01, ha="left")
+    return figure, axes, shown, bars
+
+
+def _exact(rows: pd.DataFrame, like: Any, metric: str) -> float:
+    """The metric of the same model in the same backend; NaN if it was not measured."""
+    found = rows[(rows["label"] == like.label) & (rows["metric"] == metric) & (rows["backend"] == like.backend)]
+    return found["value"].iloc[-1] if len(found) else float("nan")
 
 
 def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:

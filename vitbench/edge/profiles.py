@@ -23,9 +23,6 @@ class Constant(Config):
     basis: Literal["measured", "vendor", "derived", "assumed"]
     source: str = Field(min_length=1)
 
-    def __float__(self) -> float:
-        return self.value
-
 
 class Positive(Constant):
     """Likewise, above 0."""

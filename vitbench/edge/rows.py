@@ -1,5 +1,7 @@
 """From the measured rows of models to modelled rows: what an answer costs on other devices, as `model` says it."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import pandas as pd
@@ -10,10 +12,11 @@ from vitbench.edge.model import PARTS, Cost, Setting, Work, cost, transfer_time
 from vitbench.edge.profiles import Link, Profiles
 from vitbench.edge.streaming import stream
 from vitbench.errors import InputError
-from vitbench.records import Row
+from vitbench.records import IDENTITY, Row
 
 METRICS = {"edge_time": "s", "edge_energy": "J"}
-ABOUT = ("model", "dataset", "data_fingerprint", "method", "config", "seed")
+ABOUT = tuple(name for name in IDENTITY if name not in ("metric", "context"))
+FROM = "weights from "
 NEEDED = ("bytes", "peak_tensors", "macs", "int8_macs")
 
 
@@ -55,13 +58,20 @@ def modelled(
         for device in devices or profiles.devices:
             for link in links or profiles.links:
                 found = cost(work, profiles.device(device), profiles.link(link), profiles.operations, setting)
-                made += _rows(like, found, {"profile": device, "link": link, **setting.to_dict()})
+                named = {"profile": device, "link": link, "constants": _constants(profiles, device, link)}
+                made += _rows(like, found, named | setting.to_dict())
     return made
+
+
+def _constants(profiles: Profiles, device: str, link: str) -> str:
+    """The start of a hash of all that a row rests on, so that other constants under the same names give other rows."""
+    used = (profiles.device(device), profiles.link(link), profiles.operations)
+    return hashlib.sha256(json.dumps([one.to_dict() for one in used], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _rows(like: pd.Series, found: Cost, context: dict) -> list[Row]:
     context = context | {"artifact": like["context"].get("artifact", "")}
-    how = f"modelled: weights from {found.place}; parts {', '.join(PARTS)}"
+    how = f"modelled: {FROM}{found.place}; parts {', '.join(PARTS)}"
     values = {"edge_time": (found.seconds, found.time), "edge_energy": (found.joules, found.energy)}
     return [
         Row(
@@ -77,12 +87,17 @@ def _rows(like: pd.Series, found: Cost, context: dict) -> list[Row]:
     ]
 
 
+def place(source: str) -> str:
+    """Where the weights come from, by a modelled row's source."""
+    return source.partition(FROM)[2].partition(";")[0]
+
+
 def table(made: Sequence[Row]) -> str:
     """Modelled rows as text: a line for each model, device and link."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in made:
         key = (row.method, row.context["artifact"][:6], row.context["profile"], row.context["link"])
-        line = lines.setdefault(key, {"weights from": row.source.split("from ")[1].split(";")[0]})
+        line = lines.setdefault(key, {FROM.strip(): place(row.source)})
         line[f"{row.metric.removeprefix('edge_')} {row.unit}"] = f"{row.value:.3g}"
     index = pd.MultiIndex.from_tuples(lines, names=["method", "artifact", "device", "link"])
     return pd.DataFrame(list(lines.values()), index=index).to_string()

@@ -3,8 +3,6 @@
 import socket
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 from vitbench.edge.profiles import Link
 from vitbench.errors import InputError
@@ -12,17 +10,16 @@ from vitbench.errors import InputError
 CHUNK = 16 * 1024  # bytes that go out at once
 
 
-def stream(source: bytes | Path, link: Link, progress: Callable[[int], None] | None = None) -> float:
-    """Send a file or bytes through a socket at the link's latency and bandwidth; seconds from the request to the last byte.
+def stream(content: bytes, link: Link) -> float:
+    """Send bytes through a socket at the link's latency and bandwidth; seconds from the request to the last byte.
 
     The receiver asks with one byte; the sender waits for the latency, then sends no faster than the bandwidth.
 
     Raises:
         InputError: nothing to send, or not everything arrived.
     """
-    content = source.read_bytes() if isinstance(source, Path) else source
     if not content:
-        raise InputError("nothing to stream: the file is empty")
+        raise InputError("nothing to stream: there are no bytes")
     with socket.create_server(("127.0.0.1", 0)) as server:
         sender = threading.Thread(target=_serve, args=(server, content, link), daemon=True)
         sender.start()
@@ -32,8 +29,6 @@ def stream(source: bytes | Path, link: Link, progress: Callable[[int], None] | N
             count = 0
             while part := receiver.recv(1 << 20):
                 count += len(part)
-                if progress:
-                    progress(len(part))
             seconds = time.perf_counter() - start
         sender.join()
     if count != len(content):

@@ -38,7 +38,7 @@ class _Group:
     title: str
     slots: list[tuple[str, str, dict[str, Any]]]
     work: Callable[[], Iterable[Value]]
-    obstacle: str = ""  # why it cannot be had
+    obstacle: Callable[[], str] = str  # why it cannot be had, "" if it can
 
 
 def measure(
@@ -55,6 +55,7 @@ def measure(
     versus_backend: str | Sequence[str] = "",
     what: Sequence[str] = GROUPS,
     power: float = 0.0,
+    within: int = 0,
 ) -> pd.DataFrame:
     """Measure the model saved at `path` and write one row a metric to `run`; what is there already is not done again.
 
@@ -71,6 +72,7 @@ def measure(
         what: which of accuracy, size, weights and outputs (their errors; need `versus`), latency and memory to measure;
             and, only if asked for: startup (time to the first answer), limit (the smallest limit of memory), energy,
             and roofline (the least time that this machine's measured peaks allow).
+        within: bytes; for the group limit, only whether the model answers in so much memory.
         power: watts that the device draws while it computes, for an estimate of energy where nothing counts it.
 
     Returns:
@@ -83,8 +85,8 @@ def measure(
         )
     for group in what:
         one_of("group of metrics", group, (*GROUPS, *DEVICE_GROUPS))
-    if not power >= 0:
-        raise InputError(f"power = {power}: watts, 0 or more")
+    if not power >= 0 or within < 0:
+        raise InputError(f"power = {power}, within = {within}: watts and bytes, 0 or more")
     others = [versus_backend] if isinstance(versus_backend, str) else versus_backend
     versus_backends = list(dict.fromkeys(other or backend for other in others))
     for each in (backend, *versus_backends):
@@ -101,7 +103,7 @@ def measure(
     todo, wanted = [], set()
     every = [
         *_model_groups(path, data, versus, device, backend),
-        *_device_groups(path, versus, batches, threads, rounds, backend, versus_backends, power),
+        *_device_groups(path, versus, batches, threads, rounds, backend, versus_backends, power, within),
     ]
     for group in [group for group in every if group.title in what]:
         rows = [
@@ -128,8 +130,8 @@ def measure(
 
 
 def _measured(group: _Group, rows: list[Row]) -> list[Row]:
-    if group.obstacle:
-        return [row.having(status="skipped", error=group.obstacle, value=None, source="") for row in rows]
+    if why := group.obstacle():
+        return [row.having(status="skipped", error=why, value=None, source="") for row in rows]
     try:
         values = list(group.work())
     except (ChildError, RuntimeError, MemoryError) as error:
@@ -147,7 +149,7 @@ def _model_groups(path, data, versus, device, backend) -> Iterable[_Group]:
     metrics = ["top1", *(["top5"] if len(data.classes) > 5 else []), "cross_entropy"]
     slots = [(metric, "nats" if metric == "cross_entropy" else "fraction", context) for metric in metrics]
     own = artifact.read_manifest(path).recipe
-    obstacle = backends.obstacle(backend, own)
+    obstacle = functools.partial(backends.obstacle, backend, own)
     yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device, backend), obstacle)
 
     units = {"params": "weights", "macs": "MACs", "int8_macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
@@ -171,9 +173,9 @@ def _model_groups(path, data, versus, device, backend) -> Iterable[_Group]:
         yield _Group("outputs", slots, lambda: outputs.outputs(path, Path(versus), data, every))
 
 
-def _device_groups(path, versus, batches, threads, rounds, backend, versus_backends, power) -> Iterable[_Group]:
+def _device_groups(path, versus, batches, threads, rounds, backend, versus_backends, power, within) -> Iterable[_Group]:
     """What a model costs on this device."""
-    obstacle = backends.obstacle(backend, artifact.read_manifest(path).recipe)
+    obstacle = functools.partial(backends.obstacle, backend, artifact.read_manifest(path).recipe)
     machine = {"threads": threads, "device": environment.device_name(backend), "backend": backend}
     timed = {**machine, "rounds": rounds, **_against(versus)}
     slots = [slot for batch in batches for slot in timing.slots({**timed, "batch": batch}, versus_backends)]
@@ -183,16 +185,21 @@ def _device_groups(path, versus, batches, threads, rounds, backend, versus_backe
         lambda: timing.latency(path, versus, batches, threads, rounds, backend, versus_backends),
         obstacle,
     )
-    for title, units, work, why in (
-        ("memory", fresh.memory_metrics(backend), fresh.memory, ""),
-        ("startup", fresh.STARTUP, fresh.startup, ""),
-        ("limit", {"memory_limit": "bytes"}, fresh.memory_limit, limits.obstacle()),
+    for title, units, work in (
+        ("memory", fresh.memory_metrics(backend), fresh.memory),
+        ("startup", fresh.STARTUP, fresh.startup),
     ):
         slots = [(metric, unit, machine) for metric, unit in units.items()]
-        yield _Group(title, slots, functools.partial(work, path, backend, threads), obstacle or why)
+        yield _Group(title, slots, functools.partial(work, path, backend, threads), obstacle)
+    work = functools.partial(fresh.memory_limit, path, backend, threads)
+    slots = [("memory_limit", "bytes", machine)]
+    if within:
+        work = functools.partial(fresh.answers_within, path, backend, threads, within)
+        slots = [("answers_within", "1 or 0", {**machine, "limit": within})]
+    yield _Group("limit", slots, work, lambda: obstacle() or limits.obstacle())
     slots = [("energy", "J", machine | ({"power": power} if power else {}))]
     work = functools.partial(energy.energy, path, backend, threads, power)
-    yield _Group("energy", slots, work, obstacle or energy.obstacle(backend, power))
+    yield _Group("energy", slots, work, lambda: obstacle() or energy.obstacle(backend, power))
     bare = {key: value for key, value in machine.items() if key != "backend"}
     slots = [("latency_floor", "ms", {**bare, "batch": batch}) for batch in batches]
     yield _Group("roofline", slots, functools.partial(roofline.roofline, path, batches, threads))

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from vitbench import standalone
+from vitbench import artifact, backends, standalone
 from vitbench.measure import limits
 from vitbench.measure.child import ChildError
+from vitbench.measure.memory import peak_tensors
+from vitbench.measure.timing import locked
 from vitbench.measure.value import Value
 
 MEMORY = {"peak_rss": "bytes", "import_rss": "bytes"}
@@ -22,34 +25,28 @@ STARTUP = {"cold_start": "s", "load_time": "s"}
 
 def memory_metrics(backend: str) -> dict[str, str]:
     """Metric -> unit of what `memory` yields, in order."""
-    return MEMORY | ({"peak_tensors": "bytes"} if backend == "eager" else {}) | _exported(backend)
-
-
-def _exported(backend: str) -> dict[str, str]:
-    from vitbench.backends import BACKENDS
-
-    return {"exported_bytes": "bytes"} if BACKENDS[backend].file else {}
+    more = {"peak_tensors": backend == "eager", "exported_bytes": bool(backends.BACKENDS[backend].file)}
+    return MEMORY | {metric: "bytes" for metric, there in more.items() if there}
 
 
 def memory(path: Path, backend: str, threads: int) -> Iterator[Value]:
     """The peak, how much of it the imports alone take; in eager the largest sum of tensors alive at once; else the export's size."""
-    with ready(path, backend, threads) as (command, size):
+    with ready(path, backend, threads) as (command, files):
         found = answer(command, threads)
-    without = ", without PyTorch" if size else ""
+        size = sum(file.stat().st_size for file in files)
+    without = ", without PyTorch" if backends.BACKENDS[backend].file else ""
     how = f"measured: peak of a fresh process{without} that loads the file and answers one image"
     yield Value("peak_rss", found["peak"], how)
     yield Value("import_rss", found["imports"], "measured: peak of the same process after its imports")
     if backend == "eager":
         tensors = "measured: largest sum of tensors alive at once in one answer, the model's included"
         yield Value("peak_tensors", found["tensors"], tensors)
-    if size:
+    if backends.BACKENDS[backend].file:
         yield Value("exported_bytes", size, f"measured: files that {backend} loads")
 
 
 def startup(path: Path, backend: str, threads: int) -> Iterator[Value]:
     """Seconds from a process's start to its first answer, and those of them that loading the model takes: medians."""
-    from vitbench.measure.timing import locked
-
     with ready(path, backend, threads) as (command, _), locked():
         answer(command, threads)  # the files are in the system's cache from here on
         found = [answer(command, threads) for _ in range(standalone.STARTS)]
@@ -61,10 +58,21 @@ def startup(path: Path, backend: str, threads: int) -> Iterator[Value]:
 
 def memory_limit(path: Path, backend: str, threads: int) -> Iterator[Value]:
     """The smallest limit of memory under which the process still answers."""
-    with ready(path, backend, threads) as (command, _):
+    with ready(path, backend, threads) as (command, files):
         peak = answer(command, threads)["peak"]
-        least = limits.smallest(command, peak, standalone.thread_environment(threads), [path])
+        least = limits.smallest(command, peak, standalone.thread_environment(threads), files)
     yield Value("memory_limit", least, f"measured: smallest {limits.kind()} in which the process still answers")
+
+
+def answers_within(path: Path, backend: str, threads: int, limit: int) -> Iterator[Value]:
+    """Whether the process answers in so many bytes: 1 or 0.
+
+    Raises:
+        InputError: not even the interpreter starts in so little.
+    """
+    with ready(path, backend, threads) as (command, files):
+        found = limits.works(command, limit, standalone.thread_environment(threads), files)
+    yield Value("answers_within", float(found), f"measured: one answer under a {limits.kind()}")
 
 
 def answer(command: list[str], threads: int) -> dict[str, Any]:
@@ -80,16 +88,12 @@ def answer(command: list[str], threads: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def ready(path: Path, backend: str, threads: int) -> Iterator[tuple[list[str], int]]:
-    """The command of a process that answers one image, and the bytes of what was exported for it (0: the saved model)."""
-    import torch
-
-    from vitbench import artifact
-    from vitbench.backends import BACKENDS
-
-    write = BACKENDS[backend].file
+def ready(path: Path, backend: str, threads: int) -> Iterator[tuple[list[str], list[Path]]]:
+    """The command of a process that answers one image, and the files it loads: those exported for it, or the saved model's."""
+    write = backends.BACKENDS[backend].file
     if not write:
-        yield [sys.executable, "-m", "vitbench.measure.fresh", str(path), backend, str(threads)], 0
+        command = [sys.executable, "-m", "vitbench.measure.fresh", str(path), backend, str(threads)]
+        yield command, list(path.iterdir())
         return
     with tempfile.TemporaryDirectory() as folder:
         model = artifact.load(path)
@@ -98,17 +102,11 @@ def ready(path: Path, backend: str, threads: int) -> Iterator[tuple[list[str], i
         np.save(images, x.numpy())
         with torch.no_grad():
             exported = write(model, x, Path(folder, "model"))
-        whole = sum(file.stat().st_size for file in Path(folder).glob("model.*"))
-        yield standalone.answer_command(exported, images, threads), whole
+        yield standalone.answer_command(exported, images, threads), list(Path(folder).glob("model.*"))
 
 
 def one_answer(path: str, backend: str, threads: int) -> dict[str, Any]:
     """As `standalone.one_answer`, of a saved model in PyTorch; in eager also the largest sum of tensors alive at once."""
-    import torch
-
-    from vitbench import artifact, backends
-    from vitbench.measure.memory import peak_tensors
-
     torch.set_num_threads(threads)
     imports, start = standalone.peak_bytes(), time.monotonic()
     model = artifact.load(path)

@@ -111,4 +111,5 @@ def _drop_cached(files: Iterable[Path]) -> None:
         for file in path.rglob("*") if path.is_dir() else [path]:
             if file.is_file() and hasattr(os, "posix_fadvise"):
                 with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())  # what is not yet on the disk is not forgotten
                     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

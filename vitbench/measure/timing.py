@@ -36,10 +36,10 @@ def latency(
         yield from values(found[0], found[1:])
 
 
-def values(own: list[float], others: Sequence[list[float]]) -> Iterator[Value]:
+def values(own: list[float], others: Sequence[list[float]], where: str = "in a fresh process") -> Iterator[Value]:
     """The percentiles of a model's calls, and their ratio to each of the others' in turn with which they were made."""
     turn = ", in turn with the baseline" if others else ""
-    how = f"measured: {len(own)} calls in a fresh process after warm-up{turn}"
+    how = f"measured: {len(own)} calls {where} after warm-up{turn}"
     for p in PERCENTILES:
         yield Value(f"latency_p{p}", float(np.percentile(own, p)), how, samples=own if p == 50 else None)
     for other in others:
