@@ -36,3 +36,12 @@ def test_memory_with_and_without_pytorch():
     eager = value(subject(load_records(REFERENCE / "edge-deit-tiny")), "dynamic_int8", "peak_rss")["value"] / MEGA
     assert f"took {peak:.0f} MB at the peak in a bundle's process, of which {floor:.0f} are" in " ".join(README.split())
     assert f"a process with PyTorch took {eager:.0f}" in " ".join(README.split())
+
+
+def test_memory_under_a_real_limit():
+    rows = load_records(REFERENCE / "edge-limit-deit-tiny").set_index(["method", "metric"])
+    assert rows.loc[("dynamic_int8", "answers_within"), "value"] == 1
+    within = rows.loc[("dynamic_int8", "answers_within"), "context"]["limit"] / MEGA
+    least, dense = (rows.loc[(method, "memory_limit"), "value"] / MEGA for method in ("dynamic_int8", "baseline"))
+    words = " ".join(README.split())
+    assert f"it answers in {within:.0f} MB, and down to {least:.0f} (fp32: {dense:.0f};" in words
