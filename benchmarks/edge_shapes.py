@@ -109,14 +109,15 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
     racing = [path for path, why in able.items() if not why]
     entries = [*((str(base), reference) for reference in references), *((str(path), backend) for path in racing)]
     (found,) = timing.race(entries, [batch], options.threads, options.rounds)
-    others, times = found[: len(references)], dict(zip(racing, found[len(references) :], strict=True))
+    others = [other.times for other in found[: len(references)]]
+    timings = dict(zip(racing, found[len(references) :], strict=True))
     for path, rows in slots.items():
-        own = times.get(path, able[path])
+        own = timings.get(path, able[path])
         if isinstance(own, str):
             status = {"status": "skipped" if able[path] else "failed", "error": own, "value": None, "source": ""}
             run.append(row.having(**status) for row in rows)
         else:
-            run.append(_filled(rows, timing.values(own, others)))
+            run.append(_filled(rows, timing.values(backend, own, others)))
 
 
 def _slots(path: Path, data: vb.ImageData, timed: dict[str, Any], references: list[str]) -> Iterator[Row]:

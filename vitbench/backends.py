@@ -168,7 +168,12 @@ ROUNDED = 0.3
 
 
 def prepare(backend: str, model: nn.Module, x: Tensor) -> Call:
-    """Make `model` callable in `backend` for inputs shaped like `x`.
+    """Make `model` callable in `backend` for inputs shaped like `x`; raises what `checked` raises."""
+    return checked(backend, model, x)[0]
+
+
+def checked(backend: str, model: nn.Module, x: Tensor) -> tuple[Call, float]:
+    """The model made callable in `backend` for inputs shaped like `x`, and how far its answer to `x` is from eager's.
 
     Raises:
         InputError: unknown backend, or its extra is not installed.
@@ -181,7 +186,7 @@ def prepare(backend: str, model: nn.Module, x: Tensor) -> Call:
         raise RuntimeError(
             f"{backend} differs from eager by {apart:.1e} of the largest logit; at most {allowed} is allowed"
         )
-    return call
+    return call, apart
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

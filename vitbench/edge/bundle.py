@@ -281,7 +281,8 @@ def _lacks(entry: Entry, result: Result | None) -> str:
 
 def _values(entry: Entry, result: Result) -> Iterator[Value]:
     """The values of the rows, in order."""
-    yield from timing.values(result.times, [result.versus_times] if entry.versus else [], "on the device")
+    own = timing.Timed(result.times, result.apart, entry.tolerance)
+    yield from timing.values(entry.backend, own, [result.versus_times] if entry.versus else [], "on the device")
     starts = f"measured: median of {len(result.peak)} fresh processes on the device, without PyTorch"
     for metric, samples in zip(
         (*MEMORY, *STARTUP), (result.peak, result.imports, result.cold_start, result.load), strict=True

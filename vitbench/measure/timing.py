@@ -1,6 +1,7 @@
 """Latency: percentiles of single calls in a fresh process, in turn with a second model for a ratio."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ from vitbench.standalone import turns
 from vitbench.statistics import median_ratio
 
 PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A model's calls in a backend: milliseconds, how far its logits were from eager's, and how far they may be.
+
+    Distances are relative to the largest logit (`backends.distance`).
+    """
+
+    times: list[float]
+    apart: float
+    allowed: float
 
 
 def latency(
@@ -31,20 +44,26 @@ def latency(
     """
     models = [(str(path), backend), *([(str(versus), other) for other in versus_backends] if versus else [])]
     for found in race(models, batches, threads, rounds):
-        if failed := [times for times in found if isinstance(times, str)]:
+        if failed := [each for each in found if isinstance(each, str)]:
             raise ChildError(failed[0])
-        yield from values(found[0], found[1:])
+        yield from values(backend, found[0], [other.times for other in found[1:]])
 
 
-def values(own: list[float], others: Sequence[list[float]], where: str = "in a fresh process") -> Iterator[Value]:
-    """The percentiles of a model's calls, and their ratio to each of the others' in turn with which they were made."""
+def values(
+    backend: str, own: Timed, others: Sequence[list[float]], where: str = "in a fresh process"
+) -> Iterator[Value]:
+    """What `slots` lists, in order: percentiles, ratios to each of the others, in turn with which it was timed, the distance."""
     turn = ", in turn with the baseline" if others else ""
-    how = f"measured: {len(own)} calls {where} after warm-up{turn}"
+    how = f"measured: {len(own.times)} calls {where} after warm-up{turn}"
     for p in PERCENTILES:
-        yield Value(f"latency_p{p}", float(np.percentile(own, p)), how, samples=own if p == 50 else None)
+        samples = own.times if p == 50 else None
+        yield Value(f"latency_p{p}", float(np.percentile(own.times, p)), how, samples=samples)
     for other in others:
-        ratio, low, high = median_ratio(own, other)
+        ratio, low, high = median_ratio(own.times, other)
         yield Value("latency_ratio", ratio, how + "; ratio of medians, bootstrap 95 %", low, high, samples=other)
+    if backend != "eager":
+        how = f"measured: largest difference from eager's logits over the largest of them; {own.allowed} is allowed"
+        yield Value("logit_distance", own.apart, how)
 
 
 def slots(timed: dict[str, Any], versus_backends: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -53,20 +72,19 @@ def slots(timed: dict[str, Any], versus_backends: Sequence[str]) -> list[tuple[s
     apart = {other: {} if other == backend else {"versus_backend": other} for other in versus_backends}
     own = timed | ({} if backend in apart or "versus" not in timed else apart[versus_backends[0]])
     ratios = [("latency_ratio", "ratio", timed | apart[other]) for other in apart if "versus" in timed]
-    return [(f"latency_p{p}", "ms", own) for p in PERCENTILES] + ratios
+    alone = {key: value for key, value in timed.items() if key not in ("rounds", "versus")}
+    distance = [] if backend == "eager" else [("logit_distance", "fraction", alone)]
+    return [(f"latency_p{p}", "ms", own) for p in PERCENTILES] + ratios + distance
 
 
 def race(
     models: Sequence[tuple[str, str]], batches: Sequence[int], threads: int, rounds: int
-) -> Iterator[list[list[float] | str]]:
-    """Milliseconds of the calls of each (path, backend), all in turn in a fresh process for each batch size.
-
-    In the place of the times of a model that cannot be prepared stands the reason.
-    """
+) -> Iterator[list[Timed | str]]:
+    """Each (path, backend) timed, all in turn in a fresh process for each batch size; or why a model cannot be prepared."""
     for batch in batches:
         with locked():
             found = in_child("time_models", threads, models=list(models), batch=batch, rounds=rounds)
-        yield found["times"]
+        yield [each if isinstance(each, str) else Timed(**each) for each in found["timed"]]
 
 
 def locked() -> FileLock:
@@ -76,17 +94,17 @@ def locked() -> FileLock:
 
 @job
 def time_models(models: list[tuple[str, str]], batch: int, rounds: int) -> dict[str, Any]:
-    """`times[model]` is a list, or why there is none. The order in a round alternates."""
+    """`timed[model]` has the fields of `Timed`, or is why there are none. The order in a round alternates."""
     import torch
 
     with torch.inference_mode():
-        ready = [_call(path, backend, batch) for path, backend in models]
-        times = iter(turns([call for call in ready if not isinstance(call, str)], rounds))
-    return {"times": [call if isinstance(call, str) else next(times) for call in ready]}
+        ready = [_ready(path, backend, batch) for path, backend in models]
+        times = iter(turns([each[0] for each in ready if not isinstance(each, str)], rounds))
+    return {"timed": [each if isinstance(each, str) else asdict(Timed(next(times), *each[1:])) for each in ready]}
 
 
-def _call(path: str, backend: str, batch: int) -> Callable[[], Any] | str:
-    """The model ready to answer a batch in the backend, or why it is not."""
+def _ready(path: str, backend: str, batch: int) -> tuple[Callable[[], Any], float, float] | str:
+    """A call of the model with a batch in the backend, and its distance from eager and the one allowed; or why there is none."""
     import torch
 
     from vitbench import artifact, backends
@@ -95,7 +113,7 @@ def _call(path: str, backend: str, batch: int) -> Callable[[], Any] | str:
         model = artifact.load(path)
         size = model.recipe.preprocess.size
         x = torch.randn(batch, 3, size, size)
-        run = backends.prepare(backend, model, x)
+        run, apart = backends.checked(backend, model, x)
     except (RuntimeError, ValueError, MemoryError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return lambda: run(x)
+    return lambda: run(x), apart, backends.tolerance(backend, model)
