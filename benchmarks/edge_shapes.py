@@ -21,6 +21,7 @@ from typing import Any
 import vitbench as vb
 from vitbench import artifact, backends, environment
 from vitbench.cli.common import print_results
+from vitbench.edge import backend_table
 from vitbench.errors import InputError, one_of
 from vitbench.measure import timing
 from vitbench.measure.value import Value, about
@@ -58,6 +59,8 @@ def main() -> int:
         print(f"edge_shapes.py: {error}", file=sys.stderr)
         return 2
     print_results(run.folder)
+    (run.folder / "table.md").write_text(backend_table.table(run.rows()))
+    print(f"table: {run.folder / 'table.md'}")
     return 0
 
 

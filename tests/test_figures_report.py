@@ -266,7 +266,9 @@ def test_the_report_is_whole_in_itself(folder):
 
 def test_the_report_escapes_what_comes_from_data(tmp_path):
     append_rows(tmp_path / "records.jsonl", make_rows(dataset="<script>alert(1)</script>"))
-    assert "<script>" not in write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
+    assert "&lt;script&gt;alert" in page
+    assert "<script>alert" not in page
 
 
 def test_failures_are_told(folder):

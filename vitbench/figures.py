@@ -49,13 +49,41 @@ P90 = {"ls": "", "marker": "|", "ms": 7, "color": "#555555"}
 P99 = {"ls": "", "marker": "d", "ms": 3.5, "color": "#777777"}
 
 
+_own: dict[str, Any] = {}  # what `restyled` has set
+
+
 @contextlib.contextmanager
 def style() -> Iterator[None]:
     """The project's look, for the figures here and for a notebook's own."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE | _own):
         yield
         interactive = mpl.is_interactive()
     mpl.interactive(interactive)  # a notebook's backend may have set it inside; taking it back would hide later figures
+
+
+@contextlib.contextmanager
+def restyled(file: str | Path) -> Iterator[None]:
+    """Draw with a matplotlib style file, which goes before the project's look where it sets something; "" is none.
+
+    Raises:
+        InputError: no such file, or one that matplotlib does not understand.
+    """
+    global _own
+    before = _own
+    if file:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise InputError(f"no style file {str(path)!r}; give a file of lines such as `font.size: 12`")
+        try:
+            _own = dict(mpl.rc_params_from_file(path, fail_on_error=True, use_default_template=False))
+        except (KeyError, ValueError, OSError) as error:
+            raise InputError(
+                f"{str(path)!r} is no matplotlib style file ({' '.join(str(error).split())[:200]})"
+            ) from None
+    try:
+        yield
+    finally:
+        _own = before
 
 
 def look(method: str, among: Sequence[str]) -> dict[str, str]:
@@ -64,12 +92,19 @@ def look(method: str, among: Sequence[str]) -> dict[str, str]:
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str, rows: pd.DataFrame | None = None) -> None:
+def save_figure(
+    figure: Figure,
+    folder: str | Path,
+    name: str,
+    rows: pd.DataFrame | None = None,
+    kinds: Sequence[str] = ("png", "svg"),
+) -> None:
     """Write `name`.png and `name`.svg, and with `rows` a `name`.csv of the rows that the figure shows, with their keys."""
     folder = writable_folder(folder, "figures folder")
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same rows give the same file
     with style():
-        figure.savefig(folder / f"{name}.png")
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        for kind in kinds:
+            figure.savefig(folder / f"{name}.{kind}", metadata=undated[kind])
     if rows is not None:
         columns = [
             *("key", "model", "dataset", "method", "config", "metric", "batch"),

@@ -1,4 +1,4 @@
-"""run, list and report."""
+"""run, list, report and figure."""
 
 import argparse
 from pathlib import Path
@@ -27,18 +27,32 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--out", default="", metavar="DIR", help="results folder (default: results/runs/PROFILE)")
     run.set_defaults(command=_run)
 
-    show = commands.add_parser("list", help="show notebooks, profiles, methods, models, or devices")
+    show = commands.add_parser("list", help="show notebooks, profiles, methods, models, devices, or figures")
     show.add_argument(
         "what",
         nargs="?",
-        choices=("notebooks", "profiles", "methods", "models", "devices"),
-        help="default: all but models and devices",
+        choices=("notebooks", "profiles", "methods", "models", "devices", "figures"),
+        help="default: notebooks, profiles and methods",
     )
     show.set_defaults(command=_list)
 
     report = commands.add_parser("report", help="write report.html from the rows of a results folder")
     report.add_argument("folder", help="a results folder, or its records.jsonl")
     report.set_defaults(command=_report)
+
+    figure = commands.add_parser("figure", help="draw one figure from the rows of results folders")
+    figure.add_argument("name", help="what to draw; `list figures` names them")
+    figure.add_argument(
+        "--rows",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="results folders; all rows of the last one's model count",
+    )
+    figure.add_argument("--out", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
+    figure.add_argument("--batch", type=int, default=1, help="batch size of the times (default: 1)")
+    figure.add_argument("--style", default="", metavar="FILE", help="a matplotlib style file of your own")
+    figure.set_defaults(command=_figure)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -87,6 +101,11 @@ def _list(options: argparse.Namespace) -> int:
             print(f"{kind}:")
             for name, profile in group.items():
                 print(f"  {name:24} {profile.title}")
+    if options.what == "figures":
+        from vitbench.gallery import GALLERY
+
+        for name, (title, _) in GALLERY.items():
+            print(f"{name:24} {title}")
     if options.what == "models":
         print("\n".join(model_names()))
     return 0
@@ -96,4 +115,12 @@ def _report(options: argparse.Namespace) -> int:
     from vitbench.report import write_report
 
     print(write_report(options.folder))
+    return 0
+
+
+def _figure(options: argparse.Namespace) -> int:
+    from vitbench.gallery import draw, rows_of
+
+    others = draw(options.name, rows_of(options.rows), options.out, batch=options.batch, look=options.style)
+    print(options.out + (f" ({others} rows of other models or images are not in it)" if others else ""))
     return 0

@@ -1,15 +1,19 @@
-"""Figures of what a model costs where it was measured: memory with and without PyTorch, the first answer, the distance from the floor."""
+"""Figures of what a model costs where it was measured: memory, the first answer, every backend, the distance from the floor."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
-from vitbench.comparison import MEGA, subject, value
+from vitbench.comparison import EAGER, MEGA, subject, value
 from vitbench.errors import InputError
 from vitbench.figures import COLOURS, MARKERS, heading, note, style, wrapped
+
+Ratio = Callable[[str, int, str], float | None]
 
 
 def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -83,31 +87,58 @@ def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         raise InputError(
             "the rows hold no latency_floor beside a latency; measure the groups roofline and latency first"
         )
-    names, backends = list(dict.fromkeys(floor["label"])), list(dict.fromkeys(timed["backend"]))
+
+    def over_floor(label: str, batch: int, backend: str) -> float | None:
+        own, least = value(rows, label, "latency_p50", batch, backend), value(rows, label, "latency_floor", batch)
+        return None if own is None or least is None or own["backend"] != backend else own["value"] / least["value"]
+
     batches = sorted(set(floor["batch"]) & set(timed["batch"]))
+    figure = _marks(rows, timed, batches, over_floor, "median time / floor", "how far from the machine's own limit")
+    note(figure, "1 is the floor: products and bytes at this machine's measured peaks")
+    return figure, pd.concat([floor, timed])
+
+
+def in_backends(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Median time over that of eager fp32, in turn with which it was taken, by model and backend, one panel a batch size."""
+    rows = subject(rows)
+    against = rows["versus_backend"].eq(EAGER) | (rows["versus_backend"].isna() & rows["backend"].eq(EAGER))
+    timed = rows[(rows["metric"] == "latency_ratio") & against]
+    if not len(timed):
+        raise InputError("the rows hold no time over eager fp32's; measure the latency with --versus-backend eager")
+
+    def over_eager(label: str, batch: int, backend: str) -> float | None:
+        versus = "" if backend == EAGER else EAGER
+        own = value(rows, label, "latency_ratio", batch, backend, versus)
+        return None if own is None or own["backend"] != backend else own["value"]
+
+    figure = _marks(
+        rows, timed, sorted(set(timed["batch"])), over_eager, "time / eager fp32's", "time in every backend"
+    )
+    note(figure, "medians, in turn with eager fp32 in one process; left is faster")
+    return figure, timed
+
+
+def _marks(
+    rows: pd.DataFrame, shown: pd.DataFrame, batches: Sequence[float], ratio: Ratio, unit: str, title: str
+) -> Figure:
+    """A line a model, a mark a backend, a panel a batch size; `ratio(label, batch, backend)` is where the mark stands."""
+    names, backends = list(dict.fromkeys(shown["label"])), list(dict.fromkeys(shown["backend"]))
     with style():
         size = (3.4 + 3.6 * len(batches), 1.8 + 0.3 * len(names))
         figure, panels = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False)
         for axes, batch in zip(panels[0], batches, strict=True):
-            _floor_panel(axes, rows, names, backends, int(batch))
+            for number, backend in enumerate(backends):
+                found = [(ratio(name, int(batch), backend), place) for place, name in enumerate(names)]
+                own = [(x, place) for x, place in found if x is not None]
+                look = {"marker": MARKERS[number], "color": COLOURS[(number + 1) % len(COLOURS)]}
+                axes.plot(*(zip(*own, strict=True) if own else ([], [])), ls="", label=backend, **look)
+            axes.axvline(1, color="black", lw=1)
+            axes.set(xscale="log", xlabel=f"{unit}, batch {int(batch)}")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter("{x:g}")
         panels[0][0].set_yticks(range(len(names)), [wrapped(name, 30) for name in names])
         panels[0][0].invert_yaxis()
         panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        figure.suptitle(heading(rows, "how far from the machine's own limit"), x=0.01, ha="left")
-        note(figure, "1 is the floor: products and bytes at this machine's measured peaks")
-    return figure, pd.concat([floor, timed])
-
-
-def _floor_panel(axes: Axes, rows: pd.DataFrame, names: list[str], backends: list[str], batch: int) -> None:
-    for number, backend in enumerate(backends):
-        places, ratios = [], []
-        for place, name in enumerate(names):
-            own, least = value(rows, name, "latency_p50", batch, backend), value(rows, name, "latency_floor", batch)
-            if own is not None and own["backend"] == backend and least is not None:
-                places.append(place)
-                ratios.append(own["value"] / least["value"])
-        axes.plot(
-            ratios, places, ls="", marker=MARKERS[number], color=COLOURS[(number + 1) % len(COLOURS)], label=backend
-        )
-    axes.axvline(1, color="black", lw=1)
-    axes.set(xscale="log", xlabel=f"median time / floor, batch {batch}")
+        figure.suptitle(heading(rows, title), x=0.01, ha="left")
+    return figure

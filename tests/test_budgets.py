@@ -1,0 +1,177 @@
+"""Equal budgets, and every figure of the gallery, from rows alone."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.test_figures_report import assert_readable, make_rows, rows_of
+from vitbench import budgets
+from vitbench.cli import main
+from vitbench.edge import backend_table
+from vitbench.errors import InputError
+from vitbench.gallery import GALLERY, draw
+from vitbench.multiples import multiples
+from vitbench.records import append_rows, load_records
+from vitbench.statistics import pack_hits
+
+IMAGES = 1000
+
+
+def answers(*wrong):
+    """The answers of a model that is wrong on these ranges of images."""
+    hits = np.ones(IMAGES, bool)
+    for first, last in wrong:
+        hits[first:last] = False
+    return {"hits": pack_hits(hits), "value": float(hits.mean()), "low": hits.mean() - 0.02, "high": hits.mean() + 0.02}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four models: 1/2 and 1/4 of the baseline's bytes, each once well and once badly or nearly as well."""
+    found = {
+        "baseline": (800_000, answers((0, 20))),
+        "pruning": (390_000, answers((0, 30))),
+        "uct": (190_000, answers((0, 40))),
+        "lsq": (190_000, answers((0, 39), (900, 903))),  # wrong on others, but not on more than chance
+        "diffq": (100_000, answers((0, 300))),
+    }
+    rows = []
+    for method, (size, own) in found.items():
+        for row in make_rows(("baseline", method), (0.9, 0.9), (800_000, size))[6 if method != "baseline" else 0 :]:
+            if row.method == method:
+                test = {"context": row.context | {"images": IMAGES}, **own} if row.metric == "top1" else {}
+                rows.append(row.having(**test))
+    append_rows(tmp_path / "records.jsonl", rows)
+    return tmp_path
+
+
+def test_within_a_budget_the_most_accurate_wins_and_its_equals_are_named(folder):
+    won = budgets.winners(load_records(folder), shares=(1 / 2, 1 / 4, 1 / 8, 1 / 100))
+    assert [each.count for each in won] == [4, 3, 1, 0]
+    assert [None if each.top1 is None else each.top1["label"] for each in won] == ["pruning", "uct", "diffq", None]
+    assert won[0].equals == ()
+    assert won[1].equals == ("lsq",)
+    assert won[1].cost["value"] == 190_000
+
+
+def test_without_answers_image_by_image_the_intervals_decide(folder):
+    rows = load_records(folder)
+    rows["hits"] = ""
+    assert budgets.winners(rows, shares=(1 / 2,))[0].equals == ("uct", "lsq")
+
+
+def test_the_table_of_budgets_is_for_reading(folder):
+    table = budgets.table(load_records(folder))
+    assert table.loc["1/4", "most accurate"] == "uct"
+    assert table.loc["1/4", "top-1 %"] == "96.00 [94.00, 98.00]"
+    assert table.loc["1/4", "of them"] == "lsq"
+    assert table.loc["1/15", "most accurate"] == "-"
+
+
+def test_budgets_need_a_baseline(folder):
+    rows = load_records(folder)
+    with pytest.raises(InputError, match="none of the baseline"):
+        budgets.winners(rows[rows["method"] != "baseline"])
+
+
+@pytest.mark.parametrize("count", [2, 31])
+def test_small_multiples_show_every_method_and_can_be_read(tmp_path, count):
+    append_rows(tmp_path / "records.jsonl", rows_of(count))
+    rows = load_records(tmp_path)
+    figure, shown = multiples(rows)
+    assert_readable(figure)
+    titles = {axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()}
+    assert {title.replace("\n", "") for title in titles} == set(rows["method"]) - {"baseline"}
+    assert set(shown["key"]) <= set(rows["key"])
+
+
+NEEDS_MORE = {"backends": "eager fp32", "floors": "latency_floor", "memory": "peak_rss", "startup": "cold_start"}
+
+
+@pytest.mark.parametrize("name", GALLERY)
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_every_figure_is_drawn_again_as_it_was(folder, tmp_path, name, kind):
+    rows = load_records(folder)
+    if name in NEEDS_MORE and name != "backends":
+        with pytest.raises(InputError, match=NEEDS_MORE[name]):
+            draw(name, rows, tmp_path / f"x.{kind}")
+        return
+    files = [tmp_path / side / f"x.{kind}" for side in "ab"]
+    for file in files:
+        assert draw(name, rows, file) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert set(pd.read_csv(files[0].with_suffix(".csv"))["key"]) <= set(rows["key"])
+
+
+def test_a_figure_from_the_command_line_in_ones_own_style(folder, tmp_path, capsys):
+    style = tmp_path / "own.mplstyle"
+    style.write_text("savefig.dpi: 50\n")
+    plain, own = tmp_path / "plain.png", tmp_path / "own.png"
+    assert main(["figure", "size", "--rows", str(folder), "--out", str(plain)]) == 0
+    assert main(["figure", "size", "--rows", str(folder), "--out", str(own), "--style", str(style)]) == 0
+    assert own.stat().st_size < plain.stat().st_size
+    other = tmp_path / "other"
+    append_rows(other / "records.jsonl", make_rows(dataset="other images"))
+    assert main(["figure", "size", "--rows", str(other), str(folder), "--out", str(plain)]) == 0
+    assert "rows of other models or images are not in it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["sizes"], "did you mean 'size'"),
+        (["size", "--out", "x.jpg"], r".png, .svg, .pdf"),
+        (["size", "--style", "none.mplstyle"], "no style file"),
+        (["size", "--rows", "nowhere"], "no records at 'nowhere'"),
+    ],
+)
+def test_wrong_input_to_figure(folder, tmp_path, capsys, given, message):
+    usual = {"--rows": str(folder), "--out": str(tmp_path / "x.png")}
+    for name, value in usual.items():
+        given = [*given, *([] if name in given else [name, value])]
+    assert main(["figure", *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_style_file_of_nonsense_is_refused(folder, tmp_path):
+    style = tmp_path / "own.mplstyle"
+    style.write_text("font.size: large-ish\nno such thing\n")
+    with pytest.raises(InputError, match="no matplotlib style file"):
+        draw("size", load_records(folder), tmp_path / "x.png", look=style)
+
+
+def in_another_backend(rows):
+    """The rows, those of onnxruntime beside them, in which uct has no form, and floors."""
+    for row in rows:
+        yield row
+        if not row.metric.startswith("latency"):
+            continue
+        there = row.context | {"backend": "onnxruntime", "artifact": row.method}
+        if row.method == "uct":
+            yield row.having(context=there, status="skipped", value=None, error="no form of it", source="")
+        else:
+            yield row.having(context=there)
+            if row.metric == "latency_ratio":
+                yield row.having(context=there | {"versus_backend": "eager"}, value=0.25, low=0.2, high=0.3)
+        if row.metric == "latency_p50":
+            context = {"batch": row.context["batch"], "threads": 2, "artifact": row.method}
+            yield row.having(metric="latency_floor", value=0.5, context=context, samples=None)
+
+
+def test_the_table_of_backends_has_both_baselines_the_reasons_and_the_floor(folder, tmp_path):
+    rows = [*make_rows(), *make_rows(("baseline", "uct"))[6:]]
+    rows = [row.having(context=row.context | {"artifact": row.method}) for row in rows]
+    append_rows(tmp_path / "more" / "records.jsonl", in_another_backend(rows))
+    text = backend_table.table(load_records(tmp_path / "more"))
+    lines = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if "|" in line
+    }
+    assert lines["method"] == ["method", "MB", "G MACs", "eager", "onnxruntime", "floor, batch 1", "floor, batch 8"]
+    assert lines["baseline"][3] == "1 / 1"
+    assert lines["dynamic_int8"][3:5] == ["0.50 / 0.50", "0.25 / 0.25 (0.50 / 0.50)"]
+    assert lines["dynamic_int8"][5] == "4.2 (eager)"
+    assert lines["uct"][4] == "- [1]"
+    assert "[1] no form of it" in text

@@ -1,0 +1,69 @@
+"""Every figure that the rows of results folders make by themselves, by name: what `vitbench figure` draws."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vitbench import figures
+from vitbench.comparison import subject
+from vitbench.edge import measured_figures
+from vitbench.errors import InputError, one_of
+from vitbench.multiples import multiples
+from vitbench.paths import writable_folder
+from vitbench.records import load_records
+from vitbench.tradeoff import tradeoff
+
+Draw = Callable[
+    [pd.DataFrame, int], tuple[Figure, pd.DataFrame]
+]  # of rows and a batch size: the figure, and the rows it shows
+GALLERY: dict[str, tuple[str, Draw]] = {
+    "size": ("accuracy against bytes on disk", lambda rows, batch: tradeoff(rows, "bytes")),
+    "work": ("accuracy against multiply-accumulates", lambda rows, batch: tradeoff(rows, "macs")),
+    "time": ("accuracy against time over the baseline's", lambda rows, batch: tradeoff(rows, "latency_ratio", batch)),
+    "methods": ("accuracy against bytes, a panel a method", lambda rows, batch: multiples(rows, "bytes")),
+    "methods-work": ("the same against multiply-accumulates", lambda rows, batch: multiples(rows, "macs")),
+    "predicted": (
+        "what bits and MACs promise beside what was measured",
+        lambda rows, batch: figures.predicted_beside_measured(rows),
+    ),
+    "latencies": ("how long a call takes", lambda rows, batch: figures.latencies(rows)),
+    "backends": ("time in every backend over eager fp32's", lambda rows, batch: measured_figures.in_backends(rows)),
+    "floors": ("time over the least that this machine allows", lambda rows, batch: measured_figures.floors(rows)),
+    "memory": ("peak memory of a process", lambda rows, batch: measured_figures.memory(rows)),
+    "startup": ("time to a first answer", lambda rows, batch: measured_figures.startup(rows)),
+}
+KINDS = (".png", ".svg", ".pdf")
+
+
+def rows_of(folders: Sequence[str | Path]) -> pd.DataFrame:
+    """The rows of several results folders one after another; figures are of the last row's model and images."""
+    return pd.concat([load_records(folder) for folder in folders], ignore_index=True)
+
+
+def draw(name: str, rows: pd.DataFrame, out: str | Path, *, batch: int = 1, look: str | Path = "") -> int:
+    """Draw a figure of the gallery into `out` (.png, .svg or .pdf) and the rows behind it into a CSV file beside it.
+
+    Args:
+        batch: of times.
+        look: a matplotlib style file; what it sets goes before the project's own.
+
+    Returns:
+        How many ok rows are of another model or other images, and so not in the figure.
+
+    Raises:
+        InputError: no such figure, rows that do not have what it needs, or a file that cannot be written.
+    """
+    one_of("figure", name, GALLERY)
+    out = Path(out).expanduser()
+    if out.suffix not in KINDS:
+        raise InputError(f"--out {str(out)!r} ends in {out.suffix!r}; give a name that ends in {', '.join(KINDS)}")
+    with figures.restyled(look):
+        figure, shown = GALLERY[name][1](rows, batch)
+        figures.save_figure(
+            figure, writable_folder(out.parent, "figures folder"), out.stem, shown, kinds=[out.suffix[1:]]
+        )
+    plt.close(figure)
+    return int((rows["status"] == "ok").sum() - len(subject(rows)))
