@@ -4,7 +4,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 BIN := .venv/bin
 
-.PHONY: run test setup format reference
+.PHONY: run test setup format reference figures
 
 run: setup
 	$(BIN)/vitbench run $(PROFILE) $(ARGS)
@@ -32,3 +32,9 @@ reference:
 	mkdir -p results/reference/$(AS)/figures
 	cp -r $(FROM)/records.jsonl $(FROM)/environments results/reference/$(AS)/
 	for rows in $(wildcard $(FROM)/figures/*.csv); do cp $${rows%.csv}.* results/reference/$(AS)/figures/; done
+
+# make figures  draws the README's figures again, from committed rows alone
+ROWS := results/reference
+CIFAR10 := $(addprefix $(ROWS)/,quantization-cifar10 cifar10-deit mixed-rank-cifar10 multidimensional-cifar10 torch-pruning-cifar10)
+figures: setup
+	$(BIN)/vitbench figure methods --rows $(CIFAR10) --out $(ROWS)/figures/cifar10_methods.png

@@ -62,9 +62,10 @@ def test_the_readmes_commands_exist():
         _parser().parse_args(re.findall(r'"[^"]*"|\S+', line.split("#")[0]))
 
 
-def test_the_readmes_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "results").glob("*.md"), *(ROOT / "results" / "reference").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page, target)
 
 
 def test_files_stay_small():

@@ -96,7 +96,7 @@ def table(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> pd.DataFra
             )
             scale, unit = {"bytes": (MEGA, " MB"), "macs": (MEGA, " M")}.get(cost, (1.0, ""))
             line |= {"most accurate": won.top1["label"], "top-1 %": accuracy}
-            line |= {cost: f"{won.cost['value'] / scale:.3g}{unit}", "cannot be told apart": len(won.equals)}
+            line |= {cost: f"{won.cost['value'] / scale:.3g}{unit}", "cannot be told apart": str(len(won.equals))}
             line["of them"] = "; ".join(won.equals[:3]) + ("; ..." if len(won.equals) > 3 else "")
         lines.append(line)
     return pd.DataFrame(lines).fillna("-").set_index("budget")

@@ -12,9 +12,10 @@ import jinja2
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from vitbench import figures
+from vitbench import budgets, figures
 from vitbench.comparison import comparison, findings, in_backend, subject
 from vitbench.errors import InputError
+from vitbench.paths import writable_folder
 from vitbench.records import load_records, records_file
 from vitbench.tradeoff import tradeoff
 
@@ -22,18 +23,25 @@ ENVIRONMENT_FACTS = ("system", "python", "cpu", "cores", "memory_gib", "cpu_capa
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(*folders: str | Path, out: str | Path = "") -> Path:
     """Write `report.html` into a results folder; it needs no network and nothing beside it but the linked notebooks.
 
+    Args:
+        folders: results folders, whose rows are taken together.
+        out: where the page goes; by default into the one folder.
+
     Raises:
-        InputError: no records there, a damaged records file, or a folder that cannot be written.
+        InputError: no records there, a damaged records file, or a folder that cannot be written; several folders, and no
+            `out`.
     """
-    folder = Path(folder).expanduser()
-    source = records_file(folder)
-    folder = source.parent
-    rows = load_records(source)
+    if not out and len(folders) != 1:
+        raise InputError(f"a report of {len(folders)} results folders needs a folder of its own; give --out DIR")
+    sources = [records_file(folder) for folder in folders]
+    rows = pd.concat([load_records(source) for source in sources], ignore_index=True)
+    folder = writable_folder(out, "report's folder") if out else sources[0].parent
     templates = jinja2.Environment(loader=jinja2.PackageLoader("vitbench"), autoescape=True)
-    page = templates.get_template("report.html").render(**_content(folder, rows))
+    content = _content(folder, rows, [source.parent for source in sources])
+    page = templates.get_template("report.html").render(**content)
     part = folder / f".report.{os.getpid()}"
     try:
         part.write_text(page, encoding="utf-8")
@@ -51,7 +59,7 @@ def table_text(rows: pd.DataFrame) -> str:
     return comparison(rows).map(_cell).to_string()
 
 
-def _content(folder: Path, rows: pd.DataFrame) -> dict[str, Any]:
+def _content(folder: Path, rows: pd.DataFrame, sources: list[Path]) -> dict[str, Any]:
     chosen = subject(rows)
     table = comparison(chosen)
     return {
@@ -66,13 +74,23 @@ def _content(folder: Path, rows: pd.DataFrame) -> dict[str, Any]:
         "table": [
             [method, *(_cell(cell) for cell in line)] for method, line in zip(table.index, table.values, strict=True)
         ],
+        "budgets": _budgets(chosen),
         "figures": _figures(chosen),
         "protocol": _protocol(chosen),
-        "machines": _machines(folder, chosen),
+        "machines": _machines(sources, chosen),
         "notebooks": sorted(
             path.name for path in (folder / "notebooks").glob("[!.]*.ipynb") if ".running." not in path.name
         ),
     }
+
+
+def _budgets(rows: pd.DataFrame) -> list[list[str]]:
+    """The table of equal budgets, its head first; nothing where no model was scored."""
+    try:
+        table = budgets.table(rows).reset_index()
+    except InputError:
+        return []
+    return [list(table.columns), *([str(cell) for cell in line] for line in table.values)]
 
 
 def _cell(number: float) -> str:
@@ -144,11 +162,12 @@ def _words(mapping: dict[str, Any]) -> str:
     return "; ".join(f"{key}: {_words(item) if isinstance(item, dict) else item}" for key, item in mapping.items())
 
 
-def _machines(folder: Path, rows: pd.DataFrame) -> list[tuple[str, str]]:
+def _machines(sources: list[Path], rows: pd.DataFrame) -> list[tuple[str, str]]:
     facts = []
     for env_id in sorted(rows["env_id"].unique()):
-        file = folder / "environments" / f"{env_id}.json"
-        if not file.is_file():
+        files = [source / "environments" / f"{env_id}.json" for source in sources]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
             facts.append((env_id or "unknown", "not kept"))
             continue
         found = json.loads(file.read_text())

@@ -36,8 +36,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     show.set_defaults(command=_list)
 
-    report = commands.add_parser("report", help="write report.html from the rows of a results folder")
-    report.add_argument("folder", help="a results folder, or its records.jsonl")
+    report = commands.add_parser("report", help="write report.html from the rows of results folders")
+    report.add_argument(
+        "folders", nargs="+", help="a results folder, or its records.jsonl; rows of several are one table"
+    )
+    report.add_argument("--out", default="", metavar="DIR", help="folder for the page (default: the results folder)")
     report.set_defaults(command=_report)
 
     figure = commands.add_parser("figure", help="draw one figure from the rows of results folders")
@@ -114,7 +117,7 @@ def _list(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from vitbench.report import write_report
 
-    print(write_report(options.folder))
+    print(write_report(*options.folders, out=options.out))
     return 0
 
 

@@ -1,10 +1,10 @@
-"""The README's numbers on efficient attention and token merging are those of the reference rows."""
+"""The page's numbers on efficient attention and token merging are those of the reference rows."""
 
 import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.readme_words import accuracy, apart, times_of
+from tests.measured_words import MEASURED, WORDS, accuracy, apart, times_of
 from vitbench import attention_figures
 from vitbench.comparison import subject, value
 from vitbench.records import load_records
@@ -41,7 +41,7 @@ def merging_lines():
 
 
 def name_of(method, config):
-    """What stands in the place of attention, in the README's words."""
+    """What stands in the place of attention, in the page's words."""
     if method == "linear_attention":
         return "linear"
     inverse = f"{config['iterations']} iterations" if config["iterations"] else "exact inverse"
@@ -90,7 +90,7 @@ def sizes(rows):
     ids=["merging", "imagenet-sample", "digits", "cifar10-224", "sizes"],
 )
 def test_the_tables_are_the_reference_rows(lines, least):
-    found, text = list(lines()), (ROOT / "README.md").read_text()
+    found, text = list(lines()), MEASURED
     assert len(found) >= least
     for line in found:
         assert line in text
@@ -129,10 +129,9 @@ def won_back(folder):
 
 
 @pytest.mark.parametrize("folder", [DIGITS, CIFAR], ids=["digits", "cifar10-224"])
-def test_what_training_wins_back_is_in_the_readme(folder):
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_what_training_wins_back_is_on_the_page(folder):
     for name, share in won_back(folder).items():
-        assert f"{share:.2f} ({name})" in readme, name
+        assert f"{share:.2f} ({name})" in WORDS, name
 
 
 def test_at_197_tokens_it_does_not_pay_and_at_4097_it_does():

@@ -1,4 +1,4 @@
-"""The README's numbers are those of the reference rows."""
+"""The page's numbers are those of the reference rows."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from tests.conftest import ROOT
-from tests.readme_words import apart
+from tests.measured_words import MEASURED, WORDS, apart
 from vitbench.comparison import across_seeds, comparison, subject, value
 from vitbench.methods import make_config
 from vitbench.records import load_records, read_rows
@@ -17,10 +17,10 @@ REFERENCES = sorted((ROOT / "results" / "reference").glob("*/records.jsonl"))
 
 
 def table_lines(file):
-    """The README's lines for one reference run, made from its rows."""
+    """The page's lines for one reference run, made from its rows."""
     rows = load_records(file)
     if not (rows["metric"] == "bytes").any() or file.parent.name.startswith("edge-deit-"):
-        return  # shapes without accuracies have a table of their own, in test_readme_edge.py
+        return  # shapes without accuracies have a table of their own, in test_measured_edge.py
     for method, line in comparison(rows).iterrows():
         if pd.isna(line.get("ratio b1")):
             continue  # timed in other backends alone; they have a table of their own
@@ -31,45 +31,42 @@ def table_lines(file):
 
 
 @pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.parent.name)
-def test_the_readmes_numbers_are_the_reference_rows(file):
-    readme = (ROOT / "README.md").read_text()
+def test_the_numbers_are_the_reference_rows(file):
     for line in table_lines(file):
-        assert line in readme
+        assert line in MEASURED
     for row in read_rows(file):
         assert (file.parent / "environments" / f"{row.env_id}.json").is_file()
         assert not row.commit.endswith("+changes"), "a reference row names a commit that holds its source"
 
 
-def test_the_readmes_seeds_are_the_reference_rows():
+def test_the_seeds_are_the_reference_rows():
     rows = load_records(ROOT / "results" / "reference" / "digits-quick")
     table = 100 * across_seeds(rows, "top1").pivot_table(index="seed", columns="label", values="value")
     assert len(table) >= 3
-    readme = (ROOT / "README.md").read_text()
     for other in ("uct (train.epochs=0)", "baseline"):
         mean, low, high = mean_interval(table["uct"] - table[other])
-        assert f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}]" in readme, other
+        assert f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}]" in MEASURED, other
 
 
-def test_the_readmes_rivals_are_the_reference_rows():
+def test_the_rivals_are_the_reference_rows():
     rows = subject(load_records(ROOT / "results" / "reference" / "cifar10-deit"))
-    readme = " ".join((ROOT / "README.md").read_text().split())
     rival, ours = "weight_only (train.epochs=3)", "uct"
     assert (
         f"reach {100 * value(rows, rival, 'top1')['value']:.2f} % in {value(rows, rival, 'bytes')['value'] / 1e6:.2f} MB"
-        in readme
+        in WORDS
     )
     lost = 100 * (value(rows, "baseline", "top1")["value"] - value(rows, ours, "top1")["value"])
     smaller = value(rows, "baseline", "bytes")["value"] / value(rows, ours, "bytes")["value"]
     assert (
         f"{smaller:.1f} times smaller ({value(rows, ours, 'bytes')['value'] / 1e6:.2f} MB) and loses {lost:.1f} points"
-        in readme
+        in WORDS
     )
     rounded = [100 * value(rows, label, "top1")["value"] for label in ("uct (train.epochs=0)", "weight_only")]
-    assert "UCT has {:.2f} % and plain 2-bit weights {:.2f} %".format(*rounded) in readme
+    assert "UCT has {:.2f} % and plain 2-bit weights {:.2f} %".format(*rounded) in WORDS
 
 
 RIVAL = {"gradient_weight": 0.0, "compensation": "none", "allocation": "uniform"}
-STAGES = {  # name in the README -> settings of mixed_rank that differ from its defaults
+STAGES = {  # name on the page -> settings of mixed_rank that differ from its defaults
     "plain SVD, the same share of each layer": {"decomposition": "svd", "mean_correction": False, **RIVAL},
     "ASVD, likewise": {"decomposition": "asvd", "mean_correction": False, **RIVAL},
     "SVD-LLM, likewise": {"decomposition": "svd_llm", "mean_correction": False, **RIVAL},
@@ -112,7 +109,7 @@ def stage_lines(folder, keeps):
 
 
 def gain(folder, stage, before, keep):
-    """What a stage adds to another, as the README says it."""
+    """What a stage adds to another, as results/measured.md says it."""
     rows = [stage_rows(folder)[name, keep] for name in (stage, before)]
     found = paired(*(unpack_hits(row.hits, row.context["images"]) for row in rows))
     return (
@@ -125,34 +122,32 @@ CIFAR = ROOT / "results" / "reference" / "mixed-rank-cifar10"
 
 
 @pytest.mark.parametrize(("folder", "keeps"), [(IMAGENET, (0.95, 0.9, 0.8, 0.7)), (CIFAR, (0.6, 0.5, 0.4))])
-def test_the_readmes_stages_are_the_reference_rows(folder, keeps):
-    lines, readme = list(stage_lines(folder, keeps)), (ROOT / "README.md").read_text()
+def test_the_stages_are_the_reference_rows(folder, keeps):
+    lines = list(stage_lines(folder, keeps))
     assert len(lines) >= 8
     for line in lines:
-        assert line in readme
+        assert line in MEASURED
 
 
-def test_the_readmes_gains_are_the_reference_rows():
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_the_gains_are_the_reference_rows():
     _, _, _, uniform, two, weighted, three, heads, energy, error, _ = STAGES
     found = stage_rows(IMAGENET)
     scales = [f"{100 * found[name, 0.8].value:.1f}" for name in (uniform, energy, error, two)]
     assert (
         "{} % with the same share for all, {} % by energy, {} % by plain error, {} % by sensitivity".format(*scales)
-        in readme
+        in WORDS
     )
     for keep in (0.9, 0.8, 0.7):
-        assert gain(IMAGENET, three, weighted, keep) in readme
-        assert gain(IMAGENET, heads, three, keep) in readme
+        assert gain(IMAGENET, three, weighted, keep) in WORDS
+        assert gain(IMAGENET, heads, three, keep) in WORDS
 
 
-def test_the_readmes_costs_of_mixed_rank_are_the_reference_rows():
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_the_costs_of_mixed_rank_are_the_reference_rows():
     rows, free = subject(load_records(CIFAR)), "mixed_rank"
     found, base = stage_rows(CIFAR), value(rows, "baseline", "top1")["value"]
     lost = {keep: 100 * (base - found["+ short distillation instead", keep].value) for keep in (0.4, 0.6)}
-    assert f"60 % of the blocks' weights cost {lost[0.4]:.1f} points after the distillation" in readme
-    assert f"40 % cost {lost[0.6]:.1f}." in readme
+    assert f"60 % of the blocks' weights cost {lost[0.4]:.1f} points after the distillation" in WORDS
+    assert f"40 % cost {lost[0.6]:.1f}." in WORDS
     ratio = {
         (label, backend, batch): f"{value(rows, label, 'latency_ratio', batch, backend)['value']:.2f}"
         for label in (free, "mixed_rank (split_qkv=True)")
@@ -162,18 +157,18 @@ def test_the_readmes_costs_of_mixed_rank_are_the_reference_rows():
     whole, apart = (list(ratio.values())[i : i + 4] for i in (0, 4))
     macs = value(rows, free, "macs")["value"] / value(rows, "baseline", "macs")["value"]
     text = "takes {} of the baseline's time at batch 1 and {} at batch 8 in eager mode, {} and {} of OpenVINO's, for {:.2f} of"
-    assert text.format(*whole, macs) in readme
-    assert "with ranks by head {} and {}, and {} and {}".format(*apart) in readme
+    assert text.format(*whole, macs) in WORDS
+    assert "with ranks by head {} and {}, and {} and {}".format(*apart) in WORDS
     seconds = load_records(ROOT / "results" / "reference" / "shape-deit-base")["value"].iloc[-1]
-    assert f"take {seconds:.0f} s on two cores" in readme
+    assert f"take {seconds:.0f} s on two cores" in WORDS
     depths = load_records(ROOT / "results" / "reference" / "shape-deit-tiny-depths")
     assert [context["depth"] for context in depths["context"]] == [3, 6, 12]
-    assert "{:.1f}, {:.1f} and {:.1f} s for DeiT-Tiny's shape".format(*depths["value"]) in readme
+    assert "{:.1f}, {:.1f} and {:.1f} s for DeiT-Tiny's shape".format(*depths["value"]) in WORDS
 
 
 SEARCHED = ROOT / "results" / "reference" / "multidimensional-cifar10"
 ALL = ("neurons", "head_dims", "tokens")
-POLICIES = {  # name in the README -> how the policy was found, and what may go
+POLICIES = {  # name on the page -> how the policy was found, and what may go
     "all three, searched": ("gp", ALL),
     "neurons alone, searched": ("gp", ("neurons",)),
     "dimensions of heads alone, searched": ("gp", ("head_dims",)),
@@ -209,7 +204,7 @@ def policy_lines():
 
 
 def search_gain(folder):
-    """What the Gaussian process's best scores have over random search's, over the seeds, as the README says it."""
+    """What the Gaussian process's best scores have over random search's, over the seeds, as results/measured.md says it."""
     rows = subject(load_records(folder))
     rows = rows[rows["metric"] == "search_score"]
     best = {}
@@ -224,21 +219,21 @@ def search_gain(folder):
     return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] (p = {p:.2g}, {len(differences)} seeds)"
 
 
-def test_the_readmes_policies_are_the_reference_rows():
-    lines, readme = list(policy_lines()), " ".join((ROOT / "README.md").read_text().split())
+def test_the_policies_are_the_reference_rows():
+    lines = list(policy_lines())
     assert len(lines) >= 13
     for line in lines:
-        assert line in (ROOT / "README.md").read_text()
+        assert line in MEASURED
     top1, dense = policy_rows(), baseline_row("top1")
     small = top1["gp", ALL, 0.6, DISTILLED]
-    assert f"is {apart(small, dense)} points from the baseline" in readme
+    assert f"is {apart(small, dense)} points from the baseline" in WORDS
     for keep in BUDGETS:
         for name in ("neurons", "head_dims", "tokens"):
             for tuned in (FREE, DISTILLED):
                 row = top1.get(("gp", (name,), keep, tuned))
-                assert row is None or apart(top1["gp", ALL, keep, tuned], row) in readme, (keep, name, tuned)
+                assert row is None or apart(top1["gp", ALL, keep, tuned], row) in WORDS, (keep, name, tuned)
     for folder in (SEARCHED, ROOT / "results" / "reference" / "digits-pruning"):
-        assert search_gain(folder) in readme
+        assert search_gain(folder) in WORDS
 
 
 def baseline_row(metric):
@@ -278,16 +273,16 @@ def rounded_lines():
         yield f"| {kind} | {bits} | {size['value'] / 1e6:.2f} | {cells} | {apart(top1, dense)} |"
 
 
-def test_the_readmes_quantization_is_the_reference_rows():
-    lines, text = list(rounded_lines()), (ROOT / "README.md").read_text()
+def test_the_quantization_is_the_reference_rows():
+    lines, text = list(rounded_lines()), MEASURED
     assert len(lines) >= 14
     for line in lines:
         assert line in text
-    readme, (rows, found) = " ".join(text.split()), rounded_rows()
+    rows, found = rounded_rows()
     group = {(kind, bits): value(rows, label, "top1") for kind, bits, label in found}
     for bits in (4, 3, 2):
         gained = apart(group["second order, groups of 32", bits], group["nearest, groups of 32", bits])
-        assert f"{gained} at {bits} bits" in readme
+        assert f"{gained} at {bits} bits" in WORDS
     for versus, method in (("eager", "static_int8"), ("eager", "baseline"), ("", "static_int8")):
         ratio = [value(rows, method, "latency_ratio", batch, "openvino", versus=versus) for batch in (1, 8)]
-        assert "{:.2f} and {:.2f}".format(*(row["value"] for row in ratio)) in readme
+        assert "{:.2f} and {:.2f}".format(*(row["value"] for row in ratio)) in WORDS

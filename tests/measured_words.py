@@ -1,21 +1,25 @@
-"""Rows in the words of the README."""
+"""Rows in the words of results/measured.md."""
 
+from tests.conftest import ROOT
 from vitbench.comparison import value
 from vitbench.statistics import paired, unpack_hits
 
+MEASURED = (ROOT / "results" / "measured.md").read_text()
+WORDS = " ".join(MEASURED.split())  # wherever the lines break
+
 
 def accuracy(row):
-    """Top-1 in per cent with its interval, as the README says it."""
+    """Top-1 in per cent with its interval, as the page says it."""
     return f"{100 * row['value']:.2f} [{100 * row['low']:.2f}, {100 * row['high']:.2f}]"
 
 
 def times_of(rows, label):
-    """A model's time over the baseline's at batch 1 / 8 in eager mode, as the README says it; - where it was not taken."""
+    """A model's time over the baseline's at batch 1 / 8 in eager mode, as the page says it; - where it was not taken."""
     found = (value(rows, label, "latency_ratio", batch) for batch in (1, 8))
     return " / ".join("-" if row is None else f"{row['value']:.2f}" for row in found)
 
 
 def apart(first, second):
-    """Two rows of top-1 on the same images, as the README says it."""
+    """Two rows of top-1 on the same images, as the page says it."""
     found = paired(*(unpack_hits(row.hits, row.context["images"]) for row in (first, second)))
     return f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}] (p = {found.p:.2g})"

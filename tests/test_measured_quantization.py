@@ -1,9 +1,9 @@
-"""The README's numbers on quantization are those of the reference rows."""
+"""The page's numbers on quantization are those of the reference rows."""
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.readme_words import accuracy, apart, times_of
+from tests.measured_words import MEASURED, WORDS, accuracy, apart, times_of
 from vitbench.comparison import paired_loss, subject, value
 from vitbench.records import load_records
 
@@ -14,7 +14,7 @@ BACKENDS = REFERENCE / "int8-backends-deit-small"
 
 
 def name_of(method, config):
-    """What was done, in the README's words, and its bits; None for what is not in its tables."""
+    """What was done, in the page's words, and its bits; None for what is not in its tables."""
     trained = config.get("train", {}).get("epochs")
     if method == "dynamic_int8":
         return "dynamic int8", "8"
@@ -63,14 +63,14 @@ def lines(folder):
 
 @pytest.mark.parametrize(("folder", "least"), [(CIFAR, 17), (IMAGENET, 24)], ids=["cifar10", "imagenet-sample"])
 def test_the_tables_are_the_reference_rows(folder, least):
-    found, text = list(lines(folder)), (ROOT / "README.md").read_text()
+    found, text = list(lines(folder)), MEASURED
     assert len(found) >= least
     for line in found:
         assert line in text
 
 
 def gains(folder, group, bits):
-    """What the second order adds to the nearest codes, and fitting by block to that, as the README says it."""
+    """What the second order adds to the nearest codes, and fitting by block to that, as results/measured.md says it."""
     rows, found = models(folder)
     top1 = {(kind, own): value(rows, label, "top1") for kind, own, label in found}
     second = f"second order, groups of {group}"
@@ -79,7 +79,7 @@ def gains(folder, group, bits):
 
 
 def in_backends(folder):
-    """(method, backend) -> time over eager fp32's at batch 1 and 8, as the README says it."""
+    """(method, backend) -> time over eager fp32's at batch 1 and 8, as results/measured.md says it."""
     rows, found = subject(load_records(folder)), {}
     for pair in (("dynamic_int8", "onnxruntime"), ("static_int8", "onnxruntime"), ("static_int8", "openvino")):
         own = [value(rows, pair[0], "latency_ratio", batch, pair[1], versus="eager")["value"] for batch in (1, 8)]
@@ -88,62 +88,56 @@ def in_backends(folder):
 
 
 def test_the_times_in_backends_are_the_reference_rows():
-    readme = " ".join((ROOT / "README.md").read_text().split())
     for (method, backend), times in in_backends(IMAGENET).items():
-        assert times in readme, (method, backend)
+        assert times in WORDS, (method, backend)
 
 
 @pytest.mark.parametrize("bits", ["4", "3", "2"])
 def test_the_gains_of_groups_of_64_are_the_reference_rows(bits):
-    readme = " ".join((ROOT / "README.md").read_text().split())
     for gained in gains(IMAGENET, 64, bits):
-        assert f"{gained} at {bits}" in readme
+        assert f"{gained} at {bits}" in WORDS
 
 
 def test_what_cross_entropy_tells_apart_at_4_bits():
     """The second order against nearest, image by image, with groups of 32 and of 64."""
     rows, found = models(FOUR)
     label = {kind: own for kind, _, own in found}
-    readme = " ".join((ROOT / "README.md").read_text().split())
     for group in (32, 64):
         pair = (label[f"{kind}, groups of {group}"] for kind in ("second order", "nearest"))
         test = paired_loss(rows, *pair)
-        assert (test.high < 0) == (group == 32), "the README says which of them is told apart"
+        assert (test.high < 0) == (group == 32), "the page says which of them is told apart"
         text = (
             f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}] (p = {test.p:.2g}) nats with groups of {group}"
         )
-        assert text in readme
+        assert text in WORDS
 
 
 def test_static_int8_with_attention_is_the_reference_rows():
     rows = subject(load_records(FOUR))
-    readme = " ".join((ROOT / "README.md").read_text().split())
     label, dense = "static_int8", value(rows, "baseline", "top1")
     times = [value(rows, label, "latency_ratio", batch, "openvino", versus="eager")["value"] for batch in (1, 8)]
     top1 = [value(rows, label, "top1", backend=backend)["value"] for backend in ("eager", "openvino")]
-    assert "it takes {:.2f} and {:.2f} there".format(*times) in readme
-    assert f"scores {100 * top1[0]:.2f} % ({100 * top1[1]:.2f} % there)" in readme
-    assert f"{apart(value(rows, label, 'top1'), dense)} points from fp32" in readme
+    assert "it takes {:.2f} and {:.2f} there".format(*times) in WORDS
+    assert f"scores {100 * top1[0]:.2f} % ({100 * top1[1]:.2f} % there)" in WORDS
+    assert f"{apart(value(rows, label, 'top1'), dense)} points from fp32" in WORDS
 
 
 def test_diffq_from_scratch_is_the_reference_rows():
     rows = load_records(SCRATCH)
     rows = rows[(rows["status"] == "ok") & rows["backend"].isna()]
-    readme = " ".join((ROOT / "README.md").read_text().split())
     for method, text in (
         ("baseline", "{:.2f} % in fp32 ({:.2f} MB)"),
         ("diffq", "{:.2f} % with learned bits, 3 on average ({:.2f} MB)"),
     ):
         own = rows[rows["method"] == method].set_index("metric")["value"]
-        assert text.format(100 * own["top1"], own["bytes"] / 1e6) in readme
+        assert text.format(100 * own["top1"], own["bytes"] / 1e6) in WORDS
     top1 = rows[rows["metric"] == "top1"].set_index("method")
-    assert f"{apart(top1.loc['diffq'], top1.loc['baseline'])} points" in readme
+    assert f"{apart(top1.loc['diffq'], top1.loc['baseline'])} points" in WORDS
 
 
 def test_what_training_is_worth_is_the_reference_rows():
     rows, found = models(CIFAR)
     top1 = {(kind, bits): value(rows, label, "top1") for kind, bits, label in found}
-    readme = " ".join((ROOT / "README.md").read_text().split())
     pairs = [
         (("trained with the rounding (LSQ), a step a row", "4"), ("nearest, a step a row", "4")),
         (("weights and inputs, trained (LSQ)", "4 / 4"), ("weights and inputs, nearest", "4 / 4")),
@@ -154,11 +148,11 @@ def test_what_training_is_worth_is_the_reference_rows():
         (("second order, groups of 32, fitted by block", "4"), ("second order, groups of 32", "4")),
     ]
     for first, second in pairs:
-        assert apart(top1[first], top1[second]) in readme, (first, second)
+        assert apart(top1[first], top1[second]) in WORDS, (first, second)
     dense = value(rows, "baseline", "top1")["value"]
     for trained, rounded in pairs[:2]:
         lost = [f"{100 * (dense - top1[name]['value']):.2f}" for name in (rounded, trained)]
-        assert f"from {lost[0]} to {lost[1]}" in readme
+        assert f"from {lost[0]} to {lost[1]}" in WORDS
 
 
 def backend_lines():
@@ -179,7 +173,7 @@ def _file(row):
 
 
 def test_the_backends_are_the_reference_rows():
-    found, text = list(backend_lines()), (ROOT / "README.md").read_text()
+    found, text = list(backend_lines()), MEASURED
     assert len(found) >= 6
     for line in found:
         assert line in text

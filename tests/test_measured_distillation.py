@@ -1,9 +1,9 @@
-"""The README's numbers on distillation are those of the reference rows."""
+"""The page's numbers on distillation are those of the reference rows."""
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.readme_words import accuracy, apart, times_of
+from tests.measured_words import MEASURED, WORDS, accuracy, apart, times_of
 from vitbench.comparison import subject, value
 from vitbench.records import load_records
 from vitbench.statistics import mean_interval
@@ -13,7 +13,7 @@ DIGITS, CIFAR = REFERENCE / "distillation-digits", REFERENCE / "distillation-cif
 
 
 def name_of(method, steps):
-    """Student and kind of teaching in the README's words, or None for what is not in its tables."""
+    """Student and kind of teaching in the page's words, or None for what is not in its tables."""
     if method == "baseline":
         return "teacher"
     if method.startswith("pruning"):
@@ -61,14 +61,14 @@ def lines(folder):
 
 @pytest.mark.parametrize(("folder", "least"), [(DIGITS, 11), (CIFAR, 6)], ids=["digits", "cifar10"])
 def test_the_tables_are_the_reference_rows(folder, least):
-    found, text = list(lines(folder)), (ROOT / "README.md").read_text()
+    found, text = list(lines(folder)), MEASURED
     assert len(found) >= least
     for line in found:
         assert line in text
 
 
 def over_seeds():
-    """The distilled student's top-1 over its own alone, in points, with the 95 % interval over seeds, as the README says it."""
+    """The distilled student's top-1 over its own alone, in points, with the 95 % interval over seeds, as results/measured.md says it."""
     rows = load_records(DIGITS)
     rows = rows[rows["method"] == "distillation"]
     own = rows["config"].map(lambda config: name_of("distillation", config["methods"]))
@@ -83,13 +83,12 @@ def over_seeds():
 
 def test_a_distilled_student_beats_itself_alone_over_seeds():
     pair, (mean, low, high) = over_seeds()
-    readme = " ".join((ROOT / "README.md").read_text().split())
     assert len(pair) >= 5
     assert low > 0
     text = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] points over {len(pair)} seeds"
-    assert text in readme
+    assert text in WORDS
     means = pair.mean()
-    assert f"from {means.iloc[0]:.2f} to {means.iloc[1]:.2f} %" in readme
+    assert f"from {means.iloc[0]:.2f} to {means.iloc[1]:.2f} %" in WORDS
 
 
 def test_the_students_have_a_third_of_the_bytes_at_most():

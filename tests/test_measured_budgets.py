@@ -1,0 +1,58 @@
+"""The README's table of equal budgets and its figures are those of the rows."""
+
+import re
+
+import pytest
+from matplotlib.testing.compare import compare_images
+
+from tests.conftest import ROOT
+from vitbench.budgets import winners
+from vitbench.cli import main
+from vitbench.gallery import rows_of
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+README = (ROOT / "README.md").read_text()
+CIFAR10 = re.search(r"^CIFAR10 := \$\(addprefix \$\(ROWS\)/,(.+)\)$", MAKEFILE, re.M).group(1).split()
+FIGURES = re.findall(r"vitbench (figure .+)$", MAKEFILE, re.M)
+
+
+def folders():
+    return [ROOT / "results" / "reference" / name for name in CIFAR10]
+
+
+def lines():
+    for won in winners(rows_of(folders())):
+        if won.top1 is not None:
+            accuracy = "{value:.2f} [{low:.2f}, {high:.2f}]".format(
+                **{key: 100 * won.top1[key] for key in ("value", "low", "high")}
+            )
+            size = f"{won.cost['value'] / 1e6:.2f}"
+            yield f"| 1/{1 / won.share:.0f} | {won.count} | {won.top1['label']} | {accuracy} | {size} | {len(won.equals)} |"
+
+
+@pytest.mark.parametrize("line", list(lines()))
+def test_the_table_of_budgets(line):
+    assert line in README
+
+
+def test_the_readmes_words_on_budgets():
+    rows = rows_of(folders())
+    base = rows[(rows["method"] == "baseline") & rows["backend"].isna()].drop_duplicates("metric", keep="last")
+    base = base.set_index("metric")["value"]
+    words = " ".join(README.split())
+    assert f"({100 * base['top1']:.2f} % in {base['bytes'] / 1e6:.2f} MB)" in words
+    assert all("weight_only" in won.top1["label"] for won in winners(rows) if won.count), (
+        "small weights win at every size"
+    )
+
+
+@pytest.mark.parametrize("command", FIGURES)
+def test_the_readmes_figures_are_drawn_again_from_committed_rows(command, tmp_path):
+    command = command.replace("$(CIFAR10)", " ".join(map(str, folders()))).replace(
+        "$(ROWS)", str(ROOT / "results/reference")
+    )
+    *given, committed = command.split()
+    fresh = tmp_path / "fresh.png"
+    assert main([*given, str(fresh)]) == 0
+    assert committed.removeprefix(f"{ROOT}/") in README
+    assert compare_images(committed, str(fresh), tol=1) is None
