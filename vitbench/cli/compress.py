@@ -29,6 +29,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         dest="settings",
         help="config of a method, nested keys with dots (train.epochs=5); with several methods write METHOD.KEY=VALUE",
     )
+    small.add_argument(
+        "--budget",
+        default="",
+        metavar="COST=LIMIT",
+        help="find the setting of the one method that saves least within bytes=, macs= or latency=: a share (0.25), or bytes or MACs",
+    )
     small.add_argument("--out", required=True, metavar="DIR", help="folder to save the compressed model to")
     small.add_argument("--record", metavar="DIR", help="results folder to add a row to, with the seconds that it took")
     small.add_argument(
@@ -51,7 +57,10 @@ def _compress(options: argparse.Namespace) -> int:
     from vitbench.measure.history import seconds_row
     from vitbench.runs import Run
 
-    configs = [methods.make_config(name, values) for name, values in _method_settings(options).items()]
+    settings = _method_settings(options)
+    configs = [methods.make_config(name, values) for name, values in settings.items()]
+    if options.budget and len(settings) != 1:
+        raise InputError(f"--budget {options.budget}: give one --method for it, not {len(settings)}")
     if (Path(options.model) / artifact.RECIPE).is_file():
         model = artifact.load(options.model)
     elif not (options.checkpoint or options.pretrained or options.random):
@@ -69,6 +78,9 @@ def _compress(options: argparse.Namespace) -> int:
             depth=options.depth,
         )
     data, start = data_of(options) if options.dataset else None, time.monotonic()
+    if options.budget:
+        ((name, values),) = settings.items()
+        configs = [_within(options.budget, model, name, values, data)]
     small = methods.compress(model, configs, data)
     seconds = time.monotonic() - start
     path = artifact.save(small, options.out)
@@ -76,6 +88,17 @@ def _compress(options: argparse.Namespace) -> int:
         Run(options.record).append([seconds_row(path, data, seconds)])
     print(f"{path}: {artifact.size_on_disk(path):,} bytes, {small.recipe.method}, made in {seconds:.1f} s")
     return 0
+
+
+def _within(budget: str, model: Any, name: str, values: dict[str, Any], data: Any) -> Any:
+    """The method's config for a budget such as bytes=0.25."""
+    from vitbench.budget_fit import fit
+    from vitbench.lessons import parse_setting
+
+    cost, target = parse_setting(budget)
+    if not isinstance(target, int | float):
+        raise InputError(f"--budget {budget}: {target!r} is not a number; give for example bytes=0.25")
+    return fit(model, name, data, cost=cost, target=target, settings=values)
 
 
 def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

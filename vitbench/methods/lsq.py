@@ -38,7 +38,11 @@ class LSQ(Coding):
     train: TrainConfig = TrainConfig(epochs=5, lr=2e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
-@register(LSQ, identity=LSQ(layers=(), ends_bits=None, rest="float32"))
+@register(
+    LSQ,
+    identity=LSQ(layers=(), ends_bits=None, rest="float32"),
+    ladder=lambda model: [{"weight_bits": n} for n in range(8, 1, -1)],
+)
 def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
     """Round weights and activations of the blocks' linear layers, and train with the rounding in place."""
     vit.dense_layers(model, config.layers)

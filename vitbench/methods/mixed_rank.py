@@ -81,7 +81,15 @@ class MixedRank(Tuning):
     train: TrainConfig = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
-@register(MixedRank, identity=MixedRank(keep=1.0))
+def _keeps(model: nn.Module) -> list[dict[str, float]]:
+    """Down to the share at which every layer has the least rank."""
+    layers, step = vit.linears(model).values(), MixedRank().rank_step
+    least = step * sum(layer.in_features + layer.out_features for layer in layers)
+    least /= sum(layer.in_features * layer.out_features for layer in layers)
+    return [{"keep": n / 50} for n in range(50, 0, -1) if n / 50 >= least]
+
+
+@register(MixedRank, identity=MixedRank(keep=1.0), ladder=_keeps)
 def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> nn.Module:
     """Factor linear layers at ranks that suit them, compensate the error, and train on if asked to."""
     vit.dense_layers(model, config.layers)

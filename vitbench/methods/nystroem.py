@@ -49,7 +49,12 @@ class Nystroem(Tuning):
         return width
 
 
-@register(Nystroem, identity=Nystroem(blocks=()), saves="macs")
+@register(
+    Nystroem,
+    identity=Nystroem(blocks=()),
+    saves="macs",
+    ladder=lambda model: [{"landmarks": n} for n in range(vit.token_count(model), 1, -1)],
+)
 def nystroem(model: nn.Module, config: Nystroem, data: ImageData | None) -> nn.Module:
     """Put Nystroem attention in the place of the blocks' softmax attention, and train on if asked to."""
     teacher = find_teacher(model, config, data) if config.train.epochs else None

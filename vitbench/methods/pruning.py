@@ -38,7 +38,13 @@ class Pruning(Removal):
     scope: Literal["block", "global"] = "block"
 
 
-@register(Pruning, identity=Pruning(neurons=0.0, heads=0.0))
+def _shares(model: nn.Module) -> list[dict[str, float]]:
+    """The same share of neurons and of heads' dimensions, of which each head keeps one."""
+    most = 1 - 1 / min(block.attn.head_dim for block in model.blocks)
+    return [{"neurons": n / 50, "head_dims": n / 50, "heads": 0.0} for n in range(50) if n / 50 <= most]
+
+
+@register(Pruning, identity=Pruning(neurons=0.0, heads=0.0), ladder=_shares)
 def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
     """Take out the units and tokens that matter least, make up for them, and train on if asked to."""
     ratios = [getattr(config, name) for name in DIMENSIONS]

@@ -55,7 +55,12 @@ def tokens_left(pairs: Sequence[int], tokens: int, prefix: int) -> list[int]:
     return left
 
 
-@register(TokenMerging, identity=TokenMerging(r=0), saves="macs")
+@register(
+    TokenMerging,
+    identity=TokenMerging(r=0),
+    saves="macs",
+    ladder=lambda model: [{"r": n} for n in range(model.patch_embed.num_patches // 2)],
+)
 def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None) -> nn.Module:
     """Let every block merge tokens, and train on if asked to."""
     teacher = find_teacher(model, config, data) if config.train.epochs else None

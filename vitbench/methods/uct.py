@@ -114,7 +114,12 @@ def rank_of(model: nn.Module, config: UCT) -> int:
     return rank
 
 
-@register(UCT, identity=UCT(layers=(), ends_bits=None, rest="float32", train=TrainConfig(epochs=0)))
+def _ranks(model: nn.Module) -> list[dict[str, int]]:
+    """From the width down, in 48 steps."""
+    return [{"rank": rank} for rank in range(model.embed_dim, 0, -max(1, model.embed_dim // 48))]
+
+
+@register(UCT, identity=UCT(layers=(), ends_bits=None, rest="float32", train=TrainConfig(epochs=0)), ladder=_ranks)
 def uct(model: nn.Module, config: UCT, data: ImageData | None) -> nn.Module:
     """Code the blocks' linear layers with a factor that all blocks share, and train the codes."""
     if not config.layers and config.ends_bits is None:

@@ -60,7 +60,11 @@ class WeightOnly(Coding):
     train: TrainConfig = TrainConfig(epochs=0, lr=2e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
-@register(WeightOnly, identity=WeightOnly(layers=(), ends_bits=None, rest="float32"))
+@register(
+    WeightOnly,
+    identity=WeightOnly(layers=(), ends_bits=None, rest="float32"),
+    ladder=lambda model: [{"bits": n} for n in range(8, 1, -1)],
+)
 def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) -> nn.Module:
     """Round the blocks' linear layers to packed codes of a few bits, and train them if asked to."""
     vit.dense_layers(model, config.layers)
