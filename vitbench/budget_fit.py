@@ -52,19 +52,14 @@ def fit(
     if method.ladder is None:
         able = ", ".join(other for other in METHODS if METHODS[other].ladder)
         raise InputError(f"{name} has no setting that a budget could turn; allowed: {able}")
-    if not target > 0 or (cost == "latency" and target > 1):
-        raise InputError(
-            f"{cost} = {target}: give a share of the model's own in (0, 1]"
-            + ("" if cost == "latency" else f", or {cost}")
-        )
     rungs = method.ladder(model)
     with tempfile.TemporaryDirectory() as folder:
         base = artifact.save(model, Path(folder, "base"))
-        count = _counter(cost, base, batch, threads, rounds)
-        limit = target * (1.0 if cost == "latency" else count(base)) if target <= 1 else target
+        count = counter(cost, base, batch, threads, rounds)
+        limit = limit_of(cost, target, 1.0 if cost == "latency" else count(base))
 
         def spent(place: int) -> float:
-            values = _untrained(method.config, settings | rungs[place])
+            values = untrained(method.config, settings | rungs[place])
             small = compress(model, make_config(name, values), data)
             return count(artifact.save(small, Path(folder, str(place))))
 
@@ -82,14 +77,22 @@ def fit(
     return make_config(name, settings | rungs[high])
 
 
-def _untrained(config: type[Config], values: dict[str, Any]) -> dict[str, Any]:
+def limit_of(cost: str, target: float, own: float) -> float:
+    """The target as a number: a share of the model's own cost if it is at most 1."""
+    if not target > 0 or (cost == "latency" and target > 1):
+        more = "" if cost == "latency" else f", or {cost}"
+        raise InputError(f"{cost} = {target}: give a share of the model's own in (0, 1]{more}")
+    return target * own if target <= 1 else target
+
+
+def untrained(config: type[Config], values: dict[str, Any]) -> dict[str, Any]:
     """The settings without what takes time and does not change the cost."""
     idle: dict[str, Any] = {"train": {"epochs": 0}, "reconstruction": 0, "warm_steps": 0}
     own = {key: value for key, value in idle.items() if key in config.model_fields}
     return values | own
 
 
-def _counter(cost: str, base: Path, batch: int, threads: int, rounds: int) -> Callable[[Path], float]:
+def counter(cost: str, base: Path, batch: int = 1, threads: int = 2, rounds: int = 20) -> Callable[[Path], float]:
     """What a saved model spends."""
     if cost == "bytes":
         return lambda path: artifact.size_on_disk(path) + (0 if path == base else SLACK)

@@ -1,0 +1,82 @@
+"""combine: the best methods one after the other within a budget."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vitbench.cli.common import SPLITS, data_of
+from vitbench.errors import InputError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Make the command known."""
+    combine = commands.add_parser(
+        "combine",
+        help="search for the most accurate combination of methods within a budget",
+        description="Trials are scored on the val split. The same command goes on where it was stopped.",
+    )
+    combine.add_argument("model", help="a folder with a saved model")
+    combine.add_argument("--dataset", required=True, help="images: digits, a hub name, a folder")
+    combine.add_argument("--splits", **SPLITS)
+    combine.add_argument(
+        "--budget", required=True, metavar="COST=LIMIT", help="bytes= or macs=: a share (0.05), or bytes or MACs"
+    )
+    combine.add_argument("--trials", type=int, default=40, help="models to try, those of earlier goes included (40)")
+    combine.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="of the search: structures, codes, train.epochs, seed, settings.METHOD.KEY, ...",
+    )
+    combine.add_argument("--out", required=True, metavar="DIR", help="folder to save the best model to")
+    combine.add_argument(
+        "--record", required=True, metavar="DIR", help="results folder: rows of the trials, and the journal"
+    )
+    combine.set_defaults(command=_combine)
+
+
+def _combine(options: argparse.Namespace) -> int:
+    from vitbench import artifact, methods
+    from vitbench.combinations import search, trial_rows
+    from vitbench.runs import Run
+
+    base, data, run = Path(options.model), data_of(options), Run(options.record)
+    model, config = artifact.load(base), _config(options)
+    found = search(model, data, config, run.folder / "searches")
+    run.append(trial_rows(base, data, config, found))
+    for number, trial in enumerate(found.trials):
+        cost = "cannot be made" if trial.cost is None else f"{trial.cost:,.0f} {config.cost}"
+        score = trial.error or ("above the limit" if trial.val_top1 is None else f"{100 * trial.val_top1:.2f} % on val")
+        print(f"{number:4} {trial.name:36} {cost:>24}  {score[:80]}")
+    if found.best is None:
+        raise InputError(
+            f"none of {len(found.trials)} combinations has at most {found.limit:,.0f} {config.cost}; "
+            "give a larger --budget, more --trials or other structures and codes"
+        )
+    path = artifact.save(methods.compress(model, list(found.best.configs), data), options.out)
+    print(f"{path}: {found.best.name}, {artifact.size_on_disk(path):,} bytes, {100 * found.best.val_top1:.2f} % on val")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> Any:
+    """The search that the options describe."""
+    from vitbench.combinations import CombinationSearch
+    from vitbench.lessons import parse_setting
+
+    cost, target = parse_setting(options.budget)
+    values: dict[str, Any] = {"cost": cost, "target": target, "trials": options.trials}
+    for setting in options.settings:
+        key, value = parse_setting(setting)
+        *outer, last = key.split(".")
+        place = values
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = value
+    usual = CombinationSearch().to_dict()
+    for key in ("train", "settings", "choices"):
+        if isinstance(values.get(key), dict):
+            values[key] = usual[key] | values[key]
+    return CombinationSearch(**values)
