@@ -74,9 +74,15 @@ def _labels(rows: pd.DataFrame) -> list[str]:
     labels = []
     for method, own in zip(rows["method"], settings, strict=True):
         first = usual.setdefault(method, own)
-        differing = [f"{key}={own[key]}" for key in own if own[key] != first.get(key, own[key]) and _matters(key, own)]
+        apart = [key for key in own if own[key] != first.get(key, own[key]) and _matters(key, own)]
+        differing = [f"{key}={_short(own[key])}" for key in apart]
         labels.append(method + (f" ({', '.join(differing)})" if differing else ""))
     return labels
+
+
+def _short(setting: Any) -> Any:
+    """A setting as labels show it: 0.40625 and not 0.4062499999674."""
+    return f"{setting:.6g}" if isinstance(setting, float) else setting
 
 
 def _matters(key: str, settings: dict[str, Any]) -> bool:
