@@ -143,3 +143,4 @@ def test_measured_peaks_are_a_floor(base, digits, tmp_path):
     rows = measure(base.path, digits, Run(tmp_path), what=("latency", "roofline"), batches=[8], rounds=10, threads=1)
     values = rows.drop_duplicates("metric", keep="last").set_index("metric")["value"]
     assert 0 < values["latency_floor"] < values["latency_p50"]
+    assert 0 < values["products_time"] < values["latency_p50"]

@@ -201,7 +201,9 @@ def _device_groups(path, versus, batches, threads, rounds, backend, versus_backe
     work = functools.partial(energy.energy, path, backend, threads, power)
     yield _Group("energy", slots, work, lambda: obstacle() or energy.obstacle(backend, power))
     bare = {key: value for key, value in machine.items() if key != "backend"}
-    slots = [("latency_floor", "ms", {**bare, "batch": batch}) for batch in batches]
+    slots = [
+        (metric, "ms", {**bare, "batch": batch}) for metric in ("latency_floor", "products_time") for batch in batches
+    ]
     yield _Group("roofline", slots, functools.partial(roofline.roofline, path, batches, threads))
 
 

@@ -1,7 +1,11 @@
-"""What this machine could do at best: measured peaks of arithmetic and memory, and the least time that they allow a model."""
+"""What this machine could do at best: measured peaks of arithmetic and memory, and the least time that they allow a model.
+
+Between that floor and the model's own time stand its products at their own sizes, which are far smaller than those of the peak.
+"""
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ def roofline(path: Path, batches: Sequence[int], threads: int) -> Iterator[Value
     """The least milliseconds of a call at each batch size; the samples are the peaks, as `peaks` gives them."""
     from vitbench import artifact
     from vitbench.measure.cost import count_int8_macs, count_macs
+    from vitbench.measure.timing import locked
 
     model, most = artifact.load(path), peaks(threads)
     int8 = count_int8_macs(model)
@@ -29,6 +34,11 @@ def roofline(path: Path, batches: Sequence[int], threads: int) -> Iterator[Value
             f"modelled: multiply-accumulates and bytes at peaks measured here ({speeds})",
             samples=list(most.values()),
         )
+    for batch in batches:
+        with locked():
+            found = in_child("time_products", threads, path=str(path), batch=batch)
+        how = "measured: the linear layers' products alone, in fp32 as dense matrices of their sizes, best of some tries"
+        yield Value("products_time", found["ms"], how)
 
 
 def floor(float_macs: float, int8_macs: float, size: float, most: dict[str, float], batch: int) -> float:
@@ -64,6 +74,30 @@ def measure_peaks() -> dict[str, Any]:
             "int8_macs": macs / _best(lambda: linear(left)),
             "memory_bandwidth": BYTES / _best(held.sum),
         }
+
+
+@job
+def time_products(path: str, batch: int) -> dict[str, Any]:
+    """Milliseconds of all products of a batch with weight matrices of these sizes, one after the other."""
+    import torch
+
+    from vitbench import artifact
+
+    model, sizes = artifact.load(path), Counter()
+
+    def note(layer: Any, inputs: tuple[Any, ...], y: Any) -> None:
+        sizes[(y.numel() // layer.out_features, layer.in_features, layer.out_features)] += 1
+
+    for layer in model.modules():
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+            layer.register_forward_hook(note)
+    size, total = model.recipe.preprocess.size, 0.0
+    with torch.inference_mode():
+        model(torch.zeros(batch, 3, size, size))
+        for (rows, inputs, outputs), count in sizes.items():
+            left, right = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+            total += count * _best(functools.partial(torch.nn.functional.linear, left, right))
+    return {"ms": 1000 * total}
 
 
 def _best(call: Callable[[], Any]) -> float:
