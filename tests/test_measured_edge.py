@@ -1,9 +1,10 @@
 """What the pages say of devices are the rows' numbers."""
 
+import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
-from tests.measured_words import MEASURED
+from tests.measured_words import MEASURED, WORDS
 from vitbench.comparison import MEGA, methods, subject, value
 from vitbench.records import load_records
 
@@ -45,3 +46,47 @@ def test_memory_under_a_real_limit():
     within = rows.loc[("dynamic_int8", "answers_within"), "context"]["limit"] / MEGA
     least, dense = (rows.loc[(method, "memory_limit"), "value"] / MEGA for method in ("dynamic_int8", "baseline"))
     assert f"it answers in {within:.0f} MB, and down to {least:.0f} (fp32: {dense:.0f};" in README
+
+
+def paper_ratios():
+    """The dense model's cost over the small one's on a Raspberry Pi 5, by where its weights are and the link: time, board, operations."""
+    rows = subject(load_records(REFERENCE / "edge-paper-deit-base"))
+    rows = rows[rows["metric"].isin(["edge_time", "edge_energy"])]
+    about = pd.DataFrame(list(rows["context"]), index=rows.index)[["profile", "link", "memory", "storage", "energy"]]
+    rows = rows[["label", "metric", "value"]].join(about).fillna({"memory": -1.0, "storage": -1.0})
+    rows = rows[rows["profile"] == "raspberry_pi_5"]
+    wide = rows.pivot_table(index=["memory", "storage", "link", "metric", "energy"], columns="label", values="value")
+    return (wide["baseline"] / wide["uct"]).to_dict()
+
+
+def short(ratio):
+    return "-" if ratio is None else f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+
+
+def paper_lines():
+    ratios = paper_ratios()
+    cases = [
+        ("in memory, as the small one's", -1.0, -1.0, "ethernet"),
+        ("on its microSD card, read every time", 1e8, -1.0, "ethernet"),
+    ]
+    cases += [
+        (f"fetched every time, {link}", 1e8, 0.0, link) for link in ("ethernet", "wifi", "lte", "wifi_slow", "ble")
+    ]
+    for name, memory, storage, link in cases:
+        kinds = (("edge_time", "board"), ("edge_energy", "board"), ("edge_energy", "operations"))
+        found = [ratios.get((memory, storage, link, *kind)) for kind in kinds]
+        yield f"| {name} | {' | '.join(map(short, found))} |"
+
+
+@pytest.mark.parametrize("line", list(paper_lines()))
+def test_the_papers_setting(line):
+    assert line in MEASURED
+
+
+def test_the_papers_setting_in_words():
+    rows = subject(load_records(REFERENCE / "edge-paper-deit-base"))
+    dense, small = (value(rows, label, "bytes")["value"] for label in ("baseline", "uct"))
+    assert f"{small / 1e6:.1f} MB against {dense / 1e6:.1f}, {dense / small:.1f} times smaller" in WORDS
+    share = value(rows, "uct", "macs")["value"] / value(rows, "baseline", "macs")["value"]
+    assert f"{share:.2f} of the multiply-accumulates" in WORDS
+    assert f"{paper_ratios()[1e8, 0.0, 'wifi', 'edge_time', 'board']:.0f} times over Wi-Fi" in WORDS
