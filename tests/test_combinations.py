@@ -45,6 +45,18 @@ def test_a_search_goes_on_where_it_was(found, base, digits):
     assert len(longer.trials) == 8
 
 
+def test_a_torn_journal_goes_on_and_a_damaged_one_is_named(found, base, digits, tmp_path):
+    folder, searched = found
+    (journal,) = folder.glob("*.log")
+    whole = journal.read_bytes()
+    copy = tmp_path / journal.name
+    copy.write_bytes(whole + b'{"op_code": 4, "work')
+    assert search(base.model, digits, SMALL, tmp_path).trials[:6] == searched.trials
+    copy.write_bytes(b"not a line of it\n" + whole)
+    with pytest.raises(InputError, match="is damaged"):
+        search(base.model, digits, SMALL, tmp_path)
+
+
 def test_the_same_seed_finds_the_same(found, base, digits, tmp_path):
     assert search(base.model, digits, SMALL, tmp_path).trials == found[1].trials
 

@@ -1,5 +1,6 @@
 """Ask a method for a budget: it finds the setting of its own that saves least and is within."""
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,10 @@ def fit(
         def spent(place: int) -> float:
             values = untrained(method.config, settings | rungs[place])
             small = compress(model, make_config(name, values), data)
-            return count(artifact.save(small, Path(folder, str(place))))
+            path = artifact.save(small, Path(folder, "small"))
+            found = count(path)
+            shutil.rmtree(path)
+            return found
 
         low, high = 0, len(rungs) - 1  # the first rung within the limit is among these
         if (least := spent(high)) > limit:

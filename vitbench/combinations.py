@@ -8,6 +8,7 @@ stopped search goes on where it was.
 import hashlib
 import itertools
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -100,14 +101,18 @@ def search(model: nn.Module, data: ImageData, config: CombinationSearch, folder:
     facts = [artifact.weights_hash(model), data.fingerprint, config.having(trials=1).to_dict()]
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=config.seed)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / f"{name}.log"))),
-        study_name=name,
-        sampler=sampler,
-        direction="maximize",
-        load_if_exists=True,
-    )
+    journal = folder / f"{name}.log"
+    _trim(journal)
+    try:
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=name,
+            sampler=optuna.samplers.TPESampler(seed=config.seed),
+            direction="maximize",
+            load_if_exists=True,
+        )
+    except (ValueError, KeyError) as error:
+        raise InputError(f"the journal {str(journal)!r} is damaged ({error}); delete it to search anew") from None
     with tempfile.TemporaryDirectory() as scratch:
         base = artifact.save(model, Path(scratch, "base"))
         count = counter(config.cost, base)
@@ -163,6 +168,13 @@ def _name(config: Config) -> str:
     return next(name for name, method in METHODS.items() if type(config) is method.config)
 
 
+def _trim(journal: Path) -> None:
+    """Take out a last line that was not written to its end, as a killed process leaves it."""
+    text = journal.read_bytes() if journal.exists() else b""
+    if text and not text.endswith(b"\n"):
+        journal.write_bytes(text[: text.rfind(b"\n") + 1])
+
+
 def _check(config: CombinationSearch) -> None:
     for name in {*config.structures, *config.codes, *config.settings, *config.choices} - {NONE}:
         first = {key: values[0] for key, values in config.choices.get(name, {}).items() if values}
@@ -198,6 +210,7 @@ def _made(
     quick = [type(each)(**untrained(type(each), each.to_dict())) for each in configs]
     small = compress(model, quick, data)
     cost = count(artifact.save(small, folder))
+    shutil.rmtree(folder)
     if cost > limit:
         return cost, None
     return cost, small if quick == configs else compress(model, configs, data)

@@ -37,7 +37,9 @@ def roofline(path: Path, batches: Sequence[int], threads: int) -> Iterator[Value
     for batch in batches:
         with locked():
             found = in_child("time_products", threads, path=str(path), batch=batch)
-        how = "measured: the linear layers' products alone, in fp32 as dense matrices of their sizes, best of some tries"
+        how = (
+            "measured: the linear layers' products alone, in fp32 as dense matrices of their sizes, best of some tries"
+        )
         yield Value("products_time", found["ms"], how)
 
 
