@@ -38,3 +38,4 @@ ROWS := results/reference
 CIFAR10 := $(addprefix $(ROWS)/,quantization-cifar10 cifar10-deit mixed-rank-cifar10 multidimensional-cifar10 torch-pruning-cifar10)
 figures: setup
 	$(BIN)/vitbench figure methods --rows $(CIFAR10) --out $(ROWS)/figures/cifar10_methods.png
+	$(BIN)/vitbench figure backends --rows $(ROWS)/edge-deit-base --out $(ROWS)/figures/deit_base_backends.png

@@ -1,11 +1,14 @@
 """What the pages say of devices are the rows' numbers."""
 
+import statistics
+
 import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
 from tests.measured_words import MEASURED, WORDS
 from vitbench.comparison import MEGA, methods, subject, value
+from vitbench.edge import backend_table
 from vitbench.records import load_records
 
 README = " ".join((ROOT / "README.md").read_text().split())
@@ -90,3 +93,62 @@ def test_the_papers_setting_in_words():
     share = value(rows, "uct", "macs")["value"] / value(rows, "baseline", "macs")["value"]
     assert f"{share:.2f} of the multiply-accumulates" in WORDS
     assert f"{paper_ratios()[1e8, 0.0, 'wifi', 'edge_time', 'board']:.0f} times over Wi-Fi" in WORDS
+
+
+def shape_rows(shape):
+    return load_records(REFERENCE / f"edge-deit-{shape}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_tables_of_all_backends_are_the_rows(shape):
+    assert (REFERENCE / f"edge-deit-{shape}" / "table.md").read_text() == backend_table.table(shape_rows(shape))
+
+
+def distance_lines():
+    """One line a backend and what is allowed there: how many models, and the largest distance of their logits from eager's."""
+    rows = pd.concat([shape_rows(shape) for shape in SHAPES])
+    rows = rows[(rows["metric"] == "logit_distance") & (rows["status"] == "ok")]
+    allowed = rows["source"].str.extract(r"; ([\d.]+) is allowed$")[0].astype(float)
+    assert (rows["value"] <= allowed).all()
+    for (backend, limit), found in rows.groupby(["backend", allowed]):
+        yield f"| {backend} | {limit:g} | {len(found)} | {found['value'].max():.1e} |"
+
+
+@pytest.mark.parametrize("line", list(distance_lines()))
+def test_no_backend_is_further_from_eager_than_it_may(line):
+    assert line in MEASURED
+
+
+def floor_lines():
+    """One line a shape and batch size: the fastest backend's time over the floor, of fp32 and of all models, and the products."""
+    for shape in SHAPES:
+        rows = subject(shape_rows(shape))
+        for batch in (1, 8):
+            found = {name: backend_table.fastest(rows, name, batch) for name in methods(rows)}
+            best, least = found["baseline"], value(rows, "baseline", "latency_floor", batch)["value"]
+            products = value(rows, "baseline", "products_time", batch)["value"] / least
+            worst = max(found, key=lambda name: found[name][1])
+            middle = statistics.median(factor for _, factor in found.values())
+            yield (
+                f"| DeiT-{shape.title()} | {batch} | {best[1]:.2f} ({best[0]}) | {products:.2f} | {middle:.2f} "
+                f"| {found[worst][1]:.2f} ({worst}) |"
+            )
+
+
+@pytest.mark.parametrize("line", list(floor_lines()))
+def test_how_far_from_the_floor(line):
+    assert line in MEASURED
+
+
+def test_the_same_comparison_twice():
+    first, again = (subject(load_records(REFERENCE / f"edge-deit-tiny{name}")) for name in ("", "-again"))
+    keys = ["method", "backend", "batch", "versus_backend"]
+    ratios = [
+        rows[rows["metric"] == "latency_ratio"].fillna({"versus_backend": "same"}).set_index(keys)["value"]
+        for rows in (first, again)
+    ]
+    both = pd.concat(ratios, axis=1, join="inner", keys=["first", "again"]).drop(index="baseline", level="method")
+    apart = (both["again"] / both["first"] - 1).abs()
+    near, most = int((apart <= 0.1).sum()), apart.max()
+    assert f"{near} of {len(apart)} ratios are within 10 % of each other" in WORDS
+    assert f"half of them within {100 * apart.median():.1f} %, the furthest {100 * most:.0f} % apart" in WORDS

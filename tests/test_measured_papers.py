@@ -3,6 +3,7 @@
 import pytest
 
 from tests.conftest import ROOT
+from tests.test_measured_edge import paper_ratios
 from vitbench.comparison import subject, value
 from vitbench.records import load_records
 
@@ -43,6 +44,13 @@ def sentences():
     yield f"have {cifar.top1(rival)} % in {cifar.mb(rival)} MB against {cifar.mb('uct')}"
     share = small.of("uct", "macs") / small.of("baseline", "macs")
     yield f"{share:.3f} of them and {small.times('uct')} of eager fp32's time"
+    held, fetched = (-1.0, -1.0, "ethernet"), (1e8, 0.0, "wifi")
+    time, energy = ("edge_time", "board"), ("edge_energy", "board")
+    ratios = paper_ratios()
+    yield (
+        f"{ratios[*held, *time]:.2f} in time where both are in memory, {ratios[*fetched, *time]:.0f} over Wi-Fi where the dense "
+        f"one is fetched for every answer; energy of the board {ratios[*held, *energy]:.2f} and {ratios[*fetched, *energy]:.0f}"
+    )
     dense = survey.top1("baseline")
     times = survey.times("dynamic_int8")
     yield f"{dense} to {survey.top1('dynamic_int8')} %, {survey.smaller('dynamic_int8'):.1f} times smaller, {times} of the time"

@@ -131,6 +131,8 @@ SHORT = [
     "iterations=[6]",
     "merged=[2]",
     "sides=[64,128]",
+    "trials=4",
+    "searched.epochs=0",
 ]
 RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]
 

@@ -63,7 +63,7 @@ def test_the_readmes_commands_exist():
 
 
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "results").glob("*.md"), *(ROOT / "results" / "reference").glob("*.md")):
+    for page in (*ROOT.glob("*.md"), *(ROOT / "results").glob("*.md"), *(ROOT / "results" / "reference").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
 
