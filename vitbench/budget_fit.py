@@ -73,9 +73,9 @@ def fit(
                 f"{name} cannot get to {cost} = {limit:.4g}: its smallest setting, {rungs[high]}, has {least:.4g}"
             )
         with progress.bar(range((high - low).bit_length()), f"fitting {name} to {cost}", unit="model") as steps:
-            for _ in steps:
+            for _ in steps:  # enough to get down to one rung; a step with one left is none
                 if low == high:
-                    break
+                    continue
                 middle = (low + high) // 2
                 low, high = (low, middle) if spent(middle) <= limit else (middle + 1, high)
     return make_config(name, settings | rungs[high])
