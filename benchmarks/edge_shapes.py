@@ -7,7 +7,7 @@
 Weights are random: size and speed do not depend on them, accuracy is not measured. Every method has its default config, but it
 is not trained (diffq, which learns its bits, for one short epoch), and a search tries 2 policies. The same command goes on where it
 was stopped. Each backend is one process for each batch size, in which all models take turns with eager fp32 and with fp32 in
-that backend.
+that backend. It ends with `table.md` in the results folder.
 """
 
 import argparse

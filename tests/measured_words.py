@@ -1,16 +1,10 @@
 """Rows in the words of results/measured.md."""
 
 from tests.conftest import ROOT
-from vitbench.comparison import value
-from vitbench.statistics import paired, unpack_hits
+from vitbench.comparison import paired_rows, value
 
 MEASURED = (ROOT / "results" / "measured.md").read_text()
 WORDS = " ".join(MEASURED.split())  # wherever the lines break
-
-
-def accuracy(row):
-    """Top-1 in per cent with its interval, as the page says it."""
-    return f"{100 * row['value']:.2f} [{100 * row['low']:.2f}, {100 * row['high']:.2f}]"
 
 
 def times_of(rows, label):
@@ -21,5 +15,5 @@ def times_of(rows, label):
 
 def apart(first, second):
     """Two rows of top-1 on the same images, as the page says it."""
-    found = paired(*(unpack_hits(row.hits, row.context["images"]) for row in (first, second)))
+    found = paired_rows(first, second)
     return f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}] (p = {found.p:.2g})"

@@ -74,6 +74,11 @@ def test_budgets_that_cannot_be_had(name, cost, target, message, base, digits):
         fit(base.model, name, digits, cost=cost, target=target, settings=QUICK)
 
 
+def test_what_the_budget_finds_cannot_be_set(base, digits):
+    with pytest.raises(InputError, match="the budget finds keep"):
+        fit(base.model, "mixed_rank", digits, target=0.5, settings={"keep": 0.5})
+
+
 def test_from_the_command_line(base, tmp_path, capsys):
     out = tmp_path / "small"
     given = ["compress", str(base.path), "--method", "weight_only", "--out", str(out)]

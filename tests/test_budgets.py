@@ -27,7 +27,7 @@ def answers(*wrong):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four models: 1/2 and 1/4 of the baseline's bytes, each once well and once badly or nearly as well."""
+    """A baseline and four models: 1/2 and 1/4 of the baseline's bytes, each once well and once badly or nearly as well."""
     found = {
         "baseline": (800_000, answers((0, 20))),
         "pruning": (390_000, answers((0, 30))),
@@ -85,14 +85,14 @@ def test_small_multiples_show_every_method_and_can_be_read(tmp_path, count):
     assert set(shown["key"]) <= set(rows["key"])
 
 
-NEEDS_MORE = {"backends": "eager fp32", "floors": "latency_floor", "memory": "peak_rss", "startup": "cold_start"}
+NEEDS_MORE = {"floors": "latency_floor", "memory": "peak_rss", "startup": "cold_start"}
 
 
 @pytest.mark.parametrize("name", GALLERY)
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_every_figure_is_drawn_again_as_it_was(folder, tmp_path, name, kind):
     rows = load_records(folder)
-    if name in NEEDS_MORE and name != "backends":
+    if name in NEEDS_MORE:
         with pytest.raises(InputError, match=NEEDS_MORE[name]):
             draw(name, rows, tmp_path / f"x.{kind}")
         return

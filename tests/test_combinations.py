@@ -1,12 +1,14 @@
 """Combinations: a search within a budget that resumes, and what an order does."""
 
+import argparse
+
 import pytest
 
 from vitbench import artifact
-from vitbench.cli import main
+from vitbench.cli import combine, main
 from vitbench.combinations import CombinationSearch, orders, search, trial_rows
 from vitbench.errors import InputError
-from vitbench.methods import compress
+from vitbench.methods import compress, make_config
 from vitbench.records import load_records
 from vitbench.training import evaluate
 
@@ -121,3 +123,27 @@ def test_from_the_command_line(base, tmp_path, capsys):
     for budget, message in (("bytes=0.0001", "none of 3 combinations"), ("bits=2", "bits"), ("bytes=-1", "target")):
         assert main([*given, "--budget", budget, *few]) == 2
         assert message in capsys.readouterr().err
+    for setting, message in (
+        ("seed.x=1", "seed was given a value of its own"),
+        ("settings.pruning.neuron=0.5", "'neuron'"),
+    ):
+        assert main([*given, "--budget", "bytes=0.2", "--trials", "1", "--set", setting]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_settings_reach_into_what_is_usual():
+    options = argparse.Namespace(
+        budget="macs=0.5", trials=2, settings=["settings.weight_only.ridge=2", "train.epochs=1"]
+    )
+    config, usual = combine._config(options), CombinationSearch()
+    assert config.settings["weight_only"] == usual.settings["weight_only"] | {"ridge": 2}
+    assert config.train == usual.train.having(epochs=1)
+
+
+def test_only_whole_blocks_can_come_before_uct(base, digits):
+    """The answer to an exercise of lesson 91."""
+    uct = make_config("uct", {"train": {"epochs": 0}})
+    taught = make_config("distillation", {"train": {"epochs": 0}})
+    assert compress(base.model, [taught, uct], digits).recipe.method == "distillation+uct"
+    with pytest.raises(InputError):
+        compress(base.model, [make_config("mixed_rank"), uct], digits)

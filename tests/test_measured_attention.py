@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.measured_words import MEASURED, WORDS, accuracy, apart, times_of
+from tests.measured_words import MEASURED, WORDS, apart, times_of
 from vitbench import attention_figures
-from vitbench.comparison import subject, value
+from vitbench.comparison import accuracy_text, subject, value
 from vitbench.records import load_records
 
 REFERENCE = ROOT / "results" / "reference"
@@ -27,7 +27,7 @@ def models(folder):
 def cells(rows, label):
     """Top-1, how far from the baseline, and the time at batch 1 and 8 where it was taken."""
     top1 = value(rows, label, "top1")
-    return f"{accuracy(top1)} | {apart(top1, value(rows, 'baseline', 'top1'))} | {times_of(rows, label)}"
+    return f"{accuracy_text(top1)} | {apart(top1, value(rows, 'baseline', 'top1'))} | {times_of(rows, label)}"
 
 
 def merging_lines():

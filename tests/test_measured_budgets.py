@@ -6,8 +6,9 @@ import pytest
 from matplotlib.testing.compare import compare_images
 
 from tests.conftest import ROOT
-from vitbench.budgets import winners
+from vitbench.budgets import scored, winners
 from vitbench.cli import main
+from vitbench.comparison import accuracy_text, subject, value
 from vitbench.gallery import rows_of
 
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -23,9 +24,7 @@ def folders():
 def lines():
     for won in winners(rows_of(folders())):
         if won.top1 is not None:
-            accuracy = "{value:.2f} [{low:.2f}, {high:.2f}]".format(
-                **{key: 100 * won.top1[key] for key in ("value", "low", "high")}
-            )
+            accuracy = accuracy_text(won.top1)
             size = f"{won.cost['value'] / 1e6:.2f}"
             yield f"| 1/{1 / won.share:.0f} | {won.count} | {won.top1['label']} | {accuracy} | {size} | {len(won.equals)} |"
 
@@ -40,6 +39,11 @@ def test_the_readmes_words_on_budgets():
     base = rows[(rows["method"] == "baseline") & rows["backend"].isna()].drop_duplicates("metric", keep="last")
     base = base.set_index("metric")["value"]
     words = " ".join(README.split())
+    models = scored(subject(rows), "bytes")
+    assert f"of {(models['family'] != 'baseline').sum()} compressed models" in words
+    packed = "weight_only (train.augment=shift-flip, train.epochs=1, train.lr=0.001, train.precision=auto)"
+    times = sorted(value(subject(rows), packed, "latency_ratio", batch)["value"] for batch in (1, 8))
+    assert "take {:.1f} to {:.1f} times fp32's time in eager mode".format(*times) in words
     assert f"({100 * base['top1']:.2f} % in {base['bytes'] / 1e6:.2f} MB)" in words
     assert all("weight_only" in won.top1["label"] for won in winners(rows) if won.count), (
         "small weights win at every size"

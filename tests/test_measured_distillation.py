@@ -3,8 +3,8 @@
 import pytest
 
 from tests.conftest import ROOT
-from tests.measured_words import MEASURED, WORDS, accuracy, apart, times_of
-from vitbench.comparison import subject, value
+from tests.measured_words import MEASURED, WORDS, apart, times_of
+from vitbench.comparison import accuracy_text, subject, value
 from vitbench.records import load_records
 from vitbench.statistics import mean_interval
 
@@ -56,7 +56,7 @@ def lines(folder):
         alone = found.get(f"{name.split(', ')[0]}, alone")
         gained = "" if alone in (None, label) else apart(top1, value(rows, alone, "top1"))
         time = "1 / 1" if label == "baseline" else times_of(rows, label)
-        yield f"| {name} | {size / 1e6:.2f} | {size / whole:.2f} | {accuracy(top1)} | {gained} | {time} |"
+        yield f"| {name} | {size / 1e6:.2f} | {size / whole:.2f} | {accuracy_text(top1)} | {gained} | {time} |"
 
 
 @pytest.mark.parametrize(("folder", "least"), [(DIGITS, 11), (CIFAR, 6)], ids=["digits", "cifar10"])

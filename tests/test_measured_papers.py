@@ -61,12 +61,18 @@ def sentences():
     yield f"{scratch.top1('diffq')} %, {scratch.mb('diffq')} MB (`diffq-scratch-cifar10`)"
     cut = Of("torch-pruning-cifar10")
     label = f"pruning (compensation=ridge, {TRAINED})"
-    yield f"{cut.top1(label)} % after two epochs, {cut.of(label, 'latency_ratio', 1):.2f} of the time"
+    yield f"{cut.top1(label)} % after two epochs, {cut.of(label, 'latency_ratio', 1):.2f} of the time at batch 1"
     few = Of("nystroem-cifar10-224")
     marks = ("", "landmarks=32", "landmarks=64")
     plain = " / ".join(few.top1(f"nystroem ({mark})" if mark else "nystroem") for mark in marks)
     trained = [few.top1(f"nystroem ({', '.join(part for part in (APART, mark, EPOCH) if part)})") for mark in marks]
     yield f"{plain} of {few.top1('baseline')} %; {trained[0]}, {trained[1]} and {trained[2]} % after one epoch"
+    names = ["nystroem", "nystroem (landmarks=32)", "nystroem (landmarks=64)"]
+    first, eighth = ([few.of(name, "latency_ratio", batch) for name in names] for batch in (1, 8))
+    yield (
+        f"ours takes {min(first):.2f} to {max(first):.2f} of its time at batch 1 and {min(eighth):.2f} to {max(eighth):.2f} "
+        "at batch 8"
+    )
     student, both = "distillation (teacher=original)", "distillation+dynamic_int8"
     taught = Of("distillation-cifar10")
     yield f"three of twelve blocks: {taught.top1(student)} %"

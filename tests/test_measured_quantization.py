@@ -3,8 +3,8 @@
 import pytest
 
 from tests.conftest import ROOT
-from tests.measured_words import MEASURED, WORDS, accuracy, apart, times_of
-from vitbench.comparison import paired_loss, subject, value
+from tests.measured_words import MEASURED, WORDS, apart, times_of
+from vitbench.comparison import accuracy_text, paired_loss, subject, value
 from vitbench.records import load_records
 
 REFERENCE = ROOT / "results" / "reference"
@@ -57,7 +57,7 @@ def lines(folder):
     dense = value(rows, "baseline", "top1")
     for kind, bits, label in found:
         top1, size = value(rows, label, "top1"), value(rows, label, "bytes")
-        cells = f"{accuracy(top1)} | {apart(top1, dense)} | {times_of(rows, label)}"
+        cells = f"{accuracy_text(top1)} | {apart(top1, dense)} | {times_of(rows, label)}"
         yield f"| {kind} | {bits} | {size['value'] / 1e6:.2f} | {cells} |"
 
 

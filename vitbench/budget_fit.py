@@ -45,8 +45,8 @@ def fit(
         batch, threads, rounds: of the timings.
 
     Raises:
-        InputError: a method without a ladder (int8 has nothing to turn), a target that is not one, or one below what the
-            method can reach.
+        InputError: a method without a ladder (int8 has nothing to turn), a setting that the ladder has, a target that is not
+            one, or one below what the method can reach.
     """
     method, settings = METHODS[one_of("method", name, METHODS)], settings or {}
     one_of("cost", cost, COSTS)
@@ -54,6 +54,8 @@ def fit(
         able = ", ".join(other for other in METHODS if METHODS[other].ladder)
         raise InputError(f"{name} has no setting that a budget could turn; allowed: {able}")
     rungs = method.ladder(model)
+    if both := settings.keys() & rungs[0].keys():
+        raise InputError(f"{name}: the budget finds {', '.join(sorted(both))}; leave it out of the settings")
     with tempfile.TemporaryDirectory() as folder:
         base = artifact.save(model, Path(folder, "base"))
         count = counter(cost, base, batch, threads, rounds)

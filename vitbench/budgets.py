@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from vitbench.comparison import MEGA, subject, value
-from vitbench.errors import InputError
-from vitbench.statistics import paired, unpack_hits
+from vitbench.comparison import MEGA, accuracy_text, paired_rows, subject, value
+from vitbench.errors import InputError, one_of
 
 SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 10, 1 / 12, 1 / 15)
 APART = 0.05  # largest p at which two models' answers are told apart
@@ -56,6 +55,7 @@ def winners(rows: pd.DataFrame, cost: str = "bytes", shares: Sequence[float] = S
     Raises:
         InputError: no accuracy, or no such cost of the baseline, among the rows.
     """
+    one_of("cost", cost, COSTS)
     rows = subject(rows)
     models = scored(rows, cost, batch)
     dense = value(rows, "baseline", cost)
@@ -80,8 +80,7 @@ def winners(rows: pd.DataFrame, cost: str = "bytes", shares: Sequence[float] = S
 def _same(first: pd.Series, second: pd.Series) -> bool:
     """Whether two rows of accuracy on the same images cannot be told apart."""
     if first["hits"] and second["hits"] and first["context"]["images"] == second["context"]["images"]:
-        answers = (unpack_hits(row["hits"], row["context"]["images"]) for row in (first, second))
-        return paired(*answers).p >= APART
+        return paired_rows(first, second).p >= APART
     return second["high"] >= first["low"]
 
 
@@ -91,11 +90,8 @@ def table(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> pd.DataFra
     for won in winners(rows, cost, batch=batch):
         line = {"budget": f"1/{1 / won.share:.3g}", "models": won.count, "most accurate": "-", "top-1 %": "-"}
         if won.top1 is not None:
-            accuracy = "{value:.2f} [{low:.2f}, {high:.2f}]".format(
-                **{key: 100 * won.top1[key] for key in ("value", "low", "high")}
-            )
             scale, unit = {"bytes": (MEGA, " MB"), "macs": (MEGA, " M")}.get(cost, (1.0, ""))
-            line |= {"most accurate": won.top1["label"], "top-1 %": accuracy}
+            line |= {"most accurate": won.top1["label"], "top-1 %": accuracy_text(won.top1)}
             line |= {cost: f"{won.cost['value'] / scale:.3g}{unit}", "cannot be told apart": str(len(won.equals))}
             line["of them"] = "; ".join(won.equals[:3]) + ("; ..." if len(won.equals) > 3 else "")
         lines.append(line)

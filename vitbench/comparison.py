@@ -138,7 +138,12 @@ def value(
 def percent(rows: pd.DataFrame, label: str, backend: str = EAGER) -> str:
     """Top-1 in per cent with its 95 % interval, as tables show it; "-" where it was not measured."""
     row = value(subject(rows), label, "top1", backend=backend)
-    return "-" if row is None else f"{100 * row.value:.2f} [{100 * row.low:.2f}, {100 * row.high:.2f}]"
+    return "-" if row is None else accuracy_text(row)
+
+
+def accuracy_text(row: pd.Series) -> str:
+    """A row of accuracy in per cent with its 95 % interval."""
+    return f"{100 * row['value']:.2f} [{100 * row['low']:.2f}, {100 * row['high']:.2f}]"
 
 
 def points(rows: pd.DataFrame, first: str, second: str) -> str:
@@ -159,7 +164,12 @@ def paired_top1(rows: pd.DataFrame, first: str, second: str) -> Paired:
     for label, row in zip((first, second), answers, strict=True):
         if row is None or not row["hits"]:
             raise InputError(f"the rows hold no answers of {label!r} image by image; measure its accuracy again")
-    return paired(*(unpack_hits(row["hits"], row["context"]["images"]) for row in answers))
+    return paired_rows(*answers)
+
+
+def paired_rows(first: pd.Series, second: pd.Series) -> Paired:
+    """Two rows of accuracy, both with their answers image by image, compared on the same images."""
+    return paired(*(unpack_hits(row.hits, row.context["images"]) for row in (first, second)))
 
 
 def paired_loss(rows: pd.DataFrame, first: str, second: str) -> Paired:

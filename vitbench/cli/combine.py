@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vitbench.cli.common import SPLITS, data_of
+from vitbench.cli.common import SET, SPLITS, data_of, put
 from vitbench.errors import InputError
 
 
@@ -24,12 +24,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     combine.add_argument("--trials", type=int, default=40, help="models to try, those of earlier goes included (40)")
     combine.add_argument(
         "--set",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="KEY=VALUE",
-        dest="settings",
         help="of the search: structures, codes, train.epochs, seed, settings.METHOD.KEY, ...",
+        **SET,
     )
     combine.add_argument("--out", required=True, metavar="DIR", help="folder to save the best model to")
     combine.add_argument(
@@ -67,16 +63,7 @@ def _config(options: argparse.Namespace) -> Any:
     from vitbench.lessons import parse_setting
 
     cost, target = parse_setting(options.budget)
-    values: dict[str, Any] = {"cost": cost, "target": target, "trials": options.trials}
+    values = CombinationSearch().to_dict() | {"cost": cost, "target": target, "trials": options.trials}
     for setting in options.settings:
-        key, value = parse_setting(setting)
-        *outer, last = key.split(".")
-        place = values
-        for part in outer:
-            place = place.setdefault(part, {})
-        place[last] = value
-    usual = CombinationSearch().to_dict()
-    for key in ("train", "settings", "choices"):
-        if isinstance(values.get(key), dict):
-            values[key] = usual[key] | values[key]
+        put(values, *parse_setting(setting), setting)
     return CombinationSearch(**values)

@@ -4,7 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vitbench.errors import InputError
+
 _CUT = "how to cut the data, for example test=1.0 (every image is a test image)"
+SET = {"nargs": "+", "default": [], "action": "extend", "metavar": "KEY=VALUE", "dest": "settings"}
 SPLITS = {"nargs": "+", "default": [], "metavar": "KEY=VALUE", "help": _CUT}
 
 
@@ -15,6 +18,16 @@ def data_of(options: argparse.Namespace) -> Any:
 
     name = getattr(options, "dataset_name", "")
     return open_data(options.dataset, name, dict(parse_setting(text) for text in options.splits))
+
+
+def put(values: dict[str, Any], key: str, value: Any, setting: str) -> None:
+    """Set `key`, in which dots reach into mappings, among `values`; `setting` is what was given, for the error."""
+    *outer, last = key.split(".")
+    for part in outer:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {setting}: {part} was given a value of its own before; give one or the other")
+    values[last] = value
 
 
 def print_results(out: Path) -> None:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vitbench.cli.common import SPLITS, data_of
+from vitbench.cli.common import SET, SPLITS, data_of, put
 from vitbench.errors import InputError
 
 
@@ -22,12 +22,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     small.add_argument(
         "--set",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="KEY=VALUE",
-        dest="settings",
         help="config of a method, nested keys with dots (train.epochs=5); with several methods write METHOD.KEY=VALUE",
+        **SET,
     )
     small.add_argument(
         "--budget",
@@ -120,11 +116,5 @@ def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             raise InputError(
                 f"--set {setting}: give METHOD.KEY=VALUE with METHOD one of those in --method ({', '.join(values) or 'none given'})"
             )
-        *outer, last = key.split(".")
-        place = values[name]
-        for part in outer:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise InputError(f"--set {setting}: {part} was given a value of its own before; give one or the other")
-        place[last] = value
+        put(values[name], key, value, setting)
     return values

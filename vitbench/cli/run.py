@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vitbench.cli.common import print_results
+from vitbench.cli.common import SET, print_results
 from vitbench.errors import InputError
 
 
@@ -14,12 +14,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--only", nargs="+", default=[], metavar="NOTEBOOK", help="only these, by name or number (05)")
     run.add_argument(
         "--set",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="KEY=VALUE",
-        dest="settings",
         help="parameters in place of the profile's, for example dataset=FOLDER train.epochs=5",
+        **SET,
     )
     run.add_argument(
         "--workers", type=int, default=1, metavar="N", help="method notebooks at once (1: timings are then undisturbed)"

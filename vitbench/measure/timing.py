@@ -97,6 +97,7 @@ def time_models(models: list[tuple[str, str]], batch: int, rounds: int) -> dict[
     """`timed[model]` has the fields of `Timed`, or is why there are none. The order in a round alternates."""
     import torch
 
+    torch.manual_seed(0)  # of the images, so that distances come out the same again
     with torch.inference_mode():
         ready = [_ready(path, backend, batch) for path, backend in models]
         times = iter(turns([each[0] for each in ready if not isinstance(each, str)], rounds))
