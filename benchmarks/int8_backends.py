@@ -257,7 +257,7 @@ def _values(found: dict[str, Any]) -> list[dict[str, Any]]:
         how = f"measured: {len(own)} calls in a fresh process after warm-up, in turn with the baseline"
         ratio, low, high = median_ratio(own, eager)
         values.append({"value": float(np.median(own)), "source": how, "samples": own})
-        how += "; ratio of medians, bootstrap 95 %"
+        how += "; median of the rounds' ratios, bootstrap 95 %"
         values.append({"value": ratio, "source": how, "low": low, "high": high, "samples": eager})
     if "hits" in found:
         hits = np.array(found["hits"], bool)

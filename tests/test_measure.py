@@ -174,14 +174,15 @@ def test_wilson_against_a_known_interval():
     assert statistics.wilson(10, 10)[1] == 1.0
 
 
-def test_the_ratio_of_medians_is_inside_its_interval_and_sees_through_a_slow_spell():
+def test_the_ratio_is_inside_its_interval_and_sees_through_a_slow_spell_of_half_the_rounds():
     rng = np.random.default_rng(0)
-    spell = np.where(np.arange(60) < 20, 3.0, 1.0)  # the machine was three times slower for a while
+    spell = np.where(np.arange(60) < 30, 3.0, 1.0)  # a ratio of the medians would be anywhere between the two halves
     b = spell * rng.normal(10, 0.3, 60)
     a = 0.5 * spell * rng.normal(10, 0.3, 60)
     ratio, low, high = statistics.median_ratio(a, b)
     assert low <= ratio <= high
-    assert ratio == pytest.approx(0.5, abs=0.05)
+    assert high - low < 0.02
+    assert ratio == pytest.approx(0.5, abs=0.01)
 
 
 def test_pareto_front_by_hand():

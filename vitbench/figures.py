@@ -166,6 +166,7 @@ def _calls(shown: pd.DataFrame, in_turn: bool) -> dict[str, np.ndarray]:
 def _draw_times(axes: Axes, place: float, times: np.ndarray, ratio: pd.Series | None) -> None:
     """One method's line; the baseline has no ratio and so no interval."""
     median, p90, p99 = np.percentile(times, (50, 90, 99))
+    median = median if ratio is None else ratio["value"]
     axes.plot([median, p99], [place, place], color="#999999", lw=1)
     axes.plot(p90, place, **P90)
     axes.plot(p99, place, **P99)

@@ -65,21 +65,18 @@ def paired_means(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """median(a) / median(b) of timings taken in turn, with its 95 % bootstrap interval over the rounds.
+    """The median over rounds of a[i] / b[i], timings taken in turn, with its 95 % bootstrap interval over the rounds.
 
-    a[i] and b[i] are of one round, so a slow spell of the machine moves both. The interval is that of this run's
-    rounds; it does not cover what another machine or day would change.
+    a[i] and b[i] are of one round, so that a slow spell of the machine, however long, slows both and leaves their ratio.
+    The interval is that of this run's rounds; it does not cover what another machine or day would change.
     """
     from scipy.stats import bootstrap
 
-    def ratio(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.median(x, axis=axis) / np.median(y, axis=axis)
-
-    pair = (np.asarray(a, float), np.asarray(b, float))
+    ratios = np.asarray(a, float) / np.asarray(b, float)
     found = bootstrap(
-        pair, ratio, paired=True, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=seed
+        (ratios,), np.median, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=seed
     )
-    return float(ratio(*pair)), float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(np.median(ratios)), float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -104,7 +104,7 @@ def _values(variants: list[dict[str, Any] | str]) -> list[dict[str, Any]]:
             how = f"measured: {len(own)} calls in a fresh process after warm-up, in turn with all variants"
             values.append({"value": float(np.median(own)), "source": how, "samples": own})
             ratio, low, high = median_ratio(own, full)
-            how += "; ratio of medians, bootstrap 95 %"
+            how += "; median of the rounds' ratios, bootstrap 95 %"
             values.append({"value": ratio, "low": low, "high": high, "source": how})
     return values
 

@@ -60,7 +60,9 @@ def values(
         yield Value(f"latency_p{p}", float(np.percentile(own.times, p)), how, samples=samples)
     for other in others:
         ratio, low, high = median_ratio(own.times, other)
-        yield Value("latency_ratio", ratio, how + "; ratio of medians, bootstrap 95 %", low, high, samples=other)
+        yield Value(
+            "latency_ratio", ratio, how + "; median of the rounds' ratios, bootstrap 95 %", low, high, samples=other
+        )
     if backend != "eager":
         how = f"measured: largest difference from eager's logits over the largest of them; {own.allowed} is allowed"
         yield Value("logit_distance", own.apart, how)
