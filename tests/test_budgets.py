@@ -11,7 +11,8 @@ from vitbench.edge import backend_table
 from vitbench.errors import InputError
 from vitbench.gallery import GALLERY, draw
 from vitbench.multiples import multiples
-from vitbench.records import append_rows, load_records
+from vitbench.records import append_rows
+from vitbench.row_table import load_records
 from vitbench.statistics import pack_hits
 
 IMAGES = 1000

@@ -74,7 +74,7 @@ def refuse(tmp_path):
     torch.save(vit.create_model("vit_mini_patch4_32").state_dict(), foreign)
     torn = tmp_path / "torn"
     torn.mkdir()
-    (torn / "records.jsonl").write_text('{"schema_version": 1, "key"')
+    (torn / "records.jsonl").write_text('{"schema_version": 1, "key"\n')
     file = tmp_path / "file"
     file.write_text("")
     out = ["--out", tmp_path / "out"]

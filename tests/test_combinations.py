@@ -9,7 +9,7 @@ from vitbench.cli import combine, main
 from vitbench.combinations import CombinationSearch, orders, search, trial_rows
 from vitbench.errors import InputError
 from vitbench.methods import compress, make_config
-from vitbench.records import load_records
+from vitbench.row_table import load_records
 from vitbench.training import evaluate
 
 SMALL = CombinationSearch(target=0.2, trials=6, structures=("none", "distillation", "pruning"))

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from vitbench.comparison import comparison
-from vitbench.records import load_records
+from vitbench.row_table import load_records
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 

@@ -17,7 +17,8 @@ from vitbench.edge.streaming import stream
 from vitbench.errors import InputError
 from vitbench.measure import measure
 from vitbench.methods import compress, make_config
-from vitbench.records import load_records, read_rows
+from vitbench.records import read_rows
+from vitbench.row_table import load_records
 from vitbench.runs import Run
 
 needs_onnx = pytest.mark.skipif(

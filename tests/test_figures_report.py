@@ -12,8 +12,9 @@ from matplotlib.text import Text
 from vitbench import closeups, figures
 from vitbench.comparison import across_seeds, comparison, findings, label_of, subject
 from vitbench.errors import InputError
-from vitbench.records import Row, append_rows, load_records
+from vitbench.records import Row, append_rows
 from vitbench.report import write_report
+from vitbench.row_table import load_records
 from vitbench.tradeoff import COSTS, tradeoff
 
 

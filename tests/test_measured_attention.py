@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 from tests.measured_words import MEASURED, WORDS, apart, times_of
 from vitbench import attention_figures
 from vitbench.comparison import accuracy_text, subject, value
-from vitbench.records import load_records
+from vitbench.row_table import load_records
 
 REFERENCE = ROOT / "results" / "reference"
 MERGED, IMAGENET = REFERENCE / "token-merging-imagenet-sample", REFERENCE / "nystroem-imagenet-sample"

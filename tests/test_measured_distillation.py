@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.measured_words import MEASURED, WORDS, apart, times_of
 from vitbench.comparison import accuracy_text, subject, value
-from vitbench.records import load_records
+from vitbench.row_table import load_records
 from vitbench.statistics import mean_interval
 
 REFERENCE = ROOT / "results" / "reference"

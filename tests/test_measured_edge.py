@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 from tests.measured_words import MEASURED, WORDS
 from vitbench.comparison import MEGA, methods, subject, value
 from vitbench.edge import backend_table
-from vitbench.records import load_records
+from vitbench.row_table import load_records
 
 README = " ".join((ROOT / "README.md").read_text().split())
 REFERENCE = ROOT / "results" / "reference"

@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.test_measured_edge import paper_ratios
 from vitbench.comparison import subject, value
-from vitbench.records import load_records
+from vitbench.row_table import load_records
 
 PAGE = (ROOT / "results" / "papers.md").read_text()
 MEASURED = " ".join((ROOT / "results" / "measured.md").read_text().split())

@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.measured_words import MEASURED, WORDS, apart, times_of
 from vitbench.comparison import accuracy_text, paired_loss, subject, value
-from vitbench.records import load_records
+from vitbench.row_table import load_records
 
 REFERENCE = ROOT / "results" / "reference"
 CIFAR, IMAGENET = REFERENCE / "quantization-cifar10", REFERENCE / "fewer-bits-imagenet-sample"

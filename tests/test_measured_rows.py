@@ -10,7 +10,8 @@ from tests.conftest import ROOT
 from tests.measured_words import MEASURED, WORDS, apart
 from vitbench.comparison import across_seeds, comparison, subject, value
 from vitbench.methods import make_config
-from vitbench.records import load_records, read_rows
+from vitbench.records import read_rows
+from vitbench.row_table import load_records
 from vitbench.statistics import mean_interval, paired, unpack_hits
 
 REFERENCES = sorted((ROOT / "results" / "reference").glob("*/records.jsonl"))

@@ -15,7 +15,8 @@ from vitbench import lessons
 from vitbench.comparison import subject
 from vitbench.errors import InputError
 from vitbench.lessons import choose, find_lessons, read_profile
-from vitbench.records import load_records, read_rows
+from vitbench.records import read_rows
+from vitbench.row_table import load_records
 
 NOTEBOOKS = sorted(lessons.lessons_folder().glob("*.ipynb"))
 FORM = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

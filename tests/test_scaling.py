@@ -8,7 +8,7 @@ from vitbench import attention_figures
 from vitbench.errors import InputError
 from vitbench.measure.scaling import scaling
 from vitbench.methods import make_config
-from vitbench.records import load_records
+from vitbench.row_table import load_records
 from vitbench.runs import Run
 
 LINEAR = make_config("linear_attention", {"train": {"epochs": 0}})

@@ -13,7 +13,8 @@ from vitbench.data import ImageData, Split, load_data
 from vitbench.errors import InputError
 from vitbench.measure import measure
 from vitbench.methods import METHODS, compress, make_config
-from vitbench.records import Row, load_records
+from vitbench.records import Row
+from vitbench.row_table import load_records
 from vitbench.runs import Run
 from vitbench.training import TrainConfig, evaluate, train
 from vitbench.version import __version__

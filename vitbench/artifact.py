@@ -21,10 +21,14 @@ WEIGHTS, RECIPE, SHARED = "model.safetensors", "recipe.json", "shared."
 
 
 class Manifest(Config):
-    """The content of recipe.json: the recipe and the SHA-256 of the weights file beside it."""
+    """The content of recipe.json: the recipe, the SHA-256 of the weights file beside it, and the start of that of both.
+
+    Files of before there was the last do not have it.
+    """
 
     recipe: Recipe
     sha256: str
+    check: str = ""
 
 
 def recipe_of(model: nn.Module) -> Recipe:
@@ -60,8 +64,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
     try:
         with replaced(path) as fresh:
             save_file(tensors, fresh / WEIGHTS)
-            manifest = Manifest(recipe=recipe, sha256=_sha256(fresh / WEIGHTS))
-            (fresh / RECIPE).write_text(json.dumps(manifest.to_dict(), sort_keys=True, indent=1) + "\n")
+            content = Manifest(recipe=recipe, sha256=_sha256(fresh / WEIGHTS)).to_dict()
+            content["check"] = _check(content)
+            (fresh / RECIPE).write_text(json.dumps(content, sort_keys=True, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"the model could not be written to {str(path)!r} ({error}); free some space or choose another folder"
@@ -129,9 +134,19 @@ def read_manifest(path: str | Path) -> Manifest:
     if not (path / RECIPE).is_file() or not (path / WEIGHTS).is_file():
         raise InputError(f"{str(path)!r} is not a saved model; give a folder with {WEIGHTS} and {RECIPE}")
     try:
-        return Manifest(**json.loads((path / RECIPE).read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        content = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+        manifest = Manifest(**content)
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{str(path / RECIPE)!r} is damaged ({error}); make or copy the model again") from None
+    if manifest.check and manifest.check != _check(content):
+        raise InputError(f"{str(path / RECIPE)!r} is damaged (its checksum is another); make or copy the model again")
+    return manifest
+
+
+def _check(content: dict[str, Any]) -> str:
+    """The start of the SHA-256 of all that recipe.json holds, but of this."""
+    facts = {key: value for key, value in content.items() if key != "check"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -26,8 +26,10 @@ from vitbench.training import TrainConfig
 
 # sources that measure and show, and so do not decide what a model becomes
 SHOWING = re.compile(
-    r".*/vitbench/(measure/.*|(attention_figures|backends|cli|closeups|comparison|environment|figures|lessons|policy_figures|progress|records|report|runs|statistics|suite|version)\.py)$"
+    r".*/vitbench/(measure/.*|sweep/.*|(attention_figures|backends|cli|closeups|comparison|environment|equal_budgets|figures|lessons|policy_figures|progress|records|report|row_table|runs|statistics|suite|version)\.py)$"
 )
+
+HISTORY = "history.json"  # written last: a folder that has it is finished
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,35 @@ def compressed(base: Made, configs: Config | Sequence[Config], data: ImageData |
 
 def _kept(folder: Path, make: Callable[[Path], nn.Module]) -> Made:
     """What `folder` holds, after making it if need be; two processes that ask for one thing make it once."""
-    finished = folder / "history.json"
-    if not finished.is_file():
-        paths.writable_folder(folder, "model cache")
-        with FileLock(folder / "lock"):
-            if not finished.is_file():
-                model = make(folder)
-                artifact.save(model, folder / "model")
-                part = folder / "history.json.part"
-                part.write_text(json.dumps({key: getattr(model, key, []) for key in ("history", "search")}))
-                part.rename(finished)
-                (folder / "training.pt").unlink(missing_ok=True)
-    return Made(artifact.load(folder / "model"), folder / "model", **json.loads(finished.read_text()))
+    if found := _found(folder):
+        return found
+    paths.writable_folder(folder, "model cache")
+    with FileLock(folder / "lock"):
+        if found := _found(folder):
+            return found
+        model = make(folder)
+        artifact.save(model, folder / "model")
+        part = folder / f"{HISTORY}.part"
+        part.write_text(json.dumps({key: getattr(model, key, []) for key in ("history", "search")}))
+        part.rename(folder / HISTORY)
+        (folder / "training.pt").unlink(missing_ok=True)
+    return _read(folder)
+
+
+def _found(folder: Path) -> Made | None:
+    """What a finished folder holds; None if it is not finished, or damaged, so that it is to be made anew."""
+    if not (folder / HISTORY).is_file():
+        return None
+    try:
+        return _read(folder)
+    except (InputError, ValueError, TypeError) as error:
+        print(f"the model in the cache {folder.name} cannot be used and is made again ({str(error)[:160]})")
+        (folder / HISTORY).unlink(missing_ok=True)
+        return None
+
+
+def _read(folder: Path) -> Made:
+    return Made(artifact.load(folder / "model"), folder / "model", **json.loads((folder / HISTORY).read_text()))
 
 
 def prepare(

@@ -9,12 +9,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import pandas as pd
 import pydantic
 from filelock import FileLock
 from pydantic import Field, model_validator
@@ -26,7 +27,6 @@ SCHEMA_VERSION = 1
 IDENTITY = ("model", "dataset", "data_fingerprint", "method", "config", "seed", "metric", "context")
 GROUPS = ("accuracy", "size", "weights", "outputs", "latency", "memory")  # of metrics, as `measure` takes them
 DEVICE_GROUPS = ("startup", "limit", "energy", "roofline")  # only if asked for
-CONTEXT_COLUMNS = ("backend", "versus_backend", "batch", "threads", "device", "split", "versus")
 
 
 class Row(Config):
@@ -96,23 +96,20 @@ class Row(Config):
 def append_rows(path: str | Path, rows: Iterable[Row]) -> int:
     """Add rows to a records file, all of them or none; a row whose key is there as ok already is left out.
 
-    Several processes may write at once. Returns how many rows were added.
+    Several processes may write at once. What a writer that was killed left of a line is moved to `records.jsonl.torn`.
+    Returns how many rows were added.
 
     Raises:
-        InputError: the file cannot be written (the rows before stay as they were) or ends in a torn line.
+        InputError: the file cannot be written; the rows before stay as they were.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            text = path.read_bytes() if path.exists() else b""
-            if text and not text.endswith(b"\n"):
-                raise InputError(_torn(path, text.count(b"\n") + 1, "it has no end"))
-            done = set(re.findall(rb'"key":"([0-9a-f]+)"[^\n]*?"status":"ok"', text))
+            done = _done(path)
             new = [row if row.key else row.stamped() for row in rows]
             new = [row for row in new if row.key.encode() not in done]
-            lines = "".join(row.model_dump_json() + "\n" for row in new)
-            _append(path, lines.encode(), len(text))
+            _append(path, b"".join(map(_line, new)))
     except OSError as error:
         raise InputError(
             f"records {str(path)!r} cannot be written ({error.strerror}); give a folder with free space that you own"
@@ -120,8 +117,43 @@ def append_rows(path: str | Path, rows: Iterable[Row]) -> int:
     return len(new)
 
 
-def _append(path: Path, lines: bytes, size: int) -> None:
+_read: dict[
+    Path, tuple[int, bytes, set[bytes]]
+] = {}  # how far this process read a file, its end there, keys of ok rows
+
+
+def _done(path: Path) -> set[bytes]:
+    """The keys of a file's ok rows; of a file that grew only the rest is read."""
+    place, end, done = _read.get(path.absolute(), (0, b"", set()))
+    if not path.exists():
+        return set()
+    with open(path, "rb") as file:
+        file.seek(max(0, place - len(end)))
+        if file.read(len(end)) != end:  # it is another file by now
+            place, done = 0, set()
+            file.seek(0)
+        text = file.read()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        with open(f"{path}.torn", "ab") as aside:
+            aside.write(text[whole:] + b"\n")
+        os.truncate(path, place + whole)
+    if whole:
+        end = text[max(0, whole - 100) : whole]
+    done |= set(re.findall(rb'"key":"([0-9a-f]+)"[^\n]*?"status":"ok"', text[:whole]))
+    _read[path.absolute()] = place + whole, end, done
+    return done
+
+
+def _line(row: Row) -> bytes:
+    """A row as its line, with a checksum of what is before it, so that a damaged one is not taken for another number."""
+    text = row.model_dump_json().encode()[:-1]
+    return text + b',"check":"%08x"}\n' % zlib.crc32(text)
+
+
+def _append(path: Path, lines: bytes) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    size = os.fstat(handle).st_size
     try:
         written = 0
         while written < len(lines):
@@ -134,49 +166,53 @@ def _append(path: Path, lines: bytes, size: int) -> None:
         os.close(handle)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a records file, or of the `records.jsonl` in a folder; every line is checked against the schema."""
+def read_rows(path: str | Path, having: str = "") -> list[Row]:
+    """All rows of a records file, or of the `records.jsonl` in a folder; every line is checked against the schema.
+
+    having: only lines with this text in them.
+    """
     path = records_file(path)
+    return [_row(path, number, line) for number, line in lines_of(path) if having.encode() in line]
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a records file and their numbers, from 1; a last one that was not written to its end is no line."""
     if not path.is_file():
         raise InputError(
             f"no records at {str(path)!r}; give a results folder or its records.jsonl (`vitbench run` makes one)"
         )
-    rows = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                rows.append(Row.model_validate_json(line))
-            except pydantic.ValidationError as error:
-                raise InputError(_torn(path, number, explain(error, Row))) from None
-    return rows
+            if not line.endswith(b"\n"):
+                warnings.warn(
+                    f"the last line of {str(path)!r} was not written to its end and is left out", stacklevel=2
+                )
+                return
+            yield number, line
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    text, apart = split_check(line)
+    if apart:
+        raise InputError(_torn(path, number, "its checksum is another: it was changed"))
+    try:
+        return Row.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        raise InputError(_torn(path, number, explain(error, Row))) from None
+
+
+def split_check(line: bytes) -> tuple[bytes, bool]:
+    """A line without its checksum, and whether the two are apart; older lines have none."""
+    text, mark, check = line.rstrip().rpartition(b',"check":"')
+    if not mark or len(check) != 10:
+        return line, False
+    return text + b"}", check[:8] != b"%08x" % zlib.crc32(text)
 
 
 def records_file(path: str | Path) -> Path:
     """The records file of a results folder; a file stands for itself."""
     path = Path(path).expanduser()
     return path / "records.jsonl" if path.is_dir() else path
-
-
-def load_records(path: str | Path, *, latest: bool = True) -> pd.DataFrame:
-    """Rows as a tidy DataFrame: the schema's fields as columns, with batch, threads, ... taken out of `context` too.
-
-    latest: of rows about the same thing (a model that was made anew and measured again) keep only the last.
-    """
-    frame = pd.DataFrame([row.model_dump() for row in read_rows(path)], columns=list(Row.model_fields))
-    for name in CONTEXT_COLUMNS:
-        frame[name] = [context.get(name) for context in frame["context"]]
-    return latest_rows(frame) if latest else frame
-
-
-def latest_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """The last row about each thing; which artifact it was measured on does not make it another thing."""
-
-    def thing(row: pd.Series) -> str:
-        context = {key: value for key, value in row["context"].items() if key != "artifact"}
-        return json.dumps([row[name] for name in IDENTITY if name != "context"] + [context], sort_keys=True)
-
-    things = frame.apply(thing, axis=1) if len(frame) else pd.Series(dtype=str)
-    return frame[~things.duplicated(keep="last")].reset_index(drop=True)
 
 
 def _torn(path: Path, number: int, why: str) -> str:

@@ -16,7 +16,8 @@ from vitbench import budgets, figures
 from vitbench.comparison import comparison, findings, in_backend, subject
 from vitbench.errors import InputError
 from vitbench.paths import writable_folder
-from vitbench.records import load_records, records_file
+from vitbench.records import records_file
+from vitbench.row_table import load_records
 from vitbench.tradeoff import tradeoff
 
 ENVIRONMENT_FACTS = ("system", "python", "cpu", "cores", "memory_gib", "cpu_capability", "int8_engine", "gpus")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from vitbench import environment, paths
-from vitbench.records import Row, append_rows, load_records, read_rows
+from vitbench.records import Row, append_rows, read_rows
+from vitbench.row_table import load_records
 
 
 class Run:
@@ -25,9 +26,16 @@ class Run:
         self.notebooks = self.folder / "notebooks"
 
     def append(self, rows: Iterable[Row], facts: dict | None = None) -> None:
-        """Add rows with the environment, this process's or another device's `facts`, and the commit they were made with."""
-        env_id = environment.write_environment(self.folder / "environments", facts)
-        append_rows(self.records, [row.stamped(env_id, environment.commit()) for row in rows])
+        """Add rows with the environment, this process's or another device's `facts`, and the commit they were made with.
+
+        Rows that have a key already, of another process, stay as they are; `keep_environment` keeps what they name.
+        """
+        env_id = self.keep_environment(facts)
+        append_rows(self.records, [row if row.key else row.stamped(env_id, environment.commit()) for row in rows])
+
+    def keep_environment(self, facts: dict | None = None) -> str:
+        """Keep an environment, by default this process's; returns its name."""
+        return environment.write_environment(self.folder / "environments", facts)
 
     def done(self) -> set[str]:
         """Keys of the rows that are there as ok or skipped."""

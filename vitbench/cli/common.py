@@ -33,8 +33,8 @@ def put(values: dict[str, Any], key: str, value: Any, setting: str) -> None:
 def print_results(out: Path) -> None:
     """The table of a results folder, what can be said of it, and its report."""
     from vitbench.comparison import findings
-    from vitbench.records import load_records
     from vitbench.report import table_text, write_report
+    from vitbench.row_table import load_records
 
     rows = load_records(out)
     if not (rows["status"] == "ok").any():

@@ -9,8 +9,12 @@ from vitbench.errors import InputError
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Make the commands known."""
-    run = commands.add_parser("run", help="run the notebooks of a profile and write the report")
-    run.add_argument("profile", help="quick, cifar10, imagenet, or a path to a YAML file of notebook parameters")
+    run = commands.add_parser("run", help="run the notebooks of a profile, or a sweep, and write the report")
+    run.add_argument(
+        "profile",
+        help="quick, cifar10, imagenet, or a path to a YAML file: of notebook parameters, or of a sweep (it has models, "
+        "datasets and methods)",
+    )
     run.add_argument("--only", nargs="+", default=[], metavar="NOTEBOOK", help="only these, by name or number (05)")
     run.add_argument(
         "--set",
@@ -18,7 +22,20 @@ def add(commands: argparse._SubParsersAction) -> None:
         **SET,
     )
     run.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="method notebooks at once (1: timings are then undisturbed)"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="method notebooks, or cells of a sweep, at once (1: timings are then undisturbed)",
+    )
+    run.add_argument(
+        "--scheduler",
+        default="",
+        metavar="WHO",
+        help="of a sweep: dask (a cluster on this machine), slurm, pbs, sge, lsf, or tcp://HOST:PORT of a running Dask scheduler (default: processes of this machine)",
+    )
+    run.add_argument(
+        "--dry-run", action="store_true", help="of a sweep: say how many cells, how long and how much disk"
     )
     run.add_argument("--out", default="", metavar="DIR", help="results folder (default: results/runs/PROFILE)")
     run.set_defaults(command=_run)
@@ -56,13 +73,19 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from vitbench import lessons, paths, suite
+    from vitbench.cli import sweep
+    from vitbench.sweep.grid import is_sweep
 
     if options.workers < 1:
         raise InputError(f"--workers {options.workers}: give a whole number of 1 or more")
+    out = Path(options.out) if options.out else paths.home() / "results" / "runs" / Path(options.profile).stem
+    if is_sweep(options.profile):
+        return sweep.run(options, out.resolve())
+    if options.scheduler or options.dry_run:
+        raise InputError("--scheduler and --dry-run are for sweeps; give a YAML file with models, datasets and methods")
     known = lessons.find_lessons()
     chosen = lessons.choose(known, options.only)
     values = lessons.read_profile(options.profile, options.settings, known)
-    out = Path(options.out) if options.out else paths.home() / "results" / "runs" / Path(options.profile).stem
     outcomes = suite.run_suite(chosen, values, out.resolve(), options.workers)
     for outcome in outcomes:
         print(f"{outcome.status:8} {outcome.lesson.name}" + (f": {outcome.error}" if outcome.error else ""))

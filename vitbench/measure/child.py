@@ -27,9 +27,7 @@ def job(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]
 
 def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
     """Run the job `name` in a fresh process that uses `threads` threads."""
-    source = str(Path(__file__).resolve().parents[2])
-    env = standalone.thread_environment(threads)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
+    env = package_environment(threads)
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
         task.write_text(json.dumps({"job": name, "threads": threads, "arguments": arguments}))
@@ -41,6 +39,13 @@ def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
         if done.returncode or not answer.exists():
             raise ChildError(f"{name} failed: {standalone.reason(done.stderr, done.returncode)}")
         return json.loads(answer.read_text())
+
+
+def package_environment(threads: int) -> dict[str, str]:
+    """This process's environment for one that imports this same package and uses `threads` threads."""
+    source = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
+    return standalone.thread_environment(threads) | {"PYTHONPATH": path}
 
 
 def main(task: str, answer: str) -> None:

@@ -1,0 +1,82 @@
+"""A records file of a million rows: how long it takes to load, filter and draw, and how much memory.
+
+python benchmarks/many_rows.py --rows 1000000
+"""
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from vitbench.records import Row, append_rows
+
+BITS, SEEDS, MODELS = 20, 50, 100
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--file", default="", help="a records file to keep and use again")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(options.file or Path(folder, "records.jsonl"))
+        if not file.exists():
+            write(file, options.rows)
+        print(f"{options.rows:,} rows, {file.stat().st_size / 1e6:.0f} MB")
+        import vitbench as vb
+        from vitbench.comparison import subject
+        from vitbench.tradeoff import tradeoff
+
+        start = time.monotonic()
+        rows = vb.load_records(file)
+        loaded = time.monotonic()
+        chosen = subject(rows)
+        filtered = time.monotonic()
+        tradeoff(chosen, "bytes")[0].savefig(Path(folder, "figure.png"))
+        drawn = time.monotonic()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"load {loaded - start:.1f} s, filter to {len(chosen)} rows {filtered - loaded:.1f} s, draw {drawn - filtered:.1f} s"
+    )
+    print(f"in all {drawn - start:.1f} s, peak {peak:.2f} GiB")
+    return 0
+
+
+def write(file: Path, count: int) -> None:
+    """`count` rows of accuracy and bytes: models x seeds, with a baseline and a method at as many settings as are needed."""
+    made, settings = 0, 1 + count // (2 * SEEDS * MODELS)
+    for model in range(MODELS):
+        rows = []
+        for seed in range(SEEDS):
+            for setting in range(settings):
+                config = {
+                    "group": 32,
+                    "rounding": "second_order",
+                    "layers": ["qkv", "proj", "fc1", "fc2"],
+                    "step": setting,
+                }
+                steps = [{"method": "weight_only", "config": config}] if setting else []
+                shared = {
+                    "model": f"model_{model}",
+                    "dataset": "digits",
+                    "data_fingerprint": "9a6ff6b46c04c5f8",
+                    "method": "weight_only" if steps else "baseline",
+                    "config": {"origin": {"head": "random", "train": {"seed": seed, "epochs": 60}}, "methods": steps},
+                    "seed": seed,
+                    "context": {"artifact": f"{model:03}{seed:03}{setting:06}"},
+                }
+                accuracy = 0.95 - 0.5 / (1 + setting)
+                for metric, unit, value in (("top1", "fraction", accuracy), ("bytes", "bytes", 1e6 - 500.0 * setting)):
+                    if made < count:
+                        rows.append(
+                            Row(**shared, metric=metric, unit=unit, value=value, source="measured: made up").stamped()
+                        )
+                        made += 1
+        append_rows(file, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""A sweep whose workers and whose scheduler are killed, and what a second worker is worth.
+
+    python benchmarks/sweep_faults.py faults --out results/runs/sweep-faults
+    python benchmarks/sweep_faults.py scaling --out results/runs/sweep-scaling
+
+`faults` runs the 200 cells of `sweep_digits.yaml` with 4 workers, kills a worker at random 20 times and the process that gives out
+the cells once, starts that again, and counts the rows. `scaling` runs 48 of the cells with 1 and with 2 workers, each with
+empty caches, and says what a cell costs beside its own work. Both print what they found and write it to `found.json`.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+from vitbench import paths
+from vitbench.records import read_rows
+from vitbench.sweep import drive
+
+SWEEP = Path(__file__).with_name("sweep_digits.yaml")
+CELLS, KILLS = 200, 20
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("faults", "scaling"))
+    parser.add_argument("--out", required=True, metavar="DIR", help="results folder, new or empty")
+    parser.add_argument("--workers", type=int, default=4, help="of `faults`")
+    parser.add_argument("--every", type=float, default=6.0, help="seconds between the kills of workers, on average")
+    options = parser.parse_args()
+    out = paths.writable_folder(options.out, "results folder").resolve()
+    if any(out.iterdir()):
+        print(f"sweep_faults.py: {out} is not empty; give a new folder", file=sys.stderr)
+        return 2
+    found = faults(out, options.workers, options.every) if options.what == "faults" else scaling(out)
+    (out / "found.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return 0 if found.get("whole", True) else 1
+
+
+def faults(out: Path, workers: int, every: float) -> dict:
+    """Kill and go on; returns what was killed and what there is in the end."""
+    rng, killed, stop = random.Random(0), [], threading.Event()
+
+    def kill_workers() -> None:
+        while len(killed) < KILLS and not stop.wait(rng.expovariate(1 / every)):
+            alive = [
+                process
+                for process in psutil.process_iter(["cmdline"])
+                if "vitbench.sweep.worker" in (process.info["cmdline"] or [])
+            ]
+            if alive:
+                victim = rng.choice(alive)
+                victim.kill()
+                killed.append(victim.pid)
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as home:
+        process = run(out, workers, home)
+        threading.Thread(target=kill_workers, daemon=True).start()
+        while len(killed) < KILLS // 2 and process.poll() is None:
+            time.sleep(0.5)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        at_kill = len(drive.latest(out / "records.jsonl"))
+        status = run(out, workers, home).wait()
+        stop.set()
+        again = run(out, workers, home).wait()
+    rows = read_rows(out / "records.jsonl")
+    cells = [row.context["cell"] for row in rows if row.metric == drive.METRIC and row.status == "ok"]
+    keys = [row.key for row in rows if row.status == "ok"]
+    found = {
+        "cells": len(set(cells)),
+        "doubled": len(cells) - len(set(cells)),
+        "rows": len(keys),
+        "rows doubled": len(keys) - len(set(keys)),
+        "failed": sum(row.status == "failed" for row in drive.latest(out / "records.jsonl")),
+        "workers killed": len(killed),
+        "cells done when the scheduler was killed": at_kill,
+        "status of the second run, and of a third": [status, again],
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    whole = found["cells"] == CELLS and not found["doubled"] and not found["rows doubled"]
+    return {**found, "whole": whole and len(killed) == KILLS and (status, again) == (0, 0)}
+
+
+def scaling(out: Path) -> dict:
+    """The same cells with 1 and with 2 workers: seconds, their ratio, and seconds of a cell beyond its work."""
+    values = yaml.safe_load(SWEEP.read_text())
+    codes = {"weight_only": {"bits": [2, 3, 4, 5, 6, 8], "rounding": ["nearest", "second_order"]}}
+    ranks = {"mixed_rank": {"keep": [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9]}}
+    values |= {"seeds": [0, 1], "methods": ["baseline", codes, ranks]}
+    file = out / "sweep.yaml"
+    file.write_text(yaml.safe_dump(values))
+    found: dict = {}
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory() as home:
+            run(out / f"with-{workers}", workers, home, file).wait()
+        word = json.loads((out / f"with-{workers}" / drive.STATE).read_text())
+        found[f"{workers} workers"] = {
+            "cells": len(word["cells"]),
+            "seconds": word["passed"],
+            "work, seconds of all workers": word["work"]["seconds"],
+            "starting, seconds of all workers": word["work"]["starting"],
+        }
+    one, two = found.values()
+    beyond = one["seconds"] - one["work, seconds of all workers"] - one["starting, seconds of all workers"]
+    running = [each["seconds"] - each["starting, seconds of all workers"] / n for n, each in enumerate((one, two), 1)]
+    return {
+        **found,
+        "throughput, 2 workers over 1": one["seconds"] / two["seconds"],
+        "likewise, once workers have started": running[0] / running[1],
+        "seconds a cell beyond its work, worker kept": beyond / one["cells"],
+        "seconds to start a worker": one["starting, seconds of all workers"],
+    }
+
+
+def run(out: Path, workers: int, home: str, file: Path = SWEEP, *settings: str) -> subprocess.Popen:
+    """Start the command, with caches of its own."""
+    command = [sys.executable, "-m", "vitbench.cli", "run", str(file), "--out", str(out), "--workers", str(workers)]
+    command += ["--set", *settings] if settings else []
+    return subprocess.Popen(command, env=os.environ | {"VITBENCH_HOME": home}, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""A sweep on a real Slurm, of one node on this machine."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_sweep import SMALL
+from vitbench.errors import InputError
+from vitbench.runs import Run
+from vitbench.sweep import drive
+from vitbench.sweep.executors import open_workers
+from vitbench.sweep.grid import sweep_of
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    pytest.importorskip("dask_jobqueue", reason="the dask extra is not installed")
+    missing = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(tool)]
+    if missing or os.geteuid():
+        pytest.skip(f"needs root and Slurm (Debian: slurm-wlm munge); missing: {', '.join(missing) or 'root'}")
+    folder = tmp_path / "slurm"
+    script = [str(ROOT / "tests" / "slurm_node.sh")]
+    started = subprocess.run([*script, "start", str(folder)], capture_output=True, text=True)
+    if started.returncode:
+        pytest.skip(f"Slurm does not start here: {started.stderr.strip()[-200:]}")
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    yield folder
+    subprocess.run([*script, "stop", str(folder)], check=True)
+
+
+def test_a_sweep_on_slurm(slurm, tmp_path):
+    import dask
+
+    wanted = {"cores": 1, "memory": "2GB", "walltime": "00:10:00", "log-directory": str(slurm), "interface": "lo"}
+    wanted |= {"job-extra-directives": ["--mem=0"], "job-cpu": 1}
+    with dask.config.set({f"jobqueue.slurm.{key}": value for key, value in wanted.items()}):
+        run = Run(tmp_path / "rows")
+        outcome = drive.run_sweep(drive.plan(sweep_of(SMALL), run), run, workers=2, scheduler="slurm")
+    assert outcome["done"] == 4
+    jobs = list(slurm.glob("slurm-*.out"))
+    assert len(jobs) == 2
+
+
+def test_slurm_without_a_configuration(monkeypatch):
+    pytest.importorskip("dask_jobqueue", reason="the dask extra is not installed")
+    with pytest.raises(InputError, match="jobqueue.yaml"):
+        open_workers("slurm", 1, {}).__enter__()

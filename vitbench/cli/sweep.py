@@ -1,0 +1,85 @@
+"""run, of a sweep's file; and status."""
+
+import argparse
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from vitbench.cli.common import put
+from vitbench.errors import InputError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Make the command known."""
+    status = commands.add_parser("status", help="how far a sweep is, from another terminal or later")
+    status.add_argument("folder", help="the sweep's results folder")
+    status.set_defaults(command=_status)
+
+
+def run(options: argparse.Namespace, out: Path) -> int:
+    """Run the sweep that a file describes, or with --dry-run say what it would take."""
+    from vitbench.runs import Run
+    from vitbench.sweep.drive import plan, run_sweep
+    from vitbench.sweep.grid import sweep_of
+    from vitbench.sweep.outlook import outlook
+
+    if options.only:
+        raise InputError("--only is for notebooks; leave models, methods or seeds out of the sweep's file instead")
+    sweep = sweep_of(_values(options))
+    folder = Run(out)
+    found = plan(sweep, folder)
+    expected = outlook(found, folder)
+    print(f"{len(found.cells)} cells, {len(found.cells) - len(found.left)} of them finished before")
+    print(
+        f"disk: at most {expected.bytes / 1e9:.2g} GB for models and checkpoints, {expected.free / 1e9:.3g} GB are free"
+    )
+    known = "nothing to go by: no such cell is among the rows yet"
+    if expected.seconds is not None:
+        alone = timedelta(seconds=round(expected.seconds / options.workers))
+        known = f"about {alone} with {options.workers} workers, as such cells took before"
+    print(f"time: {known}")
+    if expected.bytes > expected.free:
+        print("vitbench: warning: there may not be enough disk for this sweep", file=sys.stderr)
+    if options.workers > 1 and "latency" in sweep.measures.what:
+        print("vitbench: warning: cells that run beside each other disturb each other's timings", file=sys.stderr)
+    if options.dry_run:
+        for cell in found.left:
+            print(f"  {cell.key} {cell.model.name} {cell.data.dataset} {cell.method}")
+        return 0
+    outcome = run_sweep(found, folder, options.workers, options.scheduler)
+    print(", ".join(f"{outcome[kind]} {kind}" for kind in ("done", "finished before", "failed")))
+    print(f"rows: {folder.records}")
+    if outcome["failed"]:
+        _print_failed(folder)
+    return 1 if outcome["failed"] else 0
+
+
+def _values(options: argparse.Namespace) -> Any:
+    import yaml
+
+    from vitbench.lessons import parse_setting
+
+    try:
+        values = yaml.safe_load(Path(options.profile).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{options.profile}: {' '.join(str(error).split())[:160]}") from None
+    for setting in options.settings:
+        put(values, *parse_setting(setting), setting)
+    return values
+
+
+def _print_failed(folder: Any) -> None:
+    from vitbench.sweep.drive import latest
+
+    for row in latest(folder.records):
+        if row.status == "failed":
+            trace = folder.folder / "errors" / f"{row.context['cell']}.txt"
+            print(f"failed {row.model} {row.method}: {row.error}" + (f"\n       {trace}" if trace.exists() else ""))
+
+
+def _status(options: argparse.Namespace) -> int:
+    from vitbench.sweep.outlook import progress_of
+
+    print(progress_of(Path(options.folder)))
+    return 0

@@ -1,0 +1,81 @@
+"""What a cell is: make the baseline or take it from the cache, compress it likewise, measure the saved model."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitbench import cache, suite
+from vitbench.data import ImageData
+from vitbench.errors import InputError
+from vitbench.measure import measure
+from vitbench.methods import make_config
+from vitbench.records import read_rows
+from vitbench.runs import Run
+from vitbench.sweep.grid import Cell
+
+
+def open_images(cell: Cell) -> ImageData:
+    """The images of a cell."""
+    return suite.open_data(cell.data.dataset, cell.data.name, cell.data.splits)
+
+
+def make_base(values: dict[str, Any]) -> dict[str, Any]:
+    """Make the cell's baseline, or find it in the cache."""
+    cell = _cell(values)
+    _base(cell, open_images(cell))
+    return {}
+
+
+def compress_and_measure(values: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a cell.
+
+    Raises:
+        InputError: settings that do not fit the model, or images that are not those that the sweep was checked with.
+    """
+    cell = _cell(values)
+    data = open_images(cell)
+    if data.fingerprint != cell.fingerprint:
+        raise InputError(
+            f"the images of {data.name} are not those that the sweep was started with; give all workers the same"
+        )
+    made = base = _base(cell, data)
+    if cell.steps:
+        made = cache.compressed(base, [make_config(step.method, step.config) for step in cell.steps], data)
+    measures = cell.measures
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(folder)
+        measure(
+            made.path,
+            data,
+            run,
+            versus=base.path if cell.steps else "",
+            what=measures.what,
+            batches=measures.batches,
+            rounds=measures.rounds,
+            threads=measures.threads,
+            backend=measures.backend,
+        )
+        rows = read_rows(run.records)
+        environments = {path.stem: json.loads(path.read_text()) for path in Path(folder, "environments").glob("*.json")}
+    return {"rows": [row.model_dump(mode="json") for row in rows], "environments": environments}
+
+
+def _cell(values: dict[str, Any]) -> Cell:
+    cell = Cell(**values)
+    torch.set_num_threads(cell.measures.threads)
+    return cell
+
+
+def _base(cell: Cell, data: ImageData) -> cache.Made:
+    model = cell.model
+    return cache.baseline(
+        model.name,
+        data,
+        cell.train,
+        pretrained=model.pretrained,
+        checkpoint=model.checkpoint,
+        img_size=model.img_size,
+    )
