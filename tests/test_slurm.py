@@ -40,7 +40,7 @@ def test_a_sweep_on_slurm(slurm, tmp_path):
         run = Run(tmp_path / "rows")
         outcome = drive.run_sweep(drive.plan(sweep_of(SMALL), run), run, workers=2, scheduler="slurm")
     assert outcome["done"] == 4
-    jobs = list(slurm.glob("slurm-*.out"))
+    jobs = list(slurm.glob("dask-worker-*.out"))
     assert len(jobs) == 2
 
 

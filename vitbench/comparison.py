@@ -1,6 +1,5 @@
 """The comparison table: one line a method, every number from a row."""
 
-import json
 from typing import Any
 
 import pandas as pd
@@ -22,8 +21,7 @@ def subject(rows: pd.DataFrame) -> pd.DataFrame:
     good = rows[rows["status"] == "ok"]
     if not len(good):
         raise InputError("the records hold no ok row; run the baseline and a method first")
-    stories = good.apply(_story, axis=1)
-    good = good[stories == stories.iloc[-1]].copy()
+    good = good[_of_the_last(good)].copy()
     good["label"] = _labels(good)
     return good
 
@@ -41,8 +39,7 @@ def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     good = rows[(rows["status"] == "ok") & (rows["metric"] == metric)]
     good = good.assign(config=good["config"].map(_seedless))
-    stories = good.apply(_story, axis=1)
-    good = good[stories == stories.iloc[-1]].copy()
+    good = good[_of_the_last(good)].copy()
     good["label"] = _labels(good)
     return good.drop_duplicates(["label", "seed"], keep="last")[["label", "seed", "value"]]
 
@@ -53,11 +50,14 @@ def _seedless(config: dict[str, Any]) -> dict[str, Any]:
     return [_seedless(item) for item in config] if isinstance(config, list) else config
 
 
-def _story(row: pd.Series) -> str:
-    """What a baseline and all that was made from it have in common."""
-    return json.dumps(
-        [row["dataset"], row["data_fingerprint"], row["model"], row["config"].get("origin")], sort_keys=True
-    )
+def _of_the_last(rows: pd.DataFrame) -> pd.Series:
+    """Which rows have the images, the model and the baseline's origin of the last one."""
+    last = rows.iloc[-1]
+    same = rows["model"].eq(last["model"]) & rows["data_fingerprint"].eq(last["data_fingerprint"])
+    same &= rows["dataset"].eq(last["dataset"])
+    origin = last["config"].get("origin")
+    same[same] = [config.get("origin") == origin for config in rows["config"][same]]
+    return same
 
 
 def _labels(rows: pd.DataFrame) -> list[str]:

@@ -286,7 +286,12 @@ def wrapped(name: str, width: int) -> str:
 def heading(rows: pd.DataFrame, what: str) -> str:
     """A figure's title: what it shows, and of which model on which images."""
     last = rows.iloc[-1]
-    return f"{what}\n{last['model']} on {last['dataset']}"
+    return f"{what}\n{plain(last['model'])} on {plain(last['dataset'])}"
+
+
+def plain(text: str) -> str:
+    """Text from outside, in which a dollar is a dollar and begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def note(figure: Figure, text: str) -> None:

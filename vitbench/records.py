@@ -61,11 +61,11 @@ class Row(Config):
     config: dict[str, Any] = {}
     seed: int = 0
     metric: str
-    value: float | None = None
+    value: float | None = Field(default=None, strict=True)
     unit: str = ""
     source: str = ""
-    low: float | None = None
-    high: float | None = None
+    low: float | None = Field(default=None, strict=True)
+    high: float | None = Field(default=None, strict=True)
     context: dict[str, Any] = {}
     samples: list[float] | None = None
     hits: str = Field(default="", pattern=r"^[0-9a-f]*$")

@@ -134,7 +134,7 @@ def _protocol(rows: pd.DataFrame) -> list[tuple[str, str]]:
         facts.append(
             (
                 "accuracy",
-                f"{context['images']} test images ({context['cut']}), which chose nothing; Wilson 95 % intervals",
+                f"{context.get('images', '?')} test images ({context.get('cut', '?')}), which chose nothing; Wilson 95 % intervals",
             )
         )
     timed = rows[rows["metric"] == "latency_p50"]
@@ -153,7 +153,7 @@ def _protocol(rows: pd.DataFrame) -> list[tuple[str, str]]:
     facts.append(("seeds", ", ".join(str(seed) for seed in sorted(rows["seed"].unique()))))
     facts.append(("source", ", ".join(sorted(rows["commit"].unique()))))
     for origin in {
-        json.dumps(config["origin"], sort_keys=True): config["origin"] for config in rows["config"]
+        json.dumps(origin, sort_keys=True): origin for origin in (config.get("origin", {}) for config in rows["config"])
     }.values():
         facts.append(("weights", _words(origin)))
     return facts

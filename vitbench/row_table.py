@@ -1,5 +1,7 @@
 """Rows as one tidy table, read fast: a file of a million rows takes seconds."""
 
+import contextlib
+import gc
 import json
 import math
 import re
@@ -17,10 +19,6 @@ CONTEXT_COLUMNS = ("backend", "versus_backend", "batch", "threads", "device", "s
 CHUNK = 20_000  # lines that are parsed at once
 FIELDS = list(Row.model_fields)
 TEXTS = tuple(name for name, field in Row.model_fields.items() if field.annotation is str)
-# a line as this package writes it: its two mappings, of which many rows have the same, are parsed once
-LINE = re.compile(
-    rb'(\{"schema_version":.*?,"config":)(\{.*\})(,"seed":-?\d+,"metric":.*?,"context":)(\{.*?\})(,"samples":.*\})'
-)
 HEX = re.compile(r"[0-9a-f]*")
 
 
@@ -41,7 +39,7 @@ def load_records(path: str | Path, *, latest: bool = True) -> pd.DataFrame:
     except _Unusual:
         rows = read_rows(path)
         columns = {name: [getattr(row, name) for row in rows] for name in FIELDS}
-    frame = pd.DataFrame(columns, columns=FIELDS)
+    frame = pd.DataFrame(columns, columns=FIELDS).astype(dict.fromkeys(("value", "low", "high"), float))
     for name in CONTEXT_COLUMNS:
         frame[name] = [context.get(name) for context in columns["context"]]
     return latest_rows(frame) if latest else frame
@@ -50,19 +48,24 @@ def load_records(path: str | Path, *, latest: bool = True) -> pd.DataFrame:
 def latest_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """The last row about each thing; which artifact it was measured on does not make it another thing."""
     things = frame[[name for name in IDENTITY if name not in ("config", "context")]].assign(
-        config=_texts(frame["config"]), context=_texts(frame["context"], but="artifact")
+        config=_numbered(frame["config"]), context=_numbered(frame["context"], but="artifact")
     )
-    return frame[~things.duplicated(keep="last")].reset_index(drop=True)
+    old = things.duplicated(keep="last")
+    return frame[~old].reset_index(drop=True) if old.any() else frame
 
 
-def _texts(mappings: pd.Series, but: str = "") -> list[str]:
-    """Each mapping as JSON without the key `but`; one object is turned into text once."""
-    known = {id(each): each for each in mappings}
-    texts = {
-        key: json.dumps({name: value for name, value in each.items() if name != but}, sort_keys=True)
-        for key, each in known.items()
-    }
-    return [texts[id(each)] for each in mappings]
+def _numbered(mappings: pd.Series, but: str = "") -> list[int]:
+    """A number for each mapping, the same for those that are equal without the key `but`; one object is looked at once."""
+    numbers: dict[str, int] = {}
+    known: dict[int, int] = {}
+    found = []
+    for each in mappings:
+        number = known.get(id(each))
+        if number is None:
+            text = json.dumps({name: value for name, value in each.items() if name != but}, sort_keys=True)
+            number = known[id(each)] = numbers.setdefault(text, len(numbers))
+        found.append(number)
+    return found
 
 
 def _columns(path: Path) -> dict[str, list[Any]]:
@@ -70,32 +73,53 @@ def _columns(path: Path) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
     shared: dict[bytes, Any] = {}
     lines = lines_of(path)
-    while chunk := list(islice(lines, CHUNK)):
-        for row in _parsed([line for _, line in chunk], shared):
-            if len(row) != len(FIELDS):
+    with _no_collection():
+        while chunk := [line for _, line in islice(lines, CHUNK)]:
+            rows = _parsed(chunk, shared)
+            if any(len(row) != len(FIELDS) for row in rows):
                 raise _Unusual
-            for name, value in zip(FIELDS, row.values(), strict=True):
-                columns[name].append(value)
+            try:
+                for name, column in columns.items():
+                    column.extend([row[name] for row in rows])
+            except KeyError:
+                raise _Unusual from None
     _check(columns)
     return columns
 
 
-def _parsed(lines: list[bytes], shared: dict[bytes, Any]) -> Iterator[dict[str, Any]]:
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the collector of cyclic garbage, which would go through all rows again and again."""
+    usual = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if usual:
+            gc.enable()
+
+
+def _parsed(lines: list[bytes], shared: dict[bytes, Any]) -> list[dict[str, Any]]:
     texts, mappings = [], []
     for line in lines:
         text, apart = split_check(line)
-        found = LINE.match(text)
-        if apart or not found:
+        # the two mappings, of which many rows have the same, are parsed once; in a text a quote has a backslash before it
+        first = text.find(b',"config":{') + 10
+        third = text.rfind(b',"context":{') + 11
+        second = text.rfind(b',"seed":', first, text.rfind(b',"metric":"', first, third))
+        fourth = text.rfind(b',"samples":')
+        if apart or not 10 < first < second < third < fourth:
             raise _Unusual
-        before, config, between, context, after = found.groups()
+        config, context = text[first:second], text[third:fourth]
         for mapping in (config, context):
             if mapping not in shared:
                 shared[mapping] = _json(mapping)
-        texts.append(b"%bnull%bnull%b" % (before, between, after))
+        texts.append(b"%bnull%bnull%b" % (text[:first], text[second:third], text[fourth:]))
         mappings.append((shared[config], shared[context]))
-    for row, (config, context) in zip(_json(b"[%b]" % b",".join(texts)), mappings, strict=True):
+    rows = _json(b"[%b]" % b",".join(texts))
+    for row, (config, context) in zip(rows, mappings, strict=True):
         row["config"], row["context"] = config, context
-        yield row
+    return rows
 
 
 def _json(text: bytes) -> Any:

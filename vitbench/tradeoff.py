@@ -93,7 +93,8 @@ def _points(rows: pd.DataFrame, cost: str, batch: int) -> tuple[list[Point], lis
             continue
         x, *ends = (1.0, None, None) if price is None else (price["value"] * scale, price["low"], price["high"])
         left, right = (x if pd.isna(end) else end for end in ends)
-        points.append(Point(method, x, left, right, *(100 * gain[field] for field in ("value", "low", "high"))))
+        low, high = (gain["value"] if pd.isna(gain[end]) else gain[end] for end in ("low", "high"))
+        points.append(Point(method, x, left, right, 100 * gain["value"], 100 * low, 100 * high))
         used += [row for row in (gain, price) if row is not None]
     return points, used
 

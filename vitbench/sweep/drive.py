@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -192,7 +193,7 @@ class _Drive:
                     self._record(each, answer)
                     del left[each.key]
                     bar.update(1)
-            bar.set_postfix_str(f"{self.outcome['failed']} failed")
+            bar.set_postfix_str(f"{self.outcome['failed']} failed", refresh=sys.stdout.isatty())
             self._tell(running)
             if not engine.alive():
                 return
