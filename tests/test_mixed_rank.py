@@ -179,6 +179,7 @@ def test_a_recipe_with_a_part_that_is_not_there_is_refused(base, digits, tmp_pat
     layers = manifest["recipe"]["layers"]
     name = next(name for name in layers if ".parts." in name)
     layers[name.rpartition(".")[0] + ".99"] = layers.pop(name)
+    del manifest["check"]
     (path / "recipe.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="layer in the recipe"):
         artifact.load(path)

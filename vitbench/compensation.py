@@ -112,12 +112,14 @@ def _mismatch(block: nn.Module, name: str, present: list[Tensor], answers: list[
     second = torch.zeros(inputs, inputs, dtype=torch.float64)
     cross = torch.zeros(outputs, inputs, dtype=torch.float64)
     mean, error = second.new_zeros(inputs), second.new_zeros(outputs)
-    count, power = 0, 0.0
+    count, power, shift = 0, 0.0, None
     for tokens in present:
         x, stream = _arriving(block, name, tokens)
         wanted = answers.pop(0)
         e = (wanted if stream is None else wanted - stream) - layer(x)
         x, e = x.flatten(0, -2), e.flatten(0, -2)
+        shift = x.mean(0) if shift is None else shift  # or a large mean would eat the covariance's digits
+        x = x - shift
         count, power = count + len(x), power + float(e.double().square().sum())
         second += (x.T @ x).double()
         cross += (e.T @ x).double()
@@ -127,7 +129,7 @@ def _mismatch(block: nn.Module, name: str, present: list[Tensor], answers: list[
     return Mismatch(
         tokens=count,
         covariance=second / count - torch.outer(mean, mean),
-        mean=mean,
+        mean=mean + shift.double(),
         cross=cross / count - torch.outer(error, mean),
         error=error,
         power=power / count,
