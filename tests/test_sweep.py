@@ -1,8 +1,10 @@
 """Sweeps: what a file stands for, and that cells are done once whatever happens to those who do them."""
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,9 +15,10 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from vitbench import records
 from vitbench.cli import main
 from vitbench.errors import InputError
-from vitbench.records import read_rows
+from vitbench.records import Row, read_rows
 from vitbench.runs import Run
 from vitbench.sweep import drive, worker
 from vitbench.sweep.executors import open_workers
@@ -304,3 +307,95 @@ def test_a_dask_cluster_does_the_same(tmp_path):
         drive.run_sweep(drive.plan(sweep_of(SMALL | {"seeds": [1]}), run), run, 1, "tcp://127.0.0.1:1")
     with pytest.raises(InputError, match="unknown scheduler 'slrum' .did you mean 'slurm'"):
         open_workers("slrum", 1, {}).__enter__()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """`cluster("scheduler")` and `cluster("worker")` start a process of a Dask cluster, at one address."""
+    pytest.importorskip("distributed", reason="the dask extra is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address, started = f"tcp://127.0.0.1:{port}", []
+    own = {
+        "scheduler": ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"],
+        "worker": [address, "--nthreads", "1", "--no-dashboard", "--local-directory", str(tmp_path / "dask")],
+    }
+
+    def start(kind):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", *own[kind]]
+        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return started[-1]
+
+    start.address = address
+    yield start
+    for process in started:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else ():
+            each.kill()
+        process.wait()
+
+
+def test_a_scheduler_that_is_killed_and_comes_back(cluster, tmp_path):
+    first, run = cluster("scheduler"), Run(tmp_path / "rows")
+    cluster("worker")
+    found = drive.plan(sweep_of(SMALL | {"seeds": [0, 1]}), run)
+    outcome = []
+    sweep = threading.Thread(target=lambda: outcome.append(drive.run_sweep(found, run, 1, cluster.address)))
+    sweep.start()
+    deadline = time.monotonic() + 120
+    while not drive.latest(run.records) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    before = len(drive.latest(run.records))
+    cluster("scheduler")
+    cluster("worker")
+    sweep.join(timeout=180)
+    assert 1 <= before < 8
+    assert outcome[0]["done"] == 8
+    assert len([row for row in read_rows(run.records) if row.metric == drive.METRIC]) == 8
+
+
+def test_a_full_disk_ends_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch, capsys):
+    file, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(SMALL))
+    usual, room = records._append, [2]
+
+    def append(path, lines):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        usual(path, lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "_append", append)
+        assert main(["run", str(file), "--out", str(out)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert len(drive.latest(out / "records.jsonl")) == 2
+    assert not sweep_workers()
+    assert main(["run", str(file), "--out", str(out)]) == 0
+    assert "2 done, 2 finished before, 0 failed" in capsys.readouterr().out
+
+
+def test_a_clock_that_goes_back_changes_nothing(tmp_path):
+    run = Run(tmp_path)
+    facts = {"model": "m", "dataset": "d", "data_fingerprint": "f", "method": "baseline", "metric": "top1"}
+    later = Row(**facts, value=0.5, source="measured: x", context={"artifact": "new"}).stamped()
+    earlier = (
+        later.having(value=0.4, context={"artifact": "old"}, key="").stamped().having(time="2031-01-01T00:00:00+00:00")
+    )
+    run.append([earlier])
+    run.append([later.having(time="2001-01-01T00:00:00+00:00")])
+    assert list(run.rows()["value"]) == [0.5]
+
+
+def test_a_source_tree_that_cannot_be_written(tmp_path):
+    """Rows, models and caches go below the results folder and `VITBENCH_HOME`, and nothing beside the sources."""
+    before = {
+        path: path.stat().st_mtime_ns for path in (ROOT / "vitbench").rglob("*") if "__pycache__" not in path.parts
+    }
+    swept(tmp_path, SMALL | {"methods": ["baseline"], "seeds": [9]})
+    after = {
+        path: path.stat().st_mtime_ns for path in (ROOT / "vitbench").rglob("*") if "__pycache__" not in path.parts
+    }
+    assert before == after
