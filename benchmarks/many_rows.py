@@ -4,12 +4,15 @@ python benchmarks/many_rows.py --rows 1000000
 """
 
 import argparse
+import json
 import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from vitbench import environment
+from vitbench.paths import writable_folder
 from vitbench.records import Row, append_rows
 
 SEEDS, MODELS = 20, 100
@@ -32,12 +35,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--file", default="", help="a records file to keep and use again")
+    parser.add_argument("--out", default="", metavar="DIR", help="folder to write found.json to")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(options.file or Path(folder, "records.jsonl"))
         if not file.exists():
             write(file, options.rows)
-        print(f"{options.rows:,} rows, {file.stat().st_size / 1e6:.0f} MB")
         import vitbench as vb
         from vitbench.comparison import subject
         from vitbench.tradeoff import tradeoff
@@ -49,11 +52,22 @@ def main() -> int:
         filtered = time.monotonic()
         tradeoff(chosen, "bytes")[0].savefig(Path(folder, "figure.png"))
         drawn = time.monotonic()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"load {loaded - start:.1f} s, filter to {len(chosen)} rows {filtered - loaded:.1f} s, draw {drawn - filtered:.1f} s"
-    )
-    print(f"in all {drawn - start:.1f} s, peak {peak:.2f} GiB")
+        size = file.stat().st_size
+    found = {
+        "rows": options.rows,
+        "MB": size / 1e6,
+        "load, s": loaded - start,
+        "filter, s": filtered - loaded,
+        "rows that are drawn": len(chosen),
+        "draw, s": drawn - filtered,
+        "in all, s": drawn - start,
+        "peak, GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "commit": environment.commit(),
+        "cpu": environment.cpu_name(),
+    }
+    print(json.dumps(found, indent=1))
+    if options.out:
+        (writable_folder(options.out, "results folder") / "found.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

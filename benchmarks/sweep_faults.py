@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from vitbench import paths
+from vitbench import environment, paths
 from vitbench.records import read_rows
 from vitbench.sweep import drive
 
@@ -44,6 +44,7 @@ def main() -> int:
         print(f"sweep_faults.py: {out} is not empty; give a new folder", file=sys.stderr)
         return 2
     found = faults(out, options.workers, options.every) if options.what == "faults" else scaling(out)
+    found |= {"commit": environment.commit(), "cpu": environment.cpu_name(), "cores": os.cpu_count()}
     (out / "found.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return 0 if found.get("whole", True) else 1

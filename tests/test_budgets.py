@@ -8,12 +8,13 @@ from tests.test_figures_report import assert_readable, make_rows, rows_of
 from vitbench import budgets
 from vitbench.cli import main
 from vitbench.edge import backend_table
+from vitbench.equal_budgets import at_budgets, equal_budgets, ranks
 from vitbench.errors import InputError
 from vitbench.gallery import GALLERY, draw
 from vitbench.multiples import multiples
-from vitbench.records import append_rows
+from vitbench.records import Row, append_rows
 from vitbench.row_table import load_records
-from vitbench.statistics import pack_hits
+from vitbench.statistics import mean_interval, pack_hits
 
 IMAGES = 1000
 
@@ -86,7 +87,57 @@ def test_small_multiples_show_every_method_and_can_be_read(tmp_path, count):
     assert set(shown["key"]) <= set(rows["key"])
 
 
-NEEDS_MORE = {"floors": "latency_floor", "memory": "peak_rss", "startup": "cold_start"}
+def seeded():
+    """A baseline, two settings of one method and one of another, over three seeds."""
+    models = {
+        ("baseline", None): (1000, 0.90),
+        ("weight_only", 8): (248, 0.89),
+        ("weight_only", 4): (124, 0.85),
+        ("pruning", None): (480, 0.80),
+    }
+    for seed in range(3):
+        for (method, bits), (size, accuracy) in models.items():
+            steps = [] if method == "baseline" else [{"method": method, "config": {"bits": bits}}]
+            facts = {"model": "m", "dataset": "d", "data_fingerprint": "f", "method": method, "seed": seed}
+            facts |= {
+                "config": {"origin": {"train": {"seed": seed, "epochs": 1}}, "methods": steps},
+                "source": "measured: x",
+            }
+            yield Row(**facts, metric="top1", unit="fraction", value=accuracy + 0.01 * seed)
+            yield Row(**facts, metric="bytes", unit="bytes", value=float(size + seed))
+
+
+def test_methods_at_equal_budgets_over_seeds(tmp_path):
+    append_rows(tmp_path / "records.jsonl", seeded())
+    rows = load_records(tmp_path)
+    found = at_budgets(rows, "bytes", (1 / 2, 1 / 4, 1 / 8, 1 / 16))
+    lines = {(line.method, round(1 / line.share)): line for line in found.itertuples()}
+    assert set(lines) == {("baseline", 1), ("weight_only", 2), ("weight_only", 4), ("weight_only", 8), ("pruning", 2)}
+    assert lines["weight_only", 2].cost == lines["weight_only", 4].cost == 249  # what fills the budget most
+    assert lines["weight_only", 8].cost == 125
+    first = lines["weight_only", 4]
+    assert (first.seeds, first.top1) == (3, pytest.approx(0.90))
+    assert (first.low, first.high) == pytest.approx(mean_interval([0.89, 0.90, 0.91])[1:])
+    figure, _ = equal_budgets(rows)
+    assert_readable(figure)
+    figure, _ = ranks(rows)
+    assert_readable(figure)
+    texts = {text.get_text() for text in figure.axes[0].texts}
+    assert texts == {"1   90.0", "2   81.0", "1   86.0"}
+    assert draw("equal-size", rows, tmp_path / "x.png") == 0
+    with pytest.raises(InputError, match="of the baseline"):
+        at_budgets(rows[rows["method"] != "baseline"])
+    with pytest.raises(InputError, match="no method is within"):
+        equal_budgets(rows[rows["method"] == "baseline"])
+
+
+NEEDS_MORE = {
+    "equal-work": "no method is within",
+    "floors": "latency_floor",
+    "energy": "an energy",
+    "memory": "peak_rss",
+    "startup": "cold_start",
+}
 
 
 @pytest.mark.parametrize("name", GALLERY)

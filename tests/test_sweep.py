@@ -399,3 +399,22 @@ def test_a_source_tree_that_cannot_be_written(tmp_path):
         path: path.stat().st_mtime_ns for path in (ROOT / "vitbench").rglob("*") if "__pycache__" not in path.parts
     }
     assert before == after
+
+
+def test_the_same_sweep_in_another_place_gives_the_same_files_and_accuracies(tmp_path):
+    sweep = SMALL | {
+        "methods": [{"weight_only": {"bits": 2, "rounding": "second_order", "train": {"epochs": 1, "batch_size": 64}}}]
+    }
+    found = []
+    for place in ("here", "there"):
+        file = tmp_path / f"{place}.yaml"
+        file.write_text(yaml.safe_dump(sweep))
+        command = [sys.executable, "-m", "vitbench.cli", "run", str(file), "--out", str(tmp_path / place / "rows")]
+        subprocess.run(
+            command, env=os.environ | {"VITBENCH_HOME": str(tmp_path / place)}, check=True, capture_output=True
+        )
+        rows = read_rows(tmp_path / place / "rows")
+        found.append({row.key: row.value for row in rows if row.metric in ("top1", "bytes")})
+        assert all(len(row.context["artifact"]) == 12 for row in rows if row.metric == "top1")
+    assert found[0] == found[1]
+    assert len(found[0]) == 2

@@ -33,7 +33,7 @@ def label_of(rows: pd.DataFrame, measured: pd.DataFrame) -> str:
 
 
 def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The values of a metric for the model and images of the last row, of every seed: columns label, seed, value.
+    """The values of a metric for the model and images of the last row, of every seed: columns label, seed, value, key.
 
     A seed is that of the whole way, baseline and method; all other settings are the label's.
     """
@@ -41,7 +41,7 @@ def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     good = good.assign(config=good["config"].map(_seedless))
     good = good[_of_the_last(good)].copy()
     good["label"] = _labels(good)
-    return good.drop_duplicates(["label", "seed"], keep="last")[["label", "seed", "value"]]
+    return good.drop_duplicates(["label", "seed"], keep="last")[["label", "seed", "value", "key"]]
 
 
 def _seedless(config: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _line(both: pd.DataFrame, means: pd.Series, label: str, share: float) -> dic
 def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
     """The accuracy of every method within each share of the baseline's cost: means over seeds and their 95 % intervals.
 
-    Returns the figure and the lines of `at_budgets` that it shows.
+    Returns the figure and the rows that it shows.
     """
     word = COSTS[one_of("cost", cost, ("bytes", "macs"))][0]
     found = at_budgets(rows, cost)
@@ -114,4 +114,42 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
             f"means over {over} of baseline and method, bars: their 95 % t intervals; line and band: the baseline's\n"
             "each method at its setting that fills the budget most; numbers at the edge: further down",
         )
-    return figure, found
+    return figure, _behind(rows, found, cost)
+
+
+def ranks(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
+    """Which method is how good within each share of the baseline's cost: ranks by mean accuracy, the accuracies beside them.
+
+    A method that is out of reach of a share has no rank there. Returns the figure and the rows that it shows.
+    """
+    word = COSTS[one_of("cost", cost, ("bytes", "macs"))][0]
+    found = at_budgets(rows, cost)
+    lines = found.iloc[1:]
+    if not len(lines):
+        raise InputError(f"no method is within {SHARES[0]:g} of the baseline's {word}; measure smaller models")
+    accuracy = lines.pivot(index="method", columns="share", values="top1").sort_index(axis=1, ascending=False)
+    place = accuracy.rank(ascending=False, method="min")
+    order = place.mean(axis=1).sort_values(kind="stable").index
+    accuracy, place = accuracy.loc[order], place.loc[order]
+    with style():
+        figure, axes = plt.subplots(figsize=(2.6 + 0.9 * accuracy.shape[1], 1.5 + 0.34 * len(order)))
+        axes.imshow(place, cmap="Greys_r", vmin=-0.5, vmax=1.6 * len(order), aspect="auto")
+        for (i, j), mean in np.ndenumerate(accuracy.to_numpy()):
+            if not np.isnan(mean):
+                rank = int(place.iloc[i, j])
+                light = rank < 0.35 * len(order)
+                text = f"{rank}   {100 * mean:.1f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
+        axes.set_xticks(range(accuracy.shape[1]), [f"1/{1 / share:.0f}" for share in accuracy.columns])
+        axes.set_yticks(range(len(order)), order)
+        axes.set_xlabel(f"budget: share of the baseline's {word}")
+        axes.grid(visible=False)
+        axes.set_title(heading(rows, f"rank and top-1 (%) at equal {word}"))
+        note(figure, "means over seeds; neighbours may not be told apart: see the intervals; empty: out of reach")
+    return figure, _behind(rows, found, cost)
+
+
+def _behind(rows: pd.DataFrame, found: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """The rows of accuracy and cost of the models that lines of `at_budgets` are about."""
+    both = pd.concat([across_seeds(rows, metric) for metric in ("top1", cost)])
+    return rows[rows["key"].isin(both["key"][both["label"].isin(found["label"])])]

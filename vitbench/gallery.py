@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from vitbench import figures
 from vitbench.comparison import subject
 from vitbench.edge import measured_figures
-from vitbench.equal_budgets import equal_budgets
+from vitbench.equal_budgets import equal_budgets, ranks
 from vitbench.errors import InputError, one_of
 from vitbench.multiples import multiples
 from vitbench.paths import writable_folder
@@ -25,6 +25,7 @@ GALLERY: dict[str, tuple[str, Draw]] = {
     "size": ("accuracy against bytes on disk", lambda rows, batch: tradeoff(rows, "bytes")),
     "work": ("accuracy against multiply-accumulates", lambda rows, batch: tradeoff(rows, "macs")),
     "time": ("accuracy against time over the baseline's", lambda rows, batch: tradeoff(rows, "latency_ratio", batch)),
+    "energy": ("accuracy against energy, measured or estimated", lambda rows, batch: tradeoff(rows, "energy")),
     "methods": ("accuracy against bytes, a panel a method", lambda rows, batch: multiples(rows, "bytes")),
     "methods-work": ("the same against multiply-accumulates", lambda rows, batch: multiples(rows, "macs")),
     "equal-size": ("accuracy at equal bytes, over seeds", lambda rows, batch: equal_budgets(rows, "bytes")),
@@ -32,6 +33,7 @@ GALLERY: dict[str, tuple[str, Draw]] = {
         "accuracy at equal multiply-accumulates, over seeds",
         lambda rows, batch: equal_budgets(rows, "macs"),
     ),
+    "ranks": ("who is how good at equal bytes, over seeds", lambda rows, batch: ranks(rows, "bytes")),
     "predicted": (
         "what bits and MACs promise beside what was measured",
         lambda rows, batch: figures.predicted_beside_measured(rows),
@@ -42,7 +44,7 @@ GALLERY: dict[str, tuple[str, Draw]] = {
     "memory": ("peak memory of a process", lambda rows, batch: measured_figures.memory(rows)),
     "startup": ("time to a first answer", lambda rows, batch: measured_figures.startup(rows)),
 }
-OVER_SEEDS = ("equal-size", "equal-work")
+OVER_SEEDS = ("equal-size", "equal-work", "ranks")
 KINDS = (".png", ".svg", ".pdf")
 
 

@@ -22,6 +22,7 @@ COSTS = {  # cost -> what the title calls it, the axis label, and the scale of t
     "bytes": ("size", "size on disk (MB)", 1 / MEGA),
     "latency_ratio": ("time", "median latency / baseline's, batch {batch}, timed in turn", 1.0),
     "macs": ("work", "multiply-accumulates for one image (M)", 1 / MEGA),
+    "energy": ("energy", "energy for one image (J)", 1.0),
 }
 Place = tuple[float, float]
 Stroke = tuple[float, float, float, float]  # x0, y0, x1, y1
@@ -46,7 +47,7 @@ class Point(NamedTuple):
 
 
 def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[Figure, pd.DataFrame]:
-    """Accuracy against a cost ("bytes", "latency_ratio" or "macs"), with 95 % intervals and the Pareto front.
+    """Accuracy against a cost ("bytes", "latency_ratio", "macs" or "energy"), with 95 % intervals and the Pareto front.
 
     Of many methods only the baseline and those on the front are named, where there is room; the others are lighter, and
     a legend tells all by the method without its settings. A point far below all those stands on a grey strip at the edge.
@@ -57,7 +58,9 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
     rows = subject(rows)
     points, shown = _points(rows, cost, batch)
     if not points:
-        raise InputError(f"no model has both an accuracy and a {word} among these rows; measure both first")
+        raise InputError(
+            f"no model has both an accuracy and {'an' if word[0] in 'aeiou' else 'a'} {word} among these rows; measure both first"
+        )
     front = [points[place] for place in pareto_front([point.x for point in points], [point.y for point in points])]
     best = list(dict.fromkeys([*(point for point in points if point.name == "baseline"), *front]))
     named = best if len(points) > FEW else list(dict.fromkeys([*best, *points]))
@@ -76,7 +79,9 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
         if columns:
             marks = [Line2D([], [], ls="", label=wrapped(name, 26), **look(name, families)) for name in families]
             figure.legend(handles=marks, loc="outside right upper", ncols=columns, fontsize=SMALL)
-        note(figure, "bars: 95 % intervals; dashed: Pareto front; left and up is better" + _below(points, floor))
+        had = dict.fromkeys(row["source"].split(":")[0] for row in shown if row["metric"] == "energy")
+        how = f"; energy {' and '.join(had)}" if had else ""
+        note(figure, f"bars: 95 % intervals; dashed: Pareto front; left and up is better{how}" + _below(points, floor))
         bars = [bar for point in named for bar in _bars(point)]
         steps = [stroke for (a, b), (c, d) in pairwise(ends) for stroke in ((a, b, c, b), (c, b, c, d))]
         places = {point.name: (point.x, max(point.y, floor)) for point in (*named, *points)}

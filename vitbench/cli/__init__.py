@@ -5,7 +5,7 @@ import errno
 import sys
 import warnings
 
-from vitbench.cli import combine, compress, edge, measure, run, sweep
+from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
 from vitbench.errors import InputError
 
 
@@ -42,6 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for module in (run, sweep, compress, combine, measure, edge):
+    for module in (run, sweep, compress, combine, measure, verify, edge):
         module.add(commands)
     return parser
