@@ -101,6 +101,7 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
                 )
         axes.set_xticks(range(len(shares)), [f"1/{1 / share:.0f}" for share in shares])
         axes.set(xlabel=f"budget: share of the baseline's {word}", ylabel="top-1 on test images (%)")
+        axes.set_xlim(-0.5, len(shares) - 0.5)
         tops = found[["top1", "high"]].max(axis=1).max()
         axes.set_ylim(bottom - 2, min(100.0, 100 * tops) + 0.6)
         axes.grid(visible=False, axis="x")
