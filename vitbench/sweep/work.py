@@ -1,5 +1,6 @@
 """What a cell is: make the baseline or take it from the cache, compress it likewise, measure the saved model."""
 
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -14,12 +15,18 @@ from vitbench.measure import measure
 from vitbench.methods import make_config
 from vitbench.records import read_rows
 from vitbench.runs import Run
-from vitbench.sweep.grid import Cell
+from vitbench.sweep.grid import Cell, DataChoice
 
 
 def open_images(cell: Cell) -> ImageData:
-    """The images of a cell."""
-    return suite.open_data(cell.data.dataset, cell.data.name, cell.data.splits)
+    """The images of a cell; a worker that goes on with the same ones does not read them again."""
+    return _images(json.dumps(cell.data.to_dict()))
+
+
+@functools.lru_cache(maxsize=1)
+def _images(choice: str) -> ImageData:
+    data = DataChoice(**json.loads(choice))
+    return suite.open_data(data.dataset, data.name, data.splits)
 
 
 def make_base(values: dict[str, Any]) -> dict[str, Any]:
