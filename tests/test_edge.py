@@ -137,7 +137,7 @@ def test_a_bundle_goes_to_a_device_and_its_answers_come_back(measured, base, dig
     assert done.returncode == 0, done.stdout + done.stderr
     count = adopt(bundle, tmp_path / "board", "test board")
     rows = load_records(tmp_path / "board")
-    assert count == 9 + 10, "the baseline has no ratio to itself"
+    assert count == 10 + 11, "the baseline has no ratio to itself"
     assert {"top1", "bytes", "latency_ratio", "peak_rss"} <= set(rows["metric"])
     timed = rows[rows["metric"] == "latency_p50"]
     assert set(timed["device"]) == {"cpu: test board"}
@@ -151,7 +151,7 @@ def test_a_bundle_goes_to_a_device_and_its_answers_come_back(measured, base, dig
     adopt(bundle, tmp_path / "torn")
     torn = load_records(tmp_path / "torn")
     assert set(torn[torn["status"] == "failed"]["error"]) == {"the device's answers hold no load"}
-    assert (torn["status"] == "ok").sum() == (rows["status"] == "ok").sum() - 9
+    assert (torn["status"] == "ok").sum() == (rows["status"] == "ok").sum() - 10
     for change, message in (({"schema_version": 99}, "schema version 99"), ({"bundle": "0"}, "is of bundle 0")):
         (bundle / "answers.json").write_text(json.dumps(answers | change))
         with pytest.raises(InputError, match=message):

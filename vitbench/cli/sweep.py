@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, out: Path) -> int:
         return 0
     outcome = run_sweep(found, folder, options.workers, options.scheduler)
     print(", ".join(f"{outcome[kind]} {kind}" for kind in ("done", "finished before", "failed")))
-    print(f"rows: {folder.records}")
+    print(f"rows: {folder.records} (`vitbench report {out}` makes a page of them)")
     if outcome["failed"]:
         _print_failed(folder)
     return 1 if outcome["failed"] else 0
