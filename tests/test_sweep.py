@@ -290,6 +290,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "--only is for notebooks" in capsys.readouterr().err
     assert main(["run", "quick", "--dry-run"]) == 2
     assert "are for sweeps" in capsys.readouterr().err
+    assert main(["run", str(file), "--out", out, "--scheduler", "slrum"]) == 2
+    assert "did you mean 'slurm'" in capsys.readouterr().err
     assert main(["status", str(tmp_path)]) == 2
     assert "holds no sweep" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / drive.STATE).read_text())["busy"] == []

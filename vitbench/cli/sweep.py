@@ -21,24 +21,27 @@ def run(options: argparse.Namespace, out: Path) -> int:
     """Run the sweep that a file describes, or with --dry-run say what it would take."""
     from vitbench.runs import Run
     from vitbench.sweep.drive import plan, run_sweep
+    from vitbench.sweep.executors import check_scheduler
     from vitbench.sweep.grid import sweep_of
     from vitbench.sweep.outlook import outlook
 
     if options.only:
         raise InputError("--only is for notebooks; leave models, methods or seeds out of the sweep's file instead")
+    check_scheduler(options.scheduler)
     sweep = sweep_of(_values(options))
     folder = Run(out)
     found = plan(sweep, folder)
     expected = outlook(found, folder)
     print(f"{len(found.cells)} cells, {len(found.cells) - len(found.left)} of them finished before")
-    print(
-        f"disk: at most {expected.bytes / 1e9:.2g} GB for models and checkpoints, {expected.free / 1e9:.3g} GB are free"
-    )
-    known = "nothing to go by: no such cell is among the rows yet"
-    if expected.seconds is not None:
-        alone = timedelta(seconds=round(expected.seconds / options.workers))
-        known = f"about {alone} with {options.workers} workers, as such cells took before"
-    print(f"time: {known}")
+    if found.left:
+        gigabytes = (
+            f"at most {expected.bytes / 1e9:.2g} GB for models and checkpoints, {expected.free / 1e9:.3g} GB are free"
+        )
+        known = "nothing to go by: no such cell is among the rows yet"
+        if expected.seconds is not None:
+            alone = timedelta(seconds=round(expected.seconds / options.workers))
+            known = f"about {alone} with --workers {options.workers}, as such cells took before"
+        print(f"disk: {gigabytes}\ntime: {known}")
     if expected.bytes > expected.free:
         print("vitbench: warning: there may not be enough disk for this sweep", file=sys.stderr)
     if options.workers > 1 and "latency" in sweep.measures.what:

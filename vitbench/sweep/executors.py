@@ -41,10 +41,20 @@ def open_workers(scheduler: str, count: int, resources: dict[str, float]) -> con
     Raises:
         InputError: no such scheduler, one that does not answer, or resources that this machine does not have.
     """
+    check_scheduler(scheduler)
     if not scheduler:
         return _local(_room(count, resources), resources)
-    require("distributed", "dask")
     return _dask(scheduler, count, resources)
+
+
+def check_scheduler(scheduler: str) -> None:
+    """Raise `InputError` if there is no such scheduler, or if what it needs is not installed."""
+    if scheduler and "://" not in scheduler:
+        one_of("scheduler", scheduler, ("dask", *QUEUES, "tcp://HOST:PORT"))
+    if scheduler:
+        require("distributed", "dask")
+    if scheduler in QUEUES:
+        require("dask_jobqueue", "dask")
 
 
 @contextlib.contextmanager
@@ -107,7 +117,6 @@ def _client(scheduler: str, count: int, resources: dict[str, float], stack: cont
                 f"the scheduler {scheduler!r} does not answer ({str(error)[:120] or type(error).__name__}); start one with "
                 "`dask scheduler` and workers with `dask worker`"
             ) from None
-    one_of("scheduler", scheduler, ("dask", *QUEUES, "tcp://HOST:PORT"))
     if scheduler == "dask":
         cluster = distributed.LocalCluster(
             n_workers=count, threads_per_worker=1, resources=resources or None, dashboard_address="localhost:0"
