@@ -7,14 +7,12 @@ import warnings
 
 import pytest
 import torch
-import yaml
 
-from tests.conftest import ROOT
 from tests.test_sweep import SMALL
 from vitbench import artifact, cache
 from vitbench.cli import main
 from vitbench.errors import InputError
-from vitbench.lessons import parse_setting
+from vitbench.lessons import find_lessons, parse_setting
 from vitbench.methods import METHODS, make_config
 from vitbench.records import Row, append_rows, read_rows
 from vitbench.row_table import load_records
@@ -207,12 +205,34 @@ def test_lines_that_are_no_rows(tmp_path, line):
             read(file)
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", '"7"', "true", "[1]", "{}", "null", "1e999"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"7"', "true", "[1]", "{}", "null", "1e999", "1" + "0" * 400])
 def test_values_that_are_no_numbers(tmp_path, value):
     file = tmp_path / "records.jsonl"
     append_rows(file, rows_of("m")[:1])
     text = file.read_text().split(',"check"')[0] + "}\n"  # a forger leaves the checksum out
     file.write_text(text.replace('"value":0.5', f'"value":{value}'))
+    for read in (read_rows, load_records):
+        with pytest.raises(InputError, match="line 1 "):
+            read(file)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("schema_version", "[1]"),
+        ("schema_version", "2"),
+        ("status", "[]"),
+        ("low", "1" + "0" * 400),
+        ("samples", '["a"]'),
+    ],
+)
+def test_fields_of_another_kind(tmp_path, field, value):
+    file = tmp_path / "records.jsonl"
+    append_rows(file, rows_of("m")[:1])
+    row = json.loads(file.read_text())
+    row.pop("check")
+    text = json.dumps(row | {field: "HERE"}, separators=(",", ":")).replace('"HERE"', value)
+    file.write_text(text + "\n")
     for read in (read_rows, load_records):
         with pytest.raises(InputError, match="line 1 "):
             read(file)
@@ -257,11 +277,13 @@ def test_yaml_makes_no_objects(tmp_path, capsys):
     assert "vitbench: " in capsys.readouterr().err
 
 
-def test_a_notebook_in_a_results_folder_is_not_run(tmp_path, capsys):
+def test_a_notebook_in_a_results_folder_is_not_run(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / "01_baseline.ipynb").write_text(json.dumps({"cells": [], "metadata": {}}))
-    profile = tmp_path / "p.yaml"
-    profile.write_text(yaml.safe_dump({"dataset": "/not/there"}))
-    assert main(["run", str(profile), "--out", str(tmp_path)]) == 2
-    assert "/not/there" in capsys.readouterr().err
-    assert (ROOT / "notebooks").is_dir()
+    strange = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "notebooks" / "99_strange.ipynb").write_text(json.dumps(strange))
+    Run(tmp_path).append(rows_of("m"))
+    monkeypatch.delenv("VITBENCH_HOME")
+    monkeypatch.chdir(tmp_path)
+    names = [lesson.name for lesson in find_lessons()]
+    assert "01_baseline" in names
+    assert "99_strange" not in names

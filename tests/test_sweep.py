@@ -22,7 +22,7 @@ from vitbench.records import Row, read_rows
 from vitbench.runs import Run
 from vitbench.sweep import drive, worker
 from vitbench.sweep.executors import open_workers
-from vitbench.sweep.grid import Cell, cells, is_sweep, sweep_of
+from vitbench.sweep.grid import Cell, cells, sweep_of, sweep_values
 from vitbench.sweep.outlook import outlook, progress_of
 
 SMALL = {
@@ -274,8 +274,8 @@ def test_room_for_workers():
 def test_the_command(tmp_path, capsys, monkeypatch):
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(SMALL | {"methods": ["baseline"]}))
-    assert is_sweep(file)
-    assert not is_sweep(ROOT / "notebooks" / "profiles" / "quick.yaml")
+    assert sweep_values(file)
+    assert not sweep_values(ROOT / "notebooks" / "profiles" / "quick.yaml")
     out = str(tmp_path / "out")
     assert main(["run", str(file), "--out", out, "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -391,7 +391,7 @@ def test_a_clock_that_goes_back_changes_nothing(tmp_path):
     assert list(run.rows()["value"]) == [0.5]
 
 
-def test_a_source_tree_that_cannot_be_written(tmp_path):
+def test_nothing_is_written_beside_the_sources(tmp_path):
     """Rows, models and caches go below the results folder and `VITBENCH_HOME`, and nothing beside the sources."""
     before = {
         path: path.stat().st_mtime_ns for path in (ROOT / "vitbench").rglob("*") if "__pycache__" not in path.parts

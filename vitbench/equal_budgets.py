@@ -13,11 +13,14 @@ from vitbench.figures import heading, look, note, style, wrapped
 from vitbench.statistics import mean_interval
 from vitbench.tradeoff import COSTS
 
-SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16)
+SHARES = {
+    "bytes": (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16),
+    "macs": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),  # work is never saved as far as bytes
+}
 WIDTH = 0.7  # of all methods at one budget, in units of the gap between two
 
 
-def at_budgets(rows: pd.DataFrame, cost: str = "bytes", shares: Sequence[float] = SHARES) -> pd.DataFrame:
+def at_budgets(rows: pd.DataFrame, cost: str = "bytes", shares: Sequence[float] = ()) -> pd.DataFrame:
     """Of each method the setting that fits a share of the baseline's cost most closely, and its accuracy over the seeds.
 
     Which setting stands for a method is decided by cost alone, so that no accuracy chooses anything. A combination is a
@@ -26,6 +29,7 @@ def at_budgets(rows: pd.DataFrame, cost: str = "bytes", shares: Sequence[float] 
     Args:
         rows: of any number of seeds; all settings of one model on the same images.
         cost: "bytes" or "macs".
+        shares: by default `SHARES`.
 
     Returns:
         One line a method and share that it can reach, methods in the order they came: share, method, label, cost (the mean
@@ -35,7 +39,7 @@ def at_budgets(rows: pd.DataFrame, cost: str = "bytes", shares: Sequence[float] 
     Raises:
         InputError: no accuracy beside that cost, or none of the baseline.
     """
-    one_of("cost", cost, ("bytes", "macs"))
+    shares = shares or SHARES[one_of("cost", cost, SHARES)]
     top1, spent = (across_seeds(rows, metric).set_index(["label", "seed"])["value"] for metric in ("top1", cost))
     both = pd.concat([top1, spent], axis=1, join="inner", keys=["top1", "cost"])
     order = list(dict.fromkeys(both.index.get_level_values("label")))
@@ -66,11 +70,8 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
 
     Returns the figure and the rows that it shows.
     """
-    word = COSTS[one_of("cost", cost, ("bytes", "macs"))][0]
-    found = at_budgets(rows, cost)
+    word, found = _reached(rows, cost)
     dense, lines = found.iloc[0], found.iloc[1:]
-    if not len(lines):
-        raise InputError(f"no method is within {SHARES[0]:g} of the baseline's {word}; measure smaller models")
     families = list(dict.fromkeys(lines["method"]))
     shares = sorted(set(lines["share"]), reverse=True)
     bottom = 100 * max(lines["top1"].min(), dense["top1"] - 0.35) - 1
@@ -99,7 +100,7 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
                     va="top",
                     fontsize=7,
                 )
-        axes.set_xticks(range(len(shares)), [f"1/{1 / share:.0f}" for share in shares])
+        axes.set_xticks(range(len(shares)), _names(shares, cost))
         axes.set(xlabel=f"budget: share of the baseline's {word}", ylabel="top-1 on test images (%)")
         axes.set_xlim(-0.5, len(shares) - 0.5)
         tops = found[["top1", "high"]].max(axis=1).max()
@@ -124,12 +125,8 @@ def ranks(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame
 
     A method that is out of reach of a share has no rank there. Returns the figure and the rows that it shows.
     """
-    word = COSTS[one_of("cost", cost, ("bytes", "macs"))][0]
-    found = at_budgets(rows, cost)
-    lines = found.iloc[1:]
-    if not len(lines):
-        raise InputError(f"no method is within {SHARES[0]:g} of the baseline's {word}; measure smaller models")
-    accuracy = lines.pivot(index="method", columns="share", values="top1").sort_index(axis=1, ascending=False)
+    word, found = _reached(rows, cost)
+    accuracy = found.iloc[1:].pivot(index="method", columns="share", values="top1").sort_index(axis=1, ascending=False)
     place = accuracy.rank(ascending=False, method="min")
     order = place.mean(axis=1).sort_values(kind="stable").index
     accuracy, place = accuracy.loc[order], place.loc[order]
@@ -142,13 +139,25 @@ def ranks(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame
                 light = rank < 0.35 * len(order)
                 text = f"{rank}   {100 * mean:.1f}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
-        axes.set_xticks(range(accuracy.shape[1]), [f"1/{1 / share:.0f}" for share in accuracy.columns])
+        axes.set_xticks(range(accuracy.shape[1]), _names(accuracy.columns, cost))
         axes.set_yticks(range(len(order)), order)
         axes.set_xlabel(f"budget: share of the baseline's {word}")
         axes.grid(visible=False)
         axes.set_title(heading(rows, f"rank and top-1 (%) at equal {word}"))
         note(figure, "means over seeds; neighbours may not be told apart: see the intervals; empty: out of reach")
     return figure, _behind(rows, found, cost)
+
+
+def _reached(rows: pd.DataFrame, cost: str) -> tuple[str, pd.DataFrame]:
+    """What a figure calls the cost, and `at_budgets` with a method in it."""
+    found, word = at_budgets(rows, cost), COSTS[cost][0]
+    if len(found) < 2:
+        raise InputError(f"no method is within {SHARES[cost][0]:g} of the baseline's {word}; measure smaller models")
+    return word, found
+
+
+def _names(shares: Sequence[float], cost: str) -> list[str]:
+    return [f"1/{1 / share:.0f}" if cost == "bytes" else f"{share:g}" for share in shares]
 
 
 def _behind(rows: pd.DataFrame, found: pd.DataFrame, cost: str) -> pd.DataFrame:

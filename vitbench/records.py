@@ -24,6 +24,7 @@ from vitbench.configs import Config, explain
 from vitbench.errors import InputError
 
 SCHEMA_VERSION = 1
+SOURCES = ("measured", "modelled", "estimated")  # what a source begins with
 IDENTITY = ("model", "dataset", "data_fingerprint", "method", "config", "seed", "metric", "context")
 GROUPS = ("accuracy", "size", "weights", "outputs", "latency", "memory")  # of metrics, as `measure` takes them
 DEVICE_GROUPS = ("startup", "limit", "energy", "roofline")  # only if asked for
@@ -76,7 +77,7 @@ class Row(Config):
     def _whole(self) -> Self:
         if self.status == "ok" and (self.value is None or not math.isfinite(self.value)):
             raise ValueError(f"an ok row needs a finite value, {self.metric} has {self.value}")
-        if self.status == "ok" and not self.source.startswith(("measured", "modelled", "estimated")):
+        if self.status == "ok" and not self.source.startswith(SOURCES):
             raise ValueError(f"source = {self.source!r}: it starts with measured, modelled or estimated")
         if self.status != "ok" and not self.error:
             raise ValueError(f"a {self.status} row needs an error")

@@ -3,21 +3,22 @@
 import contextlib
 import gc
 import json
-import math
 import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pydantic_core import from_json
 
-from vitbench.records import IDENTITY, SCHEMA_VERSION, Row, lines_of, read_rows, records_file, split_check
+from vitbench.records import IDENTITY, SCHEMA_VERSION, SOURCES, Row, lines_of, read_rows, records_file, split_check
 
 CONTEXT_COLUMNS = ("backend", "versus_backend", "batch", "threads", "device", "split", "versus")
 CHUNK = 20_000  # lines that are parsed at once
 FIELDS = list(Row.model_fields)
+NUMBERS = ("value", "low", "high")
 TEXTS = tuple(name for name, field in Row.model_fields.items() if field.annotation is str)
 HEX = re.compile(r"[0-9a-f]*")
 
@@ -39,7 +40,7 @@ def load_records(path: str | Path, *, latest: bool = True) -> pd.DataFrame:
     except _Unusual:
         rows = read_rows(path)
         columns = {name: [getattr(row, name) for row in rows] for name in FIELDS}
-    frame = pd.DataFrame(columns, columns=FIELDS).astype(dict.fromkeys(("value", "low", "high"), float))
+    frame = pd.DataFrame(columns, columns=FIELDS).astype(dict.fromkeys(NUMBERS, float))
     for name in CONTEXT_COLUMNS:
         frame[name] = [context.get(name) for context in columns["context"]]
     return latest_rows(frame) if latest else frame
@@ -130,22 +131,27 @@ def _json(text: bytes) -> Any:
 
 
 def _check(columns: dict[str, list[Any]]) -> None:
-    """What `Row` demands of its fields, of all rows at once."""
-    good = set(columns["schema_version"]) <= {SCHEMA_VERSION} and set(columns["status"]) <= {"ok", "failed", "skipped"}
-    good &= all(set(map(type, columns[name])) <= {str} for name in TEXTS)
-    good &= set(map(type, columns["seed"])) <= {int}
+    """What `Row` demands of its fields, of all rows at once; numbers become arrays, NaN where there is none."""
     number = {float, int, type(None)}
-    good &= all(set(map(type, columns[name])) <= number for name in ("value", "low", "high"))
-    good &= all(set(map(type, columns[name])) <= {dict} for name in ("config", "context"))
-    good &= set(map(type, columns["samples"])) <= {list, type(None)}
-    good = good and all(HEX.fullmatch(text) for name in ("hits", "env_id") for text in set(columns[name]))
-    if not good:
+    kinds = dict.fromkeys((*TEXTS, "status"), {str}) | dict.fromkeys(("schema_version", "seed"), {int})
+    kinds |= dict.fromkeys(NUMBERS, number) | dict.fromkeys(("config", "context"), {dict})
+    kinds |= {"samples": {list, type(None)}}
+    if not all(set(map(type, columns[name])) <= kind for name, kind in kinds.items()):
         raise _Unusual
-    for status, value, source, error in zip(*(columns[name] for name in ("status", "value", "source", "error"))):
-        ok = status == "ok"
-        if ok and (
-            value is None or not math.isfinite(value) or not source.startswith(("measured", "modelled", "estimated"))
-        ):
-            raise _Unusual
-        if not ok and not error:
-            raise _Unusual
+    if not all(set(map(type, samples)) <= {float, int} for samples in columns["samples"] if samples):
+        raise _Unusual
+    if not (
+        set(columns["schema_version"]) <= {SCHEMA_VERSION} and set(columns["status"]) <= {"ok", "failed", "skipped"}
+    ):
+        raise _Unusual
+    if not all(HEX.fullmatch(text) for name in ("hits", "env_id") for text in set(columns[name])):
+        raise _Unusual
+    try:
+        columns |= {name: np.array(columns[name], dtype=float) for name in NUMBERS}
+    except OverflowError:  # a whole number that no float can be
+        raise _Unusual from None
+    ok = np.array([status == "ok" for status in columns["status"]], dtype=bool)
+    told = all(error for error, good in zip(columns["error"], ok) if not good)
+    sources = {source for source, good in zip(columns["source"], ok) if good}
+    if not (told and np.isfinite(columns["value"][ok]).all() and all(source.startswith(SOURCES) for source in sources)):
+        raise _Unusual

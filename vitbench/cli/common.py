@@ -11,6 +11,15 @@ SET = {"nargs": "+", "default": [], "action": "extend", "metavar": "KEY=VALUE", 
 SPLITS = {"nargs": "+", "default": [], "metavar": "KEY=VALUE", "help": _CUT}
 
 
+def add_images(parser: argparse.ArgumentParser, what: str) -> None:
+    """The options that `data_of` reads; `what` says what the images are."""
+    parser.add_argument(
+        "--dataset", default="digits", help=f"{what}: digits, a Hugging Face name, or a folder (default: digits)"
+    )
+    parser.add_argument("--dataset-name", default="", metavar="NAME", help="how rows and figures name the data set")
+    parser.add_argument("--splits", **SPLITS)
+
+
 def data_of(options: argparse.Namespace) -> Any:
     """The images that the options name, cut as they say."""
     from vitbench.lessons import parse_setting

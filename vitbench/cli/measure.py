@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vitbench.cli.common import SPLITS, data_of, print_results
+from vitbench.cli.common import add_images, data_of, print_results
 from vitbench.records import DEVICE_GROUPS, GROUPS
 
 
@@ -11,9 +11,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Make the command known."""
     size = commands.add_parser("measure", help="measure a saved model and add its rows to a results folder")
     size.add_argument("model", help="a folder with a saved model")
-    size.add_argument("--dataset", default="digits", help="digits, a Hugging Face name, or a folder (default: digits)")
-    size.add_argument("--dataset-name", default="", metavar="NAME", help="how rows and figures name the data set")
-    size.add_argument("--splits", **SPLITS)
+    add_images(size, "test images")
     size.add_argument("--versus", default="", metavar="DIR", help="a saved baseline to take turns with in the timings")
     size.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
     size.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")

@@ -74,13 +74,13 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _run(options: argparse.Namespace) -> int:
     from vitbench import lessons, paths, suite
     from vitbench.cli import sweep
-    from vitbench.sweep.grid import is_sweep
+    from vitbench.sweep.grid import sweep_values
 
     if options.workers < 1:
         raise InputError(f"--workers {options.workers}: give a whole number of 1 or more")
     out = Path(options.out) if options.out else paths.home() / "results" / "runs" / Path(options.profile).stem
-    if is_sweep(options.profile):
-        return sweep.run(options, out.resolve())
+    if (described := sweep_values(options.profile)) is not None:
+        return sweep.run(options, described, out.resolve())
     if options.scheduler or options.dry_run:
         raise InputError("--scheduler and --dry-run are for sweeps; give a YAML file with models, datasets and methods")
     known = lessons.find_lessons()

@@ -17,8 +17,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     status.set_defaults(command=_status)
 
 
-def run(options: argparse.Namespace, out: Path) -> int:
-    """Run the sweep that a file describes, or with --dry-run say what it would take."""
+def run(options: argparse.Namespace, values: dict[str, Any], out: Path) -> int:
+    """Run the sweep that `values` of its file describe, or with --dry-run say what it would take."""
+    from vitbench.lessons import parse_setting
     from vitbench.runs import Run
     from vitbench.sweep.drive import plan, run_sweep
     from vitbench.sweep.executors import check_scheduler
@@ -28,8 +29,9 @@ def run(options: argparse.Namespace, out: Path) -> int:
     if options.only:
         raise InputError("--only is for notebooks; leave models, methods or seeds out of the sweep's file instead")
     check_scheduler(options.scheduler)
-    sweep = sweep_of(_values(options))
-    folder = Run(out)
+    for setting in options.settings:
+        put(values, *parse_setting(setting), setting)
+    sweep, folder = sweep_of(values), Run(out)
     found = plan(sweep, folder)
     expected = outlook(found, folder)
     print(f"{len(found.cells)} cells, {len(found.cells) - len(found.left)} of them finished before")
@@ -56,20 +58,6 @@ def run(options: argparse.Namespace, out: Path) -> int:
     if outcome["failed"]:
         _print_failed(folder)
     return 1 if outcome["failed"] else 0
-
-
-def _values(options: argparse.Namespace) -> Any:
-    import yaml
-
-    from vitbench.lessons import parse_setting
-
-    try:
-        values = yaml.safe_load(Path(options.profile).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{options.profile}: {' '.join(str(error).split())[:160]}") from None
-    for setting in options.settings:
-        put(values, *parse_setting(setting), setting)
-    return values
 
 
 def _print_failed(folder: Any) -> None:

@@ -2,16 +2,14 @@
 
 import argparse
 
-from vitbench.cli.common import SPLITS, data_of
+from vitbench.cli.common import add_images, data_of
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Make the command known."""
     again = commands.add_parser("verify", help="make models of a results folder again and compare the numbers")
     again.add_argument("folder", help="a results folder, or its records.jsonl")
-    again.add_argument("--dataset", default="digits", help="the images of the rows (default: digits)")
-    again.add_argument("--dataset-name", default="", metavar="NAME", help="how the rows name the data set")
-    again.add_argument("--splits", **SPLITS)
+    add_images(again, "the images of the rows")
     again.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="only models of these methods")
     again.add_argument(
         "--models", type=int, default=4, help="how many, spread over those there are; 0: all (default: 4)"

@@ -60,15 +60,8 @@ def plan(sweep: Sweep, run: Run) -> Plan:
     found, facts, recipes = [], {}, {}
     for cell in cells(sweep):
         if cell.base not in starts:
-            data, model = open_images(cell), cell.model
-            start = prepare(
-                model.name,
-                data,
-                cell.train,
-                pretrained=model.pretrained,
-                checkpoint=model.checkpoint,
-                img_size=model.img_size,
-            )
+            data = open_images(cell)
+            start = prepare(cell.model.name, data, cell.train, **cell.model.start())
             starts[cell.base] = data, start.recipe
         data, recipe = starts[cell.base]
         cell = checked(cell, data, recipe)

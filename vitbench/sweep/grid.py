@@ -30,6 +30,10 @@ class ModelChoice(Config):
     img_size: int | None = Field(default=None, ge=1)
     train: dict[str, Any] = {}
 
+    def start(self) -> dict[str, Any]:
+        """What `baseline` and `prepare` take of it beside the name."""
+        return {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "img_size": self.img_size}
+
 
 class DataChoice(Config):
     """An image set, how rows name it, and how it is cut (`load_data`)."""
@@ -113,16 +117,16 @@ def digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_sweep(path: str | Path) -> bool:
-    """Whether a YAML file describes a sweep, and not the parameters of notebooks."""
+def sweep_values(path: str | Path) -> dict[str, Any] | None:
+    """What a YAML file of a sweep holds; None of any other file, one of notebooks' parameters say."""
     path = Path(path)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        return False
+        return None
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        return False
-    return isinstance(values, dict) and "methods" in values
+        return None
+    return values if isinstance(values, dict) and "methods" in values else None
 
 
 def sweep_of(values: Any) -> Sweep:

@@ -77,12 +77,4 @@ def _cell(values: dict[str, Any]) -> Cell:
 
 
 def _base(cell: Cell, data: ImageData) -> cache.Made:
-    model = cell.model
-    return cache.baseline(
-        model.name,
-        data,
-        cell.train,
-        pretrained=model.pretrained,
-        checkpoint=model.checkpoint,
-        img_size=model.img_size,
-    )
+    return cache.baseline(cell.model.name, data, cell.train, **cell.model.start())
