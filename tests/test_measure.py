@@ -143,6 +143,30 @@ def test_the_child_says_why_it_failed():
         child.in_child("count_joules", 1, path="/nowhere", backend="eager")
 
 
+@pytest.mark.parametrize("kind", ["_forked", "_started"])
+def test_a_job_s_process_is_in_this_folder_forked_or_started(base, monkeypatch, kind):
+    monkeypatch.chdir(base.path.parent)
+    monkeypatch.setattr(child, "_forked", getattr(child, kind))
+    for _ in range(2):
+        found = child.in_child("time_models", 1, models=[[base.path.name, "eager"]], batch=1, rounds=10)
+        assert len(found["timed"][0]["times"]) == 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
+def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone(base):
+    def run():
+        return child.in_child("time_models", 1, models=[[str(base.path), "eager"]], batch=1, rounds=10)
+
+    run()
+    first = child._forkers[1].process
+    run()
+    assert child._forkers[1].process is first
+    first.kill()
+    first.wait()
+    run()
+    assert child._forkers[1].process is not first
+
+
 def test_wrong_settings(base, digits, tmp_path):
     with pytest.raises(InputError, match="rounds = 3"):
         measure(base.path, digits, Run(tmp_path), rounds=3)

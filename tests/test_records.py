@@ -140,9 +140,27 @@ def test_fast_and_slow_reading_are_one(tmp_path):
     )
     slow = [found.model_dump() for found in read_rows(file)]
     fast = load_records(file)
-    assert row_table._columns(file).keys() == Row.model_fields.keys()
+    assert len(row_table._read(file)) == 4
     for name in Row.model_fields:
         assert [None if isinstance(x, float) and x != x else x for x in fast[name]] == [each[name] for each in slow]
+
+
+def test_of_a_file_that_grew_the_new_lines_are_parsed_and_of_a_changed_one_all(tmp_path, monkeypatch):
+    file, parsed = tmp_path / "records.jsonl", []
+    inner = row_table._parsed
+    monkeypatch.setattr(row_table, "_parsed", lambda lines, shared: parsed.append(len(lines)) or inner(lines, shared))
+    for count in (1, 2, 3):
+        append_rows(file, [row(method=f"m{count}", context={"batch": count})])
+        frame = load_records(file)
+        assert list(frame["batch"]) == list(range(1, count + 1))
+    assert parsed == [1, 1, 1]
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[1:]))
+    assert list(load_records(file)["batch"]) == [2, 3]
+    assert parsed[3:] == [2]
+    file.write_text(lines[1] + lines[2].replace('"value":', '"value":1'))
+    with pytest.raises(InputError, match="line 2"):
+        load_records(file)
 
 
 def test_rows_of_before_there_were_checksums_are_read(tmp_path):

@@ -62,14 +62,8 @@ def _of_the_last(rows: pd.DataFrame) -> pd.Series:
 
 def _labels(rows: pd.DataFrame) -> list[str]:
     """Each row's method, with `key=value` for the settings that are not those of the method's first row."""
-    settings = [
-        {
-            f"{step['method']}.{key}" if len(row.config["methods"]) > 1 else key: value
-            for step in row.config.get("methods", [])
-            for key, value in _flat(step["config"]).items()
-        }
-        for row in rows.itertuples()
-    ]
+    once = {id(config): _settings(config) for config in {id(each): each for each in rows["config"]}.values()}
+    settings = [once[id(config)] for config in rows["config"]]
     usual: dict[str, dict[str, Any]] = {}
     labels = []
     for method, own in zip(rows["method"], settings, strict=True):
@@ -78,6 +72,16 @@ def _labels(rows: pd.DataFrame) -> list[str]:
         differing = [f"{key}={_short(own[key])}" for key in apart]
         labels.append(method + (f" ({', '.join(differing)})" if differing else ""))
     return labels
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What each of a row's methods was told, as one mapping."""
+    steps = config.get("methods", [])
+    return {
+        f"{step['method']}.{key}" if len(steps) > 1 else key: value
+        for step in steps
+        for key, value in _flat(step["config"]).items()
+    }
 
 
 def _short(setting: Any) -> Any:

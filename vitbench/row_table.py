@@ -4,8 +4,10 @@ import contextlib
 import gc
 import json
 import re
-from collections.abc import Iterator
-from itertools import islice
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from vitbench.records import IDENTITY, SCHEMA_VERSION, SOURCES, Row, lines_of, r
 
 CONTEXT_COLUMNS = ("backend", "versus_backend", "batch", "threads", "device", "split", "versus")
 CHUNK = 20_000  # lines that are parsed at once
+KEPT = 100_000  # rows of a file up to which they are kept, so that a file that grew is not read from its start again
 FIELDS = list(Row.model_fields)
 NUMBERS = ("value", "low", "high")
 TEXTS = tuple(name for name, field in Row.model_fields.items() if field.annotation is str)
@@ -36,14 +39,47 @@ def load_records(path: str | Path, *, latest: bool = True) -> pd.DataFrame:
     """
     path = records_file(path)
     try:
-        columns = _columns(path)
+        frame = _read(path)
     except _Unusual:
         rows = read_rows(path)
-        columns = {name: [getattr(row, name) for row in rows] for name in FIELDS}
+        frame = _frame({name: [getattr(row, name) for row in rows] for name in FIELDS})
+    return latest_rows(frame) if latest else frame
+
+
+@dataclass
+class _Known:
+    """What this process read of a file: its first `lines` lines, whose CRC-32 is `crc`, as `frame`."""
+
+    lines: int
+    crc: int
+    frame: pd.DataFrame | None
+    shared: dict[bytes, Any]
+
+
+_known: dict[Path, _Known] = {}
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """All rows of a file; if it begins with what this process read of it before, only the lines after that are parsed."""
+    new = _Known(0, 0, None, {})
+    known = _known.pop(path.absolute(), new)
+    lines = (line for _, line in lines_of(path))
+    before = list(islice(lines, known.lines))
+    if zlib.crc32(b"".join(before)) != known.crc:
+        known, lines = new, chain(before, lines)
+    columns = _columns(lines, known)
+    added = _frame(columns)
+    known.frame = added if known.frame is None else pd.concat([known.frame, added], ignore_index=True)
+    if known.lines <= KEPT:
+        _known[path.absolute()] = known
+    return known.frame
+
+
+def _frame(columns: dict[str, Any]) -> pd.DataFrame:
     frame = pd.DataFrame(columns, columns=FIELDS).astype(dict.fromkeys(NUMBERS, float))
     for name in CONTEXT_COLUMNS:
-        frame[name] = [context.get(name) for context in columns["context"]]
-    return latest_rows(frame) if latest else frame
+        frame[name] = pd.Series([context.get(name) for context in columns["context"]], dtype=object)
+    return frame
 
 
 def latest_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -69,14 +105,13 @@ def _numbered(mappings: pd.Series, but: str = "") -> list[int]:
     return found
 
 
-def _columns(path: Path) -> dict[str, list[Any]]:
-    """The fields of all rows, checked field by field, not row by row."""
+def _columns(lines: Iterable[bytes], known: _Known) -> dict[str, list[Any]]:
+    """The fields of further lines, checked field by field, not row by row; `known` counts them."""
     columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
-    shared: dict[bytes, Any] = {}
-    lines = lines_of(path)
     with _no_collection():
-        while chunk := [line for _, line in islice(lines, CHUNK)]:
-            rows = _parsed(chunk, shared)
+        while chunk := list(islice(lines, CHUNK)):
+            known.lines, known.crc = known.lines + len(chunk), zlib.crc32(b"".join(chunk), known.crc)
+            rows = _parsed(chunk, known.shared)
             if any(len(row) != len(FIELDS) for row in rows):
                 raise _Unusual
             try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from vitbench import environment, paths
-from vitbench.records import Row, append_rows, read_rows
+from vitbench.records import Row, append_rows
 from vitbench.row_table import load_records
 
 
@@ -41,7 +41,8 @@ class Run:
         """Keys of the rows that are there as ok or skipped."""
         if not self.records.exists():
             return set()
-        return {row.key for row in read_rows(self.records) if row.status != "failed"}
+        rows = load_records(self.records, latest=False)
+        return set(rows["key"][rows["status"] != "failed"])
 
     def rows(self) -> pd.DataFrame:
         """All rows, the latest about each thing."""

@@ -86,7 +86,7 @@ def skeleton(architecture: Architecture) -> VisionTransformer:
     _check_name(architecture.name)
     with torch.device("meta"):
         changes = {key: getattr(architecture, key) for key in ("num_classes", "img_size", "depth")}
-        model = _construct(architecture.name, False, **changes)
+        model = _construct(architecture.name, False, weight_init="skip", **changes)
         if architecture.distillation_token:
             add_distillation_token(model)
         blocks.build(model, architecture)
@@ -124,10 +124,11 @@ def _check_name(name: str) -> None:
     )
 
 
-def _construct(name: str, pretrained: bool, **changes: int | None) -> VisionTransformer:
+def _construct(name: str, pretrained: bool, **changes: int | str | None) -> VisionTransformer:
     changes = {key: value for key, value in changes.items() if value is not None}
     if name in SMALL_VITS:
-        return _init_small(VisionTransformer(**{"num_classes": 10, **SMALL_VITS[name], **changes}))
+        model = VisionTransformer(**{"num_classes": 10, **SMALL_VITS[name], **changes})
+        return model if changes.get("weight_init") == "skip" else _init_small(model)
     if name in T2T_VITS:
         return _t2t(**{**T2T_VITS[name], **changes})
     try:
@@ -158,7 +159,7 @@ def _init_small(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
-def _t2t(**sizes: int) -> VisionTransformer:
+def _t2t(**sizes: int | str) -> VisionTransformer:
     """T2T-ViT is timm's class with another embedding; its position embedding starts from sinusoids and is learned."""
     model = VisionTransformer(embed_layer=TokensToToken, mlp_ratio=3.0, qkv_bias=False, **sizes)
     with torch.no_grad():

@@ -102,7 +102,7 @@ def measure(
     done = run.done()
     todo, wanted = [], set()
     every = [
-        *_model_groups(path, data, versus, device, backend),
+        *_model_groups(path, data, versus, device, backend, what),
         *_device_groups(path, versus, batches, threads, rounds, backend, versus_backends, power, within),
     ]
     for group in [group for group in every if group.title in what]:
@@ -141,7 +141,7 @@ def _measured(group: _Group, rows: list[Row]) -> list[Row]:
     return [row.having(metric=value.metric, **value.fields()) for row, value in zip(rows, values, strict=True)]
 
 
-def _model_groups(path, data, versus, device, backend) -> Iterable[_Group]:
+def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]:
     """What is true of a model wherever it runs."""
     test = data.needs("test")
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
@@ -165,7 +165,7 @@ def _model_groups(path, data, versus, device, backend) -> Iterable[_Group]:
             "weights", [("weight_error", "fraction", context)], lambda: weights.weight_error(path, versus, names)
         )
 
-    if other and len(data.calibration) and outputs.comparable(own, other):
+    if "outputs" in what and other and len(data.calibration) and outputs.comparable(own, other):
         every = outputs.layers_of(vit.skeleton(other.architecture))
         context = {**_against(versus), "layers": every, "split": "calibration"}
         units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}

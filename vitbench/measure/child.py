@@ -1,18 +1,31 @@
-"""Work that must not share a process: `in_child` runs a registered job in a fresh interpreter with fixed threads."""
+"""Work that must not share a process: `in_child` runs a registered job in a process of its own with fixed threads.
 
+Where a process can be forked safely (Linux), a kept one that has imported this package and done nothing else is forked for
+each job, so that PyTorch is imported once and not for every model that is timed. Elsewhere each job imports anew.
+"""
+
+import atexit
 import json
 import os
+import select
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vitbench import standalone
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {}
-TIME_LIMIT = 1800
+TIME_LIMIT, START_LIMIT = 1800, 300  # seconds: of a job, and of importing this package
+NUMBER = struct.Struct("q")
+SERVE = (sys.executable, "-c", "from vitbench.measure import child; child.serve()")
+START = (sys.executable, "-c", "import sys; from vitbench.measure import child; child.main(*sys.argv[1:])")
 
 
 class ChildError(RuntimeError):
@@ -27,18 +40,18 @@ def job(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]
 
 def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
     """Run the job `name` in a fresh process that uses `threads` threads."""
-    env = package_environment(threads)
     with tempfile.TemporaryDirectory() as folder:
-        task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
-        task.write_text(json.dumps({"job": name, "threads": threads, "arguments": arguments}))
-        command = [sys.executable, "-m", "vitbench.measure.child", str(task), str(answer)]
+        files = {key: str(Path(folder, key)) for key in ("task", "answer", "said")}
+        Path(files["task"]).write_text(json.dumps({"job": name, "threads": threads, "arguments": arguments}))
         try:
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
-        except subprocess.TimeoutExpired:
+            status = (_forked if sys.platform == "linux" else _started)(threads, files)
+        except TimeoutError:
             raise ChildError(f"{name} took more than {TIME_LIMIT} s") from None
-        if done.returncode or not answer.exists():
-            raise ChildError(f"{name} failed: {standalone.reason(done.stderr, done.returncode)}")
-        return json.loads(answer.read_text())
+        if status or not Path(files["answer"]).exists():
+            said = Path(files["said"])
+            why = standalone.reason(said.read_text(errors="replace") if said.exists() else "", status)
+            raise ChildError(f"{name} failed: {why}")
+        return json.loads(Path(files["answer"]).read_text())
 
 
 def package_environment(threads: int) -> dict[str, str]:
@@ -48,17 +61,97 @@ def package_environment(threads: int) -> dict[str, str]:
     return standalone.thread_environment(threads) | {"PYTHONPATH": path}
 
 
-def main(task: str, answer: str) -> None:
-    """The child's side."""
-    import torch
+def _started(threads: int, files: dict[str, str]) -> int:
+    """The exit status of a process that was started for this job."""
+    with open(files["said"], "w") as said:
+        try:
+            command = [*START, files["task"], files["answer"]]
+            return subprocess.run(
+                command, env=package_environment(threads), stdout=said, stderr=said, timeout=TIME_LIMIT
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
 
-    import vitbench.measure  # noqa: F401  (registers the jobs)
-    from vitbench.measure.child import JOBS as jobs  # this file runs as __main__; the jobs registered in its import
+
+class _Forker:
+    """A kept process that forks: it is sent a job a line, and answers with its child's number, then with the child's status."""
+
+    def __init__(self, threads: int):
+        self.process = subprocess.Popen(
+            SERVE, env=package_environment(threads), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        atexit.register(self.process.stdin.close)  # which ends it
+
+    def run(self, order: dict[str, Any]) -> int:
+        child = 0
+        try:
+            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+            child = self._number(START_LIMIT)
+            return self._number(TIME_LIMIT)
+        except BaseException:  # out of time, or interrupted: both go, and the next job gets new ones
+            if child:
+                os.kill(child, signal.SIGKILL)
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def _number(self, seconds: float) -> int:
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            raise TimeoutError
+        found = self.process.stdout.read(NUMBER.size)
+        if len(found) < NUMBER.size:
+            raise ChildError("the process that starts the measured ones ended")
+        return NUMBER.unpack(found)[0]
+
+
+_forkers: dict[int, _Forker] = {}
+_busy = threading.Lock()
+
+
+def _forked(threads: int, files: dict[str, str]) -> int:
+    """The exit status of a process that was forked for this job, with this process's environment and folder as they are now."""
+    order = {"files": files, "environment": package_environment(threads), "folder": os.getcwd()}
+    with _busy:
+        forker = _forkers.get(threads)
+        if forker is None or forker.process.poll() is not None:
+            forker = _forkers[threads] = _Forker(threads)
+        return forker.run(order)
+
+
+def main(task: str, answer: str) -> None:
+    """A process's side of a job."""
+    import torch
 
     order = json.loads(Path(task).read_text())
     torch.set_num_threads(order["threads"])
-    Path(answer).write_text(json.dumps(jobs[order["job"]](**order["arguments"])))
+    Path(answer).write_text(json.dumps(JOBS[order["job"]](**order["arguments"])))
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def serve() -> None:
+    """The kept process's side: fork for each line of the standard input, until that ends."""
+    for line in sys.stdin.buffer:
+        child = os.fork()
+        if not child:
+            _be_the_child(json.loads(line))
+        os.write(1, NUMBER.pack(child))
+        os.write(1, NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+
+
+def _be_the_child(order: dict[str, Any]) -> NoReturn:
+    status = 1
+    try:
+        said = os.open(order["files"]["said"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        os.environ.clear()
+        os.environ.update(order["environment"])
+        os.chdir(order["folder"])
+        main(order["files"]["task"], order["files"]["answer"])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
