@@ -12,6 +12,7 @@ run: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/pytest --nbmake tests notebooks $(ARGS)
 
 setup: .venv/.done

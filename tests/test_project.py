@@ -52,6 +52,15 @@ def test_the_lock_is_within_the_ranges(project):
         assert requirement.specifier.contains(locked[requirement.name.lower()].removeprefix("==")), line
 
 
+def test_the_citation_is_of_this_version(project):
+    from vitbench import __version__
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == __version__
+    assert cited["license"] == project["license"]
+    assert (ROOT / "LICENSE").read_text().startswith(cited["license"])
+
+
 def test_the_readmes_commands_exist():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"^make (\w+)", readme, re.M)):
