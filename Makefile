@@ -4,7 +4,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 BIN := .venv/bin
 
-.PHONY: run test setup format reference figures
+.PHONY: run test setup api format reference figures
 
 run: setup
 	$(BIN)/vitbench run $(PROFILE) $(ARGS)
@@ -23,6 +23,10 @@ setup: .venv/.done
 	$(BIN)/pip install --quiet --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
+
+# make api  writes the pages of the package's names, from their docstrings: open results/api/index.html
+api: setup
+	$(BIN)/pdoc --docformat google --output-directory results/api vitbench $(filter-out %__main__ %__init__ %on_device vitbench.measure.%,$(subst /,.,$(basename $(wildcard vitbench/*.py vitbench/*/*.py))))
 
 format: setup
 	$(BIN)/ruff check --fix .

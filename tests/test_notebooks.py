@@ -39,7 +39,7 @@ def test_form(path):
     assert tagged == code[:1], "one parameters cell, and it is the first code"
     text = "\n".join(cell.source for cell in notebook.cells)
     assert "What to remember" in text
-    assert text.count("<details>") == text.count("</details>") >= 2
+    assert text.count("<details>") == text.count("</details>") >= 3
 
 
 @FORM
