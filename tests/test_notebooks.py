@@ -111,30 +111,6 @@ def test_a_lesson_that_trains_is_left_out_where_there_is_nothing_to_train_on(tmp
     assert "done     01_baseline" in done.stdout
 
 
-# nbmake runs every notebook as it stands; here sweeps are cut down to what their cells need
-SHORT = [
-    "ratios=[0.5]",
-    "head_ratios=[0.5]",
-    "token_ratios=[0.2]",
-    "keeps=[0.4]",
-    "evaluations=6",
-    "budgets=[0.75]",
-    "weight_bits=[3]",
-    "fit_steps=10",
-    "qat.epochs=1",
-    "qat_bits=[2]",
-    "search_seeds=[0,1]",
-    "seeds=[0,1]",
-    "kinds=[token,features]",
-    "distilled.epochs=2",
-    "recovery.epochs=1",
-    "landmarks=[4]",
-    "iterations=[6]",
-    "merged=[2]",
-    "sides=[64,128]",
-    "trials=4",
-    "searched.epochs=0",
-]
 RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]
 
 
@@ -143,13 +119,16 @@ def suite(*arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def killed_then_finished(home, tmp_path_factory):
-    """The quick suite, killed while it trains and again while a notebook measures, then run to its end."""
-    out = tmp_path_factory.mktemp("suite") / "quick"
-    short = ["--out", str(out), "--set", *SHORT]
+def killed_then_finished(home):
+    """The quick suite, killed while it trains and again while a notebook measures, then run to its end.
+
+    It is where the notebooks by themselves write too: those, under nbmake, find its rows.
+    """
+    out = home / "results" / "runs" / "quick"
+    (out / "records.jsonl").unlink(missing_ok=True)
 
     def kill_when(reached):
-        child = subprocess.Popen([*RUN, *short], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(RUN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
         while not reached():
             assert child.poll() is None, "the suite ended before it could be killed"
@@ -162,7 +141,7 @@ def killed_then_finished(home, tmp_path_factory):
     known = set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.pt"))
     kill_when(lambda: set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.pt")) - known)
     kill_when(lambda: (out / "records.jsonl").exists() and b'"latency_p50"' in (out / "records.jsonl").read_bytes())
-    return out, suite(*short)
+    return out, suite()
 
 
 def test_the_suite_finishes_after_two_kills(killed_then_finished):
@@ -202,7 +181,7 @@ def test_a_second_run_skips_everything(killed_then_finished):
     out, _ = killed_then_finished
     before = {path: path.stat().st_mtime_ns for path in (out / "notebooks").iterdir()}
     start = time.monotonic()
-    done = suite("--out", str(out), "--set", *SHORT)
+    done = suite()
     assert done.returncode == 0
     assert done.stdout.count("skipped") == len(NOTEBOOKS)
     assert {path: path.stat().st_mtime_ns for path in (out / "notebooks").iterdir()} == before

@@ -1,10 +1,12 @@
 """vitbench: compress Vision Transformers, measure what it really costs, and compare.
 
-data  = load_data("digits")
-base  = baseline("vit_mini_patch2_8", data)
+```python
+data = load_data("digits")
+base = baseline("vit_mini_patch2_8", data)
 small = compress(base.model, make_config("dynamic_int8"), data)
-path  = save(small, "out/int8")
-rows  = measure(path, data, Run("out"), versus=base.path)
+path = save(small, "out/int8")
+rows = measure(path, data, Run("out"), versus=base.path)
+```
 """
 
 from vitbench.artifact import load, save, size_on_disk
