@@ -32,7 +32,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# make reference FROM=results/runs/quick AS=digits-quick  keeps a run's rows, environments, and the figures made of rows
+# make reference FROM=results/runs/digits AS=digits-quick  keeps a run's rows, environments, and the figures made of rows
 reference:
 	mkdir -p results/reference/$(AS)/figures
 	cp -r $(FROM)/records.jsonl $(FROM)/environments results/reference/$(AS)/

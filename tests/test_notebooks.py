@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def killed_then_finished(home):
     It is where the notebooks by themselves write too: those, under nbmake, find its rows.
     """
     out = home / "results" / "runs" / "quick"
-    (out / "records.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
 
     def kill_when(reached):
         child = subprocess.Popen(RUN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
