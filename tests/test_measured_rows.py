@@ -1,6 +1,7 @@
 """The page's numbers are those of the reference rows."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -8,7 +9,7 @@ from scipy.stats import ttest_rel
 
 from tests.conftest import ROOT
 from tests.measured_words import MEASURED, WORDS, apart
-from vitbench.comparison import across_seeds, comparison, subject, value
+from vitbench.comparison import across_seeds, comparison, percent, subject, value
 from vitbench.methods import make_config
 from vitbench.records import read_rows
 from vitbench.row_table import load_records
@@ -38,6 +39,16 @@ def test_the_numbers_are_the_reference_rows(file):
     for row in read_rows(file):
         assert (file.parent / "environments" / f"{row.env_id}.json").is_file()
         assert not row.commit.endswith("+changes"), "a reference row names a commit that holds its source"
+
+
+def test_what_a_reviewer_should_see_are_the_reference_rows():
+    rows = load_records(ROOT / "results" / "reference" / "digits-quick")
+    lines = [line for line in (ROOT / "REVIEWING.md").read_text().splitlines() if re.match(r"\| \w+ \| \d", line)]
+    assert len(lines) >= 3
+    for line in lines:
+        label = line.split(" | ")[0].removeprefix("| ")
+        size = value(subject(rows), label, "bytes")["value"] / 1e6
+        assert line == f"| {label} | {percent(rows, label)} | {size:.2f} |"
 
 
 def test_the_seeds_are_the_reference_rows():
