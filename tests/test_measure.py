@@ -1,10 +1,14 @@
 """Measurements: rows that are made once, intervals, timing in turn, memory of a fresh process."""
 
 import copy
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -165,6 +169,28 @@ def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone(base
     first.wait()
     run()
     assert child._forkers[1].process is not first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
+def test_who_asks_and_is_killed_leaves_no_process_behind(base):
+    """Nor does an interrupt from the keyboard, which goes to all of its group, print anything."""
+    code = "from vitbench.measure import child; child.in_child('time_models', 1, models=[[{!r}, 'eager']], batch=1, rounds={})"
+    for rounds, end in ((10**7, signal.SIGKILL), (10, signal.SIGINT)):
+        asking = subprocess.Popen(
+            [sys.executable, "-c", code.format(str(base.path), rounds) + "; import time; print('timed', flush=True); time.sleep(60)"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
+        )  # fmt: skip
+        others = set()
+        while len(others) < (2 if rounds > 10 else 1):
+            others = set(psutil.Process(asking.pid).children(recursive=True))
+            time.sleep(0.1)
+        if rounds == 10:
+            assert asking.stdout.readline() == "timed\n"
+        os.killpg(asking.pid, end)
+        said = asking.communicate(timeout=60)[1]
+        psutil.wait_procs(others, timeout=30)
+        assert not [other for other in others if other.is_running() and other.status() != psutil.STATUS_ZOMBIE]
+        assert said.count("KeyboardInterrupt") == (end == signal.SIGINT)
 
 
 def test_wrong_settings(base, digits, tmp_path):

@@ -78,7 +78,12 @@ class _Forker:
 
     def __init__(self, threads: int):
         self.process = subprocess.Popen(
-            SERVE, env=package_environment(threads), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            SERVE,
+            env=package_environment(threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            process_group=0,  # an interrupt from the keyboard is for this process alone, which then ends the other
         )
         atexit.register(self.process.stdin.close)  # which ends it
 
@@ -134,6 +139,11 @@ def serve() -> None:
         if not child:
             _be_the_child(json.loads(line))
         os.write(1, NUMBER.pack(child))
+        ended = os.pidfd_open(child)
+        if ended not in select.select([sys.stdin, ended], [], [])[0]:  # whoever asked has gone
+            os.kill(child, signal.SIGKILL)
+            return
+        os.close(ended)
         os.write(1, NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 
 
