@@ -309,3 +309,26 @@ def test_a_model_scored_in_eager_mode_and_timed_elsewhere_has_a_report(tmp_path)
     page = write_report(tmp_path).read_text()
     assert "Accuracy against size on disk." in page
     assert "How long a call takes." not in page
+
+
+def test_a_knob_draws_anew_where_it_is_turned():
+    import matplotlib.pyplot as plt
+
+    from vitbench.knobs import knob
+
+    drawn = []
+
+    def draw(value):
+        drawn.append(value)
+        figure, axes = plt.subplots(figsize=(2, 1))
+        axes.plot([0, value])
+        return figure
+
+    slider, image = knob(draw, "bits", 2, 8, start=3).children
+    first = image.value
+    slider.value = 5
+    assert drawn == [3, 5]
+    assert first.startswith(b"\x89PNG")
+    assert image.value.startswith(b"\x89PNG")
+    assert image.value != first
+    assert not plt.get_fignums()
