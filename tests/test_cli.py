@@ -81,7 +81,7 @@ def refuse(tmp_path):
     return {
         "profile": (
             ["run", "quik", *out],
-            "unknown profile 'quik' (did you mean 'quick'?); allowed: cifar10, cifar10-224, cifar10-deit, imagenet, imagenet-sample, quick",
+            "unknown profile 'quik' (did you mean 'quick'?); allowed: cifar10, cifar10-224, cifar10-deit, digits, imagenet, imagenet-sample, quick",
         ),
         "notebook": (["run", "quick", "--only", "77", *out], "unknown notebook '77'"),
         "set key": (["run", "quick", "--set", "epochs=3", *out], "unknown parameter 'epochs'"),

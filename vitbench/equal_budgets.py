@@ -14,7 +14,7 @@ from vitbench.statistics import mean_interval
 from vitbench.tradeoff import COSTS
 
 SHARES = {
-    "bytes": (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16),
+    "bytes": (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16, 1 / 20),
     "macs": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),  # work is never saved as far as bytes
 }
 WIDTH = 0.7  # of all methods at one budget, in units of the gap between two
