@@ -89,7 +89,9 @@ def test_a_transfer_takes_what_the_model_says_over_three_orders_of_magnitude():
     link = PROFILES.link("wifi")
     for count in (10_000, 100_000, 1_000_000, 10_000_000):
         wanted = link.latency.value + count / link.bandwidth.value
-        found = min(stream(bytes(count), link) for _ in range(3))
+        found = min(
+            stream(bytes(count), link) for _ in range(10 if count < 1_000_000 else 3)
+        )  # the machine may be busy
         assert found == pytest.approx(wanted, rel=0.1), f"{count} bytes"
     with pytest.raises(InputError, match="nothing to stream"):
         stream(b"", link)

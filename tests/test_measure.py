@@ -174,7 +174,10 @@ def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone(base
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
 def test_who_asks_and_is_killed_leaves_no_process_behind(base):
     """Nor does an interrupt from the keyboard, which goes to all of its group, print anything."""
-    code = "from vitbench.measure import child; child.in_child('time_models', 1, models=[[{!r}, 'eager']], batch=1, rounds={})"
+    start = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from vitbench.measure import child; "
+    )
+    code = start + "child.in_child('time_models', 1, models=[[{!r}, 'eager']], batch=1, rounds={})"
     for rounds, end in ((10**7, signal.SIGKILL), (10, signal.SIGINT)):
         asking = subprocess.Popen(
             [sys.executable, "-c", code.format(str(base.path), rounds) + "; import time; print('timed', flush=True); time.sleep(60)"],
