@@ -44,3 +44,5 @@ CIFAR10 := $(addprefix $(ROWS)/,quantization-cifar10 cifar10-deit mixed-rank-cif
 figures: setup
 	$(BIN)/vitbench figure methods --rows $(CIFAR10) --out $(ROWS)/figures/cifar10_methods.png
 	$(BIN)/vitbench figure backends --rows $(ROWS)/edge-deit-base --out $(ROWS)/figures/deit_base_backends.png
+	$(BIN)/vitbench figure equal-size --rows $(ROWS)/equal-cifar10 --out $(ROWS)/figures/cifar10_equal_size.png
+	$(BIN)/vitbench figure ranks --rows $(ROWS)/equal-cifar10 --out $(ROWS)/figures/cifar10_ranks.png

@@ -6,10 +6,13 @@ import pytest
 from matplotlib.testing.compare import compare_images
 
 from tests.conftest import ROOT
+from tests.measured_words import MEASURED, WORDS
 from vitbench.budgets import scored, winners
 from vitbench.cli import main
 from vitbench.comparison import accuracy_text, subject, value
+from vitbench.equal_budgets import at_budgets
 from vitbench.gallery import rows_of
+from vitbench.row_table import load_records
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 README = (ROOT / "README.md").read_text()
@@ -27,6 +30,29 @@ def lines():
             accuracy = accuracy_text(won.top1)
             size = f"{won.cost['value'] / 1e6:.2f}"
             yield f"| 1/{1 / won.share:.0f} | {won.count} | {won.top1['label']} | {accuracy} | {size} | {len(won.equals)} |"
+
+
+EQUAL = at_budgets(load_records(ROOT / "results" / "reference" / "equal-cifar10"))
+
+
+def equal_lines():
+    dense = EQUAL.iloc[0]
+    for line in EQUAL.iloc[1:].itertuples():
+        accuracy = f"{100 * line.top1:.2f} [{100 * line.low:.2f}, {100 * line.high:.2f}]"
+        yield f"| 1/{1 / line.share:.0f} | {line.label} | {line.cost / 1e6:.2f} | {accuracy} | {100 * (line.top1 - dense.top1):+.2f} |"
+
+
+@pytest.mark.parametrize("line", list(equal_lines()))
+def test_the_table_of_equal_sizes(line):
+    assert line in MEASURED
+
+
+def test_equal_sizes_are_of_three_seeds_at_eight_budgets():
+    assert set(EQUAL["seeds"]) == {3}
+    assert EQUAL["share"].nunique() == 1 + 8
+    dense = EQUAL.iloc[0]
+    accuracy = f"{100 * dense.top1:.2f} % [{100 * dense.low:.2f}, {100 * dense.high:.2f}] in {dense.cost / 1e6:.2f} MB"
+    assert accuracy in WORDS
 
 
 @pytest.mark.parametrize("line", list(lines()))
