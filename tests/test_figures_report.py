@@ -316,7 +316,7 @@ def test_a_knob_draws_anew_where_it_is_turned():
 
     from vitbench.knobs import knob
 
-    drawn = []
+    drawn, before = [], plt.get_fignums()
 
     def draw(value):
         drawn.append(value)
@@ -331,4 +331,4 @@ def test_a_knob_draws_anew_where_it_is_turned():
     assert first.startswith(b"\x89PNG")
     assert bytes(image.value).startswith(b"\x89PNG")
     assert bytes(image.value) != first
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before
