@@ -13,7 +13,7 @@ import pytest
 from tests.test_report_browser import CHROMIUM
 from vitbench import lessons
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+playwright = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt-get install chromium)")
 NOTEBOOKS = sorted(path.name for path in lessons.lessons_folder().glob("*.ipynb"))
 LIMIT = 600_000  # ms, of a notebook

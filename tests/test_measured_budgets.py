@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 from tests.measured_words import MEASURED, WORDS
 from vitbench.budgets import scored, winners
 from vitbench.cli import main
-from vitbench.comparison import accuracy_text, subject, value
+from vitbench.comparison import accuracy_text, across_seeds, subject, value
 from vitbench.equal_budgets import at_budgets
 from vitbench.gallery import rows_of
 from vitbench.row_table import load_records
@@ -53,6 +53,15 @@ def test_equal_sizes_are_of_three_seeds_at_eight_budgets():
     dense = EQUAL.iloc[0]
     accuracy = f"{100 * dense.top1:.2f} % [{100 * dense.low:.2f}, {100 * dense.high:.2f}] in {dense.cost / 1e6:.2f} MB"
     assert accuracy in WORDS
+
+
+def test_the_words_on_a_twentieth_of_the_bytes():
+    dense, last = EQUAL.iloc[0], EQUAL[EQUAL["share"] == 1 / 20].iloc[0]
+    top1 = across_seeds(load_records(ROOT / "results" / "reference" / "equal-cifar10"), "top1")
+    blocks = top1.loc[top1["label"] == "distillation", "value"].mean()
+    lost = [100 * loss for loss in (dense.top1 - last.top1, dense.top1 - blocks, blocks - last.top1)]
+    assert f"({dense.cost / last.cost:.1f} times smaller), {lost[0]:.1f} points below the baseline" in WORDS
+    assert f"6 blocks in fp32 lose {lost[1]:.1f} points, the 2 bits another {lost[2]:.1f}" in WORDS
 
 
 @pytest.mark.parametrize("line", list(lines()))

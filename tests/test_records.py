@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import warnings
 
 import pytest
@@ -154,6 +155,10 @@ def test_of_a_file_that_grew_the_new_lines_are_parsed_and_of_a_changed_one_all(t
         frame = load_records(file)
         assert list(frame["batch"]) == list(range(1, count + 1))
     assert parsed == [1, 1, 1]
+    load_records(file)
+    shutil.copy(file, tmp_path / "at_once.jsonl")
+    assert dict(load_records(file).dtypes) == dict(load_records(tmp_path / "at_once.jsonl").dtypes)
+    del parsed[3:]
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[1:]))
     assert list(load_records(file)["batch"]) == [2, 3]

@@ -27,9 +27,16 @@ def subject(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def label_of(rows: pd.DataFrame, measured: pd.DataFrame) -> str:
-    """The label, among all rows, of the model whose rows `measure` returned."""
+    """The label, among all rows, of the model whose rows `measure` returned.
+
+    Raises:
+        InputError: none of these is an ok row among all.
+    """
     rows = subject(rows)
-    return rows["label"][rows["key"].isin(measured["key"])].iloc[-1]
+    labels = rows["label"][rows["key"].isin(measured["key"])]
+    if not len(labels):
+        raise InputError("the rows hold none of what was measured; read them after `measure`, not before")
+    return labels.iloc[-1]
 
 
 def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def load_records(path: str | Path, *, latest: bool = True) -> pd.DataFrame:
     except _Unusual:
         rows = read_rows(path)
         frame = _frame({name: [getattr(row, name) for row in rows] for name in FIELDS})
+    frame = frame.assign(**{name: [each.get(name) for each in frame["context"]] for name in CONTEXT_COLUMNS})
     return latest_rows(frame) if latest else frame
 
 
@@ -50,10 +51,10 @@ def load_records(path: str | Path, *, latest: bool = True) -> pd.DataFrame:
 class _Known:
     """What this process read of a file: its first `lines` lines, whose CRC-32 is `crc`, as `frame`."""
 
-    lines: int
-    crc: int
-    frame: pd.DataFrame | None
-    shared: dict[bytes, Any]
+    lines: int = 0
+    crc: int = 0
+    frame: pd.DataFrame | None = None
+    shared: dict[bytes, Any] = field(default_factory=dict)
 
 
 _known: dict[Path, _Known] = {}
@@ -61,25 +62,23 @@ _known: dict[Path, _Known] = {}
 
 def _read(path: Path) -> pd.DataFrame:
     """All rows of a file; if it begins with what this process read of it before, only the lines after that are parsed."""
-    new = _Known(0, 0, None, {})
-    known = _known.pop(path.absolute(), new)
+    known = _known.pop(path.absolute(), _Known())
     lines = (line for _, line in lines_of(path))
     before = list(islice(lines, known.lines))
     if zlib.crc32(b"".join(before)) != known.crc:
-        known, lines = new, chain(before, lines)
-    columns = _columns(lines, known)
-    added = _frame(columns)
-    known.frame = added if known.frame is None else pd.concat([known.frame, added], ignore_index=True)
+        known, lines = _Known(), chain(before, lines)
+    added = _frame(_columns(lines, known))
+    if known.frame is None or known.frame.empty:
+        known.frame = added
+    elif len(added):  # a part without rows would change the columns' types
+        known.frame = pd.concat([known.frame, added], ignore_index=True)
     if known.lines <= KEPT:
         _known[path.absolute()] = known
     return known.frame
 
 
 def _frame(columns: dict[str, Any]) -> pd.DataFrame:
-    frame = pd.DataFrame(columns, columns=FIELDS).astype(dict.fromkeys(NUMBERS, float))
-    for name in CONTEXT_COLUMNS:
-        frame[name] = pd.Series([context.get(name) for context in columns["context"]], dtype=object)
-    return frame
+    return pd.DataFrame(columns, columns=FIELDS).astype(dict.fromkeys(NUMBERS, float))
 
 
 def latest_rows(frame: pd.DataFrame) -> pd.DataFrame:

@@ -4,7 +4,6 @@ Where a process can be forked safely (Linux), a kept one that has imported this 
 each job, so that PyTorch is imported once and not for every model that is timed. Elsewhere each job imports anew.
 """
 
-import atexit
 import json
 import os
 import select
@@ -22,8 +21,8 @@ from typing import Any, NoReturn
 from vitbench import standalone
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {}
-TIME_LIMIT, START_LIMIT = 1800, 300  # seconds: of a job, and of importing this package
-NUMBER = struct.Struct("q")
+TIME_LIMIT = 1800  # seconds
+STATUS = struct.Struct("q")
 SERVE = (sys.executable, "-c", "from vitbench.measure import child; child.serve()")
 START = (sys.executable, "-c", "import sys; from vitbench.measure import child; child.main(*sys.argv[1:])")
 
@@ -74,7 +73,7 @@ def _started(threads: int, files: dict[str, str]) -> int:
 
 
 class _Forker:
-    """A kept process that forks: it is sent a job a line, and answers with its child's number, then with the child's status."""
+    """A kept process that forks: it is sent a job a line, and answers with the status that the job's process ended with."""
 
     def __init__(self, threads: int):
         self.process = subprocess.Popen(
@@ -85,28 +84,22 @@ class _Forker:
             bufsize=0,
             process_group=0,  # an interrupt from the keyboard is for this process alone, which then ends the other
         )
-        atexit.register(self.process.stdin.close)  # which ends it
 
     def run(self, order: dict[str, Any]) -> int:
-        child = 0
         try:
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
-            child = self._number(START_LIMIT)
-            return self._number(TIME_LIMIT)
-        except BaseException:  # out of time, or interrupted: both go, and the next job gets new ones
-            if child:
-                os.kill(child, signal.SIGKILL)
-            self.process.kill()
+            if not select.select([self.process.stdout], [], [], TIME_LIMIT)[0]:
+                raise TimeoutError
+            status = self.process.stdout.read(STATUS.size)
+        except BrokenPipeError:
+            status = b""
+        except BaseException:  # out of time, or interrupted: it ends the job with itself, and the next job gets another
+            self.process.stdin.close()
             self.process.wait()
             raise
-
-    def _number(self, seconds: float) -> int:
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
-            raise TimeoutError
-        found = self.process.stdout.read(NUMBER.size)
-        if len(found) < NUMBER.size:
+        if len(status) < STATUS.size:
             raise ChildError("the process that starts the measured ones ended")
-        return NUMBER.unpack(found)[0]
+        return STATUS.unpack(status)[0]
 
 
 _forkers: dict[int, _Forker] = {}
@@ -138,13 +131,12 @@ def serve() -> None:
         child = os.fork()
         if not child:
             _be_the_child(json.loads(line))
-        os.write(1, NUMBER.pack(child))
         ended = os.pidfd_open(child)
         if ended not in select.select([sys.stdin, ended], [], [])[0]:  # whoever asked has gone
             os.kill(child, signal.SIGKILL)
             return
         os.close(ended)
-        os.write(1, NUMBER.pack(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+        os.write(1, STATUS.pack(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 
 
 def _be_the_child(order: dict[str, Any]) -> NoReturn:
