@@ -6,8 +6,8 @@
 
 Weights are random: size and speed do not depend on them, accuracy is not measured. Every method has its default config, but it
 is not trained (diffq, which learns its bits, for one short epoch), and a search tries 2 policies. The same command goes on where it
-was stopped. Each backend is one process for each batch size, in which all models take turns with eager fp32 and with fp32 in
-that backend. It ends with `table.md` in the results folder.
+was stopped. Each backend is one process for each batch size (or --starts of them), in which all models take turns with eager fp32
+and with fp32 in that backend. It ends with `table.md` in the results folder.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--starts", type=int, default=1, help="processes that share the rounds (default: 1)")
     options = parser.parse_args()
     try:
         for backend in options.backends:
@@ -93,7 +94,7 @@ def measure(models: dict[str, Path], run: vb.Run, options: argparse.Namespace) -
             start = time.monotonic()
             _race(models, data, run, backend, batch, options)
             print(f"{backend}, batch {batch}: {time.monotonic() - start:.0f} s", flush=True)
-        if backends.BACKENDS[backend].file:
+        if backends.BACKENDS[backend].alone:
             for path in models.values():
                 vb.measure(path, data, run, what=("memory",), backend=backend, threads=options.threads)
 
@@ -103,7 +104,8 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
     base, references = models["baseline"], list(dict.fromkeys((backend, "eager")))
     sha = artifact.read_manifest(base).sha256[:12]
     timed = {"threads": options.threads, "device": environment.device_name(backend), "backend": backend}
-    timed |= {"rounds": options.rounds, "batch": batch, "versus": f"baseline:{sha}"}
+    timed |= {"rounds": options.rounds, **({"starts": options.starts} if options.starts > 1 else {})}
+    timed |= {"batch": batch, "versus": f"baseline:{sha}"}
     slots = {path: list(_slots(path, data, timed, references)) for path in models.values()}
     done = run.done()
     if all(row.identity() in done for rows in slots.values() for row in rows):
@@ -111,7 +113,7 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
     able = {path: backends.obstacle(backend, artifact.read_manifest(path).recipe) for path in slots}
     racing = [path for path, why in able.items() if not why]
     entries = [*((str(base), reference) for reference in references), *((str(path), backend) for path in racing)]
-    (found,) = timing.race(entries, [batch], options.threads, options.rounds)
+    (found,) = timing.race(entries, [batch], options.threads, options.rounds, options.starts)
     others = [other.times for other in found[: len(references)]]
     timings = dict(zip(racing, found[len(references) :], strict=True))
     for path, rows in slots.items():
@@ -120,7 +122,7 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
             status = {"status": "skipped" if able[path] else "failed", "error": own, "value": None, "source": ""}
             run.append(row.having(**status) for row in rows)
         else:
-            run.append(_filled(rows, timing.values(backend, own, others)))
+            run.append(_filled(rows, timing.values(backend, own, others, starts=options.starts)))
 
 
 def _slots(path: Path, data: vb.ImageData, timed: dict[str, Any], references: list[str]) -> Iterator[Row]:

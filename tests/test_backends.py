@@ -231,6 +231,19 @@ def test_several_batch_sizes_are_timed_one_after_the_other(base, small, digits, 
     assert set(rows["batch"]) == {1, 3}
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "openvino_bf16"])
+def test_a_file_that_was_exported_already_is_run_and_not_written_again(base, tmp_path, monkeypatch, backend):
+    try:
+        backends.available(backend)
+    except InputError as error:
+        pytest.skip(str(error))
+    x = torch.randn(2, 3, 8, 8)
+    first = backends.make_call(backend, base.model, x, tmp_path / "0")(x)
+    monkeypatch.setattr(torch.onnx, "export", None)
+    monkeypatch.setattr(torch.export, "export", None)
+    assert torch.equal(backends.make_call(backend, base.model, x, tmp_path / "0")(x), first)
+
+
 @needs_bf16
 def test_openvino_in_bf16_is_near_and_not_the_same(base, small):
     x = torch.randn(8, 3, 8, 8)

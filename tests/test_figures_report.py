@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
+from tests.conftest import ROOT
 from vitbench import closeups, figures
-from vitbench.comparison import across_seeds, comparison, findings, label_of, subject
+from vitbench.comparison import across_seeds, comparison, findings, label_of, methods, running_table, subject
 from vitbench.errors import InputError
 from vitbench.records import Row, append_rows
 from vitbench.report import write_report
@@ -332,3 +333,14 @@ def test_a_knob_draws_anew_where_it_is_turned():
     assert bytes(image.value).startswith(b"\x89PNG")
     assert bytes(image.value) != first
     assert plt.get_fignums() == before
+
+
+def test_the_running_table_has_a_line_for_each_method_s_first_setting():
+    rows = load_records(ROOT / "results" / "reference" / "digits-quick")
+    table = running_table(rows)
+    assert table.index[0] == "baseline"
+    assert list(table.index) == [label for label in methods(subject(rows)) if "(" not in label]
+    own = rows[rows["metric"] == "bytes"].drop_duplicates("method").set_index("method")["value"]
+    assert table.loc["dynamic_int8", "x smaller"] == round(own["baseline"] / own["dynamic_int8"], 2)
+    assert table.loc["baseline", ["x smaller", "MACs", "time"]].tolist() == [1, 1, 1]
+    assert "nan" not in table.loc["dynamic_int8"].map(str).tolist()

@@ -16,7 +16,7 @@ from vitbench import artifact, backends, statistics, vit
 from vitbench.batches import eval_batches
 from vitbench.comparison import comparison, paired_loss, subject, value
 from vitbench.errors import InputError
-from vitbench.measure import child, measure
+from vitbench.measure import child, measure, timing
 from vitbench.measure.history import training_rows
 from vitbench.measure.memory import peak_tensors
 from vitbench.methods import compress, make_config
@@ -148,18 +148,19 @@ def test_the_child_says_why_it_failed():
 
 
 @pytest.mark.parametrize("kind", ["_forked", "_started"])
-def test_a_job_s_process_is_in_this_folder_forked_or_started(base, monkeypatch, kind):
+def test_a_job_s_process_is_in_this_folder_forked_or_started(base, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(base.path.parent)
     monkeypatch.setattr(child, "_forked", getattr(child, kind))
     for _ in range(2):
-        found = child.in_child("time_models", 1, models=[[base.path.name, "eager"]], batch=1, rounds=10)
+        how = {"batch": 1, "rounds": 10, "exported": str(tmp_path)}
+        found = child.in_child("time_models", 1, models=[[base.path.name, "eager"]], **how)
         assert len(found["timed"][0]["times"]) == 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
-def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone(base):
+def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone():
     def run():
-        return child.in_child("time_models", 1, models=[[str(base.path), "eager"]], batch=1, rounds=10)
+        return child.in_child("measure_peaks", 1)
 
     run()
     first = child._forkers[1].process
@@ -177,7 +178,7 @@ def test_who_asks_and_is_killed_leaves_no_process_behind(base):
     start = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from vitbench.measure import child; "
     )
-    code = start + "child.in_child('time_models', 1, models=[[{!r}, 'eager']], batch=1, rounds={})"
+    code = start + "child.in_child('time_models', 1, models=[[{!r}, 'eager']], batch=1, exported='', rounds={})"
     for rounds, end in ((10**7, signal.SIGKILL), (10, signal.SIGINT)):
         asking = subprocess.Popen(
             [sys.executable, "-c", code.format(str(base.path), rounds) + "; import time; print('timed', flush=True); time.sleep(60)"],
@@ -236,6 +237,33 @@ def test_the_ratio_is_inside_its_interval_and_sees_through_a_slow_spell_of_half_
     assert low <= ratio <= high
     assert high - low < 0.02
     assert ratio == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_moves_a_whole_process_widens_the_interval_only_if_processes_are_told_apart():
+    rng = np.random.default_rng(0)
+    ratios = np.repeat([0.4, 0.5, 0.5, 0.6], 10) * rng.normal(1, 0.01, 40)
+    found = {starts: statistics.median_ratio(ratios, np.ones(40), starts) for starts in (1, 4)}
+    widths = {starts: high - low for starts, (_, low, high) in found.items()}
+    assert found[1][0] == found[4][0] == pytest.approx(0.5, abs=0.01)
+    assert widths[1] < 0.02 < 0.08 < widths[4]
+
+
+def test_rounds_are_shared_by_several_processes(base, digits, tmp_path):
+    run = Run(tmp_path)
+    rows = measure(base.path, digits, run, versus=base.path, what=("latency",), batches=[1], rounds=10, starts=3)
+    assert set(rows["status"]) == {"ok"}
+    assert all(context["starts"] == 3 and context["rounds"] == 10 for context in rows["context"])
+    ratio = rows.set_index("metric").loc["latency_ratio"]
+    assert len(ratio["samples"]) == 12  # as many in each
+    assert "12 calls in 3 fresh processes" in ratio["source"]
+    with pytest.raises(InputError, match="from 1 start to one a round"):
+        measure(base.path, digits, run, what=("latency",), rounds=10, starts=11)
+
+
+def test_a_model_that_fails_in_one_of_the_processes_has_no_time():
+    fine = {"times": [1.0, 2.0], "apart": 0.1, "allowed": 1.0}
+    assert timing._pooled([fine, "no memory"]) == "no memory"
+    assert timing._pooled([fine, fine | {"times": [3.0], "apart": 0.2}]) == timing.Timed([1.0, 3.0], 0.2, 1.0)
 
 
 def test_pareto_front_by_hand():

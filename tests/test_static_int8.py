@@ -110,9 +110,10 @@ def test_no_images_no_ranges(base):
         compress(base.model, make_config("static_int8"))
 
 
-def precisions(call, kind):
+def precisions(model, x, kind):
     """In what each node of a kind computes, in the graph that OpenVINO compiled."""
-    compiled = call.__closure__[0].cell_contents
+    run = backends.make_call("openvino", model, x).__closure__[0].cell_contents
+    compiled = run.__closure__[0].cell_contents
     about = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     return [each["runtimePrecision"].astype(str) for each in about if each["layerType"].astype(str) == kind]
 
@@ -121,8 +122,7 @@ def precisions(call, kind):
 def test_openvino_multiplies_in_integers(small):
     """Its compiled graph holds 8-bit matrix products, one for each quantized layer."""
     x = torch.randn(8, 3, 8, 8)
-    call = backends.openvino(small, x)
-    products = precisions(call, "FullyConnected")
+    products = precisions(small, x, "FullyConnected")
     layers = sum(isinstance(module, StaticInt8Linear) for module in small.modules())
     assert sum(kind in ("u8", "i8") for kind in products) == layers == 16
     backends.prepare("openvino", small, x)
@@ -131,7 +131,7 @@ def test_openvino_multiplies_in_integers(small):
 @needs_openvino
 def test_openvino_makes_attention_in_integers_where_it_is_rounded(small, whole):
     x = torch.randn(8, 3, 8, 8)
-    fused = [precisions(backends.openvino(model, x), "Subgraph").count("i8") for model in (small, whole)]
+    fused = [precisions(model, x, "Subgraph").count("i8") for model in (small, whole)]
     assert fused == [0, 4], "one for each block"
     backends.prepare("openvino", whole, x)
 

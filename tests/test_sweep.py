@@ -87,6 +87,8 @@ BAD = [
     ({"retries": -1}, "retries = -1"),
     ({"measures": {"what": ["speed"]}}, "unknown group of metrics 'speed'"),
     ({"measures": {"threads": 0}}, "threads = 0"),
+    ({"measures": {"backend": "openvine"}}, "did you mean 'openvino'"),
+    ({"measures": {"versus_backend": ["fast"]}}, "unknown backend 'fast'"),
     ({"resources": {"GPU": 0}}, "give an amount above 0"),
     ({"datasets": [{"dataset": "digits", "split": {}}]}, "unknown key 'datasets.0.split'|unknown key"),
 ]

@@ -30,19 +30,26 @@ class Backend:
     """One way to run a model.
 
     Attributes:
-        call: makes a model callable for inputs shaped like x, with torch's thread count.
+        call: makes a model callable for inputs shaped like x, with torch's thread count; None where there is `file`.
         tolerance: largest difference from eager's logits, relative to the largest logit. A number of bf16 is off by up to
             1 part in 256, and a model is some tens of such roundings one after another, in directions of their own.
         needs: packages; the first is the one whose operators it has.
         extra: of vitbench, which installs them.
-        file: writes the model, for inputs shaped like x, as what `standalone` runs without PyTorch: `file(model, x, stem)`.
+        file: writes the model for inputs shaped like x, `file(model, x, stem)`; what was written is what runs.
+        precision: that of what is not in integers, where OpenVINO runs the file.
     """
 
-    call: Callable[[nn.Module, Tensor], Call]
+    call: Callable[[nn.Module, Tensor], Call] | None = None
     tolerance: float = 1e-3
     needs: tuple[str, ...] = ()
     extra: str = ""
     file: Callable[[nn.Module, Tensor, Path], Path] | None = None
+    precision: str = "f32"
+
+    @property
+    def alone(self) -> bool:
+        """Whether `standalone` measures the file without PyTorch, as in a bundle."""
+        return bool(self.file) and self.precision == "f32"
 
 
 def eager(model: nn.Module, x: Tensor) -> Call:
@@ -67,11 +74,6 @@ def torch_compile(model: nn.Module, x: Tensor) -> Call:
     with dynamo.patch(recompile_limit=1000), inductor.patch(freezing=True):
         compiled(x)
     return compiled
-
-
-def onnxruntime(model: nn.Module, x: Tensor) -> Call:
-    """The model exported for inputs shaped like `x` and run by ONNX Runtime's CPU provider, with torch's thread count."""
-    return onnx_call(onnx_file(model, x))
 
 
 def onnx_file(model: nn.Module, x: Tensor) -> bytes:
@@ -103,16 +105,6 @@ def write_onnx(model: nn.Module, x: Tensor, stem: Path) -> Path:
     onnx.save(graph, path, save_as_external_data=True, location=data.name, size_threshold=1024)
     data.chmod(0o644)
     return path
-
-
-def openvino(model: nn.Module, x: Tensor) -> Call:
-    """The model exported for inputs shaped like `x` and compiled by OpenVINO for the CPU in fp32, with torch's thread count."""
-    return openvino_call(openvino_model(model, x), "f32")
-
-
-def openvino_bf16(model: nn.Module, x: Tensor) -> Call:
-    """Likewise, and what is not in integers is computed in bf16."""
-    return openvino_call(openvino_model(model, x), "bf16")
 
 
 def openvino_model(model: nn.Module, x: Tensor) -> Any:
@@ -158,9 +150,11 @@ BACKENDS = {
     "eager": Backend(eager),
     "cuda": Backend(cuda),
     "torch_compile": Backend(torch_compile),
-    "onnxruntime": Backend(onnxruntime, needs=("onnxruntime", "onnxscript"), extra="onnx", file=write_onnx),
-    "openvino": Backend(openvino, needs=("openvino", "onnxscript"), extra="openvino", file=write_openvino),
-    "openvino_bf16": Backend(openvino_bf16, tolerance=0.05, needs=("openvino", "onnxscript"), extra="openvino"),
+    "onnxruntime": Backend(needs=("onnxruntime", "onnxscript"), extra="onnx", file=write_onnx),
+    "openvino": Backend(needs=("openvino", "onnxscript"), extra="openvino", file=write_openvino),
+    "openvino_bf16": Backend(
+        tolerance=0.05, needs=("openvino", "onnxscript"), extra="openvino", file=write_openvino, precision="bf16"
+    ),
     "executorch": Backend(executorch, needs=("executorch",), extra="executorch"),
 }
 # the tolerance where activations are rounded to codes: a sum that differs in its last bit may get another, in every layer
@@ -172,15 +166,32 @@ def prepare(backend: str, model: nn.Module, x: Tensor) -> Call:
     return checked(backend, model, x)[0]
 
 
-def checked(backend: str, model: nn.Module, x: Tensor) -> tuple[Call, float]:
-    """The model made callable in `backend` for inputs shaped like `x`, and how far its answer to `x` is from eager's.
+def make_call(backend: str, model: nn.Module, x: Tensor, stem: Path | None = None) -> Call:
+    """The model callable in `backend` for inputs shaped like `x`, with torch's thread count.
+
+    Args:
+        stem: of the file that the backend runs, if it runs one: it is taken where it is there already, else left there.
+    """
+    found, threads = BACKENDS[backend], torch.get_num_threads()
+    if not found.file:
+        return found.call(model, x)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        stem = stem or Path(folder, "model")
+        written = [path for path in map(stem.with_suffix, standalone.PACKAGES) if path.exists()]
+        path = written[0] if written else found.file(model, x, stem)
+        run = standalone.open_model(path, threads, found.precision)
+    return lambda images: torch.from_numpy(run(images.numpy()))
+
+
+def checked(backend: str, model: nn.Module, x: Tensor, stem: Path | None = None) -> tuple[Call, float]:
+    """`make_call`'s, and how far its answer to `x` is from eager's.
 
     Raises:
         InputError: unknown backend, or its extra is not installed.
         RuntimeError: its answer is not eager's.
     """
     available(backend)
-    call = BACKENDS[backend].call(model, x)
+    call = make_call(backend, model, x, stem)
     apart, allowed = distance(call(x), model(x)), tolerance(backend, model)
     if not apart <= allowed:
         raise RuntimeError(

@@ -245,6 +245,36 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table).set_index("method")
 
 
+def running_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """What the lessons so far have made of one baseline: a line for the first setting of each method that was timed, in order.
+
+    Columns: top-1 (per cent, 95 %), MB, how many times smaller, multiply-accumulates and time at the smallest batch size over
+    the baseline's.
+    """
+    rows = subject(rows)
+
+    def number(label: str, metric: str) -> float:
+        row = value(rows, label, metric)
+        return float("nan") if row is None else row["value"]
+
+    lines = []
+    for label in methods(rows):
+        if label not in set(rows["method"]):  # another setting of a method that has its line
+            continue
+        size, times = number(label, "bytes"), ratios(rows, label)
+        lines.append(
+            {
+                "method": label,
+                "top-1 %": percent(rows, label),
+                "MB": size / MEGA,
+                "x smaller": number("baseline", "bytes") / size,
+                "MACs": number(label, "macs") / number("baseline", "macs"),
+                "time": 1.0 if label == "baseline" else times[0]["value"] if times else float("nan"),
+            }
+        )
+    return pd.DataFrame(lines).set_index("method").round(2)
+
+
 def findings(rows: pd.DataFrame) -> list[str]:
     """One sentence a compressed method: what it saves, what it costs, and whether the accuracies can be told apart."""
     rows, sentences = subject(rows), []

@@ -70,7 +70,7 @@ def openvino_settings(threads: int, precision: str = "f32") -> dict[str, Any]:
     return {**exact, "INFERENCE_NUM_THREADS": threads}
 
 
-def open_model(path: str | Path, threads: int) -> Callable:
+def open_model(path: str | Path, threads: int, precision: str = "f32") -> Callable:
     """An exported model as a function of an array of images (B, 3, H, W), float32, that gives logits (B, classes)."""
     if _package(Path(path)) == "onnxruntime":
         session = onnx_session(str(path), threads)
@@ -79,7 +79,7 @@ def open_model(path: str | Path, threads: int) -> Callable:
     sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
-    compiled = openvino.compile_model(str(path), "CPU", openvino_settings(threads))
+    compiled = openvino.compile_model(str(path), "CPU", openvino_settings(threads, precision))
     return lambda images: compiled(images, share_inputs=True)[0]
 
 

@@ -64,19 +64,29 @@ def paired_means(first: Sequence[float], second: Sequence[float]) -> Paired:
     return Paired(float(np.mean(first) - np.mean(second)), *map(float, interval), float(test.pvalue))
 
 
-def median_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """The median over rounds of a[i] / b[i], timings taken in turn, with its 95 % bootstrap interval over the rounds.
+def median_ratio(a: Sequence[float], b: Sequence[float], starts: int = 1, seed: int = 0) -> tuple[float, float, float]:
+    """The median over rounds of a[i] / b[i], timings taken in turn, with its 95 % bootstrap interval.
 
     a[i] and b[i] are of one round, so that a slow spell of the machine, however long, slows both and leaves their ratio.
-    The interval is that of this run's rounds; it does not cover what another machine or day would change.
+    The interval is that of this run; it does not cover what another machine or day would change.
+
+    Args:
+        a: of all rounds, those of one process after those of another.
+        starts: processes that share the rounds evenly. If there are several they are what the bootstrap draws, since the rounds
+            of one process are alike; else it draws rounds.
     """
     from scipy.stats import bootstrap
 
     ratios = np.asarray(a, float) / np.asarray(b, float)
-    found = bootstrap(
-        (ratios,), np.median, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=seed
-    )
-    return float(np.median(ratios)), float(found.confidence_interval.low), float(found.confidence_interval.high)
+    parts = ratios.reshape(starts if starts > 1 else -1, ratios.size // starts if starts > 1 else 1)
+
+    def median(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.median(parts[drawn].reshape(*drawn.shape[:-1], -1), axis=-1)
+
+    interval = bootstrap(
+        (np.arange(len(parts)),), median, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=seed
+    ).confidence_interval
+    return float(np.median(ratios)), float(interval.low), float(interval.high)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:

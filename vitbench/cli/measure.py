@@ -16,6 +16,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     size.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
     size.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")
     size.add_argument("--rounds", type=int, default=60, help="timed calls of each model (default: 60)")
+    size.add_argument(
+        "--starts",
+        type=int,
+        default=1,
+        help="fresh processes that share the rounds; from several a ratio comes out again more closely (default: 1)",
+    )
     runners = (
         "what runs it: eager, cuda, torch_compile, onnxruntime, openvino, openvino_bf16 or executorch (default: eager)"
     )
@@ -69,6 +75,7 @@ def _measure(options: argparse.Namespace) -> int:
         batches=options.batches,
         threads=options.threads,
         rounds=options.rounds,
+        starts=options.starts,
         backend=options.backend,
         versus_backend=options.versus_backend,
         what=options.what,

@@ -111,7 +111,7 @@ def make_bundle(
     Raises:
         InputError: nothing to export, a backend that needs PyTorch, or a folder that cannot be written.
     """
-    able = [name for name, backend in backends.BACKENDS.items() if backend.file]
+    able = [name for name, backend in backends.BACKENDS.items() if backend.alone]
     for backend in run_by:
         if backend not in able:
             raise InputError(f"a bundle runs without PyTorch, {backend!r} does not; allowed: {', '.join(able)}")

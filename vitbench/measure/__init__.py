@@ -50,6 +50,7 @@ def measure(
     batches: Sequence[int] = DEFAULT_BATCHES,
     threads: int = 2,
     rounds: int = 60,
+    starts: int = 1,
     device: str = "auto",
     backend: str = "eager",
     versus_backend: str | Sequence[str] = "",
@@ -66,6 +67,7 @@ def measure(
         batches: batch sizes to time.
         threads: of the timed process.
         rounds: how often each model is timed.
+        starts: fresh processes that share the rounds. Ratios come out again more closely from several than from one.
         device: where accuracy is computed. Latency and memory are those of the CPU.
         backend: what scores and runs the model: eager, torch_compile, onnxruntime, openvino, ... (see `vitbench.backends`).
         versus_backend: what times `versus`, by default the same; several for a ratio to each, in turn in one process.
@@ -79,9 +81,10 @@ def measure(
         This model's rows, new and old.
     """
     path = Path(path)
-    if threads < 1 or rounds < 10 or not batches or min(batches) < 1:
+    if threads < 1 or rounds < 10 or not batches or min(batches) < 1 or not 1 <= starts <= rounds:
         raise InputError(
-            f"threads = {threads}, rounds = {rounds}, batches = {tuple(batches)}: at least 1 thread, 10 rounds, batch 1"
+            f"threads = {threads}, rounds = {rounds}, starts = {starts}, batches = {tuple(batches)}: "
+            "at least 1 thread, 10 rounds, batch 1, and from 1 start to one a round"
         )
     for group in what:
         one_of("group of metrics", group, (*GROUPS, *DEVICE_GROUPS))
@@ -103,7 +106,7 @@ def measure(
     todo, wanted = [], set()
     every = [
         *_model_groups(path, data, versus, device, backend, what),
-        *_device_groups(path, versus, batches, threads, rounds, backend, versus_backends, power, within),
+        *_device_groups(path, versus, batches, threads, rounds, starts, backend, versus_backends, power, within),
     ]
     for group in [group for group in every if group.title in what]:
         rows = [
@@ -173,16 +176,18 @@ def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]
         yield _Group("outputs", slots, lambda: outputs.outputs(path, Path(versus), data, every))
 
 
-def _device_groups(path, versus, batches, threads, rounds, backend, versus_backends, power, within) -> Iterable[_Group]:
+def _device_groups(
+    path, versus, batches, threads, rounds, starts, backend, versus_backends, power, within
+) -> Iterable[_Group]:
     """What a model costs on this device."""
     obstacle = functools.partial(backends.obstacle, backend, artifact.read_manifest(path).recipe)
     machine = {"threads": threads, "device": environment.device_name(backend), "backend": backend}
-    timed = {**machine, "rounds": rounds, **_against(versus)}
+    timed = {**machine, "rounds": rounds, **({"starts": starts} if starts > 1 else {}), **_against(versus)}
     slots = [slot for batch in batches for slot in timing.slots({**timed, "batch": batch}, versus_backends)]
     yield _Group(
         "latency",
         slots,
-        lambda: timing.latency(path, versus, batches, threads, rounds, backend, versus_backends),
+        lambda: timing.latency(path, versus, batches, threads, rounds, starts, backend, versus_backends),
         obstacle,
     )
     for title, units, work in (

@@ -25,7 +25,7 @@ STARTUP = {"cold_start": "s", "load_time": "s"}
 
 def memory_metrics(backend: str) -> dict[str, str]:
     """Metric -> unit of what `memory` yields, in order."""
-    more = {"peak_tensors": backend == "eager", "exported_bytes": bool(backends.BACKENDS[backend].file)}
+    more = {"peak_tensors": backend == "eager", "exported_bytes": backends.BACKENDS[backend].alone}
     return MEMORY | {metric: "bytes" for metric, there in more.items() if there}
 
 
@@ -34,14 +34,15 @@ def memory(path: Path, backend: str, threads: int) -> Iterator[Value]:
     with ready(path, backend, threads) as (command, files):
         found = answer(command, threads)
         size = sum(file.stat().st_size for file in files)
-    without = ", without PyTorch" if backends.BACKENDS[backend].file else ""
+    alone = backends.BACKENDS[backend].alone
+    without = ", without PyTorch" if alone else ""
     how = f"measured: peak of a fresh process{without} that loads the file and answers one image"
     yield Value("peak_rss", found["peak"], how)
     yield Value("import_rss", found["imports"], "measured: peak of the same process after its imports")
     if backend == "eager":
         tensors = "measured: largest sum of tensors alive at once in one answer, the model's included"
         yield Value("peak_tensors", found["tensors"], tensors)
-    if backends.BACKENDS[backend].file:
+    if alone:
         yield Value("exported_bytes", size, f"measured: files that {backend} loads")
 
 
@@ -90,8 +91,7 @@ def answer(command: list[str], threads: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def ready(path: Path, backend: str, threads: int) -> Iterator[tuple[list[str], list[Path]]]:
     """The command of a process that answers one image, and the files it loads: those exported for it, or the saved model's."""
-    write = backends.BACKENDS[backend].file
-    if not write:
+    if not backends.BACKENDS[backend].alone:
         command = [sys.executable, "-m", "vitbench.measure.fresh", str(path), backend, str(threads)]
         yield command, list(path.iterdir())
         return
@@ -101,7 +101,7 @@ def ready(path: Path, backend: str, threads: int) -> Iterator[tuple[list[str], l
         x, images = torch.randn(1, 3, size, size), Path(folder, "images.npy")
         np.save(images, x.numpy())
         with torch.no_grad():
-            exported = write(model, x, Path(folder, "model"))
+            exported = backends.BACKENDS[backend].file(model, x, Path(folder, "model"))
         yield standalone.answer_command(exported, images, threads), list(Path(folder).glob("model.*"))
 
 
@@ -113,7 +113,7 @@ def one_answer(path: str, backend: str, threads: int) -> dict[str, Any]:
     size = model.recipe.preprocess.size
     x = torch.randn(1, 3, size, size)
     with torch.inference_mode():
-        call = backends.BACKENDS[backend].call(model, x)
+        call = backends.make_call(backend, model, x)
         loaded = time.monotonic() - start
         call(x)
         found = {"imports": imports, "peak": standalone.peak_bytes(), "load": loaded, "answered": time.monotonic()}

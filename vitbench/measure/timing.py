@@ -1,5 +1,6 @@
 """Latency: percentiles of single calls in a fresh process, in turn with a second model for a ratio."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,31 +36,33 @@ def latency(
     batches: Sequence[int],
     threads: int,
     rounds: int,
+    starts: int,
     backend: str,
     versus_backends: Sequence[str],
 ) -> Iterator[Value]:
-    """Time the model at `path` in a child process, batch size by batch size.
+    """Time the model at `path`, batch size by batch size, in as many child processes as there are `starts`.
 
     If `versus` is given, it takes turns with that model in each of `versus_backends`, for a ratio to each.
     """
     models = [(str(path), backend), *([(str(versus), other) for other in versus_backends] if versus else [])]
-    for found in race(models, batches, threads, rounds):
+    for found in race(models, batches, threads, rounds, starts):
         if failed := [each for each in found if isinstance(each, str)]:
             raise ChildError(failed[0])
-        yield from values(backend, found[0], [other.times for other in found[1:]])
+        yield from values(backend, found[0], [other.times for other in found[1:]], starts=starts)
 
 
 def values(
-    backend: str, own: Timed, others: Sequence[list[float]], where: str = "in a fresh process"
+    backend: str, own: Timed, others: Sequence[list[float]], where: str = "", starts: int = 1
 ) -> Iterator[Value]:
     """What `slots` lists, in order: percentiles, ratios to each of the others, in turn with which it was timed, the distance."""
     turn = ", in turn with the baseline" if others else ""
+    where = where or ("in a fresh process" if starts == 1 else f"in {starts} fresh processes")
     how = f"measured: {len(own.times)} calls {where} after warm-up{turn}"
     for p in PERCENTILES:
         samples = own.times if p == 50 else None
         yield Value(f"latency_p{p}", float(np.percentile(own.times, p)), how, samples=samples)
     for other in others:
-        ratio, low, high = median_ratio(own.times, other)
+        ratio, low, high = median_ratio(own.times, other, starts)
         yield Value(
             "latency_ratio", ratio, how + "; median of the rounds' ratios, bootstrap 95 %", low, high, samples=other
         )
@@ -74,19 +77,36 @@ def slots(timed: dict[str, Any], versus_backends: Sequence[str]) -> list[tuple[s
     apart = {other: {} if other == backend else {"versus_backend": other} for other in versus_backends}
     own = timed | ({} if backend in apart or "versus" not in timed else apart[versus_backends[0]])
     ratios = [("latency_ratio", "ratio", timed | apart[other]) for other in apart if "versus" in timed]
-    alone = {key: value for key, value in timed.items() if key not in ("rounds", "versus")}
+    alone = {key: value for key, value in timed.items() if key not in ("rounds", "starts", "versus")}
     distance = [] if backend == "eager" else [("logit_distance", "fraction", alone)]
     return [(f"latency_p{p}", "ms", own) for p in PERCENTILES] + ratios + distance
 
 
 def race(
-    models: Sequence[tuple[str, str]], batches: Sequence[int], threads: int, rounds: int
+    models: Sequence[tuple[str, str]], batches: Sequence[int], threads: int, rounds: int, starts: int = 1
 ) -> Iterator[list[Timed | str]]:
-    """Each (path, backend) timed, all in turn in a fresh process for each batch size; or why a model cannot be prepared."""
+    """Each (path, backend) timed, all in turn, or why a model cannot be prepared.
+
+    For each batch size the rounds are shared by `starts` fresh processes, one after the other: where a process's memory comes
+    to lie, and what the machine does in its minute, moves all of its rounds alike.
+    """
+    order = {"models": list(models), "rounds": -(-rounds // starts)}
     for batch in batches:
-        with locked():
-            found = in_child("time_models", threads, models=list(models), batch=batch, rounds=rounds)
-        yield [each if isinstance(each, str) else Timed(**each) for each in found["timed"]]
+        with locked(), tempfile.TemporaryDirectory() as exported:
+            found = [
+                in_child("time_models", threads, batch=batch, exported=exported, **order)["timed"]
+                for _ in range(starts)
+            ]
+        yield [_pooled(parts) for parts in zip(*found, strict=True)]
+
+
+def _pooled(parts: Sequence[dict[str, Any] | str]) -> Timed | str:
+    """One model's calls in all of the processes, evenly many in each; or why it failed in one of them."""
+    if failed := [part for part in parts if isinstance(part, str)]:
+        return failed[0]
+    fewest = min(len(part["times"]) for part in parts)
+    times = [time for part in parts for time in part["times"][:fewest]]
+    return Timed(times, max(part["apart"] for part in parts), parts[0]["allowed"])
 
 
 def locked() -> FileLock:
@@ -95,18 +115,21 @@ def locked() -> FileLock:
 
 
 @job
-def time_models(models: list[tuple[str, str]], batch: int, rounds: int) -> dict[str, Any]:
-    """`timed[model]` has the fields of `Timed`, or is why there are none. The order in a round alternates."""
+def time_models(models: list[tuple[str, str]], batch: int, rounds: int, exported: str) -> dict[str, Any]:
+    """`timed[model]` has the fields of `Timed`, or is why there are none. The order in a round alternates.
+
+    Files that backends run are taken from the folder `exported`, and left there.
+    """
     import torch
 
     torch.manual_seed(0)  # of the images, so that distances come out the same again
     with torch.inference_mode():
-        ready = [_ready(path, backend, batch) for path, backend in models]
+        ready = [_ready(*model, batch, Path(exported, str(models.index(model)))) for model in models]
         times = iter(turns([each[0] for each in ready if not isinstance(each, str)], rounds))
     return {"timed": [each if isinstance(each, str) else asdict(Timed(next(times), *each[1:])) for each in ready]}
 
 
-def _ready(path: str, backend: str, batch: int) -> tuple[Callable[[], Any], float, float] | str:
+def _ready(path: str, backend: str, batch: int, stem: Path) -> tuple[Callable[[], Any], float, float] | str:
     """A call of the model with a batch in the backend, and its distance from eager and the one allowed; or why there is none."""
     import torch
 
@@ -116,7 +139,7 @@ def _ready(path: str, backend: str, batch: int) -> tuple[Callable[[], Any], floa
         model = artifact.load(path)
         size = model.recipe.preprocess.size
         x = torch.randn(batch, 3, size, size)
-        run, apart = backends.checked(backend, model, x)
+        run, apart = backends.checked(backend, model, x, stem)
     except (RuntimeError, ValueError, MemoryError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return lambda: run(x), apart, backends.tolerance(backend, model)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field
 
+from vitbench.backends import BACKENDS
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
@@ -48,8 +49,10 @@ class Measures(Config):
 
     what: tuple[str, ...] = ("accuracy", "size")
     backend: str = "eager"
+    versus_backend: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1, 8)
     rounds: int = Field(default=60, ge=10)
+    starts: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1)
 
 
@@ -140,6 +143,8 @@ def sweep_of(values: Any) -> Sweep:
     sweep = Sweep(**values)
     for group in sweep.measures.what:
         one_of("group of metrics", group, (*GROUPS, *DEVICE_GROUPS))
+    for backend in (sweep.measures.backend, *sweep.measures.versus_backend):
+        one_of("backend", backend, BACKENDS)
     for name, amount in sweep.resources.items():
         if not amount > 0:
             raise InputError(f"resources: {name} = {amount}: give an amount above 0")

@@ -62,8 +62,10 @@ def compress_and_measure(values: dict[str, Any]) -> dict[str, Any]:
             what=measures.what,
             batches=measures.batches,
             rounds=measures.rounds,
+            starts=measures.starts,
             threads=measures.threads,
             backend=measures.backend,
+            versus_backend=measures.versus_backend or measures.backend,
         )
         rows = read_rows(run.records)
         environments = {path.stem: json.loads(path.read_text()) for path in Path(folder, "environments").glob("*.json")}
