@@ -38,6 +38,7 @@ def test_form(path):
     assert "minute" in first
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert tagged == code[:1], "one parameters cell, and it is the first code"
+    assert code[1].source == "if install:\n    %pip install --quiet {install}"
     text = "\n".join(cell.source for cell in notebook.cells)
     assert "What to remember" in text
     assert text.count("<details>") == text.count("</details>") >= 3
