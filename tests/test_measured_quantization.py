@@ -11,6 +11,7 @@ REFERENCE = ROOT / "results" / "reference"
 CIFAR, IMAGENET = REFERENCE / "quantization-cifar10", REFERENCE / "fewer-bits-imagenet-sample"
 FOUR, SCRATCH = REFERENCE / "four-bits-imagenet-sample", REFERENCE / "diffq-scratch-cifar10"
 BACKENDS = REFERENCE / "int8-backends-deit-small"
+PEERS = REFERENCE / "int8-peers-imagenet-sample"
 
 
 def name_of(method, config):
@@ -177,3 +178,37 @@ def test_the_backends_are_the_reference_rows():
     assert len(found) >= 6
     for line in found:
         assert line in text
+
+
+PAIRS = [  # a peer and where it runs; ours of the same kind and where it runs
+    ("peer_nncf", "openvino", "static_int8", "openvino"),
+    ("peer_onnxruntime_static", "onnxruntime", "static_int8", "onnxruntime"),
+    ("peer_pt2e", "inductor", "static_int8", "openvino"),
+    ("peer_onnxruntime_dynamic", "onnxruntime", "dynamic_int8", "onnxruntime"),
+    ("peer_torch_dynamic", "eager", "dynamic_int8", "eager"),
+    ("peer_torchao_dynamic", "inductor", "dynamic_int8", "eager"),
+]
+
+
+def peer_lines():
+    """A line for each peer: its MB and top-1, ours, and ours over it by the paired test on the same images."""
+    rows = load_records(PEERS)
+    rows = rows[rows["status"] == "ok"].assign(file=lambda every: every.apply(_file, axis=1))
+
+    def found(file, backend, metric):
+        own = rows[(rows["file"] == file) & (rows["metric"] == metric)]
+        here = own[own["backend"] == backend]
+        return (here if len(here) else own[own["backend"].isna()]).iloc[-1]
+
+    for peer, there, method, here in PAIRS:
+        theirs, ours = found(peer, there, "top1"), found(method, here, "top1")
+        sizes = [found(name, where, "bytes")["value"] / 1e6 for name, where in ((peer, there), (method, here))]
+        yield (
+            f"| {peer} ({there}) | {sizes[0]:.2f} | {accuracy_text(theirs)} | {method} ({here}) | {sizes[1]:.2f} "
+            f"| {accuracy_text(ours)} | {apart(ours, theirs)} |"
+        )
+
+
+@pytest.mark.parametrize("line", list(peer_lines()))
+def test_ours_and_others_int8_on_the_same_images(line):
+    assert line in MEASURED

@@ -28,8 +28,8 @@ def table(rows: pd.DataFrame) -> str:
         cells += [_number(good, label, "peak_rss", MEGA, ".0f", backend) for backend in held]
         for backend in backends:
             cell = _times(good, label, backend, batches)
-            if cell == "-" and (reason := why.get((_artifact(good, label), backend))):
-                cell = f"- [{notes.setdefault(reason, len(notes) + 1)}]"
+            if "-" in cell and (reason := why.get((_artifact(good, label), backend))):
+                cell += f" [{notes.setdefault(reason, len(notes) + 1)}]"
             cells.append(cell)
         cells += [_best(good, label, batch) for batch in batches]
         lines.append(cells)
