@@ -6,7 +6,7 @@ import pytest
 from matplotlib.testing.compare import compare_images
 
 from tests.conftest import ROOT
-from tests.measured_words import MEASURED, WORDS
+from tests.measured_words import MEASURED, WORDS, apart
 from vitbench.budgets import scored, winners
 from vitbench.cli import main
 from vitbench.comparison import accuracy_text, across_seeds, subject, value
@@ -95,3 +95,30 @@ def test_the_readmes_figures_are_drawn_again_from_committed_rows(command, tmp_pa
     assert main([*given, str(fresh)]) == 0
     assert committed.removeprefix(f"{ROOT}/") in README
     assert compare_images(committed, str(fresh), tol=1) is None
+
+
+def fast_lines():
+    """A line for each model of the fast sweep, scored and timed in OpenVINO with bf16: top-1, times over two baselines, points lost."""
+    rows, backend = load_records(ROOT / "results" / "reference" / "fast-cifar10-224"), "openvino_bf16"
+    rows = subject(rows[rows["metric"] != "cell_seconds"])
+    dense = value(rows, "baseline", "top1", backend=backend)
+    for label in dict.fromkeys(rows["label"]):
+        top1, size = value(rows, label, "top1", backend=backend), value(rows, label, "bytes")["value"] / 1e6
+        cells = [accuracy_text(top1), f"{size:.2f}"]
+        for versus in ("eager", ""):
+            found = [value(rows, label, "latency_ratio", batch, backend, versus) for batch in (1, 8)]
+            cells.append("1 / 1" if found[0] is None else " / ".join(f"{row['value']:.2f}" for row in found))
+        if label != "baseline":
+            yield f"| {label} | {' | '.join(cells)} | {apart(top1, dense)} |"
+
+
+@pytest.mark.parametrize("line", list(fast_lines()))
+def test_the_fastest_combinations(line):
+    assert line in MEASURED
+
+
+def test_what_one_image_takes_in_the_fastest():
+    rows = load_records(ROOT / "results" / "reference" / "fast-cifar10-224")
+    rows = rows[(rows["method"] == "pruning+static_int8") & (rows["metric"] == "latency_p50")]
+    one, eight = (rows[rows["batch"] == batch]["value"].iloc[0] for batch in (1, 8))
+    assert f"one image takes {one:.2f} ms and eight take {eight:.2f}" in WORDS

@@ -75,7 +75,7 @@ def _labels(rows: pd.DataFrame) -> list[str]:
     labels = []
     for method, own in zip(rows["method"], settings, strict=True):
         first = usual.setdefault(method, own)
-        apart = [key for key in own if own[key] != first.get(key, own[key]) and _matters(key, own)]
+        apart = [key for key in sorted(own) if own[key] != first.get(key, own[key]) and _matters(key, own)]
         differing = [f"{key}={_short(own[key])}" for key in apart]
         labels.append(method + (f" ({', '.join(differing)})" if differing else ""))
     return labels
