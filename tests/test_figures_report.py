@@ -339,7 +339,7 @@ def test_the_running_table_has_a_line_for_each_method_s_first_setting():
     rows = load_records(ROOT / "results" / "reference" / "digits-quick")
     table = running_table(rows)
     assert table.index[0] == "baseline"
-    assert list(table.index) == [label for label in methods(subject(rows)) if "(" not in label]
+    assert list(table.index) == list(dict.fromkeys(label.split(" (")[0] for label in methods(subject(rows))))
     own = rows[rows["metric"] == "bytes"].drop_duplicates("method").set_index("method")["value"]
     assert table.loc["dynamic_int8", "x smaller"] == round(own["baseline"] / own["dynamic_int8"], 2)
     assert table.loc["baseline", ["x smaller", "MACs", "time"]].tolist() == [1, 1, 1]

@@ -141,7 +141,7 @@ def test_how_far_from_the_floor(line):
 
 
 def test_the_same_comparison_twice():
-    first, again = (subject(load_records(REFERENCE / f"edge-deit-tiny{name}")) for name in ("", "-again"))
+    first, again = (subject(load_records(REFERENCE / f"edge-deit-tiny-{name}")) for name in ("first", "again"))
     keys = ["method", "backend", "batch", "versus_backend"]
     ratios = [
         rows[rows["metric"] == "latency_ratio"].fillna({"versus_backend": "same"}).set_index(keys)["value"]

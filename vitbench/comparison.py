@@ -246,7 +246,7 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def running_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """What the lessons so far have made of one baseline: a line for the first setting of each method that was timed, in order.
+    """What the lessons so far have made of one baseline: a line for each method, in order, at the first of its settings that was timed.
 
     Columns: top-1 (per cent, 95 %), MB, how many times smaller, multiply-accumulates and time at the smallest batch size over
     the baseline's.
@@ -257,14 +257,14 @@ def running_table(rows: pd.DataFrame) -> pd.DataFrame:
         row = value(rows, label, metric)
         return float("nan") if row is None else row["value"]
 
-    lines = []
+    first, lines = {}, []
     for label in methods(rows):
-        if label not in set(rows["method"]):  # another setting of a method that has its line
-            continue
+        first.setdefault(label.partition(" (")[0], label)
+    for method, label in first.items():
         size, times = number(label, "bytes"), ratios(rows, label)
         lines.append(
             {
-                "method": label,
+                "method": method,
                 "top-1 %": percent(rows, label),
                 "MB": size / MEGA,
                 "x smaller": number("baseline", "bytes") / size,
