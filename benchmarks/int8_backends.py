@@ -36,7 +36,7 @@ from vitbench.lessons import parse_setting
 from vitbench.measure.value import about
 from vitbench.records import Row
 from vitbench.standalone import thread_environment, turns
-from vitbench.statistics import median_ratio, pack_hits, wilson
+from vitbench.statistics import pack_hits, quiet_ratio, wilson
 from vitbench.suite import open_data
 
 IMAGES, TIME_LIMIT = 64, 1800  # digits to calibrate on; seconds of a child
@@ -255,9 +255,9 @@ def _values(found: dict[str, Any]) -> list[dict[str, Any]]:
     values = [{"value": found["bytes"], "source": "measured: what is saved"}]
     for own, eager in found["times"]:
         how = f"measured: {len(own)} calls in a fresh process after warm-up, in turn with the baseline"
-        ratio, low, high = median_ratio(own, eager)
+        ratio, low, high = quiet_ratio(own, eager)
         values.append({"value": float(np.median(own)), "source": how, "samples": own})
-        how += "; median of the rounds' ratios, bootstrap 95 %"
+        how += "; median ratio of the quietest quarter of the rounds, bootstrap 95 %"
         values.append({"value": ratio, "source": how, "low": low, "high": high, "samples": eager})
     if "hits" in found:
         hits = np.array(found["hits"], bool)
@@ -270,7 +270,7 @@ def _values(found: dict[str, Any]) -> list[dict[str, Any]]:
 def _line(batches: list[int], found: dict[str, Any]) -> str:
     parts = [f"{found['bytes'] / 1e6:6.2f} MB"]
     for batch, (own, eager), apart in zip(batches, found["times"], found["apart"], strict=True):
-        ratio, low, high = median_ratio(own, eager)
+        ratio, low, high = quiet_ratio(own, eager)
         parts.append(
             f"b{batch}: {np.median(own):7.1f} ms, eager {np.median(eager):7.1f}, ratio {ratio:.3f} "
             f"[{low:.3f}, {high:.3f}], logits off by {apart:.3g}"

@@ -15,7 +15,7 @@ from vitbench.errors import InputError, one_of
 from vitbench.measure import timing
 from vitbench.measure.cost import count_macs
 from vitbench.methods import METHODS, compress, make_config
-from vitbench.statistics import median_ratio
+from vitbench.statistics import quiet_ratio
 
 COSTS = ("bytes", "macs", "latency")
 SLACK = 512  # bytes by which a trained model's recipe may be longer than that of the same model untrained
@@ -107,6 +107,6 @@ def counter(cost: str, base: Path, batch: int = 1, threads: int = 2, rounds: int
 
     def latency(path: Path) -> float:
         ((own, other),) = timing.race([(str(path), "eager"), (str(base), "eager")], [batch], threads, rounds)
-        return median_ratio(own.times, other.times)[0]
+        return quiet_ratio(own.times, other.times)[0]
 
     return latency

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
+QUIET_ROUNDS = 5  # at least so many rounds decide a ratio of times
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
@@ -64,11 +65,12 @@ def paired_means(first: Sequence[float], second: Sequence[float]) -> Paired:
     return Paired(float(np.mean(first) - np.mean(second)), *map(float, interval), float(test.pvalue))
 
 
-def median_ratio(a: Sequence[float], b: Sequence[float], starts: int = 1, seed: int = 0) -> tuple[float, float, float]:
-    """The median over rounds of a[i] / b[i], timings taken in turn, with its 95 % bootstrap interval.
+def quiet_ratio(a: Sequence[float], b: Sequence[float], starts: int = 1, seed: int = 0) -> tuple[float, float, float]:
+    """The median of a[i] / b[i] over the quarter of the rounds in which the machine was least disturbed, and its 95 % bootstrap interval.
 
-    a[i] and b[i] are of one round, so that a slow spell of the machine, however long, slows both and leaves their ratio.
-    The interval is that of this run; it does not cover what another machine or day would change.
+    a[i] and b[i] are timings of one round, taken in turn. What else runs on a machine slows one model more than another, for minutes
+    at a time, so that a median over all rounds depends on how many of them were disturbed. Those count in which the two
+    together, each over its own median, took least. The interval is that of this run; it does not cover another machine or day.
 
     Args:
         a: of all rounds, those of one process after those of another.
@@ -77,16 +79,21 @@ def median_ratio(a: Sequence[float], b: Sequence[float], starts: int = 1, seed: 
     """
     from scipy.stats import bootstrap
 
-    ratios = np.asarray(a, float) / np.asarray(b, float)
-    parts = ratios.reshape(starts if starts > 1 else -1, ratios.size // starts if starts > 1 else 1)
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    ratios, load = a / b, a / np.median(a) + b / np.median(b)
+    parts = np.arange(len(a)).reshape(starts if starts > 1 else len(a), -1)
+    quiet = min(len(a), max(QUIET_ROUNDS, len(a) // 4))
 
     def median(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.median(parts[drawn].reshape(*drawn.shape[:-1], -1), axis=-1)
+        rounds = parts[drawn].reshape(*drawn.shape[:-1], -1)
+        least = np.argsort(load[rounds], axis=-1, kind="stable")[..., :quiet]
+        return np.median(np.take_along_axis(ratios[rounds], least, -1), axis=-1)
 
+    every = np.arange(len(parts))
     interval = bootstrap(
-        (np.arange(len(parts)),), median, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=seed
+        (every,), median, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=seed
     ).confidence_interval
-    return float(np.median(ratios)), float(interval.low), float(interval.high)
+    return float(median(every)), float(interval.low), float(interval.high)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -17,7 +17,7 @@ from vitbench.methods import compress, make_config, method_of
 from vitbench.recipe import Architecture
 from vitbench.records import Row
 from vitbench.runs import Run
-from vitbench.statistics import median_ratio
+from vitbench.statistics import quiet_ratio
 
 PARTS = ("attention", "model")
 CLASSES = 10
@@ -103,8 +103,8 @@ def _values(variants: list[dict[str, Any] | str]) -> list[dict[str, Any]]:
             values.append({"value": variant[part]["macs"], "source": "measured: torch FlopCounterMode / 2"})
             how = f"measured: {len(own)} calls in a fresh process after warm-up, in turn with all variants"
             values.append({"value": float(np.median(own)), "source": how, "samples": own})
-            ratio, low, high = median_ratio(own, full)
-            how += "; median of the rounds' ratios, bootstrap 95 %"
+            ratio, low, high = quiet_ratio(own, full)
+            how += "; median ratio of the quietest quarter of the rounds, bootstrap 95 %"
             values.append({"value": ratio, "low": low, "high": high, "source": how})
     return values
 

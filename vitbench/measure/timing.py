@@ -13,7 +13,7 @@ from vitbench.measure.child import ChildError, in_child, job
 from vitbench.measure.value import Value
 from vitbench.paths import model_cache, writable_folder
 from vitbench.standalone import turns
-from vitbench.statistics import median_ratio
+from vitbench.statistics import quiet_ratio
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -62,9 +62,14 @@ def values(
         samples = own.times if p == 50 else None
         yield Value(f"latency_p{p}", float(np.percentile(own.times, p)), how, samples=samples)
     for other in others:
-        ratio, low, high = median_ratio(own.times, other, starts)
+        ratio, low, high = quiet_ratio(own.times, other, starts)
         yield Value(
-            "latency_ratio", ratio, how + "; median of the rounds' ratios, bootstrap 95 %", low, high, samples=other
+            "latency_ratio",
+            ratio,
+            how + "; median ratio of the quietest quarter of the rounds, bootstrap 95 %",
+            low,
+            high,
+            samples=other,
         )
     if backend != "eager":
         how = f"measured: largest difference from eager's logits over the largest of them; {own.allowed} is allowed"
