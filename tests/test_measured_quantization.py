@@ -4,7 +4,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.measured_words import MEASURED, WORDS, apart, times_of
-from vitbench.comparison import accuracy_text, paired_loss, subject, value
+from vitbench.comparison import accuracy_text, paired_loss, paired_rows, subject, value
 from vitbench.row_table import load_records
 
 REFERENCE = ROOT / "results" / "reference"
@@ -190,8 +190,8 @@ PAIRS = [  # a peer and where it runs; ours of the same kind and where it runs
 ]
 
 
-def peer_lines():
-    """A line for each peer: its MB and top-1, ours, and ours over it by the paired test on the same images."""
+def peer_pairs():
+    """For each peer: its name and where it runs, rows of its top-1 and bytes, and the same of ours."""
     rows = load_records(PEERS)
     rows = rows[rows["status"] == "ok"].assign(file=lambda every: every.apply(_file, axis=1))
 
@@ -200,15 +200,30 @@ def peer_lines():
         here = own[own["backend"] == backend]
         return (here if len(here) else own[own["backend"].isna()]).iloc[-1]
 
-    for peer, there, method, here in PAIRS:
-        theirs, ours = found(peer, there, "top1"), found(method, here, "top1")
-        sizes = [found(name, where, "bytes")["value"] / 1e6 for name, where in ((peer, there), (method, here))]
-        yield (
-            f"| {peer} ({there}) | {sizes[0]:.2f} | {accuracy_text(theirs)} | {method} ({here}) | {sizes[1]:.2f} "
-            f"| {accuracy_text(ours)} | {apart(ours, theirs)} |"
-        )
+    for *theirs, method, here in PAIRS:
+        yield [
+            [f"{name} ({there})", *(found(name, there, what) for what in ("top1", "bytes"))]
+            for name, there in (theirs, (method, here))
+        ]
+
+
+def peer_lines():
+    """A line for each peer: its MB and top-1, ours, and ours over it by the paired test on the same images."""
+    for theirs, ours in peer_pairs():
+        cells = [f"{name} | {size['value'] / 1e6:.2f} | {accuracy_text(top1)}" for name, top1, size in (theirs, ours)]
+        yield f"| {' | '.join(cells)} | {apart(ours[1], theirs[1])} |"
 
 
 @pytest.mark.parametrize("line", list(peer_lines()))
 def test_ours_and_others_int8_on_the_same_images(line):
     assert line in MEASURED
+
+
+def test_what_is_said_of_the_pairs():
+    pairs = list(peer_pairs())
+    tests = [paired_rows(ours[1], theirs[1]) for theirs, ours in pairs]
+    assert all(test.difference < 0 for test in tests), "the page says that ours is the lower one"
+    assert f"every p is at least {min(test.p for test in tests):.2f}" in WORDS
+    assert f"by up to {-100 * min(test.difference for test in tests):.2f} points" in WORDS
+    larger = [ours[2]["value"] / theirs[2]["value"] for theirs, ours in pairs if "pt2e" not in theirs[0]]
+    assert f"{100 * min(larger) - 100:.0f} to {100 * max(larger) - 100:.0f} % larger" in WORDS
