@@ -20,7 +20,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--starts",
         type=int,
         default=1,
-        help="fresh processes that share the rounds; from several a ratio comes out again more closely (default: 1)",
+        help="fresh processes that share the rounds, so that no single one decides (default: 1)",
     )
     runners = (
         "what runs it: eager, cuda, torch_compile, onnxruntime, openvino, openvino_bf16 or executorch (default: eager)"

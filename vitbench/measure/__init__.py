@@ -67,7 +67,7 @@ def measure(
         batches: batch sizes to time.
         threads: of the timed process.
         rounds: how often each model is timed.
-        starts: fresh processes that share the rounds. Ratios come out again more closely from several than from one.
+        starts: fresh processes that share the rounds, so that no single one decides.
         device: where accuracy is computed. Latency and memory are those of the CPU.
         backend: what scores and runs the model: eager, torch_compile, onnxruntime, openvino, ... (see `vitbench.backends`).
         versus_backend: what times `versus`, by default the same; several for a ratio to each, in turn in one process.
