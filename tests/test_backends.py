@@ -231,12 +231,15 @@ def test_several_batch_sizes_are_timed_one_after_the_other(base, small, digits, 
     assert set(rows["batch"]) == {1, 3}
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "openvino_bf16"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("onnxruntime", marks=needs_onnx),
+        pytest.param("openvino", marks=needs_openvino),
+        pytest.param("openvino_bf16", marks=needs_bf16),
+    ],
+)
 def test_a_file_that_was_exported_already_is_run_and_not_written_again(base, tmp_path, monkeypatch, backend):
-    try:
-        backends.available(backend)
-    except InputError as error:
-        pytest.skip(str(error))
     x = torch.randn(2, 3, 8, 8)
     first = backends.make_call(backend, base.model, x, tmp_path / "0")(x)
     monkeypatch.setattr(torch.onnx, "export", None)

@@ -167,3 +167,13 @@ def test_the_same_comparison_twice():
     median, most = (100 * getattr(apart["quiet"], what)() for what in ("median", "max"))
     assert f"half of them within {median:.1f} %, the furthest {most:.0f} % apart" in WORDS
     assert f"Over all rounds {near['all']} would be" in WORDS
+    assert set(apart.index[apart["quiet"] > 0.1].get_level_values(1)) == {"eager"}
+    dense = []
+    for name in ("first", "again"):
+        rows = load_records(REFERENCE / f"edge-deit-tiny-{name}")
+        rows = rows[(rows["metric"] == "latency_ratio") & (rows["backend"] == "eager") & (rows["batch"] == 1)]
+        times, starts = rows["samples"].iloc[-1], rows["context"].iloc[-1]["starts"]
+        dense += [
+            statistics.median(times[k : k + len(times) // starts]) for k in range(0, len(times), len(times) // starts)
+        ]
+    assert f"between {min(dense):.1f} and {max(dense):.1f} ms at batch 1" in WORDS
