@@ -23,12 +23,13 @@ from vitbench.measure import (
     timing,
     weights,
 )
-from vitbench.measure.child import ChildError
+from vitbench.measure.child import ChildError, make_ready
 from vitbench.measure.value import Value, about
 from vitbench.records import DEVICE_GROUPS, GROUPS, Row
 from vitbench.runs import Run
 
 DEFAULT_BATCHES = (1, 8)
+FORKED = ("latency", "energy", "roofline")  # groups that call `in_child`
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def measure(
         wanted |= keys
         if not keys <= done:
             todo.append((group, rows))
+    if any(group.title in FORKED for group, _ in todo):
+        make_ready(threads)
     bar = progress.bar(todo, f"measuring {facts['method']}", unit="group") if todo else []
     for group, rows in bar:
         bar.set_postfix_str(group.title)
@@ -182,6 +185,8 @@ def _device_groups(
     """What a model costs on this device."""
     obstacle = functools.partial(backends.obstacle, backend, artifact.read_manifest(path).recipe)
     machine = {"threads": threads, "device": environment.device_name(backend), "backend": backend}
+    slots = [(metric, unit, machine) for metric, unit in fresh.memory_metrics(backend).items()]
+    yield _Group("memory", slots, functools.partial(fresh.memory, path, backend, threads), obstacle)
     timed = {**machine, "rounds": rounds, **({"starts": starts} if starts > 1 else {}), **_against(versus)}
     slots = [slot for batch in batches for slot in timing.slots({**timed, "batch": batch}, versus_backends)]
     yield _Group(
@@ -190,12 +195,8 @@ def _device_groups(
         lambda: timing.latency(path, versus, batches, threads, rounds, starts, backend, versus_backends),
         obstacle,
     )
-    for title, units, work in (
-        ("memory", fresh.memory_metrics(backend), fresh.memory),
-        ("startup", fresh.STARTUP, fresh.startup),
-    ):
-        slots = [(metric, unit, machine) for metric, unit in units.items()]
-        yield _Group(title, slots, functools.partial(work, path, backend, threads), obstacle)
+    slots = [(metric, unit, machine) for metric, unit in fresh.STARTUP.items()]
+    yield _Group("startup", slots, functools.partial(fresh.startup, path, backend, threads), obstacle)
     work = functools.partial(fresh.memory_limit, path, backend, threads)
     slots = [("memory_limit", "bytes", machine)]
     if within:

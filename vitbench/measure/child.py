@@ -53,6 +53,13 @@ def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
         return json.loads(Path(files["answer"]).read_text())
 
 
+def make_ready(threads: int) -> None:
+    """Have `in_child` begin its imports, where it will fork: they take seconds, in which there may be other work to do."""
+    if sys.platform == "linux":
+        with _busy:
+            _forker(threads)
+
+
 def package_environment(threads: int) -> dict[str, str]:
     """This process's environment for one that imports this same package and uses `threads` threads."""
     source = str(Path(__file__).resolve().parents[2])
@@ -110,10 +117,14 @@ def _forked(threads: int, files: dict[str, str]) -> int:
     """The exit status of a process that was forked for this job, with this process's environment and folder as they are now."""
     order = {"files": files, "environment": package_environment(threads), "folder": os.getcwd()}
     with _busy:
-        forker = _forkers.get(threads)
-        if forker is None or forker.process.poll() is not None:
-            forker = _forkers[threads] = _Forker(threads)
-        return forker.run(order)
+        return _forker(threads).run(order)
+
+
+def _forker(threads: int) -> _Forker:
+    forker = _forkers.get(threads)
+    if forker is None or forker.process.poll() is not None:
+        forker = _forkers[threads] = _Forker(threads)
+    return forker
 
 
 def main(task: str, answer: str) -> None:
