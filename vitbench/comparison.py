@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vitbench.errors import InputError
@@ -140,10 +141,9 @@ def value(
     chosen = (rows["label"] == method) & (rows["metric"] == metric) & in_backend(rows, backend, versus)
     if batch is not None:
         chosen &= rows["batch"] == batch
-    found = rows[chosen]
-    exact = found[found["backend"] == backend]
-    found = exact if len(exact) else found
-    return found.iloc[-1] if len(found) else None
+    exact = chosen & (rows["backend"] == backend)
+    places = np.flatnonzero(exact if exact.any() else chosen)
+    return rows.iloc[places[-1]] if len(places) else None
 
 
 def percent(rows: pd.DataFrame, label: str, backend: str = EAGER) -> str:

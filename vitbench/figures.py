@@ -105,6 +105,7 @@ def save_figure(
     with style():
         for kind in kinds:
             figure.savefig(folder / f"{name}.{kind}", metadata=undated[kind])
+            figure.set_layout_engine("none")  # it is laid out, for the other kinds and the notebook too
     if rows is not None:
         columns = [
             *("key", "model", "dataset", "method", "config", "metric", "batch"),

@@ -49,8 +49,9 @@ def memory(path: Path, backend: str, threads: int) -> Iterator[Value]:
 
 def startup(path: Path, backend: str, threads: int) -> Iterator[Value]:
     """Seconds from a process's start to its first answer, and those of them that loading the model takes: medians."""
-    with ready(path, backend, threads) as (command, _), locked():
-        answer(command, threads)  # the files are in the system's cache from here on
+    with ready(path, backend, threads) as (command, files), locked():
+        for file in files:
+            file.read_bytes()  # the system's cache has it from here on, as it has the packages, which this process imported
         found, start = [], time.monotonic()
         while len(found) < standalone.STARTS and (len(found) < FEWEST_STARTS or time.monotonic() - start < MAX_SECONDS):
             found.append(answer(command, threads))
