@@ -104,7 +104,7 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
     base, references = models["baseline"], list(dict.fromkeys((backend, "eager")))
     sha = artifact.read_manifest(base).sha256[:12]
     timed = {"threads": options.threads, "device": environment.device_name(backend), "backend": backend}
-    timed |= {"rounds": options.rounds, **({"starts": options.starts} if options.starts > 1 else {})}
+    timed |= timing.shared_rounds(options.rounds, options.starts)
     timed |= {"batch": batch, "versus": f"baseline:{sha}"}
     slots = {path: list(_slots(path, data, timed, references)) for path in models.values()}
     done = run.done()

@@ -187,7 +187,7 @@ def _device_groups(
     machine = {"threads": threads, "device": environment.device_name(backend), "backend": backend}
     slots = [(metric, unit, machine) for metric, unit in fresh.memory_metrics(backend).items()]
     yield _Group("memory", slots, functools.partial(fresh.memory, path, backend, threads), obstacle)
-    timed = {**machine, "rounds": rounds, **({"starts": starts} if starts > 1 else {}), **_against(versus)}
+    timed = {**machine, **timing.shared_rounds(rounds, starts), **_against(versus)}
     slots = [slot for batch in batches for slot in timing.slots({**timed, "batch": batch}, versus_backends)]
     yield _Group(
         "latency",

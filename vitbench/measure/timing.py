@@ -16,6 +16,7 @@ from vitbench.standalone import turns
 from vitbench.statistics import quiet_ratio
 
 PERCENTILES = (50, 90, 95, 99)
+KEPT = " (malloc told to keep freed memory)"  # see `child.KEEPS_MEMORY`
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def values(
 ) -> Iterator[Value]:
     """What `slots` lists, in order: percentiles, ratios to each of the others, in turn with which it was timed, the distance."""
     turn = ", in turn with the baseline" if others else ""
-    where = where or ("in a fresh process" if starts == 1 else f"in {starts} fresh processes")
+    where = where or ("in a fresh process" if starts == 1 else f"in {starts} fresh processes") + KEPT
     how = f"measured: {len(own.times)} calls {where} after warm-up{turn}"
     for p in PERCENTILES:
         samples = own.times if p == 50 else None
@@ -74,6 +75,11 @@ def values(
     if backend != "eager":
         how = f"measured: largest difference from eager's logits over the largest of them; {own.allowed} is allowed"
         yield Value("logit_distance", own.apart, how)
+
+
+def shared_rounds(rounds: int, starts: int) -> dict[str, int]:
+    """What a row's context says of the rounds, and of the processes that share them if there are several."""
+    return {"rounds": rounds} | ({"starts": starts} if starts > 1 else {})
 
 
 def slots(timed: dict[str, Any], versus_backends: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
