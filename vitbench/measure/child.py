@@ -22,8 +22,8 @@ from vitbench import standalone
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {}
 TIME_LIMIT = 1800  # seconds
-# glibc's malloc gives large blocks back, or not, as a process's earlier ones had it: a batch of DeiT-Tiny's in eager mode then
-# cost up to 18,000 page faults, an eighth of its time, in one process and none in the next
+# whether glibc's malloc gives large blocks back depends on those that a process had before; where it does, every answer pays for
+# page faults, and the models of one process do not pay alike
 KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 STATUS = struct.Struct("q")
 SERVE = (sys.executable, "-c", "from vitbench.measure import child; child.serve()")
