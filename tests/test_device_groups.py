@@ -29,7 +29,8 @@ def test_without_pytorch_a_process_is_smaller_and_sooner(base, digits, tmp_path)
     for found in (rows, eager):
         assert 0 < found.loc["load_time", "value"] < found.loc["cold_start", "value"]
         assert found.loc["import_rss", "value"] <= found.loc["peak_rss", "value"]
-        assert 3 <= len(found.loc["cold_start", "samples"]) <= 5  # fewer where they take longer
+    assert len(rows.loc["cold_start", "samples"]) == 5
+    assert 3 <= len(eager.loc["cold_start", "samples"]) <= 5  # each of these takes seconds
 
 
 def test_a_process_that_fails_says_why(tmp_path):
