@@ -142,8 +142,9 @@ def executorch(model: nn.Module, x: Tensor) -> Call:
 
     with torch.no_grad():
         program = to_edge_transform_and_lower(torch.export.export(model, (x,)), partitioner=[XnnpackPartitioner()])
-    method = Runtime.get().load_program(program.to_executorch().buffer).load_method("forward")
-    return lambda images: method.execute((images,))[0].clone()
+    # a method reads the program's bytes without keeping them, so the program has to live as long as the call
+    loaded = Runtime.get().load_program(program.to_executorch().buffer)
+    return lambda images: loaded.load_method("forward").execute((images,))[0].clone()
 
 
 BACKENDS = {
