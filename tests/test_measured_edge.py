@@ -170,20 +170,54 @@ def dense_times(run, backend, batch):
     return [statistics.median(times[k : k + each]) for k in range(0, len(times), each)]
 
 
+def says_how_near(apart):
+    """The page's words on how far two runs of a comparison are from each other."""
+    within, quiet = (apart <= 0.1).sum(), apart["quiet"]
+    return (
+        f"{within['quiet']} of {len(apart)} ratios are within 10 % of each other, half of them within {100 * quiet.median():.1f} %, "
+        f"the furthest {100 * quiet.max():.1f} % apart (over all rounds {within['all']}, {100 * apart['all'].max():.0f} %)"
+    )
+
+
 def test_the_same_comparison_twice():
-    apart = timed_twice("edge-deit-tiny")
-    near, quiet = (apart <= 0.1).sum(), apart["quiet"]
-    median, eager = 100 * quiet.median(), quiet[quiet.index.get_level_values(1) == "eager"]
-    assert f"{near['quiet']} of {len(apart)} ratios are within 10 % of each other" in WORDS
-    assert f"half of them within {median:.1f} %, the furthest {100 * quiet.max():.0f} % apart" in WORDS
-    assert f"Over all rounds {near['all']} would be" in WORDS
-    assert f"those of eager mode, {len(eager)} of the 48, are within {100 * eager.max():.0f} %" in WORDS
+    one, two = timed_twice("edge-deit-tiny-one-thread"), timed_twice("edge-deit-tiny")
+    assert f"With one thread (`edge-deit-tiny-one-thread-first`, `-again`) {says_how_near(one)}" in WORDS
+    assert f"With two (`edge-deit-tiny-first`, `-again`) {says_how_near(two)}" in WORDS
+    quiet = two["quiet"]
     assert {key[1:3] for key in quiet.index[quiet > 0.1]} == {("onnxruntime", 1)}
+    eager = quiet[quiet.index.get_level_values(1) == "eager"]
+    assert f"those of eager mode, {len(eager)} of the 48, are within {100 * eager.max():.0f} % with two threads" in WORDS
     slow, fast = (dense_times(f"edge-deit-tiny-{name}", "onnxruntime", 1) for name in ("first", "again"))
     assert (
         f"eager fp32 took {min(slow):.0f} to {max(slow):.0f} ms in the first run and {min(fast):.0f} to {max(fast):.0f} in the second"
         in WORDS
     )
+
+
+def cores_near_and_far():
+    """One line a model, backend and number of threads: its time and its ratio to eager fp32, where cores are near and far."""
+    rows = load_records(REFERENCE / "edge-core-distance")
+    rows = rows[rows["metric"] != "core_journey"]
+    rows = rows.join(pd.DataFrame(list(rows["context"]), index=rows.index)[["cores"]])
+    for (method, backend, threads), own in rows.groupby(["method", "backend", "threads"]):
+        found = own.set_index(["cores", "metric"])["value"]
+        times = [f"{found[place, 'latency_p50']:.1f}" for place in ("near", "far")]
+        ratios = [f"{found[place, 'latency_ratio']:.2f}" for place in ("near", "far")]
+        yield f"| {method} | {backend} | {threads:.0f} | {' / '.join(times)} | {' / '.join(ratios)} |"
+
+
+@pytest.mark.parametrize("line", list(cores_near_and_far()))
+def test_what_the_distance_of_the_cores_changes(line):
+    assert line in MEASURED
+
+
+def test_how_far_apart_the_cores_were():
+    rows = load_records(REFERENCE / "edge-core-distance")
+    rows = rows[rows["metric"] == "core_journey"]
+    found = {row.context["cores"]: row for row in rows.itertuples()}
+    near, far = found["near"], found["far"]
+    assert f"{near.value:.0f} ns where the two are near ({len(near.samples)} rounds), {far.value:.0f} where they are far" in WORDS
+    assert f"({len(far.samples)} rounds)" in WORDS
 
 
 def test_the_same_comparison_twice_where_memory_was_given_back():
