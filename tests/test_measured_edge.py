@@ -186,7 +186,9 @@ def test_the_same_comparison_twice():
     quiet = two["quiet"]
     assert {key[1:3] for key in quiet.index[quiet > 0.1]} == {("onnxruntime", 1)}
     eager = quiet[quiet.index.get_level_values(1) == "eager"]
-    assert f"those of eager mode, {len(eager)} of the 48, are within {100 * eager.max():.0f} % with two threads" in WORDS
+    assert (
+        f"those of eager mode, {len(eager)} of the 48, are within {100 * eager.max():.0f} % with two threads" in WORDS
+    )
     slow, fast = (dense_times(f"edge-deit-tiny-{name}", "onnxruntime", 1) for name in ("first", "again"))
     assert (
         f"eager fp32 took {min(slow):.0f} to {max(slow):.0f} ms in the first run and {min(fast):.0f} to {max(fast):.0f} in the second"
@@ -216,7 +218,10 @@ def test_how_far_apart_the_cores_were():
     rows = rows[rows["metric"] == "core_journey"]
     found = {row.context["cores"]: row for row in rows.itertuples()}
     near, far = found["near"], found["far"]
-    assert f"{near.value:.0f} ns where the two are near ({len(near.samples)} rounds), {far.value:.0f} where they are far" in WORDS
+    assert (
+        f"{near.value:.0f} ns where the two are near ({len(near.samples)} rounds), {far.value:.0f} where they are far"
+        in WORDS
+    )
     assert f"({len(far.samples)} rounds)" in WORDS
 
 

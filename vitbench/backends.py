@@ -140,8 +140,11 @@ def executorch(model: nn.Module, x: Tensor) -> Call:
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
 
-    with torch.no_grad():
-        program = to_edge_transform_and_lower(torch.export.export(model, (x,)), partitioner=[XnnpackPartitioner()])
+    try:
+        with torch.no_grad():
+            program = to_edge_transform_and_lower(torch.export.export(model, (x,)), partitioner=[XnnpackPartitioner()])
+    except Exception as error:  # of the exporter's own kinds
+        raise RuntimeError(f"ExecuTorch cannot express it: {' '.join(str(error).split())[:300]}") from error
     # a method reads the program's bytes without keeping them, so the program has to live as long as the call
     loaded = Runtime.get().load_program(program.to_executorch().buffer)
     return lambda images: loaded.load_method("forward").execute((images,))[0].clone()

@@ -4,6 +4,7 @@ A bundle for another device holds a copy of this file. `python standalone.py --a
 once and prints what it took.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -22,6 +23,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 WARM_CALLS, WARM_SECONDS, STABLE = 10, 10.0, 0.05
 MIN_ROUNDS, MAX_SECONDS = 20, 60.0
 STARTS, TIME_LIMIT = 5, 600
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 class BundleError(ValueError):
@@ -109,6 +111,20 @@ def peak_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_memory() -> None:
+    """Have glibc's malloc keep, for the rest of this process, the memory that is freed.
+
+    Whether it gives large blocks back depends on those that the process had before; where it does, every answer pays for page
+    faults, and the models of one process do not pay alike.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another system, or another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def turns(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:

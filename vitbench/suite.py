@@ -17,6 +17,7 @@ from vitbench import progress
 from vitbench.cache import prepare
 from vitbench.data import ImageData, load_data
 from vitbench.errors import InputError, one_of
+from vitbench.kernels import QUIET, Kernels
 from vitbench.lessons import STAGES, Lesson
 from vitbench.paths import home
 from vitbench.runs import Run
@@ -97,9 +98,11 @@ def _run_stages(
     outcomes: list[Outcome] = []
     sources = _package_hash()
     upstream = ""
-    with progress.bar(
-        None, "notebooks", sum(60 * lesson.minutes for lesson in lessons), layout=progress.TIME_ONLY
-    ) as bar:
+    expected = sum(60 * lesson.minutes for lesson in lessons)
+    with (
+        progress.bar(None, "notebooks", expected, layout=progress.TIME_ONLY) as bar,
+        Kernels() as kernels,
+    ):
         for stage in STAGES:
             here = [lesson for lesson in lessons if lesson.stage == stage]
             if stage != "baseline" and any(
@@ -107,13 +110,13 @@ def _run_stages(
             ):
                 break
             keys = {lesson.name: _key(lesson, values, sources, fingerprint, upstream) for lesson in here}
-            outcomes += _run_stage(here, keys, values, run, workers, bar)
+            outcomes += _run_stage(here, keys, values, run, workers, bar, kernels)
             upstream += "".join(keys.values())  # what is compared depends on what was measured
     return outcomes
 
 
 def _run_stage(
-    lessons: list[Lesson], keys: dict[str, str], values: dict[str, Any], run: Run, workers: int, bar
+    lessons: list[Lesson], keys: dict[str, str], values: dict[str, Any], run: Run, workers: int, bar, kernels
 ) -> list[Outcome]:
     outcomes, waiting = [], []
     for lesson in lessons:
@@ -125,7 +128,7 @@ def _run_stage(
     if not waiting:
         return outcomes
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        running = {pool.submit(_run_one, lesson, keys[lesson.name], values, run): lesson for lesson in waiting}
+        running = {pool.submit(_run_one, lesson, keys[lesson.name], values, run, kernels): lesson for lesson in waiting}
         outcomes += _watch(running, run, bar)
     return outcomes
 
@@ -148,7 +151,7 @@ def _watch(running: dict[Future, Lesson], run: Run, bar) -> list[Outcome]:
     return [future.result() for future in running]
 
 
-def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run) -> Outcome:
+def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels: Kernels) -> Outcome:
     import papermill
 
     partial, final = _copy(run, lesson, running=True), _copy(run, lesson)
@@ -156,14 +159,16 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run) -> Outc
     parameters = {name: value for name, value in values.items() if name in lesson.parameters} | {"out": str(run.folder)}
     error, start = "", time.monotonic()
     try:
-        papermill.execute_notebook(
-            str(lesson.path),
-            str(partial),
-            parameters,
-            progress_bar=False,
-            kernel_name="python3",
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # of the kernel; its warnings are not the user's
-        )
+        with kernels.kernel() as kernel:
+            papermill.execute_notebook(
+                str(lesson.path),
+                str(partial),
+                parameters,
+                progress_bar=False,
+                kernel_name="python3",
+                km=kernel,
+                extra_arguments=[QUIET],
+            )
     except papermill.PapermillExecutionError as failure:
         error = (
             f"cell {failure.cell_index} (In [{failure.exec_count}]): {failure.ename}: {failure.evalue}".splitlines()[0]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from standalone import PACKAGES, STARTS, BundleError, answer_command, in_fresh_process, open_model, turns
+from standalone import PACKAGES, STARTS, BundleError, answer_command, in_fresh_process, keep_memory, open_model, turns
 
 SCHEMA_VERSION = 1
 MANIFEST, ANSWERS = "bundle.json", "answers.json"
@@ -48,6 +48,7 @@ def measure_bundle(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     Each model is timed in turn with the baseline in the same format, in this process, two models in memory at a time.
     """
     manifest, found = read_bundle(folder), []
+    keep_memory()
     for entry in manifest["models"]:
         result = {"name": entry["name"]}
         try:

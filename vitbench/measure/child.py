@@ -4,6 +4,7 @@ Where a process can be forked safely (Linux), a kept one that has imported this 
 each job, so that PyTorch is imported once and not for every model that is timed. Elsewhere each job imports anew.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -16,15 +17,12 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from vitbench import standalone
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {}
 TIME_LIMIT = 1800  # seconds
-# whether glibc's malloc gives large blocks back depends on those that a process had before; where it does, every answer pays for
-# page faults, and the models of one process do not pay alike
-KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 STATUS = struct.Struct("q")
 SERVE = (sys.executable, "-c", "from vitbench.measure import child; child.serve()")
 START = (sys.executable, "-c", "import sys; from vitbench.measure import child; child.main(*sys.argv[1:])")
@@ -60,7 +58,27 @@ def make_ready(threads: int) -> None:
     """Have `in_child` begin its imports, where it will fork: they take seconds, in which there may be other work to do."""
     if sys.platform == "linux":
         with _busy:
-            _forker(threads)
+            _ready(threads)
+
+
+def fork_ready() -> None:
+    """`make_ready` for a process that has imported all and started no thread: the kept process is forked from it."""
+    global _forker
+    (orders, ordering), (answering, answers) = os.pipe(), os.pipe()
+    process = os.fork()
+    if process:
+        os.close(orders)
+        os.close(answers)
+        _forker = _Forker(os.fdopen(ordering, "wb", 0), os.fdopen(answering, "rb", 0), process)
+        return
+    os.dup2(orders, 0)
+    os.dup2(answers, 1)
+    for pipe in (orders, ordering, answering, answers):
+        os.close(pipe)
+    os.setpgid(0, 0)
+    with contextlib.suppress(BrokenPipeError):
+        serve()
+    os._exit(0)
 
 
 def package_environment(threads: int) -> dict[str, str]:
@@ -70,17 +88,13 @@ def package_environment(threads: int) -> dict[str, str]:
     return standalone.thread_environment(threads) | {"PYTHONPATH": path}
 
 
-def _environment(threads: int) -> dict[str, str]:
-    return package_environment(threads) | KEEPS_MEMORY
-
-
 def _started(threads: int, files: dict[str, str]) -> int:
     """The exit status of a process that was started for this job."""
     with open(files["said"], "w") as said:
         try:
             command = [*START, files["task"], files["answer"]]
             return subprocess.run(
-                command, env=_environment(threads), stdout=said, stderr=said, timeout=TIME_LIMIT
+                command, env=package_environment(threads), stdout=said, stderr=said, timeout=TIME_LIMIT
             ).returncode
         except subprocess.TimeoutExpired:
             raise TimeoutError from None
@@ -89,55 +103,61 @@ def _started(threads: int, files: dict[str, str]) -> int:
 class _Forker:
     """A kept process that forks: it is sent a job a line, and answers with the status that the job's process ended with."""
 
-    def __init__(self, threads: int):
-        self.process = subprocess.Popen(
-            SERVE,
-            env=_environment(threads),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            process_group=0,  # an interrupt from the keyboard is for this process alone, which then ends the other
-        )
+    def __init__(self, orders: IO[bytes], answers: IO[bytes], process: int):
+        self.orders, self.answers, self.process = orders, answers, os.pidfd_open(process)
+
+    def ended(self, seconds: float | None = 0.0) -> bool:
+        return bool(select.select([self.process], [], [], seconds)[0])
 
     def run(self, order: dict[str, Any]) -> int:
         try:
-            self.process.stdin.write(json.dumps(order).encode() + b"\n")
-            if not select.select([self.process.stdout], [], [], TIME_LIMIT)[0]:
+            self.orders.write(json.dumps(order).encode() + b"\n")
+            if not select.select([self.answers], [], [], TIME_LIMIT)[0]:
                 raise TimeoutError
-            status = self.process.stdout.read(STATUS.size)
+            status = self.answers.read(STATUS.size)
         except BrokenPipeError:
             status = b""
         except BaseException:  # out of time, or interrupted: it ends the job with itself, and the next job gets another
-            self.process.stdin.close()
-            self.process.wait()
+            self.orders.close()
+            self.ended(None)
             raise
         if len(status) < STATUS.size:
             raise ChildError("the process that starts the measured ones ended")
         return STATUS.unpack(status)[0]
 
 
-_forkers: dict[int, _Forker] = {}
+_forker: _Forker | None = None
+_started_forker: subprocess.Popen[bytes] | None = None  # kept, for a Popen that is forgotten complains
 _busy = threading.Lock()
 
 
 def _forked(threads: int, files: dict[str, str]) -> int:
     """The exit status of a process that was forked for this job, with this process's environment and folder as they are now."""
-    order = {"files": files, "environment": _environment(threads), "folder": os.getcwd()}
+    order = {"files": files, "environment": package_environment(threads), "folder": os.getcwd()}
     with _busy:
-        return _forker(threads).run(order)
+        return _ready(threads).run(order)
 
 
-def _forker(threads: int) -> _Forker:
-    forker = _forkers.get(threads)
-    if forker is None or forker.process.poll() is not None:
-        forker = _forkers[threads] = _Forker(threads)
-    return forker
+def _ready(threads: int) -> _Forker:
+    global _forker, _started_forker
+    if _forker is None or _forker.ended():
+        _started_forker = subprocess.Popen(
+            SERVE,
+            env=package_environment(threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            process_group=0,  # an interrupt from the keyboard is for this process alone, which then ends the other
+        )
+        _forker = _Forker(_started_forker.stdin, _started_forker.stdout, _started_forker.pid)
+    return _forker
 
 
 def main(task: str, answer: str) -> None:
     """A process's side of a job."""
     import torch
 
+    standalone.keep_memory()
     order = json.loads(Path(task).read_text())
     torch.set_num_threads(order["threads"])
     Path(answer).write_text(json.dumps(JOBS[order["job"]](**order["arguments"])))

@@ -16,7 +16,7 @@ from vitbench.standalone import turns
 from vitbench.statistics import quiet_ratio
 
 PERCENTILES = (50, 90, 95, 99)
-KEPT = " (malloc told to keep freed memory)"  # see `child.KEEPS_MEMORY`
+KEPT = " (malloc told to keep freed memory)"  # see `standalone.keep_memory`
 
 
 @dataclass(frozen=True)

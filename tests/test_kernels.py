@@ -1,0 +1,68 @@
+"""Kernels that are forked from a process which has imported: they are like others, and end."""
+
+import signal
+import sys
+import time
+
+import nbformat
+import papermill
+import psutil
+import pytest
+from jupyter_client import BlockingKernelClient
+
+from vitbench.kernels import Kernels
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
+
+FIRST = "import os, sys\nprint('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+FIGURE = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])"
+CHILD = "from vitbench.measure import child\nprint(child._forker.ended(), child.in_child('time_models', 1, models=[], batch=1, rounds=1, exported=''))"
+AGAIN = "import subprocess\nprint(subprocess.run(['false']).returncode, os.getpid())"
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    with Kernels() as kernels:
+        yield kernels
+
+
+def run(kernels, folder, *cells):
+    """What each cell printed, or the kinds of what it showed."""
+    notebook, path = (
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]),
+        folder / "a.ipynb",
+    )
+    nbformat.write(notebook, path)
+    with kernels.kernel() as kernel:
+        done = papermill.execute_notebook(str(path), None, progress_bar=False, kernel_name="python3", km=kernel)
+    return ["".join(out.get("text") or "".join(out.get("data", {})) for out in cell.outputs) for cell in done.cells]
+
+
+def test_a_kernel_has_imported_shows_figures_times_models_and_ends(kernels, tmp_path):
+    first, figure, timed, again = run(kernels, tmp_path, FIRST, FIGURE, CHILD, AGAIN)
+    assert first == "True False\n"
+    assert "image/png" in figure
+    assert timed == "False {'timed': []}\n"
+    status, process = again.split()
+    assert status == "1", "a child's exit status reaches the kernel"
+    assert not psutil.pid_exists(int(process))
+    other = run(kernels, tmp_path, FIRST + "\nprint(os.getpid())")[0].split()
+    assert other[:2] == ["True", "False"]
+    assert other[2] != process, "no two notebooks share a kernel"
+
+
+def test_kernels_end_with_the_process_that_forks_them(tmp_path):
+    with Kernels() as kernels, kernels.kernel() as kernel:
+        client = BlockingKernelClient()
+        client.load_connection_info(kernel.get_connection_info())
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        client.stop_channels()
+        kernels._server.send_signal(signal.SIGKILL)
+        kernels._server.wait()
+        deadline = time.monotonic() + 20
+        while not kernel._ended():
+            assert time.monotonic() < deadline, "the kernel goes on although nobody waits for it"
+            time.sleep(0.1)
+        with pytest.raises(RuntimeError, match="the process that starts kernels ended"), kernels.kernel():
+            pass
