@@ -107,6 +107,7 @@ class _Forker:
         self.orders, self.answers, self.process = orders, answers, os.pidfd_open(process)
 
     def ended(self, seconds: float | None = 0.0) -> bool:
+        """Whether it has, or does within so many seconds (None: it is waited for)."""
         return bool(select.select([self.process], [], [], seconds)[0])
 
     def run(self, order: dict[str, Any]) -> int:
