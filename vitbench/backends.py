@@ -138,6 +138,7 @@ def executorch(model: nn.Module, x: Tensor) -> Call:
     """The model exported for inputs shaped like `x` and lowered to XNNPACK, the kernels of phones, and run by ExecuTorch."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
     try:
@@ -145,6 +146,7 @@ def executorch(model: nn.Module, x: Tensor) -> Call:
             program = to_edge_transform_and_lower(torch.export.export(model, (x,)), partitioner=[XnnpackPartitioner()])
     except Exception as error:  # of the exporter's own kinds
         raise RuntimeError(f"ExecuTorch cannot express it: {' '.join(str(error).split())[:300]}") from error
+    portable_lib._unsafe_reset_threadpool(torch.get_num_threads())  # unsafe while it computes; its own is not torch's
     # a method reads the program's bytes without keeping them, so the program has to live as long as the call
     loaded = Runtime.get().load_program(program.to_executorch().buffer)
     return lambda images: loaded.load_method("forward").execute((images,))[0].clone()
