@@ -120,6 +120,24 @@ def test_no_backend_is_further_from_eager_than_it_may(line):
     assert line in MEASURED
 
 
+def executorch_lines():
+    """One line a model that ExecuTorch can run: its time over eager fp32's and over fp32's in ExecuTorch, at batch 1 and 8."""
+    rows = subject(load_records(REFERENCE / "edge-executorch-deit-tiny"))
+    for method in methods(rows):
+        eager, own = (
+            [value(rows, method, "latency_ratio", batch, "executorch", versus) for batch in (1, 8)]
+            for versus in ("eager", "")
+        )
+        over_eager = " / ".join(f"{row['value']:.2f}" for row in eager)
+        over_own = "1 / 1" if method == "baseline" else " / ".join(f"{row['value']:.2f}" for row in own)
+        yield f"| {method} | {over_eager} | {over_own} |"
+
+
+@pytest.mark.parametrize("line", list(executorch_lines()))
+def test_executorch(line):
+    assert line in MEASURED
+
+
 def floor_lines():
     """One line a shape and batch size: the fastest backend's time over the floor, of fp32 and of all models, and the products."""
     for shape in SHAPES:
