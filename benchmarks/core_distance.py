@@ -26,26 +26,28 @@ from vitbench.errors import InputError
 from vitbench.measure.value import about
 from vitbench.records import Row
 
-JOURNEYS, PAUSE, APART = (
-    2000,
-    0.5,
-    2.0,
-)  # there and back a probe; seconds between rounds; from which ratio there are two places
+JOURNEYS = 2000  # there and back, a probe
+PAUSE = 0.5  # seconds between rounds
+APART = 2.0  # from which ratio of the longest journey to the shortest there are two places
 
 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", type=Path, help="saved models, the baseline first")
-    parser.add_argument("--backends", nargs="+", default=["eager"], metavar="NAME")
+    parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="beside eager")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--out", required=True, metavar="DIR", help="results folder")
     options = parser.parse_args()
     try:
         if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
             raise InputError("this needs Linux and two cores")
+        if not options.minutes > 0:
+            raise InputError(f"--minutes {options.minutes:g}: give more than 0")
         run = vb.Run(options.out)
-        journeys, times = measured(options.models, options.backends, 60 * options.minutes)
+        journeys, times = measured(
+            options.models, list(dict.fromkeys(["eager", *options.backends])), 60 * options.minutes
+        )
         run.append(rows(options.models[0], journeys, times))
     except InputError as error:
         print(f"core_distance.py: {error}", file=sys.stderr)
@@ -110,43 +112,25 @@ def rows(base: Path, journeys: list[float], times: dict[tuple, list[float]]) -> 
     """Of each place that the cores were in: the journey, medians, and ratios to the baseline in eager mode."""
     far = np.array(journeys) > np.sqrt(min(journeys) * max(journeys))
     places = {"near": ~far, "far": far} if max(journeys) > APART * min(journeys) else {"one": far | True}
-    found = []
-    for (path, name, threads), taken in times.items():
-        manifest = artifact.read_manifest(path)
-        facts = about(manifest.recipe, vb.load_data("digits"))
-        context = {"threads": threads, "batch": 1, "backend": name, "device": environment.device_name(name)}
-        context |= {"artifact": manifest.sha256[:12]}
-        for place, chosen in places.items():
-            here = {"cores": place, "rounds": int(chosen.sum())}
-            own, other = np.array(taken)[chosen], np.array(times[base, "eager", threads])[chosen]
-            for metric, unit, samples in (("latency_p50", "ms", own), ("latency_ratio", "ratio", own / other)):
-                found.append(
-                    Row(
-                        **facts,
-                        metric=metric,
-                        unit=unit,
-                        value=float(np.median(samples)),
-                        source="measured: median of the rounds in which the cores were there",
-                        context=context | here,
-                        samples=samples.round(4).tolist(),
-                    )
-                )
-    facts = about(artifact.read_manifest(base).recipe, vb.load_data("digits"))
-    for place, chosen in places.items():
-        trips = np.array(journeys)[chosen]
-        how = "measured: a byte from one core to another and back, the least of ten goes; median of the rounds"
-        context = {"cores": place, "rounds": int(chosen.sum()), "device": environment.device_name("eager")}
+    data, device, found = vb.load_data("digits"), environment.device_name("eager"), []
+
+    def add(path: Path, metric: str, unit: str, how: str, context: dict, samples: np.ndarray) -> None:
+        facts = about(artifact.read_manifest(path).recipe, data) | {"metric": metric, "unit": unit, "context": context}
         found.append(
-            Row(
-                **facts,
-                metric="core_journey",
-                unit="ns",
-                value=float(np.median(trips)),
-                source=how,
-                context=context,
-                samples=trips.round(1).tolist(),
-            )
+            Row(**facts, value=float(np.median(samples)), source=f"measured: {how}", samples=samples.round(4).tolist())
         )
+
+    for place, chosen in places.items():
+        here = {"cores": place, "rounds": int(chosen.sum()), "device": device}
+        for (path, name, threads), taken in times.items():
+            context = here | {"threads": threads, "batch": 1, "backend": name}
+            context |= {"artifact": artifact.read_manifest(path).sha256[:12]}
+            own, other = np.array(taken)[chosen], np.array(times[base, "eager", threads])[chosen]
+            how = "median of the rounds in which the cores were there"
+            add(path, "latency_p50", "ms", how, context, own)
+            add(path, "latency_ratio", "ratio", how, context, own / other)
+        how = "a byte from one core to another and back, the least of ten goes; median of the rounds"
+        add(base, "core_journey", "ns", how, here, np.array(journeys)[chosen])
     return found
 
 

@@ -1,6 +1,7 @@
 """Backends: integer kernels that really run, codes that stay packed, models off by more than rounding, what a CPU lacks."""
 
 import collections
+import gc
 import importlib.util
 import math
 import warnings
@@ -33,6 +34,7 @@ def installed(backend):
 
 needs_onnx = pytest.mark.skipif(not installed("onnxruntime"), reason="the extra onnx is not installed")
 needs_openvino = pytest.mark.skipif(not installed("openvino"), reason="the extra openvino is not installed")
+needs_executorch = pytest.mark.skipif(not installed("executorch"), reason="the extra executorch is not installed")
 needs_bf16 = pytest.mark.skipif(
     not installed("openvino_bf16") or not backends._has_bf16(),
     reason="the extra openvino is not installed, or this CPU has no bf16 instructions",
@@ -209,6 +211,20 @@ def test_every_method_with_packed_codes_runs_in_other_backends(base, digits, nam
         assert backends.obstacle(backend, artifact.recipe_of(small)) == ""
         if installed(backend):
             backends.prepare(backend, small, torch.randn(8, 3, 8, 8))
+
+
+@needs_executorch
+def test_executorch_answers_again_and_again_with_torch_s_threads(base):
+    """Its program must not go while its method is in use: that ended the process."""
+    from executorch.extension.pybindings import portable_lib
+
+    call, x = backends.prepare("executorch", base.model, torch.randn(2, 3, 8, 8)), torch.randn(2, 3, 8, 8)
+    gc.collect()
+    first = call(x)
+    assert backends.distance(first, base.model(x)) < backends.BACKENDS["executorch"].tolerance
+    call(torch.zeros_like(x))
+    assert torch.equal(call(x), first), "an answer is the caller's, and the next does not change it"
+    assert portable_lib._threadpool_get_thread_count() == torch.get_num_threads()
 
 
 @needs_onnx

@@ -1,5 +1,6 @@
 """What the pages say of devices are the rows' numbers."""
 
+import math
 import statistics
 
 import pandas as pd
@@ -136,6 +137,12 @@ def executorch_lines():
 @pytest.mark.parametrize("line", list(executorch_lines()))
 def test_executorch(line):
     assert line in MEASURED
+
+
+def test_how_far_executorch_is_from_eager():
+    rows = load_records(REFERENCE / "edge-executorch-deit-tiny")
+    apart = rows["value"][(rows["metric"] == "logit_distance") & (rows["status"] == "ok")]
+    assert f"logits within {math.ceil(1e6 * apart.max())}e-6 of eager's" in WORDS
 
 
 def floor_lines():

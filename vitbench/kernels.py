@@ -26,19 +26,11 @@ STOP_SECONDS = 10.0
 
 
 class Kernels:
-    """Gives out kernels; to be closed, as by `with`."""
+    """Gives out kernels; to be closed, as by `with`. The process that forks them starts with the first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
-        if sys.platform == "linux":
-            self._server = subprocess.Popen(
-                SERVE,
-                env=os.environ | INLINE,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                process_group=0,  # an interrupt from the keyboard is for the suite
-            )
 
     def __enter__(self) -> Self:
         return self
@@ -50,7 +42,7 @@ class Kernels:
     @contextlib.contextmanager
     def kernel(self) -> Iterator[AsyncKernelManager | None]:
         """A kernel that is shut down at the end, or None where the notebook has to start its own."""
-        if not self._server:
+        if sys.platform != "linux":
             yield None
             return
         manager = _Forked(kernel_name="python3")
@@ -67,6 +59,13 @@ class Kernels:
     def _fork(self, connection_file: str) -> int:
         """The pidfd of a new kernel's process."""
         with self._lock:
+            self._server = self._server or subprocess.Popen(
+                SERVE,
+                env=os.environ | INLINE,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                process_group=0,  # an interrupt from the keyboard is for the suite
+            )
             try:
                 self._server.stdin.write(json.dumps(connection_file).encode() + b"\n")
                 self._server.stdin.flush()
@@ -127,7 +126,6 @@ def _be_the_kernel(connection: str, server: int) -> NoReturn:
     child.fork_ready()
     if os.getppid() != server:
         sys.exit()
-    kernelapp.launch_new_instance(
-        argv=["-f", connection, QUIET, f"--IPKernelApp.parent_handle={server}"]
-    )  # ends with it
+    ends_with = f"--IPKernelApp.parent_handle={server}"
+    kernelapp.launch_new_instance(argv=["-f", connection, QUIET, ends_with])
     sys.exit()

@@ -103,8 +103,9 @@ def _started(threads: int, files: dict[str, str]) -> int:
 class _Forker:
     """A kept process that forks: it is sent a job a line, and answers with the status that the job's process ended with."""
 
-    def __init__(self, orders: IO[bytes], answers: IO[bytes], process: int):
+    def __init__(self, orders: IO[bytes], answers: IO[bytes], process: int, started: subprocess.Popen | None = None):
         self.orders, self.answers, self.process = orders, answers, os.pidfd_open(process)
+        self.started = started  # kept, for a Popen that is forgotten complains
 
     def ended(self, seconds: float | None = 0.0) -> bool:
         """Whether it has, or does within so many seconds (None: it is waited for)."""
@@ -128,7 +129,6 @@ class _Forker:
 
 
 _forker: _Forker | None = None
-_started_forker: subprocess.Popen[bytes] | None = None  # kept, for a Popen that is forgotten complains
 _busy = threading.Lock()
 
 
@@ -140,9 +140,9 @@ def _forked(threads: int, files: dict[str, str]) -> int:
 
 
 def _ready(threads: int) -> _Forker:
-    global _forker, _started_forker
+    global _forker
     if _forker is None or _forker.ended():
-        _started_forker = subprocess.Popen(
+        started = subprocess.Popen(
             SERVE,
             env=package_environment(threads),
             stdin=subprocess.PIPE,
@@ -150,7 +150,7 @@ def _ready(threads: int) -> _Forker:
             bufsize=0,
             process_group=0,  # an interrupt from the keyboard is for this process alone, which then ends the other
         )
-        _forker = _Forker(_started_forker.stdin, _started_forker.stdout, _started_forker.pid)
+        _forker = _Forker(started.stdin, started.stdout, started.pid, started)
     return _forker
 
 
