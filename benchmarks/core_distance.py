@@ -28,7 +28,7 @@ from vitbench.records import Row
 
 JOURNEYS = 2000  # there and back, a probe
 PAUSE = 0.5  # seconds between rounds
-APART = 2.0  # from which ratio of the longest journey to the shortest there are two places
+APART = 1.5  # from which ratio of the longest journey to the shortest there are two places
 
 
 def main() -> int:
