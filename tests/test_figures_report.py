@@ -90,6 +90,16 @@ def test_another_setting_is_named_by_what_differs_from_the_first(folder):
     assert label_of(rows, rows.tail(1)) == "dynamic_int8 (bits=4)"
 
 
+def test_rows_that_have_labels_keep_them(folder):
+    steps = [{"method": "dynamic_int8", "config": {"bits": bits}} for bits in (2, 3)]
+    for step in steps:
+        row = make_rows()[6].having(config={"origin": {"start": "random"}, "methods": [step]})
+        append_rows(folder / "records.jsonl", [row])
+    rows = subject(load_records(folder))
+    last = rows[rows["label"] == "dynamic_int8 (bits=3)"]
+    assert set(subject(last)["label"]) == {"dynamic_int8 (bits=3)"}
+
+
 def test_what_was_not_timed_is_left_to_its_own_figures(folder):
     steps = [{"method": "dynamic_int8", "config": {"bits": 2}}]
     row = make_rows()[6].having(config={"origin": {"start": "random"}, "methods": steps})

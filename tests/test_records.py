@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 
+import pandas as pd
 import pytest
 
 from vitbench import records, row_table
@@ -141,9 +142,20 @@ def test_fast_and_slow_reading_are_one(tmp_path):
     )
     slow = [found.model_dump() for found in read_rows(file)]
     fast = load_records(file)
-    assert len(row_table._read(file)) == 4
+    assert len(row_table._read(file).frame) == 4
     for name in Row.model_fields:
         assert [None if isinstance(x, float) and x != x else x for x in fast[name]] == [each[name] for each in slow]
+
+
+def test_a_table_that_its_reader_changes_is_read_whole_again(tmp_path):
+    file = tmp_path / "records.jsonl"
+    append_rows(file, [row(method="a", context={"batch": 1}), row(method="b", context={"batch": 1})])
+    for latest in (True, False):
+        kept = load_records(file, latest=latest)
+        own = load_records(file, latest=latest)
+        own["value"], own["label"] = 0.0, "mine"
+        own.loc[0, "method"] = "changed"
+        pd.testing.assert_frame_equal(load_records(file, latest=latest), kept)
 
 
 def test_of_a_file_that_grew_the_new_lines_are_parsed_and_of_a_changed_one_all(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from vitbench.errors import InputError
+from vitbench.labels import labels_of
 from vitbench.statistics import Paired, paired, paired_means, unpack_hits
 
 MEGA = 1e6
@@ -17,13 +18,15 @@ def subject(rows: pd.DataFrame) -> pd.DataFrame:
 
     Rows of another model or data set, or of the same model trained in another way (other epochs, another seed), are
     another subject. A column `label` is added: the method's name, with the settings that differ from the first
-    that were run.
+    that were run. Rows that have it are one subject already.
     """
+    if "label" in rows:
+        return rows
     good = rows[rows["status"] == "ok"]
     if not len(good):
         raise InputError("the records hold no ok row; run the baseline and a method first")
     good = good[_of_the_last(good)].copy()
-    good["label"] = _labels(good)
+    good["label"] = labels_of(good)
     return good
 
 
@@ -48,7 +51,7 @@ def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     good = rows[(rows["status"] == "ok") & (rows["metric"] == metric)]
     good = good.assign(config=good["config"].map(_seedless))
     good = good[_of_the_last(good)].copy()
-    good["label"] = _labels(good)
+    good["label"] = labels_of(good)
     return good.drop_duplicates(["label", "seed"], keep="last")[["label", "seed", "value", "key"]]
 
 
@@ -66,50 +69,6 @@ def _of_the_last(rows: pd.DataFrame) -> pd.Series:
     origin = last["config"].get("origin")
     same[same] = [config.get("origin") == origin for config in rows["config"][same]]
     return same
-
-
-def _labels(rows: pd.DataFrame) -> list[str]:
-    """Each row's method, with `key=value` for the settings that are not those of the method's first row."""
-    once = {id(config): _settings(config) for config in {id(each): each for each in rows["config"]}.values()}
-    settings = [once[id(config)] for config in rows["config"]]
-    usual: dict[str, dict[str, Any]] = {}
-    labels = []
-    for method, own in zip(rows["method"], settings, strict=True):
-        first = usual.setdefault(method, own)
-        apart = [key for key in sorted(own) if own[key] != first.get(key, own[key]) and _matters(key, own)]
-        differing = [f"{key}={_short(own[key])}" for key in apart]
-        labels.append(method + (f" ({', '.join(differing)})" if differing else ""))
-    return labels
-
-
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What each of a row's methods was told, as one mapping."""
-    steps = config.get("methods", [])
-    return {
-        f"{step['method']}.{key}" if len(steps) > 1 else key: value
-        for step in steps
-        for key, value in _flat(step["config"]).items()
-    }
-
-
-def _short(setting: Any) -> Any:
-    """A setting as labels show it: 0.40625 and not 0.4062499999674."""
-    return f"{setting:.6g}" if isinstance(setting, float) else setting
-
-
-def _matters(key: str, settings: dict[str, Any]) -> bool:
-    """Whether a setting does anything: how to train does not where there are 0 epochs of it."""
-    group, _, name = key.rpartition(".")
-    return name == "epochs" or settings.get(f"{group}.epochs") != 0
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of nested configs as `train.epochs` and the like."""
-    flat = {}
-    for key, value in config.items():
-        inner = _flat(value) if isinstance(value, dict) else None
-        flat |= {key: value} if inner is None else {f"{key}.{name}": item for name, item in inner.items()}
-    return flat
 
 
 def methods(rows: pd.DataFrame) -> list[str]:
@@ -171,11 +130,16 @@ def nats(rows: pd.DataFrame, first: str, second: str) -> str:
 
 def paired_top1(rows: pd.DataFrame, first: str, second: str) -> Paired:
     """By how much the model labelled `first` is right more often than `second` on the same test images."""
-    answers = [value(rows, label, "top1") for label in (first, second)]
-    for label, row in zip((first, second), answers, strict=True):
-        if row is None or not row["hits"]:
-            raise InputError(f"the rows hold no answers of {label!r} image by image; measure its accuracy again")
-    return paired_rows(*answers)
+    return paired_rows(*_both(rows, (first, second), "top1", "hits"))
+
+
+def _both(rows: pd.DataFrame, labels: tuple[str, str], metric: str, field: str) -> list[pd.Series]:
+    """The rows of a metric of both models, with their answers image by image in `field`."""
+    found = [value(rows, label, metric) for label in labels]
+    for label, row in zip(labels, found, strict=True):
+        if row is None or not row[field]:
+            raise InputError(f"the rows hold no {metric} of {label!r} image by image; measure its accuracy again")
+    return found
 
 
 def paired_rows(first: pd.Series, second: pd.Series) -> Paired:
@@ -188,11 +152,7 @@ def paired_loss(rows: pd.DataFrame, first: str, second: str) -> Paired:
 
     It sees what top-1 does not, how sure a right or wrong answer is, and so tells apart what top-1 needs more images for.
     """
-    answers = [value(rows, label, "cross_entropy") for label in (first, second)]
-    for label, row in zip((first, second), answers, strict=True):
-        if row is None:
-            raise InputError(f"the rows hold no cross-entropy of {label!r}; measure its accuracy again")
-    return paired_means(*(row["samples"] for row in answers))
+    return paired_means(*(row["samples"] for row in _both(rows, (first, second), "cross_entropy", "samples")))
 
 
 def ratios(rows: pd.DataFrame, method: str) -> list[pd.Series]:

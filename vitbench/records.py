@@ -176,13 +176,16 @@ def read_rows(path: str | Path, having: str = "") -> list[Row]:
     return [_row(path, number, line) for number, line in lines_of(path) if having.encode() in line]
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a records file and their numbers, from 1; a last one that was not written to its end is no line."""
+def lines_of(path: Path, after: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The lines of a records file `after` its first so many bytes and their numbers, from 1; a last one that was not
+    written to its end is no line.
+    """
     if not path.is_file():
         raise InputError(
             f"no records at {str(path)!r}; give a results folder or its records.jsonl (`vitbench run` makes one)"
         )
     with open(path, "rb") as lines:
+        lines.seek(after)
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 warnings.warn(

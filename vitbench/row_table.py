@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,48 +37,57 @@ def load_records(path: str | Path, *, latest: bool = True) -> pd.DataFrame:
 
     latest: of rows about the same thing (a model that was made anew and measured again) keep only the last.
     """
-    path = records_file(path)
-    try:
-        frame = _read(path)
-    except _Unusual:
-        rows = read_rows(path)
-        frame = _frame({name: [getattr(row, name) for row in rows] for name in FIELDS})
-    frame = frame.assign(**{name: [each.get(name) for each in frame["context"]] for name in CONTEXT_COLUMNS})
-    return latest_rows(frame) if latest else frame
+    known = _read(records_file(path))
+    if latest and known.latest is None:
+        known.latest = latest_rows(known.frame)
+    return (known.latest if latest else known.frame).copy(deep=False)  # pandas copies what the caller changes
 
 
 @dataclass
 class _Known:
-    """What this process read of a file: its first `lines` lines, whose CRC-32 is `crc`, as `frame`."""
+    """What this process read of a file: its first `size` bytes, whose CRC-32 is `crc`, as `frame`."""
 
-    lines: int = 0
+    size: int = 0
     crc: int = 0
     frame: pd.DataFrame | None = None
+    latest: pd.DataFrame | None = None
     shared: dict[bytes, Any] = field(default_factory=dict)
 
 
 _known: dict[Path, _Known] = {}
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read(path: Path) -> _Known:
     """All rows of a file; if it begins with what this process read of it before, only the lines after that are parsed."""
     known = _known.pop(path.absolute(), _Known())
-    lines = (line for _, line in lines_of(path))
-    before = list(islice(lines, known.lines))
-    if zlib.crc32(b"".join(before)) != known.crc:
-        known, lines = _Known(), chain(before, lines)
-    added = _frame(_columns(lines, known))
+    if known.size and not _begins(path, known):
+        known = _Known()
+    lines = (line for _, line in lines_of(path, known.size))
+    try:
+        columns = _columns(lines, known)
+    except _Unusual:
+        rows = read_rows(path)
+        return _Known(frame=_frame({name: [getattr(row, name) for row in rows] for name in FIELDS}))
     if known.frame is None or known.frame.empty:
-        known.frame = added
-    elif len(added):  # a part without rows would change the columns' types
-        known.frame = pd.concat([known.frame, added], ignore_index=True)
-    if known.lines <= KEPT:
+        known.frame, known.latest = _frame(columns), None
+    elif columns["key"]:  # a part without rows would change the columns' types
+        known.frame, known.latest = pd.concat([known.frame, _frame(columns)], ignore_index=True), None
+    if len(known.frame) <= KEPT:
         _known[path.absolute()] = known
-    return known.frame
+    return known
+
+
+def _begins(path: Path, known: _Known) -> bool:
+    """Whether the file begins with what was read of it."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return zlib.crc32(file.read(known.size)) == known.crc
 
 
 def _frame(columns: dict[str, Any]) -> pd.DataFrame:
-    return pd.DataFrame(columns, columns=FIELDS).astype(dict.fromkeys(NUMBERS, float))
+    frame = pd.DataFrame(columns, columns=FIELDS).astype(dict.fromkeys(NUMBERS, float))
+    return frame.assign(**{name: [each.get(name) for each in frame["context"]] for name in CONTEXT_COLUMNS})
 
 
 def latest_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -105,11 +114,12 @@ def _numbered(mappings: pd.Series, but: str = "") -> list[int]:
 
 
 def _columns(lines: Iterable[bytes], known: _Known) -> dict[str, list[Any]]:
-    """The fields of further lines, checked field by field, not row by row; `known` counts them."""
+    """The fields of further lines, checked field by field, not row by row; `known` counts their bytes."""
     columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
     with _no_collection():
         while chunk := list(islice(lines, CHUNK)):
-            known.lines, known.crc = known.lines + len(chunk), zlib.crc32(b"".join(chunk), known.crc)
+            text = b"".join(chunk)
+            known.size, known.crc = known.size + len(text), zlib.crc32(text, known.crc)
             rows = _parsed(chunk, known.shared)
             if any(len(row) != len(FIELDS) for row in rows):
                 raise _Unusual
