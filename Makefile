@@ -13,7 +13,8 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/pytest --nbmake tests notebooks $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile tests --ignore tests/test_notebooks.py $(ARGS)
+	$(BIN)/pytest --nbmake tests/test_notebooks.py notebooks $(ARGS)
 
 setup: .venv/.done
 

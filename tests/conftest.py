@@ -17,6 +17,11 @@ _home = tempfile.TemporaryDirectory(prefix="vitbench-tests-")  # set before any 
 os.environ["VITBENCH_HOME"] = _home.name
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
+THREADS = 2
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers one each, and for what they start
+    THREADS = 1
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import matplotlib as mpl  # noqa: E402
 import torch  # noqa: E402
 
@@ -25,7 +30,7 @@ from vitbench.cache import baseline  # noqa: E402
 from vitbench.data import load_data  # noqa: E402
 from vitbench.training import TrainConfig  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 mpl.use("Agg")  # here only: a kernel shows its figures in the notebook
 
 

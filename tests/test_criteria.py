@@ -170,7 +170,6 @@ def test_too_few_images_and_none_are_refused(base, digits):
 
 MEMORY = """
 import resource, torch
-torch.set_num_threads(2)
 resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30,) * 2)
 import numpy as np
 from vitbench import vit

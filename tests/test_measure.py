@@ -67,7 +67,7 @@ def test_the_cross_entropy_is_kept_image_by_image(measured, base, digits):
     assert own.low < own.value < own.high
     apart = paired_loss(rows, "dynamic_int8", "baseline")
     assert apart.low <= apart.difference <= apart.high
-    with pytest.raises(InputError, match="no cross-entropy of 'uct'"):
+    with pytest.raises(InputError, match="no cross_entropy of 'uct'"):
         paired_loss(rows, "uct", "baseline")
 
 

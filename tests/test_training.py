@@ -59,7 +59,7 @@ def test_a_torn_or_foreign_checkpoint_is_left_aside(digits, tmp_path, capsys):
 
 def test_kill_minus_nine_during_training(tmp_path, home):
     code = (
-        "import torch; torch.set_num_threads(2)\n"
+        f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
         "from vitbench import training; training.CHECKPOINT_SECONDS = 0.0\n"
         "from vitbench import baseline, load_data, TrainConfig\n"
         "made = baseline('vit_mini_patch2_8', load_data('digits', train=600), TrainConfig(epochs=8, seed=7))\n"

@@ -3,7 +3,9 @@
 Elsewhere there is none to give, and each notebook's kernel starts and imports by itself.
 """
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -102,8 +104,10 @@ class _Forked(AsyncKernelManager):
 
 def serve() -> None:
     """The forking process: for each line of the standard input a kernel, whose process is named in the answer."""
+    gc.disable()  # imports leave nothing to collect, and what they made is not looked at again
     for name in IMPORTS:
         importlib.import_module(name)
+    gc.freeze()
     server = os.getpid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever asked sees to their end
     for line in sys.stdin.buffer:
@@ -124,8 +128,8 @@ def _be_the_kernel(connection: str, server: int) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     child.fork_ready()
-    if os.getppid() != server:
-        sys.exit()
-    ends_with = f"--IPKernelApp.parent_handle={server}"
-    kernelapp.launch_new_instance(argv=["-f", connection, QUIET, ends_with])
-    sys.exit()
+    gc.enable()
+    if os.getppid() == server:
+        kernelapp.launch_new_instance(argv=["-f", connection, QUIET, f"--IPKernelApp.parent_handle={server}"])
+    atexit._run_exitfuncs()
+    os._exit(0)  # to take down what was imported would take another second
