@@ -23,7 +23,7 @@ import vitbench as vb
 from vitbench import artifact, backends, environment, progress
 from vitbench.cli.common import print_results
 from vitbench.errors import InputError
-from vitbench.measure.value import about
+from vitbench.measurement.value import about
 from vitbench.records import Row
 
 JOURNEYS = 2000  # there and back, a probe

@@ -23,8 +23,8 @@ from vitbench import artifact, backends, environment
 from vitbench.cli.common import print_results
 from vitbench.edge import backend_table
 from vitbench.errors import InputError, one_of
-from vitbench.measure import timing
-from vitbench.measure.value import Value, about
+from vitbench.measurement import timing
+from vitbench.measurement.value import Value, about
 from vitbench.methods import METHODS
 from vitbench.records import Row
 

@@ -33,7 +33,7 @@ from vitbench import artifact, backends, environment
 from vitbench.batches import eval_batches
 from vitbench.errors import InputError, one_of
 from vitbench.lessons import parse_setting
-from vitbench.measure.value import about
+from vitbench.measurement.value import about
 from vitbench.records import Row
 from vitbench.standalone import thread_environment, turns
 from vitbench.statistics import pack_hits, quiet_ratio, wilson

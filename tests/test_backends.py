@@ -21,7 +21,7 @@ from vitbench.layers import (
     StaticInt8Linear,
     int8,
 )
-from vitbench.measure import measure
+from vitbench.measurement import measure
 from vitbench.methods import compress, make_config
 from vitbench.runs import Run
 

@@ -8,7 +8,7 @@ import torch
 
 from vitbench import artifact, blocks, tokens, vit
 from vitbench.errors import InputError
-from vitbench.measure.cost import count_macs
+from vitbench.measurement.cost import count_macs
 from vitbench.methods import compress, make_config
 from vitbench.recipe import BlockShape
 from vitbench.removal import cut

@@ -6,7 +6,7 @@ from vitbench import artifact
 from vitbench.budget_fit import fit
 from vitbench.cli import main
 from vitbench.errors import InputError
-from vitbench.measure.cost import count_macs
+from vitbench.measurement.cost import count_macs
 from vitbench.methods import METHODS, compress, make_config
 
 ABLE = [name for name, method in METHODS.items() if method.ladder]

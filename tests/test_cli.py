@@ -34,6 +34,15 @@ def test_list(capsys):
     assert "deit_tiny_patch16_224" in capsys.readouterr().out
 
 
+def test_help_does_not_wait_for_pytorch():
+    code = "import sys; from vitbench import cli\ncommands = [['--help'], ['measure', '--help'], ['run', '--help']]\n"
+    code += "for each in commands:\n  try: cli.main(each)\n  except SystemExit: pass\n"
+    code += "sys.exit(str({'torch', 'pandas', 'timm'} & sys.modules.keys() or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "usage: vitbench run" in done.stdout
+    assert not done.stderr.strip()
+
+
 def test_from_weights_to_a_report(tmp_path, capsys):
     state = vit.create_model("vit_mini_patch2_8", seed=3).state_dict()
     torch.save(state, tmp_path / "weights.pth")

@@ -8,9 +8,9 @@ import pytest
 
 from tests.test_edge import needs_onnx
 from vitbench.errors import InputError
-from vitbench.measure import energy, fresh, limits, measure, roofline
-from vitbench.measure.child import ChildError
-from vitbench.measure.cost import count_int8_macs, count_macs
+from vitbench.measurement import energy, fresh, limits, measure, roofline
+from vitbench.measurement.child import ChildError
+from vitbench.measurement.cost import count_int8_macs, count_macs
 from vitbench.methods import compress, make_config
 from vitbench.runs import Run
 
@@ -35,7 +35,7 @@ def test_without_pytorch_a_process_is_smaller_and_sooner(base, digits, tmp_path)
 
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(ChildError, match="InputError"):
-        fresh.answer([sys.executable, "-m", "vitbench.measure.fresh", str(tmp_path), "eager", "1"], 1)
+        fresh.answer([sys.executable, "-m", "vitbench.measurement.fresh", str(tmp_path), "eager", "1"], 1)
 
 
 @needs_limits

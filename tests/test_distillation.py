@@ -12,7 +12,7 @@ from vitbench import artifact, batches, blocks, distilling, training, vit
 from vitbench.comparison import subject
 from vitbench.data import load_data
 from vitbench.errors import InputError
-from vitbench.measure import measure
+from vitbench.measurement import measure
 from vitbench.methods import compress, make_config
 from vitbench.runs import Run
 from vitbench.teachers import load_teacher

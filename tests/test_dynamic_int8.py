@@ -7,7 +7,7 @@ import torch
 
 from vitbench.errors import InputError
 from vitbench.layers import int8 as layers
-from vitbench.measure.cost import count_macs
+from vitbench.measurement.cost import count_macs
 from vitbench.methods import compress
 from vitbench.methods.dynamic_int8 import DynamicInt8, quantize_rows, to_dynamic_int8
 

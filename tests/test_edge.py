@@ -15,7 +15,7 @@ from vitbench.edge.model import Setting, Work, cost, place_of
 from vitbench.edge.profiles import load_profiles
 from vitbench.edge.streaming import stream
 from vitbench.errors import InputError
-from vitbench.measure import measure
+from vitbench.measurement import measure
 from vitbench.methods import compress, make_config
 from vitbench.records import read_rows
 from vitbench.row_table import load_records

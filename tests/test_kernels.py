@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is fork
 
 FIRST = "import os, sys\nprint('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
 FIGURE = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])"
-CHILD = "from vitbench.measure import child\nprint(child._forker.ended(), child.in_child('time_models', 1, models=[], batch=1, rounds=1, exported=''))"
+CHILD = "from vitbench.measurement import child\nprint(child._forker.ended(), child.in_child('time_models', 1, models=[], batch=1, rounds=1, exported=''))"
 AGAIN = "import subprocess\nprint(subprocess.run(['false']).returncode, os.getpid())"
 
 

@@ -16,9 +16,9 @@ from vitbench import artifact, backends, statistics, vit
 from vitbench.batches import eval_batches
 from vitbench.comparison import comparison, paired_loss, subject, value
 from vitbench.errors import InputError
-from vitbench.measure import child, measure, timing
-from vitbench.measure.history import training_rows
-from vitbench.measure.memory import peak_tensors
+from vitbench.measurement import child, measure, timing
+from vitbench.measurement.history import training_rows
+from vitbench.measurement.memory import peak_tensors
 from vitbench.methods import compress, make_config
 from vitbench.records import read_rows
 from vitbench.runs import Run
@@ -175,9 +175,7 @@ def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone():
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
 def test_who_asks_and_is_killed_leaves_no_process_behind(base):
     """Nor does an interrupt from the keyboard, which goes to all of its group, print anything."""
-    start = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from vitbench.measure import child; "
-    )
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from vitbench.measurement import child; "
     code = start + "child.in_child('time_models', 1, models=[[{!r}, 'eager']], batch=1, exported='', rounds={})"
     for rounds, end in ((10**7, signal.SIGKILL), (10, signal.SIGINT)):
         asking = subprocess.Popen(

@@ -8,7 +8,7 @@ import torch
 
 from vitbench import artifact
 from vitbench.errors import InputError
-from vitbench.measure.cost import count_macs
+from vitbench.measurement.cost import count_macs
 from vitbench.methods import METHODS, compress, make_config
 from vitbench.training import evaluate
 from vitbench.vit import set_fused_attention

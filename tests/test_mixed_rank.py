@@ -15,8 +15,8 @@ from vitbench.data import Split, load_data
 from vitbench.errors import InputError
 from vitbench.layers import DynamicInt8Linear, LowRankLinear, PackedLinear, SplitLinear
 from vitbench.low_rank import DECOMPOSITIONS, factorise
-from vitbench.measure.cost import count_macs, count_params
-from vitbench.measure.weights import coded_layers, weight_error
+from vitbench.measurement.cost import count_macs, count_params
+from vitbench.measurement.weights import coded_layers, weight_error
 from vitbench.methods import compress, make_config
 from vitbench.methods.mixed_rank import MixedRank
 from vitbench.moments import collect, watching

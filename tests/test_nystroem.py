@@ -9,7 +9,7 @@ from vitbench import artifact, backends, vit
 from vitbench.errors import InputError
 from vitbench.layers import ExactNystroemAttention, LinearAttention, NystroemAttention
 from vitbench.layers.nystroem import iterative_inverse, landmarks
-from vitbench.measure.cost import macs_of
+from vitbench.measurement.cost import macs_of
 from vitbench.methods import compress, make_config
 from vitbench.methods.linear_attention import LinearAttention as Linear
 from vitbench.methods.nystroem import Nystroem

@@ -1,11 +1,13 @@
 """What ties the project's own files together."""
 
+import importlib
 import re
 import tomllib
 
 import pytest
 import yaml
 
+import vitbench
 from tests.conftest import ROOT
 
 
@@ -77,6 +79,17 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), (page, target)
 
 
+def test_every_public_name_comes_from_its_place():
+    placed = {name: place for place, names in vitbench._PLACES.items() for name in names}
+    assert {*placed, "__version__"} == set(vitbench.__all__) <= set(dir(vitbench))
+    for name, place in placed.items():
+        assert getattr(vitbench, name) is getattr(importlib.import_module(f"vitbench.{place}"), name)
+    told = re.findall(r"^    from vitbench\.(\w+) import (.+)$", (ROOT / "vitbench" / "__init__.py").read_text(), re.M)
+    assert {place: tuple(names.split(", ")) for place, names in told} == vitbench._PLACES
+    with pytest.raises(AttributeError, match="no attribute 'presse'"):
+        assert vitbench.presse
+
+
 def test_files_stay_small():
     for file in (ROOT / "vitbench").rglob("*.py"):
         assert len(file.read_text().splitlines()) <= 300, file
@@ -85,7 +98,7 @@ def test_files_stay_small():
 def test_imports_run_one_way():
     """Methods do not measure, and what draws does not touch a model."""
     for file in (ROOT / "vitbench" / "methods").glob("*.py"):
-        assert "vitbench.measure" not in file.read_text(), file
+        assert "vitbench.measurement" not in file.read_text(), file
     for name in (
         "figures",
         "tradeoff",

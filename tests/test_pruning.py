@@ -7,9 +7,9 @@ import torch
 from vitbench import artifact, blocks, comparison, policy_figures, vit
 from vitbench.batches import eval_batches
 from vitbench.errors import InputError
-from vitbench.measure import measure
-from vitbench.measure.cost import count_macs
-from vitbench.measure.history import search_rows
+from vitbench.measurement import measure
+from vitbench.measurement.cost import count_macs
+from vitbench.measurement.history import search_rows
 from vitbench.methods import compress, make_config
 from vitbench.methods.multidimensional import MultiDimensional, Task
 from vitbench.methods.pruning import Pruning

@@ -6,7 +6,7 @@ import pytest
 from tests.conftest import ROOT
 from vitbench import attention_figures
 from vitbench.errors import InputError
-from vitbench.measure.scaling import scaling
+from vitbench.measurement.scaling import scaling
 from vitbench.methods import make_config
 from vitbench.row_table import load_records
 from vitbench.runs import Run

@@ -10,7 +10,7 @@ from vitbench import artifact, backends, blocks, comparison, vit
 from vitbench.batches import eval_batches
 from vitbench.errors import InputError
 from vitbench.layers import StaticInt8Linear
-from vitbench.measure import measure
+from vitbench.measurement import measure
 from vitbench.methods import compress, make_config
 from vitbench.methods.static_int8 import _equalise
 from vitbench.ranges import channels, least_error_range

@@ -11,7 +11,7 @@ from vitbench import artifact, vit
 from vitbench.data import load_data
 from vitbench.errors import InputError
 from vitbench.layers import PackedLinear
-from vitbench.measure.cost import count_macs, count_params
+from vitbench.measurement.cost import count_macs, count_params
 from vitbench.methods import compress, make_config
 from vitbench.t2t import SPLITS, TokenLayer, TokensToToken, sinusoids
 

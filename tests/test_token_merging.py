@@ -7,7 +7,7 @@ import torch
 
 from vitbench import artifact, tokens, vit
 from vitbench.errors import InputError
-from vitbench.measure.cost import count_macs
+from vitbench.measurement.cost import count_macs
 from vitbench.methods import compress, make_config
 from vitbench.methods.nystroem import Nystroem
 from vitbench.methods.token_merging import TokenMerging, schedule, tokens_left

@@ -12,8 +12,8 @@ from vitbench.cache import compressed
 from vitbench.errors import InputError
 from vitbench.factors import closed_form, output_grams, stacked
 from vitbench.layers.factored import factored_layers
-from vitbench.measure.cost import count_macs
-from vitbench.measure.memory import peak_tensors
+from vitbench.measurement.cost import count_macs
+from vitbench.measurement.memory import peak_tensors
 from vitbench.methods import compress, make_config, uct
 from vitbench.methods.uct import OFFICIAL, UCT, set_order
 from vitbench.training import TrainConfig, evaluate

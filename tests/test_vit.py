@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from vitbench import vit
 from vitbench.errors import InputError
-from vitbench.measure.cost import count_macs
+from vitbench.measurement.cost import count_macs
 
 
 @pytest.mark.parametrize("name", ["vit_mini_patch2_8", "vit_mini_patch4_32", "deit_tiny_patch16_224"])

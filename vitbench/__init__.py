@@ -9,18 +9,23 @@ rows = measure(path, data, Run("out"), versus=base.path)
 ```
 """
 
-from vitbench.artifact import load, save, size_on_disk
-from vitbench.cache import Made, baseline, compressed
-from vitbench.data import ImageData, Split, load_data
-from vitbench.errors import InputError
-from vitbench.measure import measure
-from vitbench.methods import METHODS, compress, make_config
-from vitbench.records import Row
-from vitbench.row_table import load_records
-from vitbench.runs import Run
-from vitbench.training import TrainConfig, evaluate, train
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from vitbench.version import __version__
-from vitbench.vit import create_model
+
+if TYPE_CHECKING:
+    from vitbench.artifact import load, save, size_on_disk
+    from vitbench.cache import Made, baseline, compressed
+    from vitbench.data import ImageData, Split, load_data
+    from vitbench.errors import InputError
+    from vitbench.measurement import measure
+    from vitbench.methods import METHODS, compress, make_config
+    from vitbench.records import Row
+    from vitbench.row_table import load_records
+    from vitbench.runs import Run
+    from vitbench.training import TrainConfig, evaluate, train
+    from vitbench.vit import create_model
 
 __all__ = [
     "METHODS",
@@ -46,3 +51,30 @@ __all__ = [
     "size_on_disk",
     "train",
 ]
+
+# where each name comes from; it is imported when it is first used, so that `vitbench --help` does not wait for PyTorch
+_PLACES = {
+    "artifact": ("load", "save", "size_on_disk"),
+    "cache": ("Made", "baseline", "compressed"),
+    "data": ("ImageData", "Split", "load_data"),
+    "errors": ("InputError",),
+    "measurement": ("measure",),
+    "methods": ("METHODS", "compress", "make_config"),
+    "records": ("Row",),
+    "row_table": ("load_records",),
+    "runs": ("Run",),
+    "training": ("TrainConfig", "evaluate", "train"),
+    "vit": ("create_model",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _PLACES.items():
+        if name in names:
+            found = globals()[name] = getattr(importlib.import_module(f"vitbench.{module}"), name)
+            return found
+    raise AttributeError(f"module 'vitbench' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,8 +12,8 @@ from vitbench import artifact, progress
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
-from vitbench.measure import timing
-from vitbench.measure.cost import count_macs
+from vitbench.measurement import timing
+from vitbench.measurement.cost import count_macs
 from vitbench.methods import METHODS, compress, make_config
 from vitbench.statistics import quiet_ratio
 

@@ -23,7 +23,7 @@ from vitbench.budget_fit import counter, limit_of, untrained
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError
-from vitbench.measure.value import about
+from vitbench.measurement.value import about
 from vitbench.methods import METHODS, compress, make_config
 from vitbench.paths import writable_folder
 from vitbench.records import Row

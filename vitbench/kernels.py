@@ -22,7 +22,16 @@ from jupyter_client import AsyncKernelManager, BlockingKernelClient
 SERVE = (sys.executable, "-c", "from vitbench import kernels; kernels.serve()")
 # matplotlib reads it as it is imported; a kernel says it later, so that pyplot, which needs a kernel, is not imported before
 INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-IMPORTS = ("ipykernel.kernelapp", "matplotlib.figure", "pandas", "scipy.stats", "sklearn.datasets", "torch", "vitbench")
+IMPORTS = (
+    "ipykernel.kernelapp",
+    "matplotlib.figure",
+    "pandas",
+    "scipy.stats",
+    "sklearn.datasets",
+    "torch",
+    "vitbench.cache",
+    "vitbench.measurement",
+)
 QUIET = "--IPKernelApp.log_level=ERROR"  # a kernel's own warnings are not the user's
 STOP_SECONDS = 10.0
 
@@ -121,7 +130,7 @@ def serve() -> None:
 def _be_the_kernel(connection: str, server: int) -> NoReturn:
     from ipykernel import kernelapp
 
-    from vitbench.measure import child
+    from vitbench.measurement import child
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()

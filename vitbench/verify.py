@@ -13,7 +13,7 @@ import pandas as pd
 from vitbench import cache
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
-from vitbench.measure import measure
+from vitbench.measurement import measure
 from vitbench.methods import make_config
 from vitbench.runs import Run
 from vitbench.training import TrainConfig

@@ -50,7 +50,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _compress(options: argparse.Namespace) -> int:
     from vitbench import artifact, methods, vit
-    from vitbench.measure.history import seconds_row
+    from vitbench.measurement.history import seconds_row
     from vitbench.runs import Run
 
     settings = _method_settings(options)

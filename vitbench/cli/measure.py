@@ -59,7 +59,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _measure(options: argparse.Namespace) -> int:
     from vitbench import artifact, backends
-    from vitbench.measure import measure
+    from vitbench.measurement import measure
     from vitbench.runs import Run
 
     for backend in (options.backend, *options.versus_backend):

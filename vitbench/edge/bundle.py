@@ -16,9 +16,9 @@ from vitbench.batches import eval_batches
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError
-from vitbench.measure import timing
-from vitbench.measure.fresh import MEMORY, STARTUP
-from vitbench.measure.value import Value, about
+from vitbench.measurement import timing
+from vitbench.measurement.fresh import MEMORY, STARTUP
+from vitbench.measurement.value import Value, about
 from vitbench.paths import replaced, writable_folder
 from vitbench.records import Row, append_rows, read_rows, records_file
 from vitbench.runs import Run

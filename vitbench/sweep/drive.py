@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from vitbench import progress
 from vitbench.cache import prepare
 from vitbench.errors import InputError
-from vitbench.measure.value import about
+from vitbench.measurement.value import about
 from vitbench.recipe import Recipe
 from vitbench.records import Row, read_rows
 from vitbench.runs import Run

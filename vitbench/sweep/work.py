@@ -11,7 +11,7 @@ import torch
 from vitbench import cache, suite
 from vitbench.data import ImageData
 from vitbench.errors import InputError
-from vitbench.measure import measure
+from vitbench.measurement import measure
 from vitbench.methods import make_config
 from vitbench.records import read_rows
 from vitbench.runs import Run

@@ -17,7 +17,7 @@ import traceback
 from typing import Any
 
 from vitbench import standalone
-from vitbench.measure.child import package_environment
+from vitbench.measurement.child import package_environment
 
 
 class WorkerDied(RuntimeError):

@@ -11,7 +11,7 @@ import pandas as pd
 from vitbench import artifact, backends, environment, progress, vit
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
-from vitbench.measure import (
+from vitbench.measurement import (
     accuracy,
     cost,
     energy,
@@ -23,8 +23,8 @@ from vitbench.measure import (
     timing,
     weights,
 )
-from vitbench.measure.child import ChildError, make_ready
-from vitbench.measure.value import Value, about
+from vitbench.measurement.child import ChildError, make_ready
+from vitbench.measurement.value import Value, about
 from vitbench.records import DEVICE_GROUPS, GROUPS, Row
 from vitbench.runs import Run
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from vitbench import artifact, backends, standalone
-from vitbench.measure import limits
-from vitbench.measure.child import ChildError
-from vitbench.measure.memory import peak_tensors
-from vitbench.measure.timing import locked
-from vitbench.measure.value import Value
+from vitbench.measurement import limits
+from vitbench.measurement.child import ChildError
+from vitbench.measurement.memory import peak_tensors
+from vitbench.measurement.timing import locked
+from vitbench.measurement.value import Value
 
 MEMORY = {"peak_rss": "bytes", "import_rss": "bytes"}
 STARTUP = {"cold_start": "s", "load_time": "s"}
@@ -97,7 +97,7 @@ def answer(command: list[str], threads: int) -> dict[str, Any]:
 def ready(path: Path, backend: str, threads: int) -> Iterator[tuple[list[str], list[Path]]]:
     """The command of a process that answers one image, and the files it loads: those exported for it, or the saved model's."""
     if not backends.BACKENDS[backend].alone:
-        command = [sys.executable, "-m", "vitbench.measure.fresh", str(path), backend, str(threads)]
+        command = [sys.executable, "-m", "vitbench.measurement.fresh", str(path), backend, str(threads)]
         yield command, list(path.iterdir())
         return
     with tempfile.TemporaryDirectory() as folder:

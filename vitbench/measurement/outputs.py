@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from vitbench import artifact, progress, vit
 from vitbench.batches import eval_batches
 from vitbench.data import ImageData
-from vitbench.measure.cost import count_params
-from vitbench.measure.value import Value
+from vitbench.measurement.cost import count_params
+from vitbench.measurement.value import Value
 from vitbench.moments import BATCH, watching
 from vitbench.recipe import Recipe
 

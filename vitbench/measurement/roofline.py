@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitbench.measure.child import in_child, job
-from vitbench.measure.value import Value
+from vitbench.measurement.child import in_child, job
+from vitbench.measurement.value import Value
 
 SIZES = (384, 768, 1536, 3072)  # sides of the matrices multiplied: which are fastest depends on the caches
 REPEATS = 8  # tries of each, of which the best counts
@@ -21,8 +21,8 @@ BYTES = 256 * 2**20  # of the buffer that is read, several times a processor's c
 def roofline(path: Path, batches: Sequence[int], threads: int) -> Iterator[Value]:
     """The least milliseconds of a call at each batch size; the samples are the peaks, as `peaks` gives them."""
     from vitbench import artifact
-    from vitbench.measure.cost import count_int8_macs, count_macs
-    from vitbench.measure.timing import locked
+    from vitbench.measurement.cost import count_int8_macs, count_macs
+    from vitbench.measurement.timing import locked
 
     model, most = artifact.load(path), peaks(threads)
     int8 = count_int8_macs(model)
@@ -53,7 +53,7 @@ def floor(float_macs: float, int8_macs: float, size: float, most: dict[str, floa
 @functools.cache
 def peaks(threads: int) -> dict[str, float]:
     """`float_macs` and `int8_macs` a second in large matrix products, `memory_bandwidth` in bytes a second read."""
-    from vitbench.measure.timing import locked
+    from vitbench.measurement.timing import locked
 
     with locked():
         return in_child("measure_peaks", threads)

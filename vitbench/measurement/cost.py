@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitbench import artifact
 from vitbench.layers import flop_formulas
-from vitbench.measure.value import Value
+from vitbench.measurement.value import Value
 from vitbench.vit import set_fused_attention
 
 

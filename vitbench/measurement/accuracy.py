@@ -7,7 +7,7 @@ import numpy as np
 
 from vitbench import artifact, backends
 from vitbench.data import ImageData
-from vitbench.measure.value import Value
+from vitbench.measurement.value import Value
 from vitbench.statistics import mean_interval, pack_hits, wilson
 from vitbench.training import evaluate, pick_device
 

@@ -10,9 +10,9 @@ from torch import nn
 from vitbench import environment, progress, vit
 from vitbench.configs import Config
 from vitbench.errors import InputError
-from vitbench.measure.child import in_child, job
-from vitbench.measure.cost import count_macs, macs_of
-from vitbench.measure.timing import locked, turns
+from vitbench.measurement.child import in_child, job
+from vitbench.measurement.cost import count_macs, macs_of
+from vitbench.measurement.timing import locked, turns
 from vitbench.methods import compress, make_config, method_of
 from vitbench.recipe import Architecture
 from vitbench.records import Row

@@ -7,7 +7,7 @@ import torch
 
 from vitbench import artifact, vit
 from vitbench.layers.registry import matrix
-from vitbench.measure.value import Value
+from vitbench.measurement.value import Value
 from vitbench.recipe import Recipe
 
 

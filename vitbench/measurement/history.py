@@ -10,7 +10,7 @@ from vitbench import artifact, environment, vit
 from vitbench.cache import Made
 from vitbench.configs import Config
 from vitbench.data import ImageData
-from vitbench.measure.value import about
+from vitbench.measurement.value import about
 from vitbench.records import Row
 
 

@@ -28,9 +28,9 @@ STATUS = struct.Struct("q")
 SERVE = (
     sys.executable,
     "-c",
-    "import gc; gc.disable(); from vitbench.measure import child; gc.freeze(); child.serve()",
+    "import gc; gc.disable(); from vitbench.measurement import child; gc.freeze(); child.serve()",
 )
-START = (sys.executable, "-c", "import sys; from vitbench.measure import child; child.main(*sys.argv[1:])")
+START = (sys.executable, "-c", "import sys; from vitbench.measurement import child; child.main(*sys.argv[1:])")
 
 
 class ChildError(RuntimeError):

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from vitbench.measure.child import ChildError, in_child, job
-from vitbench.measure.value import Value
+from vitbench.measurement.child import ChildError, in_child, job
+from vitbench.measurement.value import Value
 from vitbench.paths import model_cache, writable_folder
 from vitbench.standalone import turns
 from vitbench.statistics import quiet_ratio

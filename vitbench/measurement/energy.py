@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from vitbench.measure.child import in_child, job
-from vitbench.measure.timing import locked
-from vitbench.measure.value import Value
+from vitbench.measurement.child import in_child, job
+from vitbench.measurement.timing import locked
+from vitbench.measurement.value import Value
 
 POWERCAP = Path("/sys/class/powercap")
 SECONDS = 5.0  # counters move about every millisecond, so that answers of some ms are counted over many of them
