@@ -86,8 +86,8 @@ def test_every_public_name_comes_from_its_place():
         assert getattr(vitbench, name) is getattr(importlib.import_module(f"vitbench.{place}"), name)
     told = re.findall(r"^    from vitbench\.(\w+) import (.+)$", (ROOT / "vitbench" / "__init__.py").read_text(), re.M)
     assert {place: tuple(names.split(", ")) for place, names in told} == vitbench._PLACES
-    with pytest.raises(AttributeError, match="no attribute 'presse'"):
-        assert vitbench.presse
+    with pytest.raises(AttributeError, match="no attribute 'squeeze'"):
+        assert vitbench.squeeze
 
 
 def test_files_stay_small():
