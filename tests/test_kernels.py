@@ -1,6 +1,7 @@
 """Kernels that are forked from a process which has imported: they are like others, and end."""
 
 import signal
+import subprocess
 import sys
 import time
 
@@ -10,7 +11,8 @@ import psutil
 import pytest
 from jupyter_client import BlockingKernelClient
 
-from vitbench.kernels import Kernels
+from vitbench.kernels import SERVE, Kernels
+from vitbench.measurement import child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
 
@@ -66,3 +68,9 @@ def test_kernels_end_with_the_process_that_forks_them(tmp_path):
             time.sleep(0.1)
         with pytest.raises(RuntimeError, match="the process that starts kernels ended"), kernels.kernel():
             pass
+
+
+@pytest.mark.parametrize("command", [SERVE, child.SERVE])
+def test_who_forks_ends_without_a_word(command):
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -111,7 +111,7 @@ class _Forked(AsyncKernelManager):
         os.close(self.process)
 
 
-def serve() -> None:
+def serve() -> NoReturn:
     """The forking process: for each line of the standard input a kernel, whose process is named in the answer."""
     gc.disable()  # imports leave nothing to collect, and what they made is not looked at again
     for name in IMPORTS:
@@ -125,6 +125,7 @@ def serve() -> None:
             _be_the_kernel(json.loads(line), server)
         sys.stdout.write(f"{child}\n")
         sys.stdout.flush()
+    os._exit(0)  # to take down what was imported would take another second
 
 
 def _be_the_kernel(connection: str, server: int) -> NoReturn:

@@ -81,9 +81,7 @@ def fork_ready() -> None:
     for pipe in (orders, ordering, answering, answers):
         os.close(pipe)
     os.setpgid(0, 0)
-    with contextlib.suppress(BrokenPipeError):
-        serve()
-    os._exit(0)
+    serve()
 
 
 def package_environment(threads: int) -> dict[str, str]:
@@ -169,8 +167,15 @@ def main(task: str, answer: str) -> None:
     Path(answer).write_text(json.dumps(JOBS[order["job"]](**order["arguments"])))
 
 
-def serve() -> None:
+def serve() -> NoReturn:
     """The kept process's side: fork for each line of the standard input, until that ends."""
+    gc.freeze()  # what was imported is garbage for no process
+    with contextlib.suppress(BrokenPipeError):
+        _fork_for_orders()
+    os._exit(0)  # to take down what was imported would take another second
+
+
+def _fork_for_orders() -> None:
     for line in sys.stdin.buffer:
         child = os.fork()
         if not child:
