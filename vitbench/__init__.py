@@ -16,6 +16,7 @@ from vitbench.version import __version__
 
 if TYPE_CHECKING:
     from vitbench.artifact import load, save, size_on_disk
+    from vitbench.bench import Bench
     from vitbench.cache import Made, baseline, compressed
     from vitbench.data import ImageData, Split, load_data
     from vitbench.errors import InputError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "Bench",
     "Made",
     "ImageData",
     "InputError",
@@ -55,6 +57,7 @@ __all__ = [
 # where each name comes from; it is imported when it is first used, so that `vitbench --help` does not wait for PyTorch
 _PLACES = {
     "artifact": ("load", "save", "size_on_disk"),
+    "bench": ("Bench",),
     "cache": ("Made", "baseline", "compressed"),
     "data": ("ImageData", "Split", "load_data"),
     "errors": ("InputError",),

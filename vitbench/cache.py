@@ -27,7 +27,7 @@ from vitbench.training import TrainConfig
 
 # sources that measure and show, and so do not decide what a model becomes
 SHOWING = re.compile(
-    r".*/vitbench/(measurement/.*|sweep/.*|(attention_figures|backends|cli|closeups|comparison|environment|equal_budgets|figures|knobs|labels|lessons|policy_figures|progress|records|report|row_table|runs|statistics|suite|verify|version)\.py)$"
+    r".*/vitbench/(measurement/.*|sweep/.*|(attention_figures|backends|bench|cli|closeups|comparison|environment|equal_budgets|figures|knobs|labels|lessons|policy_figures|progress|records|report|row_table|runs|statistics|suite|verify|version)\.py)$"
 )
 
 HISTORY = "history.json"  # written last: a folder that has it is finished
