@@ -43,6 +43,12 @@ def test_help_does_not_wait_for_pytorch():
     assert not done.stderr.strip()
 
 
+def test_a_reader_who_has_enough_is_no_error():
+    command = f"{sys.executable} -m vitbench.cli list methods | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "methods:\n", "")
+
+
 def test_from_weights_to_a_report(tmp_path, capsys):
     state = vit.create_model("vit_mini_patch2_8", seed=3).state_dict()
     torch.save(state, tmp_path / "weights.pth")

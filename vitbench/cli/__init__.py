@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import sys
 import warnings
 
@@ -10,17 +11,25 @@ from vitbench.errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns 0, or 1 where a notebook failed; a wrong input prints one line and returns 2."""
+    """Run a command. Returns 0, or 1 where a notebook failed; a wrong input prints one line and returns 2.
+
+    130 and 141 are a shell's words for what was interrupted, and for what nobody reads on.
+    """
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"vitbench: warning: {message}", file=sys.stderr)
-            return options.command(options)
+            status = options.command(options)
+            sys.stdout.flush()
+            return status
     except InputError as error:
         if options.debug:
             raise
         print(f"vitbench: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if options.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
