@@ -27,7 +27,7 @@ setup: .venv/.done
 
 # make api  writes the pages of the package's names, from their docstrings: open results/api/index.html
 api: setup
-	$(BIN)/pdoc --docformat google --output-directory results/api $(filter-out %__main__ %on_device,$(sort $(patsubst %.__init__,%,$(subst /,.,$(basename $(wildcard vitbench/*.py vitbench/*/*.py)))))) '!vitbench.edge.on_device' '!vitbench.cli.__main__'
+	$(BIN)/pdoc --docformat google --output-directory results/api vitbench $(filter-out %__main__ %__init__ %on_device,$(subst /,.,$(basename $(wildcard vitbench/*.py vitbench/*/*.py))))
 
 format: setup
 	$(BIN)/ruff check --fix .
