@@ -1,4 +1,4 @@
-"""A baseline, its images and a results folder: what the lessons make of the one is measured on the other, and looked up by its label."""
+"""What lessons measure on: a baseline, its images and a results folder; what is made of it is looked up by its label."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,8 +31,8 @@ class Bench:
     def measured(self, *configs: Config, what: Sequence[str] = ("accuracy", "size"), **how: Any) -> str:
         """The label of the model that the configs make of the baseline, one after the other, once its file was measured.
 
-        None at all is the baseline itself. The policies that a search tried become rows too. What was made or measured before is not done again, nor what two
-        combinations begin with.
+        None at all is the baseline itself. The policies that a search tried become rows too. What was made or measured
+        before is not done again, nor what two combinations begin with.
 
         Args:
             what: the groups of metrics (see `measure`), as is `how`.

@@ -25,11 +25,7 @@ from vitbench import standalone
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {}
 TIME_LIMIT = 1800  # seconds
 STATUS = struct.Struct("q")
-SERVE = (
-    sys.executable,
-    "-c",
-    "import gc; gc.disable(); from vitbench.measurement import child; gc.freeze(); child.serve()",
-)
+SERVE = (sys.executable, "-c", "import gc; gc.disable(); from vitbench.measurement import child; child.serve()")
 START = (sys.executable, "-c", "import sys; from vitbench.measurement import child; child.main(*sys.argv[1:])")
 
 
