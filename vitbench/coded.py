@@ -21,6 +21,8 @@ from vitbench.quantizers import LearnedRange, LearnedStep
 from vitbench.training import TrainConfig
 from vitbench.tuning import Tuning, tune
 
+LEAST_HALF = 2.0**-24  # float16's least number above 0, a subnormal one
+
 
 class Coding(Tuning):
     """What methods that train codes have in common.
@@ -163,19 +165,30 @@ class CodedModel(nn.Module):
             if hasattr(module, "connect"):
                 module.connect(model.shared)
         if rest == "float16":
-            for tensor in [*model.parameters(), *model.buffers()]:
-                if tensor.is_floating_point():
-                    tensor.data.copy_(_nearest_half(tensor.data))
-                    if not torch.isfinite(tensor).all():
-                        raise InputError("a value of the model does not fit float16; give rest=float32")
+            round_to_half(model)
         model.recipe = model.recipe.having(storage=rest)
         return model
 
 
-def _nearest_half(x: Tensor) -> Tensor:
-    """x as float16 would hold it; a value that is not 0 stays so (a step of 0 would lose its row)."""
-    least = torch.finfo(torch.float16).smallest_normal
-    return torch.where((x != 0) & (x.abs() < least), least * x.sign(), x).half().float()
+@torch.no_grad()
+def round_to_half(model: nn.Module) -> None:
+    """Round all floating-point tensors to float16, subnormal numbers included, in place; they stay float32.
+
+    A step that a layer divides by (`divisors`) becomes the least number of float16 where it would become 0.
+
+    Raises:
+        InputError: a value above float16's largest.
+    """
+    divisors = {id(getattr(layer, name)) for layer in model.modules() for name in getattr(layer, "divisors", ())}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        half = tensor.half().float()
+        if not torch.isfinite(half).all():
+            raise InputError("a value of the model does not fit float16; give rest=float32")
+        if id(tensor) in divisors:
+            half = torch.where((half == 0) & (tensor != 0), LEAST_HALF * tensor.sign(), half)
+        tensor.data.copy_(half)
 
 
 def ends(model: nn.Module, bits: int | None, names: Sequence[str] = vit.ENDS) -> list[Coder]:

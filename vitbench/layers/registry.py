@@ -15,7 +15,8 @@ def runtime_layer(cls: type[nn.Module]) -> type[nn.Module]:
     every backend can run, as one made of ordinary modules alone, says `portable = True`; one that only some can names
     their packages, `portable = ("onnxruntime",)`. One whose kernel torch.compile cannot look into says
     `compiles = False`. One that rounds what it is given says `rounds_inputs = True`: its answers in two backends may then
-    be a code apart. One whose product is of 8-bit codes alone says `multiplies_codes = True`.
+    be a code apart. One whose product is of 8-bit codes alone says `multiplies_codes = True`. One that divides by tensors of
+    its own names them in `divisors`: no rounding may make them 0.
     """
     RUNTIME_LAYERS[cls.__name__] = cls
     return cls

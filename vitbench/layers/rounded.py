@@ -24,6 +24,7 @@ class Rounded(nn.Module):
 
     portable = True
     rounds_inputs = True
+    divisors = ("step",)
     param_count = 0
 
     def __init__(self, bits: int, channels: int | None = None):
@@ -77,6 +78,7 @@ class Log2Rounded(nn.Module):
 
     portable = True
     rounds_inputs = True
+    divisors = ("scale",)
     param_count = 0
 
     def __init__(self, bits: int, base: float = 2.0):
