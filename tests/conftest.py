@@ -50,26 +50,26 @@ def base(digits):
     return baseline("vit_mini_patch2_8", digits, TrainConfig(epochs=10, mixup=0.0))
 
 
+@contextlib.contextmanager
+def stop_training(at):
+    """`with stop_training(2): ...` has a training that saves after each epoch interrupted before its third."""
+    whole = training._Run.epoch
+
+    def interrupted(self, epoch, *rest):
+        if epoch == at:
+            raise KeyboardInterrupt
+        return whole(self, epoch, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(training._Run, "epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 @pytest.fixture
-def stopped(monkeypatch):
-    """`with stopped(2): ...` has a training that saves after each epoch interrupted before its third."""
-
-    @contextlib.contextmanager
-    def stop(at):
-        whole = training._Run.epoch
-
-        def interrupted(self, epoch, *rest):
-            if epoch == at:
-                raise KeyboardInterrupt
-            return whole(self, epoch, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-            patch.setattr(training._Run, "epoch", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                yield
-
-    return stop
+def stopped():
+    return stop_training
 
 
 @pytest.fixture

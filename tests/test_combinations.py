@@ -47,16 +47,15 @@ def test_a_search_goes_on_where_it_was(found, base, digits):
     assert len(longer.trials) == 8
 
 
-def test_a_torn_journal_goes_on_and_a_damaged_one_is_named(found, base, digits, tmp_path):
+@pytest.mark.parametrize("harm", ["torn", "one bit"])
+def test_a_search_whose_notes_are_damaged_says_so_and_finds_the_same(found, base, digits, tmp_path, capsys, harm):
     folder, searched = found
-    (journal,) = folder.glob("*.log")
-    whole = journal.read_bytes()
-    copy = tmp_path / journal.name
-    copy.write_bytes(whole + b'{"op_code": 4, "work')
+    (notes,) = folder.glob("*.jsonl")
+    content = bytearray(notes.read_bytes())
+    content[content.index(b'"val_top1": 0.') + 14] ^= 1
+    (tmp_path / notes.name).write_bytes(notes.read_bytes()[:-20] if harm == "torn" else content)
     assert search(base.model, digits, SMALL, tmp_path).trials[:6] == searched.trials
-    copy.write_bytes(b"not a line of it\n" + whole)
-    with pytest.raises(InputError, match="is damaged"):
-        search(base.model, digits, SMALL, tmp_path)
+    assert ("1 of the notes" in capsys.readouterr().out) == (harm == "one bit")
 
 
 def test_the_same_seed_finds_the_same(found, base, digits, tmp_path):

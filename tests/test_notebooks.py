@@ -140,8 +140,8 @@ def killed_then_finished(home):
         child.wait()
         time.sleep(2)  # the orphaned kernel notices within a second
 
-    known = set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.pt"))
-    kill_when(lambda: set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.pt")) - known)
+    known = set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.safetensors"))
+    kill_when(lambda: set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.safetensors")) - known)
     kill_when(lambda: (out / "records.jsonl").exists() and b'"latency_p50"' in (out / "records.jsonl").read_bytes())
     return out, suite()
 

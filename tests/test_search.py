@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vitbench.base.store import Notes
 from vitbench.errors import InputError
 from vitbench.removal import policy, search
 from vitbench.removal.policy import DIMENSIONS, PAPER, Space, budget, mac_cost, one_ratio, simple
@@ -109,7 +110,8 @@ def test_a_search_starts_from_one_ratio_for_each_set_of_dimensions():
 
 
 def test_a_killed_search_goes_on_without_scoring_again(tmp_path):
-    config, memory, calls = SearchConfig(evaluations=12, first=5), tmp_path / "search.jsonl", []
+    config, calls = SearchConfig(evaluations=12, first=5), []
+    memory = Notes(tmp_path / "search.jsonl", "searches")
 
     def dying(ratios):
         if len(calls) == 8:
@@ -119,11 +121,26 @@ def test_a_killed_search_goes_on_without_scoring_again(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         search.search(SPACE, COST, LIMITS, dying, config, memory)
-    with open(memory, "a") as file:
-        file.write('["0.1 0.2", -0.')  # killed while it wrote
+    with open(memory.path, "a") as file:
+        file.write('[["0.1 0.2", -0.')  # killed while it wrote
     again = []
     found = search.search(SPACE, COST, LIMITS, lambda ratios: again.append(1) or toy_score(ratios), config, memory)
     whole = search.search(SPACE, COST, LIMITS, toy_score, config)
     assert len(again) == 4
     assert np.array_equal(found.policies, whole.policies)
     assert np.array_equal(found.scores, whole.scores)
+
+
+def test_a_note_with_one_flipped_bit_is_named_and_scored_again(tmp_path, capsys):
+    config, memory = SearchConfig(evaluations=8, first=4), Notes(tmp_path / "search.jsonl", "searches")
+    whole = search.search(SPACE, COST, LIMITS, toy_score, config, memory)
+    lines = memory.path.read_bytes().splitlines(keepends=True)
+    for place in range(5, len(lines[2]) - 1, 7):
+        harmed = bytearray(lines[2])
+        harmed[place] ^= 2
+        memory.path.write_bytes(b"".join([*lines[:2], harmed, *lines[3:]]))
+        again = []
+        found = search.search(SPACE, COST, LIMITS, lambda ratios: again.append(1) or toy_score(ratios), config, memory)  # noqa: B023
+        assert len(again) == 1, f"byte {place} of the note"
+        assert np.array_equal(found.scores, whole.scores)
+        assert "1 of the notes of searches in" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import stop_training
 from vitbench import training, vit
 from vitbench.cache import baseline
 from vitbench.data import load_data
@@ -49,12 +50,41 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(digits, tmp_path, stopped, 
     assert history == resumed_history
 
 
-def test_a_torn_or_foreign_checkpoint_is_left_aside(digits, tmp_path, capsys):
-    (tmp_path / "run.pt").write_bytes(b"torn")
-    whole, _ = short_run(digits)
-    again, _ = short_run(digits, checkpoint=tmp_path / "run.pt")
+@pytest.fixture(scope="module")
+def halfway(digits, tmp_path_factory):
+    """A checkpoint in the middle of a run, and the weights that the whole run ends with."""
+    file = tmp_path_factory.mktemp("halfway") / "run.safetensors"
+    with stop_training(2):
+        short_run(digits, checkpoint=file)
+    return file.read_bytes(), short_run(digits)[0]
+
+
+@pytest.mark.parametrize("place", [0, 9, 200, 5_003, 20_011, 0.5, -3])
+def test_a_checkpoint_with_one_flipped_bit_is_named_and_not_used(digits, tmp_path, capsys, halfway, place):
+    content, whole = bytearray(halfway[0]), halfway[1]
+    content[int(place * len(content)) if isinstance(place, float) else place] ^= 8
+    file = tmp_path / "run.safetensors"
+    file.write_bytes(content)
+    again, _ = short_run(digits, checkpoint=file)
     assert torch.equal(whole, again)
-    assert "cannot be used" in capsys.readouterr().out
+    assert f"'{file}' is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["torn", "of older versions", "another seed", "another model"])
+def test_a_checkpoint_that_is_not_this_runs_is_named_and_not_used(digits, tmp_path, capsys, halfway, other):
+    file = tmp_path / "run.safetensors"
+    file.write_bytes(halfway[0][:-500])
+    if other == "of older versions":
+        torch.save({"config": SHORT.to_dict(), "history": []}, file)
+    elif other != "torn":
+        file.write_bytes(halfway[0])
+    config, seed = SHORT.having(seed=1) if other == "another seed" else SHORT, 3 if other == "another model" else 0
+    whole, again = (
+        train(vit.create_model("vit_mini_patch2_8", seed=seed), digits, config, checkpoint=checkpoint)[0]
+        for checkpoint in ("", file)
+    )
+    assert torch.equal(weights(whole), weights(again))
+    assert f"'{file}' is" in capsys.readouterr().out
 
 
 def test_kill_minus_nine_during_training(tmp_path, home):
@@ -67,17 +97,17 @@ def test_kill_minus_nine_during_training(tmp_path, home):
     )
     command = [sys.executable, "-c", code]
     cache = home / "results" / "cache"
-    before = set(cache.glob("*/training.pt"))
+    before = set(cache.glob("*/training.safetensors"))
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not set(cache.glob("*/training.pt")) - before:
+    while not set(cache.glob("*/training.safetensors")) - before:
         assert child.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert not set(cache.glob("*/training.pt")) - before
+    assert not set(cache.glob("*/training.safetensors")) - before
     made = baseline("vit_mini_patch2_8", load_data("digits", train=600), TrainConfig(epochs=8, seed=7))
     assert str(made.path) == done.stdout.strip().splitlines()[-1]
     whole, _ = train(

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitbench import artifact, training, vit
+from vitbench.base import checked
 from vitbench.cache import compressed
 from vitbench.errors import InputError
 from vitbench.factors import closed_form, output_grams, stacked
@@ -186,11 +187,11 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits
 
     monkeypatch.setattr(training._Run, "_loss", broken)
     unfinished = home / "results" / "cache" / "unfinished"
-    before = set(unfinished.glob("*.pt"))
+    before = set(unfinished.glob("*.safetensors"))
     with pytest.raises(InputError, match=f"the loss is nan at step {steps + 3} .epoch 2.: .* is kept"):
         compress(base.model, SHORT.having(train=SHORT.train.having(seed=5)), digits)
-    (kept,) = set(unfinished.glob("*.pt")) - before
-    assert len(torch.load(kept, weights_only=True)["history"]) == 1
+    (kept,) = set(unfinished.glob("*.safetensors")) - before
+    assert len(checked.read_tree(kept)["history"]) == 1
 
 
 def test_a_compressed_model_is_made_once(base, digits, monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitbench import vit
+from vitbench.base.store import digest
 from vitbench.configs import Config
 from vitbench.errors import InputError, one_of
 from vitbench.layers import RUNTIME_LAYERS
@@ -146,7 +148,7 @@ def read_manifest(path: str | Path) -> Manifest:
 def _check(content: dict[str, Any]) -> str:
     """The start of the SHA-256 of all that recipe.json holds, but of this."""
     facts = {key: value for key, value in content.items() if key != "check"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(facts)
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -156,6 +158,23 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """16 hex digits of all that decides what a model answers: its recipe, its modules with their settings, its tensors.
+
+    Models of one set of tensors and other attention, fewer tokens or other wrappers around them have other digests.
+    """
+    modules = [
+        [name, f"{type(module).__module__}.{type(module).__qualname__}", _settings(module)]
+        for name, module in model.named_modules()
+    ]
+    return digest([model.recipe.to_dict(), modules, weights_hash(model)])
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """What a module says of itself; addresses in memory, which change with every process, are left out."""
+    return [re.sub(r"0x[0-9a-f]+", "", module.extra_repr()), module.spec() if hasattr(module, "spec") else None]
 
 
 def size_on_disk(path: str | Path) -> int:

@@ -1,36 +1,26 @@
 """Models that take work to make, baselines and compressed ones: made once, kept under the hash of all that made them."""
 
-import ast
 import dataclasses
-import functools
-import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from filelock import FileLock
 from torch import nn
 
-from vitbench import artifact, batches, image_sources, paths, train_config, training, vit
-from vitbench import data as data_module
+from vitbench import artifact, paths, training, vit
+from vitbench.base import checked
+from vitbench.base.store import work_key
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.methods import compress, method_of
-from vitbench.recipe import Recipe
 from vitbench.training import TrainConfig
 
-# sources that measure and show, and so do not decide what a model becomes
-SHOWING = re.compile(
-    r".*/vitbench/(measurement/.*|sweep/.*|(attention_figures|backends|bench|cli|closeups|comparison|environment|equal_budgets|figures|knobs|labels|lessons|policy_figures|progress|records|report|row_table|runs|statistics|suite|verify|version)\.py)$"
-)
-
 HISTORY = "history.json"  # written last: a folder that has it is finished
+CHECKPOINT = "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,8 +49,8 @@ def baseline(
     """Make, or take from the cache, the model `model` trained on `data`, for images of `img_size` pixels a side.
 
     With `train.epochs` = 0 the pretrained or checkpoint weights are taken as they are, for the classes they know.
-    The cache's key is the hash of the architecture, the starting weights, the data's fingerprint, the training config,
-    the versions of torch and timm, the kind of device, the thread count, and the sources that decide the result.
+    The cache's key (`training.training_key`) is the hash of the model before training, the data's fingerprint, the training
+    config, the code that trains with all that it imports, the versions, the thread count and the kind of device.
     A run that was killed goes on from its last checkpoint; two processes that ask for one baseline train it once.
 
     Raises:
@@ -68,11 +58,14 @@ def baseline(
     """
     train = train or TrainConfig()
     start = prepare(model, data, train, pretrained=pretrained, checkpoint=checkpoint, img_size=img_size)
-    folder = paths.model_cache() / f"{_plain(model)}-{_plain(data.name)}-{_key(start.recipe, device)}"
+    folder = (
+        paths.model_cache()
+        / f"{_plain(model)}-{_plain(data.name)}-{training.training_key(start, data, train, device=device)}"
+    )
 
     def make(folder: Path) -> nn.Module:
         if train.epochs:
-            checkpoint, title = folder / "training.pt", f"training {model}"
+            checkpoint, title = folder / CHECKPOINT, f"training {model}"
             _, start.history = training.train(start, data, train, checkpoint=checkpoint, device=device, title=title)
         return start
 
@@ -82,24 +75,18 @@ def baseline(
 def compressed(base: Made, configs: Config | Sequence[Config], data: ImageData | None = None) -> Made:
     """`compress` the model of `base`, save the result, and load it; or take it from the cache.
 
-    The cache's key is the hash of the weights and recipe of `base`, the configs, the data's fingerprint, the versions
-    of torch and timm, the thread count, and the sources of this package that can decide the result.
+    The cache's key is the hash of the model of `base`, the configs, the data's fingerprint, the code of all methods with
+    all that it imports, the versions, the thread count and the kind of device.
     """
     configs = [configs] if isinstance(configs, Config) else list(configs)
     names = "+".join(method_of(config).name for config in configs)
-    manifest = artifact.read_manifest(base.path)
-    facts = {
-        "base": manifest.to_dict(),
-        "configs": [config.to_dict() for config in configs],
-        "data": data.fingerprint if data else "",
-        "versions": [torch.__version__, timm.__version__],
-        "threads": torch.get_num_threads(),
-        "device": training.pick_device("auto").type,
-        "sources": _sources(path for path in _package() if not SHOWING.match(path.as_posix())),
-    }
-    name = f"{_plain(manifest.recipe.architecture.name)}-{_plain(data.name if data else 'no-data')}-{_plain(names)}"
+    steps = [[method_of(config).name, config.to_dict()] for config in configs]
+    facts = {"model": artifact.model_digest(base.model), "steps": steps, "data": data.fingerprint if data else ""}
+    architecture = base.model.recipe.architecture.name
+    name = f"{_plain(architecture)}-{_plain(data.name if data else 'no-data')}-{_plain(names)}"
+    key = work_key("vitbench.methods", facts, training.pick_device())
 
-    folder = paths.model_cache() / f"{name}-{_digest(facts)}"
+    folder = paths.model_cache() / f"{name}-{key}"
     return _kept(folder, lambda _: compress(base.model, configs, data))
 
 
@@ -113,10 +100,8 @@ def _kept(folder: Path, make: Callable[[Path], nn.Module]) -> Made:
             return found
         model = make(folder)
         artifact.save(model, folder / "model")
-        part = folder / f"{HISTORY}.part"
-        part.write_text(json.dumps({key: getattr(model, key, []) for key in ("history", "search")}))
-        part.rename(folder / HISTORY)
-        (folder / "training.pt").unlink(missing_ok=True)
+        checked.write_json(folder / HISTORY, {key: getattr(model, key, []) for key in ("history", "search")})
+        (folder / CHECKPOINT).unlink(missing_ok=True)
     return _read(folder)
 
 
@@ -127,13 +112,13 @@ def _found(folder: Path) -> Made | None:
     try:
         return _read(folder)
     except (InputError, ValueError, TypeError) as error:
-        print(f"the model in the cache {folder.name} cannot be used and is made again ({str(error)[:160]})")
+        print(f"the model in the cache {folder.name} is damaged and is made again ({str(error)[:160]})")
         (folder / HISTORY).unlink(missing_ok=True)
         return None
 
 
 def _read(folder: Path) -> Made:
-    return Made(artifact.load(folder / "model"), folder / "model", **json.loads((folder / HISTORY).read_text()))
+    return Made(artifact.load(folder / "model"), folder / "model", **checked.read_json(folder / HISTORY))
 
 
 def prepare(
@@ -184,40 +169,3 @@ def prepare(
 def _plain(text: str) -> str:
     """`text` with everything but letters, digits, '.', '_' and '-' turned into '-', for the name of a folder."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-") or "unnamed"
-
-
-def _key(recipe: Recipe, device: str) -> str:
-    modules = (vit, training, train_config, batches, data_module, image_sources)
-    facts = {
-        "recipe": recipe.to_dict(),
-        "versions": [torch.__version__, timm.__version__],
-        "threads": torch.get_num_threads(),
-        "device": training.pick_device(device).type,
-        "sources": _sources(Path(module.__file__) for module in modules),
-    }
-    return _digest(facts)
-
-
-def _digest(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _package() -> list[Path]:
-    return sorted(Path(__file__).parent.rglob("*.py"))
-
-
-def _sources(files: Iterable[Path]) -> str:
-    """A hash of what the files do: comments, docstrings and layout do not change it."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(_code(file))
-    return digest.hexdigest()
-
-
-@functools.cache  # a process runs the code that it began with
-def _code(file: Path) -> bytes:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree).encode()

@@ -1,13 +1,11 @@
 """Which methods, one after the other and how strongly, are the most accurate within a budget: a search, and what an order does.
 
 The optimiser is Optuna's tree-structured Parzen estimator with constraints. A trial is a real model: made, saved, its cost counted, and,
-if it is within the budget, scored on the val split; the test split chooses nothing. Trials are kept in a journal, so that a
-stopped search goes on where it was.
+if it is within the budget, scored on the val split; the test split chooses nothing. What a trial came to is noted, so that a
+stopped search goes on: the optimiser, whose draws come from the seed, is asked anew, and what is noted is not made again.
 """
 
-import hashlib
 import itertools
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from vitbench import artifact, progress
+from vitbench.base.store import Notes, digest, work_key
 from vitbench.budget_fit import counter, limit_of, untrained
 from vitbench.configs import Config
 from vitbench.data import ImageData
@@ -27,7 +26,7 @@ from vitbench.measurement.value import about
 from vitbench.methods import METHODS, compress, make_config
 from vitbench.paths import writable_folder
 from vitbench.records import Row
-from vitbench.training import TrainConfig, evaluate
+from vitbench.training import TrainConfig, evaluate, pick_device
 
 NONE = "none"
 
@@ -91,28 +90,18 @@ def search(model: nn.Module, data: ImageData, config: CombinationSearch, folder:
         InputError: an unknown method, one without a ladder among the structures, or no val images.
     """
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
     _check(config)
-    val = data.needs("val")
+    data.needs("val")
     folder = writable_folder(folder, "folder of searches")
     # a longer search of the same kind goes on with what a shorter one found
-    facts = [artifact.weights_hash(model), data.fingerprint, config.having(trials=1).to_dict()]
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    facts = {"model": artifact.model_digest(model), "data": data.fingerprint}
+    facts["search"] = config.having(trials=1).to_dict()
+    key = work_key(__name__, facts, pick_device(), packages=("optuna",))
+    notes = Notes(folder / f"{key}.jsonl", "a search of combinations")
+    known = notes.read()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal = folder / f"{name}.log"
-    _trim(journal)
-    try:
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            study_name=name,
-            sampler=optuna.samplers.TPESampler(seed=config.seed),
-            direction="maximize",
-            load_if_exists=True,
-        )
-    except (ValueError, KeyError) as error:
-        raise InputError(f"the journal {str(journal)!r} is damaged ({error}); delete it to search anew") from None
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=config.seed), direction="maximize")
     with tempfile.TemporaryDirectory() as scratch:
         base = artifact.save(model, Path(scratch, "base"))
         count = counter(config.cost, base)
@@ -120,21 +109,18 @@ def search(model: nn.Module, data: ImageData, config: CombinationSearch, folder:
 
         def objective(trial: optuna.Trial) -> float:
             configs = _suggest(trial, model, config)
-            trial.set_user_attr("configs", [[_name(each), each.to_dict()] for each in configs])
-            try:
-                cost, small = _made(model, configs, data, count, limit, Path(scratch, str(trial.number)))
-            except InputError as error:
-                trial.set_user_attr("error", str(error))
-                trial.set_constraint(config.cost, limit)  # as bad as twice the limit
-                return 0.0
-            trial.set_user_attr("cost", cost)
-            trial.set_constraint(config.cost, cost - limit)
-            return 0.0 if small is None else float(evaluate(small, val).top1.mean())
+            name = digest([[_name(each), each.to_dict()] for each in configs])
+            if name not in known:
+                known[name] = _tried(model, configs, data, count, limit, Path(scratch, str(trial.number)))
+                notes.add(name, known[name])
+            found = Trial(tuple(configs), **known[name])
+            trials.append(found)
+            trial.set_constraint(config.cost, limit if found.cost is None else found.cost - limit)
+            return found.val_top1 or 0.0  # one that cannot be made counts as bad as one of twice the limit
 
-        left = range(config.trials - len(_complete(study)))
-        for _ in progress.bar(left, "searching combinations", unit="model") if left else ():
+        trials: list[Trial] = []
+        for _ in progress.bar(range(config.trials), "searching combinations", unit="model"):
             study.optimize(objective, n_trials=1)
-    trials = [_trial(each, limit) for each in _complete(study)]
     within = [trial for trial in trials if trial.val_top1 is not None]
     return Searched(trials, limit, max(within, key=lambda trial: (trial.val_top1, -trial.cost), default=None))
 
@@ -168,13 +154,6 @@ def _name(config: Config) -> str:
     return next(name for name, method in METHODS.items() if type(config) is method.config)
 
 
-def _trim(journal: Path) -> None:
-    """Take out a last line that was not written to its end, as a killed process leaves it."""
-    text = journal.read_bytes() if journal.exists() else b""
-    if text and not text.endswith(b"\n"):
-        journal.write_bytes(text[: text.rfind(b"\n") + 1])
-
-
 def _check(config: CombinationSearch) -> None:
     for name in {*config.structures, *config.codes, *config.settings, *config.choices} - {NONE}:
         first = {key: values[0] for key, values in config.choices.get(name, {}).items() if values}
@@ -203,6 +182,17 @@ def _suggest(trial: Any, model: nn.Module, config: CombinationSearch) -> list[Co
     return configs
 
 
+def _tried(
+    model: nn.Module, configs: list[Config], data: ImageData, count: Any, limit: float, folder: Path
+) -> dict[str, Any]:
+    """What a trial came to, as the fields of `Trial`."""
+    try:
+        cost, small = _made(model, configs, data, count, limit, folder)
+    except InputError as error:
+        return {"cost": None, "val_top1": None, "error": str(error)}
+    return {"cost": cost, "val_top1": None if small is None else float(evaluate(small, data.val).top1.mean())}
+
+
 def _made(
     model: nn.Module, configs: list[Config], data: ImageData, count: Any, limit: float, folder: Path
 ) -> tuple[float, nn.Module | None]:
@@ -214,14 +204,3 @@ def _made(
     if cost > limit:
         return cost, None
     return cost, small if quick == configs else compress(model, configs, data)
-
-
-def _complete(study: Any) -> list[Any]:
-    return [trial for trial in study.trials if trial.value is not None]
-
-
-def _trial(trial: Any, limit: float) -> Trial:
-    configs = tuple(make_config(name, values) for name, values in trial.user_attrs["configs"])
-    cost = trial.user_attrs.get("cost")
-    within = cost is not None and cost <= limit
-    return Trial(configs, cost, trial.value if within else None, trial.user_attrs.get("error", ""))

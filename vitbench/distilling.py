@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitbench import batches, progress
-from vitbench.artifact import weights_hash
+from vitbench.artifact import model_digest
+from vitbench.base.store import Store, work_key
 from vitbench.blocks import ends_of_stages
 from vitbench.data import ImageData
 from vitbench.errors import InputError
-from vitbench.tensor_cache import kept_tensors
 from vitbench.train_config import TrainConfig
 
 BATCH = 256
@@ -200,8 +200,9 @@ def kept_answers(
 
     with autocast():
         precision = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "float32"
-    facts = [weights_hash(teacher), recipe.to_dict(), data.fingerprint, config.augment, view, precision, device.type]
-    return kept_tensors("answers", facts, [__file__, batches.__file__], answer)["logits"].to(device)
+    facts = {"teacher": model_digest(teacher), "data": data.fingerprint, "augment": config.augment, "view": view}
+    key = work_key(__name__, facts | {"precision": precision}, device)
+    return Store("answers").tensors(key, answer)["logits"].to(device)
 
 
 def _vit(model: nn.Module) -> nn.Module | None:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitbench import artifact, progress
+from vitbench.base.store import Store, work_key
 from vitbench.batches import eval_batches
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
-from vitbench.tensor_cache import kept_tensors
 from vitbench.vit import set_fused_attention
 
 BATCH = 16
@@ -96,8 +96,9 @@ def collect(
             for field, value in vars(moments).items()
         }
 
-    facts = [artifact.weights_hash(model), model.recipe.preprocess.to_dict(), data.fingerprint]
-    tensors = kept_tensors("moments", [*facts, sorted(layers), gradients, seed], [__file__], make)
+    facts = {"model": artifact.model_digest(model), "data": data.fingerprint, "layers": sorted(layers)}
+    facts |= {"gradients": gradients, "seed": seed}
+    tensors = Store("moments").tensors(work_key(__name__, facts), make)
     fields = ("second", "mean", "magnitude", "gradient")
     return {
         name: Moments(int(tensors[f"{name}:tokens"]), **{field: tensors[f"{name}:{field}"] for field in fields})

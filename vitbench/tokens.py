@@ -53,6 +53,10 @@ class TokenBlocks(nn.Sequential):
         if reduction.startswith("hsic"):
             self.register_buffer("scores", torch.zeros(tokens))
 
+    def extra_repr(self) -> str:
+        """What decides the answer beside the blocks."""
+        return f"reduction={self.reduction!r}, counts={self.counts}, prefix={self.prefix}"
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N', d)."""
         return self.states(State(x))[-1].x

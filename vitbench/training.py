@@ -1,9 +1,6 @@
 """The one training loop, and `evaluate`. Every method that trains goes through `train`."""
 
-import hashlib
-import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -18,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitbench import progress
-from vitbench.artifact import weights_hash
+from vitbench.artifact import model_digest
+from vitbench.base.store import Kept, Store, work_key
 from vitbench.batches import epoch_order, eval_batches, train_batches
 from vitbench.blocks import answer_apart
 from vitbench.configs import Config
 from vitbench.data import ImageData, Split
 from vitbench.distilling import Teaching
 from vitbench.errors import InputError
-from vitbench.paths import model_cache, writable_folder
 from vitbench.train_config import TrainConfig
 from vitbench.vit import set_fused_attention
 
@@ -58,12 +55,18 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
+def training_key(
+    model: nn.Module, data: ImageData, config: Config, teacher: nn.Module | None = None, device: str = "auto"
+) -> str:
+    """The key of a training that starts from this very model, with these images, config and teacher."""
+    facts = {"model": model_digest(model), "data": data.fingerprint, "config": config.to_dict()}
+    facts |= {"kind": type(config).__name__, "teacher": model_digest(teacher) if teacher is not None else ""}
+    return work_key(__name__, facts, pick_device(device))
+
+
 def checkpoint_path(model: nn.Module, data: ImageData, config: Config, teacher: nn.Module | None = None) -> Path:
-    """Where a run that starts from this very model, with these images, config and teacher, keeps its checkpoint."""
-    facts = [weights_hash(model), config.to_dict(), data.fingerprint, torch.get_num_threads()]
-    facts += [weights_hash(teacher)] if teacher is not None else []
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return model_cache() / "unfinished" / f"{digest[:16]}.pt"
+    """Where the run of a key keeps its checkpoint."""
+    return Store("unfinished").file(training_key(model, data, config, teacher)).path
 
 
 @torch.inference_mode()
@@ -118,13 +121,15 @@ def train(
             loss that is no longer finite; the last checkpoint is kept.
     """
     split, target = data.needs("train"), pick_device(device)
+    key = training_key(model, data, config, teacher, device) if checkpoint else ""
     if len(split) < config.batch_size:
         raise InputError(
             f"batch_size = {config.batch_size} is more than the {len(split)} training images; give a smaller one"
         )
     set_fused_attention(model, target.type != "cpu")  # on a CPU the fused kernel's backward pass is the slower one
     run = _Run(model.to(target), data, config, teacher, target, groups, penalty)
-    history = run.resume(checkpoint)
+    kept = Kept(checkpoint, "checkpoint")
+    history = run.resume(kept, key) if checkpoint else []
     saved = time.monotonic()
     with progress.bar(None, title, total=config.epochs * run.steps, unit="step") as bar:
         bar.update(len(history) * run.steps)
@@ -139,7 +144,7 @@ def train(
             done = run.steps * (epoch + 1)
             history.append({"epoch": epoch + 1, "steps": done, "loss": loss, "lr": run.rate(done), "val_top1": result})
             if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                run.save(checkpoint, history)
+                run.save(kept, key, history)
                 saved = time.monotonic()
     trained = run.result()
     if trained is not model:
@@ -243,38 +248,30 @@ class _Run:
     def result(self) -> nn.Module:
         return self.ema.module if self.ema else self.model
 
-    def save(self, path: str | Path, history: list[dict[str, float]]) -> None:
-        state = {
-            "config": self.config.to_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        state |= {"ema": self.ema.module.state_dict() if self.ema else {}, "history": history}
-        state |= {"projections": self.teaching.projections.state_dict() if self.teaching else {}}
-        writable_folder(Path(path).parent, "checkpoint folder")
-        part = f"{path}.{os.getpid()}.part"
-        torch.save(state, part)
-        os.replace(part, path)
+    def save(self, kept: Kept, key: str, history: list[dict[str, float]]) -> None:
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        kept.save({"key": key, "parts": parts, "history": history})
 
-    def resume(self, path: str | Path) -> list[dict[str, float]]:
-        """Take up the run that `path` holds; an unreadable or foreign checkpoint is left aside and training starts anew."""
-        if not path or not Path(path).is_file():
+    def resume(self, kept: Kept, key: str) -> list[dict[str, float]]:
+        """Take up the run that `kept` holds; a damaged checkpoint, or one of another run, is named and left aside."""
+        state = kept.load()
+        if state is None:
             return []
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            same = state["config"] == self.config.to_dict()
-        except Exception as error:  # a torn or foreign file: any of the reader's kinds
-            print(f"the checkpoint {Path(path).name} cannot be used ({type(error).__name__}); training starts anew")
+        if not isinstance(state, dict) or state.get("key") != key:
+            print(f"the checkpoint {str(kept.path)!r} is of another training; this one starts at the beginning")
             return []
-        if not same:
-            return []
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
-        if self.teaching:
-            self.teaching.projections.load_state_dict(state["projections"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state["parts"][name])
         return state["history"]
+
+    def _parts(self) -> dict[str, Any]:
+        """What changes while it trains."""
+        parts = {"model": self.model, "optimizer": self.optimizer}
+        if self.ema:
+            parts["ema"] = self.ema.module
+        if self.teaching:
+            parts["projections"] = self.teaching.projections
+        return parts
 
 
 def _bf16_pays(model: nn.Module, device: torch.device) -> bool:

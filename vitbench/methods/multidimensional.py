@@ -8,8 +8,6 @@ the candidates, each of which is really cut, and the test split is not seen.
 """
 
 import copy
-import hashlib
-import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -19,7 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import artifact, paths, training, vit
+from vitbench import artifact, training, vit
+from vitbench.base.store import Store, work_key
 from vitbench.batches import eval_batches
 from vitbench.data import ImageData
 from vitbench.errors import InputError
@@ -113,11 +112,9 @@ class Task:
         decides = self.config.having(
             search=config, train=TrainConfig(), teacher="none"
         ).to_dict()  # training comes later
-        digest = hashlib.sha256(
-            json.dumps([artifact.weights_hash(self.remover.model), decides, self.data.fingerprint]).encode()
-        )
-        memory = paths.model_cache() / "searches" / f"{digest.hexdigest()[:16]}.jsonl"
-        return search(self.space, self.cost, self.limits, self.evaluate, config, memory)
+        facts = {"model": artifact.model_digest(self.remover.model), "data": self.data.fingerprint, "settings": decides}
+        key = work_key(__name__, facts, training.pick_device(), packages=("scipy", "sklearn"))
+        return search(self.space, self.cost, self.limits, self.evaluate, config, Store("searches").notes(key))
 
     def evaluate(self, policy: np.ndarray) -> float:
         """The score on the val split of the model cut by `policy` (3 L + 1,); higher is better."""

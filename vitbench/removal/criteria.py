@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitbench import progress, training, vit
-from vitbench.artifact import weights_hash
+from vitbench.artifact import model_digest
+from vitbench.base.store import Store, work_key
 from vitbench.batches import eval_batches
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
 from vitbench.moments import BATCH, watching
-from vitbench.removal import dependence, unit_dependence
+from vitbench.removal import unit_dependence
 from vitbench.removal.cut import check_prunable
 from vitbench.removal.scores import Criterion, Scores, by_head, seen_by
-from vitbench.tensor_cache import kept_tensors
 
 LEAST_SAMPLES = 8  # fewer tell nothing about dependence
 
@@ -50,8 +50,9 @@ def score(model: nn.Module, data: ImageData | None, criterion: Criterion) -> lis
 
     if criterion.name == "magnitude":
         return magnitude(model, data, criterion)
-    facts = [weights_hash(model), model.recipe.preprocess.to_dict(), data.fingerprint, criterion.to_dict()]
-    tensors = kept_tensors("scores", facts, [__file__, dependence.__file__, unit_dependence.__file__], make)
+    facts = {"model": model_digest(model), "data": data.fingerprint, "criterion": criterion.to_dict()}
+    device = training.pick_device() if criterion.name == "gates" else "cpu"
+    tensors = Store("scores").tensors(work_key(__name__, facts, device), make)
     fields = [field.name for field in dataclasses.fields(Scores)]
     return [Scores(**{field: tensors[f"{i}:{field}"] for field in fields}) for i in range(len(model.blocks))]
 

@@ -1,16 +1,15 @@
 """Search for the policy with the highest score within a budget: Gaussian process with expected improvement, or at random."""
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from vitbench import paths, progress
+from vitbench import progress
+from vitbench.base.store import Notes
 from vitbench.configs import Config
 from vitbench.errors import InputError
 from vitbench.removal.policy import Counts, Space, simple
@@ -68,19 +67,19 @@ def search(
     limits: tuple[float, float],
     evaluate: Callable[[np.ndarray], float],
     config: SearchConfig,
-    memory: str | Path = "",
+    memory: Notes | None = None,
 ) -> Found:
     """Score policies whose cost lies within `limits` and return them all.
 
     Args:
         evaluate: policy (3 L + 1,) -> score, higher is better.
-        memory: a file of scores by policy; what it holds, from a search that was killed or done, is not scored again.
+        memory: notes of scores by policy; what they hold, from a search that was killed or done, is not scored again.
 
     Raises:
         InputError: no feasible policy was found.
     """
     rng = np.random.default_rng(config.seed)
-    known, policies, scores = _read(memory), [], []
+    known, policies, scores = memory.read() if memory else {}, [], []
     starts = simple(space, cost, *limits)[: config.first]
     for step in progress.bar(range(config.evaluations), f"search ({config.how})", unit="policy"):
         if step < len(starts):
@@ -92,8 +91,12 @@ def search(
         else:
             policy = _feasible(space, cost, limits, space.sample(rng, 64))[0]
         policies.append(policy)
-        scores.append(known.get(_name(policy)) if _name(policy) in known else float(evaluate(policy)))
-        _append(memory, policy, scores[-1], known)
+        name = _name(policy)
+        if name not in known:
+            known[name] = float(evaluate(policy))
+            if memory:
+                memory.add(name, known[name])
+        scores.append(known[name])
     return Found(np.array(policies), np.array(scores))
 
 
@@ -135,21 +138,3 @@ def _propose(space: Space, policies: np.ndarray, scores: np.ndarray, pool: np.nd
 
 def _name(policy: np.ndarray) -> str:
     return " ".join(f"{ratio:.12g}" for ratio in policy)
-
-
-def _read(memory: str | Path) -> dict[str, float]:
-    if not memory or not Path(memory).is_file():
-        return {}
-    text = Path(memory).read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
-    if whole != text:
-        Path(memory).write_text(whole, encoding="utf-8")
-    return dict(json.loads(line) for line in whole.splitlines())
-
-
-def _append(memory: str | Path, policy: np.ndarray, score: float, known: dict[str, float]) -> None:
-    if not memory or _name(policy) in known:
-        return
-    paths.writable_folder(Path(memory).parent, "folder of searches")
-    with open(memory, "a", encoding="utf-8") as file:
-        file.write(json.dumps([_name(policy), score]) + "\n")
