@@ -7,6 +7,7 @@ E||e - D (x - mean x)||^2 and a ridge is
 
     D = Cov(e, x) (Cov(x) + rho tr Cov(x) / n I)^-1,    W' = W + D,    b' = b + mean(e) - D mean(x).
 
+A layer without a bias has nothing to take a mean: there the moments are about 0, E[e x^T] and E[x x^T].
 Where nothing before the layer was compressed, e = 0 and so D = 0: without propagated inputs there is nothing to gain
 beyond the best form of its rank.
 """
@@ -26,13 +27,13 @@ from vitbench.moments import BATCH, watching
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Second moments, about the means, of a layer's present inputs x and of its error e; float64.
+    """Second moments of a layer's present inputs x and of its error e, about the means where it has a bias; float64.
 
     Attributes:
         tokens: how many were seen.
-        covariance: Cov(x), (in, in).
+        covariance: Cov(x), or E[x x^T] where there is no bias, (in, in).
         mean: of x, (in,).
-        cross: Cov(e, x), (out, in).
+        cross: Cov(e, x), or E[e x^T], (out, in).
         error: mean of e, (out,).
         power: E||e||^2 before anything is done about it; of all parts together for a part of a split layer.
     """
@@ -51,7 +52,7 @@ class Mismatch:
         return torch.linalg.solve(loaded, self.cross.T).T
 
     def bias(self, change: Tensor) -> Tensor:
-        """What to add to the bias (out,) where the weight is changed by `change` (out, in)."""
+        """What to add to the bias (out,) of a layer that has one, where the weight is changed by `change` (out, in)."""
         return self.error - change @ self.mean
 
 
@@ -126,14 +127,15 @@ def _mismatch(block: nn.Module, name: str, present: list[Tensor], answers: list[
         mean += x.sum(0).double()
         error += e.sum(0).double()
     mean, error = mean / count, error / count
-    return Mismatch(
-        tokens=count,
-        covariance=second / count - torch.outer(mean, mean),
-        mean=mean + shift.double(),
-        cross=cross / count - torch.outer(error, mean),
-        error=error,
-        power=power / count,
-    )
+    covariance, cross = second / count - torch.outer(mean, mean), cross / count - torch.outer(error, mean)
+    mean = mean + shift.double()
+    if not _has_bias(layer):
+        covariance, cross = covariance + torch.outer(mean, mean), cross + torch.outer(error, mean)
+    return Mismatch(count, covariance, mean, cross, error, power / count)
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    return layer.bias if isinstance(layer, SplitLinear) else layer.bias is not None
 
 
 class _Enough(Exception):

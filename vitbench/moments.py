@@ -53,6 +53,12 @@ class Moments:
         """The covariance E[x x^T] - E[x] E[x]^T, drawn towards a multiple of the identity by `shrinkage` in [0, 1]."""
         return shrunk(self.second - torch.outer(self.mean, self.mean), shrinkage)
 
+    def unbiased(self, layer: nn.Module, shrinkage: float = 0.0) -> Tensor:
+        """The moments that count errors of this layer's outputs: about the mean where it has a bias, which takes the
+        mean error, else about 0; drawn towards a multiple of the identity likewise.
+        """
+        return shrunk(self.second, shrinkage) if layer.bias is None else self.centred(shrinkage)
+
 
 def shrunk(second: Tensor, shrinkage: float) -> Tensor:
     """(1 - s) C + s tr(C) / n I."""

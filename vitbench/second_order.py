@@ -1,6 +1,7 @@
 """Codes that keep a linear layer's outputs instead of its weights: second-order rounding (GPTQ, Frantar et al. 2022).
 
-With H the covariance of the layer's inputs, the mean squared error of its outputs is, up to what the bias takes,
+With H the covariance of the layer's inputs, or their second moments about 0 where it has no bias to take the mean error, the
+mean squared error of its outputs is
 
     E = tr((W - Q) H (W - Q)^T),    Q_ij = s_ig q_ij
 
@@ -29,7 +30,7 @@ def second_order(
 
     Args:
         weight: (out, in).
-        covariance: of the inputs, (in, in).
+        covariance: of the inputs (about 0 where the layer has no bias), (in, in).
         group: inputs that share a step; divides `in`.
         damping: added to the covariance's diagonal, in units of its mean.
         sweeps: how often steps and codes are improved afterwards.

@@ -54,7 +54,8 @@ class MixedRank(Tuning):
             error as a share of the layer's outputs.
         rank_step: ranks are multiples of it.
         split_qkv: cut q, k and v of every head apart, so that each gets a rank of its own.
-        mean_correction: put the mean of what is lost into the bias; covariances are then about the mean.
+        mean_correction: put the mean of what is lost into the bias; covariances are then about the mean, but for layers
+            without a bias.
         compensation: stage 3: "closed_form" (least squares, dense layers too), "gradient" (Adam on a compact residual
             of the factors, as the paper has it), or "none".
         propagate: compensate on the inputs that the compressed layers produce; False shows what is lost without.
@@ -144,9 +145,11 @@ def _shrinkage(moments: Moments) -> float:
     return size / (size + moments.tokens) if moments.tokens < TOKENS_PER_INPUT * size else 0.0
 
 
-def _covariance(moments: Moments, config: MixedRank) -> Tensor:
+def _covariance(layer: nn.Linear, moments: Moments, config: MixedRank) -> Tensor:
     shrinkage = _shrinkage(moments)
-    return moments.centred(shrinkage) if config.mean_correction else moments_module.shrunk(moments.second, shrinkage)
+    if not config.mean_correction:
+        return moments_module.shrunk(moments.second, shrinkage)
+    return moments.unbiased(layer, shrinkage)
 
 
 def _ranks(
@@ -163,7 +166,7 @@ def _ranks(
     curves = {}
     for name, layer in progress.bar(layers.items(), "error by rank", unit="layer"):
         moments = found[name]
-        covariance = _covariance(moments, config)
+        covariance = _covariance(layer, moments, config)
         lost = factorise(layer.weight, moments, covariance, config.decomposition, config.gradient_weight).lost(
             covariance
         )
@@ -192,7 +195,7 @@ def _saving(model: nn.Module, config: MixedRank, layers: dict[str, nn.Linear]) -
 def _no_mismatch(layer: nn.Linear, moments: Moments) -> Mismatch:
     """What compensation would be given if each layer were looked at by itself: its original inputs, and no error yet."""
     zeros = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
-    return Mismatch(moments.tokens, moments.centred(), moments.mean, zeros, zeros[:, 0].clone(), 0.0)
+    return Mismatch(moments.tokens, moments.unbiased(layer), moments.mean, zeros, zeros[:, 0].clone(), 0.0)
 
 
 def _replace(
@@ -232,7 +235,7 @@ def _form(
         weight = weight + mismatch.correction(config.ridge)
     if not rank:
         return (weight,)
-    covariance = mismatch.covariance if mismatch else _covariance(moments, config)
+    covariance = mismatch.covariance if mismatch else _covariance(layer, moments, config)
     factors = factorise(weight, moments, covariance, config.decomposition, config.gradient_weight)
     if mismatch and config.compensation == "gradient":
         return learned(weight, *factors.at(rank), mismatch, config.residual_rank, config.residual_steps, config.ridge)

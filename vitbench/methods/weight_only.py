@@ -118,7 +118,7 @@ def _bits(
     found = moments.collect(model, layers, data, gradients=True)
     choices = {}
     for name, layer in progress.bar(layers.items(), "error by bits", unit="layer"):
-        weight, covariance = layer.weight.detach(), found[name].centred()
+        weight, covariance = layer.weight.detach(), found[name].unbiased(layer)
         groups, choices[name] = weight.reshape(-1, config.group or layer.in_features), []
         for bits in range(MOST, LEAST - 1, -1):
             step = best_step(groups, bits, dim=1)
