@@ -47,7 +47,7 @@ def test_every_constant_has_a_source_and_a_basis():
         ),
         ("devices: 3", "each a mapping"),
         ("boards: {}", "unknown group of profiles 'boards'; allowed: devices, links, operations"),
-        ("devices: [", "cannot be read"),
+        ("devices: [", "line 1, column 11: not valid YAML"),
     ],
 )
 def test_wrong_profiles_name_what_is_wrong(tmp_path, text, message):

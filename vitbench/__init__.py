@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitbench.errors import InputError
     from vitbench.measurement import measure
     from vitbench.methods import METHODS, compress, make_config
+    from vitbench.notebook import lesson
     from vitbench.records import Row
     from vitbench.row_table import load_records
     from vitbench.runs import Run
@@ -44,6 +45,7 @@ __all__ = [
     "compressed",
     "create_model",
     "evaluate",
+    "lesson",
     "load",
     "load_data",
     "load_records",
@@ -63,6 +65,7 @@ _PLACES = {
     "errors": ("InputError",),
     "measurement": ("measure",),
     "methods": ("METHODS", "compress", "make_config"),
+    "notebook": ("lesson",),
     "records": ("Row",),
     "row_table": ("load_records",),
     "runs": ("Run",),

@@ -131,6 +131,8 @@ def prepare(
     img_size: int | None = None,
 ) -> nn.Module:
     """The model as it is before training, checked against the data, with its recipe; errors as `baseline`'s."""
+    if not isinstance(pretrained, bool):
+        raise InputError(f"pretrained = {pretrained!r} is a {type(pretrained).__name__}; give True or False")
     classes = len(data.classes)
     start = vit.create_model(
         model,

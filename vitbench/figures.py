@@ -47,15 +47,15 @@ MEDIAN = {"ls": "", "marker": "o", "ms": 4.5, "color": COLOURS[3], "zorder": 4}
 INTERVAL = {"lw": 5, "color": COLOURS[3], "alpha": 0.45, "solid_capstyle": "butt", "zorder": 3}
 P90 = {"ls": "", "marker": "|", "ms": 7, "color": "#555555"}
 P99 = {"ls": "", "marker": "d", "ms": 3.5, "color": "#777777"}
-
-
 _own: dict[str, Any] = {}  # what `restyled` has set
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The project's look, for the figures here and for a notebook's own."""
-    with mpl.rc_context(STYLE | _own):
+    """The project's look, for the figures here and for a notebook's own; a matplotlibrc has no part in it."""
+    with mpl.rc_context():
+        mpl.rcdefaults()  # text.usetex, for example, would need LaTeX
+        mpl.rcParams.update(STYLE | _own)
         yield
         interactive = mpl.is_interactive()
     mpl.interactive(interactive)  # a notebook's backend may have set it inside; taking it back would hide later figures

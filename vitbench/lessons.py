@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 
 from vitbench import paths
+from vitbench.base import plain
 from vitbench.errors import InputError, one_of
+from vitbench.notebook import as_declared
 
 STAGES = ("baseline", "method", "comparison")
-KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
 
 
 @dataclass(frozen=True)
@@ -35,39 +35,58 @@ class Lesson:
         return self.path.stem
 
 
-def lessons_folder() -> Path:
-    """The project's `notebooks/` folder."""
-    folder = paths.home() / "notebooks"
-    if not folder.is_dir():
+def lessons_folder(given: str | Path = "") -> Path:
+    """The folder `given`, or the project's own notebooks beside the package; no other folder is looked at.
+
+    Raises:
+        InputError: no such folder, or an installation without notebooks.
+    """
+    if given:
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"--notebooks {str(given)!r} is not a folder; give one that holds notebooks")
+        return folder
+    if (own := paths.checkout()) is None:
         raise InputError(
-            f"no notebooks at {str(folder)!r}; run from a checkout of vitbench or set VITBENCH_HOME to one"
+            "this installation of vitbench has no notebooks; get a checkout of the project, or name a folder of "
+            "notebooks that you trust with --notebooks DIR"
         )
-    return folder
+    return own / "notebooks"
 
 
-def find_lessons(folder: Path | None = None) -> list[Lesson]:
-    """All lessons of a folder, in the order in which they run."""
+def find_lessons(folder: str | Path = "") -> list[Lesson]:
+    """All lessons of a folder (see `lessons_folder`), in the order in which they run.
+
+    Raises:
+        InputError: no such folder, a file that is not a notebook, or one whose metadata are of another form.
+    """
+    lessons = [_lesson(path) for path in sorted(lessons_folder(folder).glob("[0-9]*.ipynb"))]
+    return sorted(lessons, key=lambda lesson: (STAGES.index(lesson.stage), lesson.name))
+
+
+def _lesson(path: Path) -> Lesson:
     import papermill
 
-    found = []
-    for path in sorted((folder or lessons_folder()).glob("[0-9]*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
-        about = notebook.metadata.get("vitbench", {})
-        first = notebook.cells[0].source.splitlines()[0].lstrip("# ") if notebook.cells else path.stem
-        found.append(
-            Lesson(
-                path=path,
-                title=first,
-                stage=about.get("stage", "method"),
-                minutes=float(about.get("minutes", 1)),
-                parameters={
-                    name: known["inferred_type_name"] for name, known in papermill.inspect_notebook(path).items()
-                },
-                cells=sum(cell.cell_type == "code" for cell in notebook.cells),
-                needs=tuple(about.get("needs", ())),
-            )
-        )
-    return sorted(found, key=lambda lesson: (STAGES.index(lesson.stage), lesson.name))
+    content = plain.read_json(path, "notebook")
+    if not isinstance(content, dict) or content.get("nbformat") != 4:
+        raise InputError(f"{str(path)!r} is not a notebook of format 4; take it out of the folder")
+    try:
+        nbformat.validate(content)
+    except nbformat.ValidationError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{str(path)!r} is not a notebook ({reason}); take it out of the folder") from None
+    notebook = nbformat.read(path, as_version=4)
+    about = notebook.metadata.get("vitbench", {})
+    first = notebook.cells[0].source.partition("\n")[0].lstrip("# ") if notebook.cells else path.stem
+    return Lesson(
+        path=path,
+        title=first,
+        stage=one_of(f"stage of {path.name}", about.get("stage", "method"), STAGES),
+        minutes=float(about.get("minutes", 1)),
+        parameters={name: known["inferred_type_name"] for name, known in papermill.inspect_notebook(path).items()},
+        cells=sum(cell.cell_type == "code" for cell in notebook.cells),
+        needs=tuple(about.get("needs", ())),
+    )
 
 
 def choose(lessons: list[Lesson], only: list[str]) -> list[Lesson]:
@@ -79,13 +98,13 @@ def choose(lessons: list[Lesson], only: list[str]) -> list[Lesson]:
     return [lesson for lesson in lessons if not only or lesson.name in wanted]
 
 
-def profiles(folder: Path | None = None) -> dict[str, Path]:
-    """Profile name -> papermill parameter file."""
-    found = {path.stem: path for path in ((folder or lessons_folder()) / "profiles").glob("*.yaml")}
+def profiles(folder: str | Path = "") -> dict[str, Path]:
+    """Profile name -> papermill parameter file, of the folder's `profiles/` (see `lessons_folder`)."""
+    found = {path.stem: path for path in (lessons_folder(folder) / "profiles").glob("*.yaml")}
     return dict(sorted(found.items()))
 
 
-def read_profile(name: str, settings: list[str], lessons: list[Lesson]) -> dict[str, Any]:
+def read_profile(name: str, settings: list[str], lessons: list[Lesson], folder: str | Path = "") -> dict[str, Any]:
     """The parameters of a profile (a name, or a path to a YAML file) with `key=value` settings on top.
 
     A dotted key reaches into a parameter that is a mapping: train.epochs=5.
@@ -93,11 +112,12 @@ def read_profile(name: str, settings: list[str], lessons: list[Lesson]) -> dict[
     Raises:
         InputError: unknown profile or key, or a value of another type than the notebooks declare.
     """
-    known = profiles()
-    path = Path(name) if name.endswith((".yaml", ".yml")) else known[one_of("profile", name, known)]
-    if not path.is_file():
-        raise InputError(f"profile file {name!r} does not exist; allowed: {', '.join(known)} or a path to a YAML file")
-    values = _yaml(path.read_text(encoding="utf-8"), path.name)
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+    else:
+        known = profiles(folder)
+        path = known[one_of("profile", name, known)]
+    values = plain.read_yaml(path, "profile")
     if not isinstance(values, dict):
         raise InputError(f"profile {path.name!r} is not a mapping of parameter names to values")
     for setting in settings:
@@ -110,8 +130,7 @@ def read_profile(name: str, settings: list[str], lessons: list[Lesson]) -> dict[
             values[outer] = {**held, inner: value}
         else:
             values[outer] = value
-    _check_types(values, lessons)
-    return values
+    return _of_declared_types(values, lessons)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -119,24 +138,11 @@ def parse_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError(f"setting {text!r}: give key=value, for example train.epochs=5")
-    return key, _yaml(value, key)
+    return key, plain.yaml_value(value, f"setting {key}") if value.strip() else ""
 
 
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: not valid YAML ({' '.join(str(error).split())[:120]})") from None
-
-
-def _check_types(values: dict[str, Any], lessons: list[Lesson]) -> None:
+def _of_declared_types(values: dict[str, Any], lessons: list[Lesson]) -> dict[str, Any]:
     declared: dict[str, str] = {}
     for lesson in lessons:
         declared |= lesson.parameters
-    for key, value in values.items():
-        kind = declared[one_of("parameter", key, declared)]
-        wanted = KINDS.get(kind, object)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kind in ("int", "float")):
-            raise InputError(
-                f"parameter {key} = {value!r} is a {type(value).__name__}; the notebooks declare it as {kind}"
-            )
+    return {key: as_declared(key, value, declared[one_of("parameter", key, declared)]) for key, value in values.items()}

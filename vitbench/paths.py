@@ -1,4 +1,4 @@
-"""Where things are: the project's folder, its notebooks, and the caches that runs share."""
+"""Where things are: the project's checkout, and the folder of results and of the caches that runs share."""
 
 import contextlib
 import os
@@ -10,19 +10,21 @@ from pathlib import Path
 from vitbench.errors import InputError
 
 
-def home() -> Path:
-    """The folder that holds `notebooks/`, `data/` and `results/`.
+def checkout() -> Path | None:
+    """The source checkout that this package runs from, which holds `notebooks/`; None where it is installed without one."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "notebooks" / "profiles").is_dir() else None
 
-    `VITBENCH_HOME` if it is set; else the nearest folder at or above the current one that holds
-    `notebooks/profiles`; else the source checkout that this package runs from; else the current folder.
+
+def home() -> Path:
+    """The folder that holds `data/` and `results/`: caches, and results whose folder is not given.
+
+    `VITBENCH_HOME` if it is set; else the source checkout that this package runs from; else the current folder. It decides
+    where data are, never which notebooks run.
     """
     if os.environ.get("VITBENCH_HOME"):
         return Path(os.environ["VITBENCH_HOME"]).expanduser().resolve()
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
-        if (folder / "notebooks" / "profiles").is_dir():
-            return folder
-    return here
+    return checkout() or Path.cwd()
 
 
 def data_cache() -> Path:

@@ -14,6 +14,7 @@ import nbformat
 from filelock import FileLock, Timeout
 
 from vitbench import progress
+from vitbench.base import plain
 from vitbench.cache import prepare
 from vitbench.data import ImageData, load_data
 from vitbench.errors import InputError, one_of
@@ -68,9 +69,10 @@ def run_suite(lessons: list[Lesson], values: dict[str, Any], out: Path, workers:
     A lesson that fails does not stop its neighbours, but nothing is compared or compressed without a baseline. A lesson
     that needs images of a split that is empty, as the data was cut, is left out.
     """
+    plain.checked(values, "the parameters")
     data = preflight(values)
     run = Run(out)
-    os.environ["VITBENCH_HOME"] = str(home())  # the kernels, wherever they start, use this project's caches
+    os.environ["VITBENCH_HOME"] = str(home())  # the kernels, wherever they start, use these caches
     try:
         with FileLock(run.folder / "suite.lock", timeout=0):
             lacks = {

@@ -17,6 +17,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     run.add_argument("--only", nargs="+", default=[], metavar="NOTEBOOK", help="only these, by name or number (05)")
     run.add_argument(
+        "--notebooks",
+        default="",
+        metavar="DIR",
+        help="run the notebooks of this folder, which are programs, with its profiles (default: the project's own)",
+    )
+    run.add_argument(
         "--set",
         help="parameters in place of the profile's, for example dataset=FOLDER train.epochs=5",
         **SET,
@@ -80,12 +86,14 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(f"--workers {options.workers}: give a whole number of 1 or more")
     out = Path(options.out) if options.out else paths.home() / "results" / "runs" / Path(options.profile).stem
     if (described := sweep_values(options.profile)) is not None:
+        if options.notebooks:
+            raise InputError("--notebooks is for profiles; a sweep runs no notebook")
         return sweep.run(options, described, out.resolve())
     if options.scheduler or options.dry_run:
         raise InputError("--scheduler and --dry-run are for sweeps; give a YAML file with models, datasets and methods")
-    known = lessons.find_lessons()
+    known = lessons.find_lessons(options.notebooks)
     chosen = lessons.choose(known, options.only)
-    values = lessons.read_profile(options.profile, options.settings, known)
+    values = lessons.read_profile(options.profile, options.settings, known, options.notebooks)
     outcomes = suite.run_suite(chosen, values, out.resolve(), options.workers)
     for outcome in outcomes:
         print(f"{outcome.status:8} {outcome.lesson.name}" + (f": {outcome.error}" if outcome.error else ""))

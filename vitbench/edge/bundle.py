@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from vitbench import artifact, backends, progress, standalone
+from vitbench.base import plain
 from vitbench.batches import eval_batches
 from vitbench.configs import Config
 from vitbench.data import ImageData
@@ -218,14 +219,9 @@ def adopt(bundle: str | Path, out: str | Path, device: str = "") -> int:
 
 
 def _read(path: Path, kind: type[Config]) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(
-            f"no {path.name} in {str(path.parent)!r}; run {SCRIPT} on the device and copy {ANSWERS} back"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is damaged ({error}); copy it again") from None
+    if not path.is_file():
+        raise InputError(f"no {path.name} in {str(path.parent)!r}; run {SCRIPT} on the device and copy {ANSWERS} back")
+    content = plain.read_json(path, "file")
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(

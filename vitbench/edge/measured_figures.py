@@ -75,6 +75,7 @@ def _exact(rows: pd.DataFrame, like: Any, metric: str) -> float:
     return found["value"].iloc[-1] if len(found) else float("nan")
 
 
+@style()
 def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Median time over the least that the machine's measured peaks allow, by model and backend, one panel a batch size.
 
@@ -98,6 +99,7 @@ def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return figure, pd.concat([floor, timed])
 
 
+@style()
 def in_backends(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Median time over that of eager fp32, in turn with which it was taken, by model and backend, one panel a batch size."""
     rows = subject(rows)

@@ -5,9 +5,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
+from vitbench.base import plain
 from vitbench.configs import Config
 from vitbench.errors import InputError, one_of
 
@@ -105,10 +105,7 @@ def load_profiles(path: str | Path = "") -> Profiles:
     known = _read_own()
     if not path:
         return Profiles(**known)
-    try:
-        own = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"profiles {str(path)!r} cannot be read ({' '.join(str(error).split())})") from None
+    own = plain.read_yaml(path, "profiles")
     if not isinstance(own, dict) or not all(isinstance(group, dict) for group in own.values()):
         raise InputError(f"profiles {str(path)!r}: give a mapping with devices, links or operations, each a mapping")
     for group in own:
@@ -118,4 +115,5 @@ def load_profiles(path: str | Path = "") -> Profiles:
 
 @functools.cache
 def _read_own() -> dict[str, Any]:
-    return yaml.safe_load((files("vitbench.edge") / "profiles.yaml").read_text(encoding="utf-8"))
+    text = (files("vitbench.edge") / "profiles.yaml").read_text(encoding="utf-8")
+    return plain.yaml_value(text, "profiles.yaml")

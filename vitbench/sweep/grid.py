@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field
 
 from vitbench.backends import BACKENDS
+from vitbench.base import plain
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
@@ -121,14 +121,15 @@ def digest(facts: Any) -> str:
 
 
 def sweep_values(path: str | Path) -> dict[str, Any] | None:
-    """What a YAML file of a sweep holds; None of any other file, one of notebooks' parameters say."""
+    """What a YAML file of a sweep holds; None of any other file, such as one of notebooks' parameters.
+
+    Raises:
+        InputError: a YAML file that cannot be read as plain data.
+    """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return None
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return None
+    values = plain.read_yaml(path, "settings")
     return values if isinstance(values, dict) and "methods" in values else None
 
 
@@ -138,8 +139,9 @@ def sweep_of(values: Any) -> Sweep:
     Raises:
         InputError: a key, type or value that is not allowed, in the sweep, in a method or in the training.
     """
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise InputError("a sweep is a mapping with models, datasets and methods")
+    plain.checked(values, "the sweep")
     sweep = Sweep(**values)
     for group in sweep.measures.what:
         one_of("group of metrics", group, (*GROUPS, *DEVICE_GROUPS))
