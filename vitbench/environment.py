@@ -7,10 +7,13 @@ import json
 import os
 import platform
 import subprocess
+import tomllib
 from pathlib import Path
 
 import psutil
 import torch
+
+from vitbench.version import __version__
 
 
 @functools.cache
@@ -69,16 +72,36 @@ def write_environment(folder: Path, facts: dict | None = None) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the source that this package runs from, with "+changes" if files differ from it; else its version."""
-    source = Path(__file__).resolve().parent
+    """The commit of this package's own source, with "-dirty" if files differ from it; else its version.
+
+    The source has a commit only where the package lies in its own checkout and git tracks it there. A package that is
+    installed or copied into somebody else's project has none, whatever repository is around it.
+    """
+    return commit_of(Path(__file__).resolve().parent)
+
+
+def commit_of(package: Path) -> str:
+    """`commit` of the package in that folder."""
+    checkout = package.parent
+    if not (checkout / ".git").exists() or _project(checkout) != package.name:
+        return f"version {__version__}"
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(source), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(checkout), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=own).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(source))
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return f"version {importlib.metadata.version('vitbench')}"
+        git("ls-files", "--error-unmatch", "--", str(package / "__init__.py"))
+        changed = git("status", "--porcelain", "--", str(package))
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):  # no git, a slow disk, a repository of another user
+        return f"version {__version__}"
+
+
+def _project(checkout: Path) -> str:
+    """The name of the project that a folder holds, or nothing."""
+    try:
+        return tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
+    except (OSError, ValueError, KeyError):
+        return ""
