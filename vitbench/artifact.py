@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitbench import vit
-from vitbench.base.store import digest
+from vitbench.base.digest import digest
 from vitbench.configs import Config
 from vitbench.errors import InputError, one_of
 from vitbench.layers import RUNTIME_LAYERS

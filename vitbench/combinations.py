@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import nn
 
 from vitbench import artifact, progress
-from vitbench.base.store import Notes, digest, work_key
+from vitbench.base.digest import digest
+from vitbench.base.store import Notes, work_key
 from vitbench.budget_fit import counter, limit_of, untrained
 from vitbench.configs import Config
 from vitbench.data import ImageData

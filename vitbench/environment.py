@@ -1,7 +1,6 @@
 """What a row was made on: machine, versions, source. Captured once a process, kept once by its hash."""
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from vitbench.base.digest import digest
 from vitbench.version import __version__
 
 
@@ -60,7 +60,7 @@ def environment() -> dict:
 def write_environment(folder: Path, facts: dict | None = None) -> str:
     """Keep the environment, this process's or another device's `facts`, as `folder`/<id>.json; returns the id, its hash."""
     facts = environment() if facts is None else facts
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    name = digest(facts, 12)
     target = folder / f"{name}.json"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,6 @@ A row that exists is complete; one that was interrupted does not exist. The `key
 whose key is there already is not done again.
 """
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -20,6 +18,7 @@ import pydantic
 from filelock import FileLock
 from pydantic import Field, model_validator
 
+from vitbench.base.digest import digest
 from vitbench.configs import Config, explain
 from vitbench.errors import InputError
 
@@ -91,7 +90,7 @@ class Row(Config):
     def identity(self) -> str:
         """The key of this row: 16 hex digits of the hash of what it is about."""
         facts = self.model_dump(mode="json", include=set(IDENTITY))
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(facts)
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> int:

@@ -1,6 +1,5 @@
 """Run the notebooks with papermill: the baseline first, then the methods, then the comparison; finished work is skipped."""
 
-import hashlib
 import json
 import os
 import sys
@@ -14,7 +13,8 @@ import nbformat
 from filelock import FileLock, Timeout
 
 from vitbench import progress
-from vitbench.base import plain
+from vitbench.base import code, plain
+from vitbench.base.digest import digest
 from vitbench.cache import prepare
 from vitbench.data import ImageData, load_data
 from vitbench.errors import InputError, one_of
@@ -98,7 +98,7 @@ def _run_stages(
     lessons: list[Lesson], values: dict[str, Any], run: Run, workers: int, fingerprint: str
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    sources = _package_hash()
+    sources = code.OWN.whole()
     upstream = ""
     expected = sum(60 * lesson.minutes for lesson in lessons)
     with (
@@ -223,9 +223,4 @@ def _key(lesson: Lesson, values: dict[str, Any], sources: str, fingerprint: str,
         fingerprint,
         upstream if lesson.stage == "comparison" else "",
     ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _package_hash() -> str:
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    return digest(facts)

@@ -12,9 +12,7 @@ Why no library: joblib.Memory keys on the text of one function and reads pickles
 values without a checksum, diskcache as pickles too, and SQLite's locks are unsafe on network file systems.
 """
 
-import hashlib
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,9 @@ from torch import Tensor
 from vitbench import paths
 from vitbench.base import checked
 from vitbench.base.code import code_digest
+from vitbench.base.digest import digest
 
 PACKAGES = ("torch", "timm", "numpy", "PIL")  # what computes, and what prepares images
-
-
-def digest(facts: Any, length: int = 16) -> str:
-    """The first hex digits of the SHA-256 of JSON's values; a mapping's order does not count."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def work_key(module: str, facts: dict[str, Any], device: str | torch.device = "cpu", packages: tuple = ()) -> str:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from vitbench import artifact, backends, progress, standalone
 from vitbench.base import plain
+from vitbench.base.digest import digest
 from vitbench.batches import eval_batches
 from vitbench.configs import Config
 from vitbench.data import ImageData
@@ -138,7 +139,7 @@ def make_bundle(
         shutil.copyfile(Path(__file__).with_name("on_device.py"), folder / SCRIPT)
         (folder / README).write_text(TEXT.format(packages=" ".join(dict.fromkeys(run_by))))
         files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
-        name = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+        name = digest(files)
         made = Manifest(schema_version=SCHEMA_VERSION, id=name, models=entries, files=files)
         (folder / MANIFEST).write_text(json.dumps(made.to_dict(), indent=1) + "\n")
     return out

@@ -1,12 +1,11 @@
 """From the measured rows of models to modelled rows: what an answer costs on other devices, as `model` says it."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 import pandas as pd
 
 from vitbench import progress
+from vitbench.base.digest import digest
 from vitbench.comparison import methods, subject, value
 from vitbench.edge.model import PARTS, Cost, Setting, Work, cost, transfer_time
 from vitbench.edge.profiles import Link, Profiles
@@ -66,7 +65,7 @@ def modelled(
 def _constants(profiles: Profiles, device: str, link: str) -> str:
     """The start of a hash of all that a row rests on, so that other constants under the same names give other rows."""
     used = (profiles.device(device), profiles.link(link), profiles.operations)
-    return hashlib.sha256(json.dumps([one.to_dict() for one in used], sort_keys=True).encode()).hexdigest()[:12]
+    return digest([one.to_dict() for one in used], 12)
 
 
 def _rows(like: pd.Series, found: Cost, context: dict) -> list[Row]:

@@ -1,8 +1,6 @@
 """A sweep as data: the file that describes it, and its cells, one for each combination of what the file names."""
 
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from vitbench.backends import BACKENDS
 from vitbench.base import plain
+from vitbench.base.digest import digest
 from vitbench.configs import Config
 from vitbench.data import ImageData
 from vitbench.errors import InputError, one_of
@@ -113,11 +112,6 @@ class Cell(Config):
     def method(self) -> str:
         """`baseline`, or the methods' names joined by +."""
         return "+".join(step.method for step in self.steps) or BASELINE
-
-
-def digest(facts: Any) -> str:
-    """The start of a hash of what JSON can hold."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sweep_values(path: str | Path) -> dict[str, Any] | None:
