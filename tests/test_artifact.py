@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_the_old_model(small, base, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact, "save_file", full)
+    monkeypatch.setattr(artifact, "write_tensors", full)
     with pytest.raises(InputError, match="No space left"):
         artifact.save(small, tmp_path / "a")
     assert artifact.load(tmp_path / "a").recipe.method == "baseline"

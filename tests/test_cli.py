@@ -199,10 +199,10 @@ def test_a_full_disk_gets_one_line(base, tmp_path, capsys, monkeypatch):
 
 
 def test_two_suites_do_not_share_a_folder(tmp_path, capsys):
-    from filelock import FileLock
+    from vitbench.base.locks import locked
 
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / "suite.lock"):
+    with locked(tmp_path / "out" / "suite.lock"):
         assert cli.main(["run", "quick", "--out", str(tmp_path / "out")]) == 2
     assert "another run is at work" in capsys.readouterr().err
 

@@ -242,11 +242,11 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path):
 
 
 def test_two_sweeps_in_one_folder(tmp_path):
-    from filelock import FileLock
+    from vitbench.base.locks import locked
 
     run = Run(tmp_path)
     found = drive.plan(sweep_of(SMALL), run)
-    with FileLock(run.folder / "sweep.lock"), pytest.raises(InputError, match="another sweep is at work"):
+    with locked(run.folder / "sweep.lock"), pytest.raises(InputError, match="another sweep is at work"):
         drive.run_sweep(found, run)
 
 
@@ -363,7 +363,7 @@ def test_a_scheduler_that_is_killed_and_comes_back(cluster, tmp_path):
 def test_a_full_disk_ends_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     file, out = tmp_path / "sweep.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(SMALL))
-    usual, room = records._append, [2]
+    usual, room = records.append_bytes, [2]
 
     def append(path, lines):
         room[0] -= 1
@@ -372,7 +372,7 @@ def test_a_full_disk_ends_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch
         usual(path, lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "_append", append)
+        patch.setattr(records, "append_bytes", append)
         assert main(["run", str(file), "--out", str(out)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert len(drive.latest(out / "records.jsonl")) == 2

@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from vitbench import vit
 from vitbench.base.digest import digest
+from vitbench.base.files import write_tensors, write_text
+from vitbench.base.folders import Kind, atomic_folder
 from vitbench.configs import Config
 from vitbench.errors import InputError, one_of
 from vitbench.layers import RUNTIME_LAYERS
-from vitbench.paths import replaced, writable_folder
 from vitbench.recipe import Recipe
 
 WEIGHTS, RECIPE, SHARED = "model.safetensors", "recipe.json", "shared."
+KIND = Kind("a saved model", RECIPE, frozenset({"recipe", "sha256"}), lambda _: [WEIGHTS])
 
 
 class Manifest(Config):
@@ -55,23 +57,26 @@ def recipe_of(model: nn.Module) -> Recipe:
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
-    """Write the model to the folder `path`, which appears whole or not at all. Same model, same bytes."""
+    """Write the model to the folder `path`, which appears whole or not at all. Same model, same bytes.
+
+    Raises:
+        InputError: the folder holds something else than a saved model, or cannot be written.
+    """
     path, recipe = Path(path).expanduser(), recipe_of(model)
-    writable_folder(path.parent, "output folder")
     stored = getattr(torch, recipe.storage)
     tensors = {
         key: (value.to(stored) if value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in model.state_dict().items()
     }
     try:
-        with replaced(path) as fresh:
-            save_file(tensors, fresh / WEIGHTS)
+        with atomic_folder(path, KIND) as fresh:
+            write_tensors(fresh / WEIGHTS, tensors)
             content = Manifest(recipe=recipe, sha256=_sha256(fresh / WEIGHTS)).to_dict()
             content["check"] = _check(content)
-            (fresh / RECIPE).write_text(json.dumps(content, sort_keys=True, indent=1) + "\n")
-    except (OSError, SafetensorError) as error:
+            write_text(fresh / RECIPE, json.dumps(content, sort_keys=True, indent=1) + "\n")
+    except OSError as error:
         raise InputError(
-            f"the model could not be written to {str(path)!r} ({error}); free some space or choose another folder"
+            f"the model could not be written to {str(path)!r} ({error.strerror}); free some space or choose another folder"
         ) from error
     return path
 
@@ -178,8 +183,8 @@ def _settings(module: nn.Module) -> list[Any]:
 
 
 def size_on_disk(path: str | Path) -> int:
-    """Bytes of everything in the model's folder."""
-    return sum(file.stat().st_size for file in Path(path).iterdir())
+    """Bytes of the model's files."""
+    return sum((Path(path) / name).stat().st_size for name in (WEIGHTS, RECIPE))
 
 
 def parts(path: str | Path) -> dict[str, int]:

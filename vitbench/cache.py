@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from torch import nn
 
 from vitbench import artifact, paths, training, vit
 from vitbench.base import checked
+from vitbench.base.locks import locked
 from vitbench.base.store import work_key
 from vitbench.configs import Config
 from vitbench.data import ImageData
@@ -95,7 +95,7 @@ def _kept(folder: Path, make: Callable[[Path], nn.Module]) -> Made:
     if found := _found(folder):
         return found
     paths.writable_folder(folder, "model cache")
-    with FileLock(folder / "lock"):
+    with locked(folder / "lock"):
         if found := _found(folder):
             return found
         model = make(folder)

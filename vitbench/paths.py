@@ -1,10 +1,7 @@
 """Where things are: the project's checkout, and the folder of results and of the caches that runs share."""
 
-import contextlib
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from vitbench.errors import InputError
@@ -42,8 +39,7 @@ def writable_folder(path: str | Path, what: str) -> Path:
     path = Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as probe:
-            probe.write(b"0" * 4096)
+        probe(path)
     except OSError as error:
         raise InputError(
             f"{what} {str(path)!r} cannot be written ({error.strerror}); give a folder with free space that you own"
@@ -51,20 +47,7 @@ def writable_folder(path: str | Path, what: str) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` to fill; it takes the name `path` only when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield fresh
-        fresh.chmod(0o755)
-        old = None
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / path.name)
-        os.replace(fresh, path)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+def probe(folder: Path) -> None:
+    """Write a file of no name in `folder` and let it go; an `OSError` says why that cannot be."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0" * 4096)

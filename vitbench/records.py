@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import pydantic
-from filelock import FileLock
 from pydantic import Field, model_validator
 
 from vitbench.base.digest import digest
+from vitbench.base.files import append_bytes
+from vitbench.base.locks import locked
 from vitbench.configs import Config, explain
 from vitbench.errors import InputError
 
@@ -105,11 +106,11 @@ def append_rows(path: str | Path, rows: Iterable[Row]) -> int:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(f"{path}.lock"):
             done = _done(path)
             new = [row if row.key else row.stamped() for row in rows]
             new = [row for row in new if row.key.encode() not in done]
-            _append(path, b"".join(map(_line, new)))
+            append_bytes(path, b"".join(map(_line, new)))
     except OSError as error:
         raise InputError(
             f"records {str(path)!r} cannot be written ({error.strerror}); give a folder with free space that you own"
@@ -135,8 +136,7 @@ def _done(path: Path) -> set[bytes]:
         text = file.read()
     whole = text.rfind(b"\n") + 1
     if whole < len(text):
-        with open(f"{path}.torn", "ab") as aside:
-            aside.write(text[whole:] + b"\n")
+        append_bytes(f"{path}.torn", text[whole:] + b"\n")
         os.truncate(path, place + whole)
     if whole:
         end = text[max(0, whole - 100) : whole]
@@ -149,21 +149,6 @@ def _line(row: Row) -> bytes:
     """A row as its line, with a checksum of what is before it, so that a damaged one is not taken for another number."""
     text = row.model_dump_json().encode()[:-1]
     return text + b',"check":"%08x"}\n' % zlib.crc32(text)
-
-
-def _append(path: Path, lines: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    size = os.fstat(handle).st_size
-    try:
-        written = 0
-        while written < len(lines):
-            written += os.write(handle, lines[written:])
-        os.fsync(handle)
-    except OSError:
-        os.ftruncate(handle, size)  # a full disk: take back the part that went in
-        raise
-    finally:
-        os.close(handle)
 
 
 def read_rows(path: str | Path, having: str = "") -> list[Row]:

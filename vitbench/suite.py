@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from filelock import FileLock, Timeout
 
 from vitbench import progress
 from vitbench.base import code, plain
 from vitbench.base.digest import digest
+from vitbench.base.locks import locked
 from vitbench.cache import prepare
 from vitbench.data import ImageData, load_data
-from vitbench.errors import InputError, one_of
+from vitbench.errors import one_of
 from vitbench.kernels import QUIET, Kernels
 from vitbench.lessons import STAGES, Lesson
 from vitbench.paths import home
@@ -73,25 +73,18 @@ def run_suite(lessons: list[Lesson], values: dict[str, Any], out: Path, workers:
     data = preflight(values)
     run = Run(out)
     os.environ["VITBENCH_HOME"] = str(home())  # the kernels, wherever they start, use these caches
-    try:
-        with FileLock(run.folder / "suite.lock", timeout=0):
-            lacks = {
-                lesson.name: [split for split in lesson.needs if not len(getattr(data, split))] for lesson in lessons
-            }
-            left_out = [
-                Outcome(
-                    lesson,
-                    "left out",
-                    _copy(run, lesson),
-                    f"it needs {lacks[lesson.name][0]} images; {data.describe()}",
-                )
-                for lesson in lessons
-                if lacks[lesson.name]
-            ]
-            able = [lesson for lesson in lessons if not lacks[lesson.name]]
-            return left_out + _run_stages(able, values, run, workers, data.fingerprint)
-    except Timeout:
-        raise InputError(f"another run is at work in {str(run.folder)!r}; wait for it or give another --out") from None
+    busy = f"another run is at work in {str(run.folder)!r}; wait for it or give another --out"
+    with locked(run.folder / "suite.lock", busy):
+        lacks = {lesson.name: [split for split in lesson.needs if not len(getattr(data, split))] for lesson in lessons}
+        left_out = [
+            Outcome(
+                lesson, "left out", _copy(run, lesson), f"it needs {lacks[lesson.name][0]} images; {data.describe()}"
+            )
+            for lesson in lessons
+            if lacks[lesson.name]
+        ]
+        able = [lesson for lesson in lessons if not lacks[lesson.name]]
+        return left_out + _run_stages(able, values, run, workers, data.fingerprint)
 
 
 def _run_stages(

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitbench.base.files import atomic_file, write_text
+from vitbench.base.files import append_bytes, atomic_file, write_text
 
 TENSOR, PAIRS, TUPLE = "tensor", "pairs", "tuple"
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -76,9 +76,7 @@ def read_json(path: str | Path) -> Any:
 
 def add_line(path: str | Path, facts: Any) -> None:
     """Add one line of JSON's values to a file."""
-    line = json.dumps([facts, _of(facts)[:16]]) + "\n"
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line)
+    append_bytes(path, (json.dumps([facts, _of(facts)[:16]]) + "\n").encode())
 
 
 def read_lines(path: str | Path) -> tuple[list[Any], int]:

@@ -1,11 +1,49 @@
-"""Files and folders that appear whole or not at all."""
+"""Files that appear whole or not at all, and lines that are added to a file whole or not at all."""
 
 import contextlib
+import errno
+import io
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+# no space or no right, which the user can mend
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+PART = re.compile(
+    r"\.vitbench\.(\d+)\.[0-9a-f]{8}\.part"
+)  # a temporary name, with the id of the process that writes it
+
+
+def part_name() -> str:
+    """A new temporary name, short enough to stand beside a file with the longest name there can be."""
+    return f".vitbench.{os.getpid()}.{uuid.uuid4().hex[:8]}.part"
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path` for a library that opens its files itself; renamed when the block ends well.
+
+    Raises:
+        OSError: the file cannot be written; its `filename` is `path`, and no part is left.
+    """
+    path = Path(os.path.realpath(path))  # a link keeps pointing where it points
+    part = path.with_name(part_name())
+    try:
+        with naming(path, part):
+            yield part
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):  # the error that ended the block says more
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -19,31 +57,91 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
     Raises:
         OSError: the file cannot be written; its `filename` is `path`, and no part is left.
     """
-    path = Path(os.path.realpath(path))  # a link keeps pointing where it points
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
-    part = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
+    with atomic_path(path) as part, open(part, mode.replace("w", "x"), **options) as file:  # its mode follows the umask
+        yield file
+
+
+@contextlib.contextmanager
+def naming(path: Path, part: Path) -> Iterator[None]:
+    """Let an error of writing to `part`, or to a file in it, name `path` instead, and let it be an `OSError`.
+
+    Libraries written in Rust raise errors of their own kinds, with the system's number in the text.
+    """
     try:
-        with open(part, mode.replace("w", "x"), **options) as file:  # its mode follows the umask
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        yield
     except OSError as error:
-        if error.filename in (None, str(part), part):
+        if error.filename is None:
             error.filename = str(path)
+        elif Path(os.fsdecode(error.filename)).is_relative_to(part):
+            error.filename = str(path / Path(os.fsdecode(error.filename)).relative_to(part))
         raise
-    finally:
-        part.unlink(missing_ok=True)
+    except Exception as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` in UTF-8 to `path`, whole or not at all."""
-    with atomic_file(path, "w") as file:
+    with atomic_file(path, "w", newline="") as file:
         file.write(text)
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
+def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
     """Write `content` to `path`, whole or not at all."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all. Its mode follows the umask, which safetensors alone does not."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as part:
+        part.touch()
+        mode = part.stat().st_mode & 0o777
+        save_file(dict(tensors), part, metadata=metadata)
+        part.chmod(mode)
+
+
+def write_array(path: str | Path, array: "np.ndarray") -> None:
+    """Write a .npy file, whole or not at all."""
+    import numpy as np
+
+    held = io.BytesIO()  # numpy's own way into a file loses the system's reason why it cannot be written
+    np.save(held, array)
+    write_bytes(path, held.getbuffer())
+
+
+def append_bytes(path: str | Path, lines: bytes) -> None:
+    """Add `lines` to the end of a file, which comes into being if need be; a part that went in is taken back.
+
+    Raises:
+        OSError: the file cannot be written; its `filename` is `path`, and what was in it is unchanged.
+    """
+    path = Path(path)
+    with naming(path, path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        size = os.fstat(handle).st_size
+        try:
+            written = 0
+            while written < len(lines):
+                written += os.write(handle, lines[written:])
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, size)
+            raise
+        finally:
+            os.close(handle)
+
+
+def trim(path: str | Path) -> bytes:
+    """Take out a last line that was not written to its end, as a killed process leaves it; returns what was taken out."""
+    path = Path(path)
+    text = path.read_bytes() if path.is_file() else b""
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(path, whole)
+    return text[whole:]

@@ -1,11 +1,11 @@
 """The command line: parse, call one function, print."""
 
 import argparse
-import errno
 import os
 import sys
 import warnings
 
+from vitbench.base.files import UNWRITABLE
 from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
 from vitbench.errors import InputError
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if options.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if options.debug or error.errno not in UNWRITABLE:
             raise
         print(
             f"vitbench: {error.filename or 'a file'} cannot be written ({error.strerror}); give a folder with free space "

@@ -36,9 +36,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _combine(options: argparse.Namespace) -> int:
     from vitbench import artifact, methods
+    from vitbench.base.folders import check_target
     from vitbench.combinations import search, trial_rows
     from vitbench.runs import Run
 
+    check_target(options.out, artifact.KIND)
     base, data, run = Path(options.model), data_of(options), Run(options.record)
     model, config = artifact.load(base), _config(options)
     found = search(model, data, config, run.folder / "searches")

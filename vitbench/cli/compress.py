@@ -50,9 +50,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _compress(options: argparse.Namespace) -> int:
     from vitbench import artifact, methods, vit
+    from vitbench.base.folders import check_target
     from vitbench.measurement.history import seconds_row
     from vitbench.runs import Run
 
+    check_target(options.out, artifact.KIND)
+    record = Run(options.record) if options.record else None
     settings = _method_settings(options)
     configs = [methods.make_config(name, values) for name, values in settings.items()]
     if options.budget and len(settings) != 1:
@@ -80,8 +83,8 @@ def _compress(options: argparse.Namespace) -> int:
     small = methods.compress(model, configs, data)
     seconds = time.monotonic() - start
     path = artifact.save(small, options.out)
-    if options.record:
-        Run(options.record).append([seconds_row(path, data, seconds)])
+    if record is not None:
+        record.append([seconds_row(path, data, seconds)])
     print(f"{path}: {artifact.size_on_disk(path):,} bytes, {small.recipe.method}, made in {seconds:.1f} s")
     return 0
 

@@ -45,8 +45,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _bundle(options: argparse.Namespace) -> int:
-    from vitbench.edge.bundle import make_bundle
+    from vitbench.base.folders import check_target
+    from vitbench.edge.bundle import KIND, make_bundle
 
+    check_target(options.out, KIND)
     data = data_of(options) if options.dataset else None
     out = make_bundle(
         options.models, options.out, data, run_by=options.backends, batches=options.batches, rows=options.rows

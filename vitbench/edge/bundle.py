@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from pydantic import Field
 from vitbench import artifact, backends, progress, standalone
 from vitbench.base import plain
 from vitbench.base.digest import digest
+from vitbench.base.files import write_array, write_bytes, write_text
+from vitbench.base.folders import Kind, atomic_folder, check_target
 from vitbench.batches import eval_batches
 from vitbench.configs import Config
 from vitbench.data import ImageData
@@ -21,13 +22,19 @@ from vitbench.errors import InputError
 from vitbench.measurement import timing
 from vitbench.measurement.fresh import MEMORY, STARTUP
 from vitbench.measurement.value import Value, about
-from vitbench.paths import replaced, writable_folder
 from vitbench.records import Row, append_rows, read_rows, records_file
 from vitbench.runs import Run
 
 SCHEMA_VERSION = 1  # as in on_device.py, which imports nothing of vitbench
 MANIFEST, ANSWERS, ROWS = "bundle.json", "answers.json", "rows.jsonl"
 SCRIPT, README = "measure.py", "README.txt"
+SHIPPED = {SCRIPT: Path(__file__).with_name("on_device.py"), "standalone.py": Path(standalone.__file__)}
+KIND = Kind(
+    "a bundle",
+    MANIFEST,
+    frozenset({"schema_version", "id", "models", "files"}),
+    lambda content: content["files"] if isinstance(content["files"], dict) else (),
+)
 # rows that hold wherever a model runs go along with it
 ANYWHERE = {"top1", "top5", "cross_entropy", "params", "macs", "int8_macs", "bytes", "bytes_predicted"}
 TEXT = f"""Measure these models on this device:
@@ -111,8 +118,9 @@ def make_bundle(
         rows: a results folder; its rows of accuracy, bytes and MACs of these models go along.
 
     Raises:
-        InputError: nothing to export, a backend that needs PyTorch, or a folder that cannot be written.
+        InputError: nothing to export, a backend that needs PyTorch, or a folder that holds something else or cannot be written.
     """
+    check_target(out, KIND)
     able = [name for name, backend in backends.BACKENDS.items() if backend.alone]
     for backend in run_by:
         if backend not in able:
@@ -122,8 +130,7 @@ def make_bundle(
         raise InputError("give at least one saved model, and batches of 1 image or more")
     manifests = {Path(path): artifact.read_manifest(path) for path in models}
     out = Path(out).expanduser()
-    writable_folder(out.parent, "output folder")
-    with replaced(out) as folder:
+    with atomic_folder(out, KIND) as folder:
         entries = [
             _export(folder, number, path, backend, batch, data)
             for number, path in enumerate(progress.bar(list(manifests), "exporting", unit="model"))
@@ -135,13 +142,13 @@ def make_bundle(
         if kept:
             append_rows(folder / ROWS, kept)
             Path(f"{folder / ROWS}.lock").unlink(missing_ok=True)
-        shutil.copyfile(standalone.__file__, folder / Path(standalone.__file__).name)
-        shutil.copyfile(Path(__file__).with_name("on_device.py"), folder / SCRIPT)
-        (folder / README).write_text(TEXT.format(packages=" ".join(dict.fromkeys(run_by))))
+        for name, source in SHIPPED.items():
+            write_bytes(folder / name, source.read_bytes())
+        write_text(folder / README, TEXT.format(packages=" ".join(dict.fromkeys(run_by))))
         files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
         name = digest(files)
         made = Manifest(schema_version=SCHEMA_VERSION, id=name, models=entries, files=files)
-        (folder / MANIFEST).write_text(json.dumps(made.to_dict(), indent=1) + "\n")
+        write_text(folder / MANIFEST, json.dumps(made.to_dict(), indent=1) + "\n")
     return out
 
 
@@ -159,8 +166,8 @@ def _export(folder: Path, number: int, path: Path, backend: str, batch: int, dat
         wanted = model(x)
     file = backends.BACKENDS[backend].file(model, x, folder / stem)
     size = sum(part.stat().st_size for part in folder.glob(f"{stem}.*"))
-    np.save(images, x.numpy())
-    np.save(logits, wanted.numpy())
+    write_array(images, x.numpy())
+    write_array(logits, wanted.numpy())
     allowed = backends.tolerance(backend, model)
     return Entry(
         **facts, file=file.name, images=images.name, logits=logits.name, tolerance=allowed, exported_bytes=size

@@ -2,13 +2,14 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
+from vitbench.base import locks
 from vitbench.measurement.child import ChildError, in_child, job
 from vitbench.measurement.value import Value
 from vitbench.paths import model_cache, writable_folder
@@ -120,9 +121,9 @@ def _pooled(parts: Sequence[dict[str, Any] | str]) -> Timed | str:
     return Timed(times, max(part["apart"] for part in parts), parts[0]["allowed"])
 
 
-def locked() -> FileLock:
+def locked() -> AbstractContextManager:
     """To hold while something is timed: two timings at once would disturb each other."""
-    return FileLock(writable_folder(model_cache(), "cache") / "timing.lock")
+    return locks.locked(writable_folder(model_cache(), "cache") / "timing.lock")
 
 
 @job

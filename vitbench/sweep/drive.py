@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections import Counter, defaultdict
@@ -13,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from vitbench import progress
+from vitbench.base.files import write_text
+from vitbench.base.locks import locked
 from vitbench.cache import prepare
 from vitbench.errors import InputError
 from vitbench.measurement.value import about
@@ -91,18 +90,14 @@ def run_sweep(plan: Plan, run: Run, workers: int = 1, scheduler: str = "") -> Co
     Raises:
         InputError: another run of a sweep is at work in the folder, or its rows cannot be written.
     """
-    try:
-        with FileLock(run.folder / "sweep.lock", timeout=0):
-            outcome = Counter({"finished before": len(plan.cells) - len(plan.left)})
-            drive = _Drive(plan, run, outcome)
-            with progress.bar(None, "cells", total=len(plan.cells), unit="cell") as bar:
-                bar.update(outcome["finished before"])
-                drive.until_done(scheduler, workers, bar)
-            return outcome
-    except Timeout:
-        raise InputError(
-            f"another sweep is at work in {str(run.folder)!r}; wait for it or give another --out"
-        ) from None
+    busy = f"another sweep is at work in {str(run.folder)!r}; wait for it or give another --out"
+    with locked(run.folder / "sweep.lock", busy):
+        outcome = Counter({"finished before": len(plan.cells) - len(plan.left)})
+        drive = _Drive(plan, run, outcome)
+        with progress.bar(None, "cells", total=len(plan.cells), unit="cell") as bar:
+            bar.update(outcome["finished before"])
+            drive.until_done(scheduler, workers, bar)
+        return outcome
 
 
 @dataclass
@@ -231,9 +226,7 @@ class _Drive:
         if trace := answer.get("traceback"):
             folder = self.run.folder / "errors"
             folder.mkdir(exist_ok=True)
-            (folder / f"{cell.key}.txt").write_text(
-                f"{json.dumps(cell.to_dict(), indent=1)}\n\n{trace}", encoding="utf-8"
-            )
+            write_text(folder / f"{cell.key}.txt", f"{json.dumps(cell.to_dict(), indent=1)}\n\n{trace}")
 
     def _tell(self, running: dict[Future, tuple[str, Cell]]) -> None:
         """Leave word for `status`, now and then."""
@@ -247,6 +240,4 @@ class _Drive:
         ]
         word = {"cells": [cell.key for cell in self.plan.cells], "since": self.since, "link": self.link, "busy": busy}
         word |= {"passed": time.monotonic() - self.begin, "work": dict(self.work)}
-        part = self.run.folder / f".sweep.{os.getpid()}"
-        part.write_text(json.dumps(word))
-        part.replace(self.run.folder / STATE)
+        write_text(self.run.folder / STATE, json.dumps(word))

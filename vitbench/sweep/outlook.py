@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from vitbench import paths, vit
+from vitbench.base.locks import is_locked
 from vitbench.errors import InputError
 from vitbench.runs import Run
 from vitbench.sweep.drive import STATE, Plan, latest
@@ -66,7 +65,7 @@ def progress_of(folder: Path) -> str:
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "failed")}
     left = len(word["cells"]) - len(rows)
     lines = [f"{len(word['cells'])} cells: {counts['ok']} done, {counts['failed']} failed, {left} left"]
-    if not _at_work(folder):
+    if not is_locked(folder / "sweep.lock"):
         again = f"`vitbench run` of the same file takes up the {left + counts['failed']} that are not done"
         return "\n".join([*lines, "no run is at work here" + (f"; {again}" if left or counts["failed"] else "")])
     since = [row for row in rows if row.time >= word["since"]]
@@ -75,11 +74,3 @@ def progress_of(folder: Path) -> str:
         lines.append(f"about {timedelta(seconds=round(left * passed / len(since)))} left, as it went so far")
     lines += [f"dashboard: {word['link']}"] if word["link"] else []
     return "\n".join([*lines, *(f"at work: {busy}" for busy in word["busy"])])
-
-
-def _at_work(folder: Path) -> bool:
-    try:
-        with FileLock(folder / "sweep.lock", timeout=0):
-            return False
-    except Timeout:
-        return True

@@ -1,0 +1,80 @@
+"""One lock for whatever several processes write: the system's where the file system has it, else one made of a file."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from vitbench.base.files import naming
+from vitbench.errors import InputError
+
+# what a network file system without a lock service answers
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, busy: str = "") -> Iterator[None]:
+    """Hold the lock of the file `path` while the block runs; the system drops it when the process ends, however it ends.
+
+    Where the file system has no locks, the file `path`.held stands for one. It names its process and machine, and one whose
+    process is gone is taken over; of a process on another machine that cannot be known.
+
+    Args:
+        busy: what to say if another process holds the lock; "" waits until it does not.
+
+    Raises:
+        InputError: another process holds the lock, and `busy` says so.
+        OSError: the folder cannot be written.
+    """
+    path, timeout = Path(path), 0 if busy else -1
+    try:
+        with naming(path, path):
+            lock = _lock_of(path)
+            lock.acquire(timeout=timeout)
+    except Timeout:
+        kept = Path(lock.lock_file)
+        by_hand = f" (if that has ended, delete {str(kept)!r})" if isinstance(lock, SoftFileLock) else ""
+        raise InputError(busy + by_hand) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(path: str | Path) -> bool:
+    """Whether a process holds the lock of the file `path`."""
+    if not Path(path).parent.is_dir():
+        return False
+    try:
+        with locked(path, busy="held"):
+            return False
+    except InputError:
+        return True
+
+
+def _lock_of(path: Path) -> FileLock | SoftFileLock:
+    if _has_locks(path):
+        return FileLock(path)
+    return SoftFileLock(f"{path}.held")
+
+
+def _has_locks(path: Path) -> bool:
+    """Whether the file system of `path` has locks, tried on a file of no name in the same folder."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has locks of its own kind, which FileLock uses
+        return True
+    with tempfile.TemporaryFile(dir=path.parent) as probe:
+        try:
+            fcntl.flock(probe.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in WITHOUT_LOCKS:
+                return False
+            raise
+    with contextlib.suppress(FileExistsError):  # a file that the group may lock too, where the umask lets it
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+    return True
