@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitbench import standalone
+from vitbench.base.files import copy_file
 from vitbench.errors import InputError, one_of, require
 from vitbench.layers import RUNTIME_LAYERS
 from vitbench.layers.onnx_codes import packed, with_forms
@@ -95,16 +96,16 @@ def write_onnx(model: nn.Module, x: Tensor, stem: Path) -> Path:
     """`stem`.onnx, its graph optimised, and `stem`.data with the weights, which are then mapped and not read."""
     import onnx
 
-    path, data = stem.with_suffix(".onnx"), stem.with_suffix(".data")
     with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, stem.name)
         whole = str(Path(folder, "optimized.onnx"))
         standalone.onnx_session(onnx_file(model, x), 1, optimized=whole, portable=True)
         graph = onnx.load(whole)
-    for node in graph.graph.node:
-        del node.metadata_props[:]  # where in the source it came from, which is as long as a small model
-    onnx.save(graph, path, save_as_external_data=True, location=data.name, size_threshold=1024)
-    data.chmod(0o644)
-    return path
+        for node in graph.graph.node:
+            del node.metadata_props[:]  # where in the source it came from, which is as long as a small model
+        path, data = made.with_suffix(".onnx"), made.with_suffix(".data")
+        onnx.save(graph, path, save_as_external_data=True, location=data.name, size_threshold=1024)
+        return _moved(stem, data, path)
 
 
 def openvino_model(model: nn.Module, x: Tensor) -> Any:
@@ -129,9 +130,17 @@ def write_openvino(model: nn.Module, x: Tensor, stem: Path) -> Path:
     """`stem`.xml and `stem`.bin, the weights as they are and not in half precision, which is OpenVINO's default."""
     import openvino as runtime
 
-    path = stem.with_suffix(".xml")
-    runtime.save_model(openvino_model(model, x), path, compress_to_fp16=False)
-    return path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, stem.name).with_suffix(".xml")
+        runtime.save_model(openvino_model(model, x), path, compress_to_fp16=False)
+        return _moved(stem, path.with_suffix(".bin"), path)
+
+
+def _moved(stem: Path, *made: Path) -> Path:
+    """What a runtime's own writer made, each file whole beside `stem`; the path of the last, which names the others."""
+    for file in made:
+        copy_file(file, stem.with_suffix(file.suffix))
+    return stem.with_suffix(made[-1].suffix)
 
 
 def executorch(model: nn.Module, x: Tensor) -> Call:

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from vitbench.base.digest import digest
+from vitbench.base.files import write_text
 from vitbench.version import __version__
 
 
@@ -64,9 +65,7 @@ def write_environment(folder: Path, facts: dict | None = None) -> str:
     target = folder / f"{name}.json"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{name}.{os.getpid()}"
-        part.write_text(json.dumps(facts, indent=1) + "\n")
-        part.replace(target)
+        write_text(target, json.dumps(facts, indent=1) + "\n")
     return name
 
 

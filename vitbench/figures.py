@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from vitbench.base.files import drawn, write_bytes, write_text
 from vitbench.comparison import in_backend, methods, ratios, subject, value
 from vitbench.errors import InputError
 from vitbench.paths import writable_folder
@@ -101,17 +102,15 @@ def save_figure(
 ) -> None:
     """Write `name`.png and `name`.svg, and with `rows` a `name`.csv of the rows that the figure shows, with their keys."""
     folder = writable_folder(folder, "figures folder")
-    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same rows give the same file
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same rows give the same file
     with style():
         for kind in kinds:
-            figure.savefig(folder / f"{name}.{kind}", metadata=undated[kind])
+            write_bytes(folder / f"{name}.{kind}", drawn(figure, kind, metadata=undated.get(kind)))
             figure.set_layout_engine("none")  # it is laid out, for the other kinds and the notebook too
     if rows is not None:
-        columns = [
-            *("key", "model", "dataset", "method", "config", "metric", "batch"),
-            *("value", "low", "high", "unit", "source", "commit"),
-        ]
-        rows[columns].to_csv(folder / f"{name}.csv", index=False)
+        about = ["key", "model", "dataset", "method", "config", "metric", "batch"]
+        columns = [*about, "value", "low", "high", "unit", "source", "commit"]
+        write_text(folder / f"{name}.csv", rows[columns].to_csv(index=False))
 
 
 def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:

@@ -1,12 +1,12 @@
 """A slider under a notebook's cell that draws a figure anew; the figure is there without a kernel too, as it was last."""
 
 from collections.abc import Callable
-from io import BytesIO
 
 import ipywidgets
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from vitbench.base.files import drawn
 from vitbench.figures import style
 
 
@@ -19,10 +19,10 @@ def knob(draw: Callable[[int], Figure], name: str, low: int, high: int, start: i
 
     def picture(value: int) -> bytes:
         with style():
-            figure, file = draw(value), BytesIO()
-            figure.savefig(file, format="png")
+            figure = draw(value)
+            png = drawn(figure, "png")
             plt.close(figure)
-        return file.getvalue()
+        return png
 
     slider = ipywidgets.IntSlider(value=start, min=low, max=high, description=name, continuous_update=False)
     image = ipywidgets.Image(value=picture(start), format="png")

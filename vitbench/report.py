@@ -1,10 +1,8 @@
 """`report.html`: one self-contained page made from the rows of a results folder."""
 
 import base64
-import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from vitbench import budgets, figures
+from vitbench.base.files import drawn, write_text
 from vitbench.comparison import comparison, findings, in_backend, subject
 from vitbench.errors import InputError
 from vitbench.paths import writable_folder
@@ -43,12 +42,9 @@ def write_report(*folders: str | Path, out: str | Path = "") -> Path:
     templates = jinja2.Environment(loader=jinja2.PackageLoader("vitbench"), autoescape=True)
     content = _content(folder, rows, [source.parent for source in sources])
     page = templates.get_template("report.html").render(**content)
-    part = folder / f".report.{os.getpid()}"
     try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(folder / "report.html")
+        write_text(folder / "report.html", page)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise InputError(
             f"{str(folder / 'report.html')!r} cannot be written ({error.strerror}); free some space or copy the folder"
         ) from None
@@ -118,11 +114,10 @@ def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
         made.append(("How long a call takes.", *figures.latencies(rows)))
     pages = []
     for caption, figure, _ in made:
-        svg = io.BytesIO()
         with figures.style():
-            figure.savefig(svg, format="svg", metadata={"Date": None})
+            svg = drawn(figure, "svg", metadata={"Date": None})
         plt.close(figure)
-        pages.append({"caption": caption, "data": base64.b64encode(svg.getvalue()).decode()})
+        pages.append({"caption": caption, "data": base64.b64encode(svg).decode()})
     return pages
 
 

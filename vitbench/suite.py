@@ -1,5 +1,6 @@
 """Run the notebooks with papermill: the baseline first, then the methods, then the comparison; finished work is skipped."""
 
+import functools
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import nbformat
 from vitbench import progress
 from vitbench.base import code, plain
 from vitbench.base.digest import digest
+from vitbench.base.files import write_text
 from vitbench.base.locks import locked
 from vitbench.cache import prepare
 from vitbench.data import ImageData, load_data
@@ -149,6 +151,7 @@ def _watch(running: dict[Future, Lesson], run: Run, bar) -> list[Outcome]:
 def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels: Kernels) -> Outcome:
     import papermill
 
+    _write_whole(str(run.notebooks))
     partial, final = _copy(run, lesson, running=True), _copy(run, lesson)
     partial.parent.mkdir(parents=True, exist_ok=True)
     parameters = {name: value for name, value in values.items() if name in lesson.parameters} | {"out": str(run.folder)}
@@ -172,15 +175,30 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
         error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else 'no message'}"
     if partial.exists():
         notebook = nbformat.read(partial, as_version=4)
+        partial.unlink()
         notebook.metadata["vitbench"] = {
             **notebook.metadata.get("vitbench", {}),
             "seconds": round(time.monotonic() - start, 1),
         }
         if not error:
             notebook.metadata["vitbench"]["run_key"] = key
-        nbformat.write(notebook, partial)
-        partial.replace(final)
+        try:
+            write_text(final, nbformat.writes(notebook) + "\n")
+        except OSError as failure:
+            error = error or f"{str(final)!r} cannot be written ({failure.strerror}); free some space"
     return Outcome(lesson, "failed" if error else "done", final, error)
+
+
+@functools.cache
+def _write_whole(folder: str) -> None:
+    """Let papermill write its copies below `folder` whole or not at all: a full disk would leave half a notebook."""
+    from papermill.iorw import LocalHandler, papermill_io
+
+    class Whole(LocalHandler):
+        def write(self, buf: str, path: str) -> None:
+            write_text(path, buf)
+
+    papermill_io.register(folder, Whole())
 
 
 def _copy(run: Run, lesson: Lesson, running: bool = False) -> Path:

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 # no space or no right, which the user can mend
@@ -113,6 +115,19 @@ def write_array(path: str | Path, array: "np.ndarray") -> None:
     held = io.BytesIO()  # numpy's own way into a file loses the system's reason why it cannot be written
     np.save(held, array)
     write_bytes(path, held.getbuffer())
+
+
+def drawn(figure: "Figure", kind: str, **options: Any) -> bytes:
+    """A matplotlib figure as the content of a file of this `kind`, "png", "svg" or "pdf"; `options` are `savefig`'s."""
+    held = io.BytesIO()  # the writer of pictures loses the system's reason why a file cannot be written
+    figure.savefig(held, format=kind, **options)
+    return held.getvalue()
+
+
+def copy_file(source: str | Path, path: str | Path) -> None:
+    """Copy a file's content, whole or not at all."""
+    with open(source, "rb") as file, atomic_file(path) as there:
+        shutil.copyfileobj(file, there)
 
 
 def append_bytes(path: str | Path, lines: bytes) -> None:

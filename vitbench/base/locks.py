@@ -2,14 +2,13 @@
 
 import contextlib
 import errno
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from vitbench.base.files import naming
+from vitbench.base.files import append_bytes, naming
 from vitbench.errors import InputError
 
 # what a network file system without a lock service answers
@@ -75,6 +74,6 @@ def _has_locks(path: Path) -> bool:
             if error.errno in WITHOUT_LOCKS:
                 return False
             raise
-    with contextlib.suppress(FileExistsError):  # a file that the group may lock too, where the umask lets it
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+    if not path.exists():
+        append_bytes(path, b"")  # a file that the group may lock too, where the umask lets it
     return True

@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
     outcomes = suite.run_suite(chosen, values, out.resolve(), options.workers)
     for outcome in outcomes:
         print(f"{outcome.status:8} {outcome.lesson.name}" + (f": {outcome.error}" if outcome.error else ""))
-        if outcome.status == "failed":
+        if outcome.status == "failed" and outcome.copy.exists():
             print(f"         {outcome.copy}")
     if (out / "records.jsonl").exists():
         print_results(out)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vitbench import artifact, backends, standalone
+from vitbench.base.files import write_array
 from vitbench.measurement import limits
 from vitbench.measurement.child import ChildError
 from vitbench.measurement.memory import peak_tensors
@@ -104,7 +105,7 @@ def ready(path: Path, backend: str, threads: int) -> Iterator[tuple[list[str], l
         model = artifact.load(path)
         size = model.recipe.preprocess.size
         x, images = torch.randn(1, 3, size, size), Path(folder, "images.npy")
-        np.save(images, x.numpy())
+        write_array(images, x.numpy())
         with torch.no_grad():
             exported = backends.BACKENDS[backend].file(model, x, Path(folder, "model"))
         yield standalone.answer_command(exported, images, threads), list(Path(folder).glob("model.*"))
