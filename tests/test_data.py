@@ -140,7 +140,7 @@ def test_a_broken_image_is_named(image_folder):
     folder = image_folder(size=(90, 70))
     (folder / "owl" / "9.png").write_bytes(b"not a picture")
     data = load_data(folder, test=1.0)
-    with pytest.raises(InputError, match="cannot be decoded"):
+    with pytest.raises(InputError, match="owl/9.png: the image cannot be read"):
         list(map(data.test.__getitem__, range(len(data.test))))
 
 

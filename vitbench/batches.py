@@ -7,14 +7,17 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from vitbench.data import Split
+from vitbench.errors import InputError
 from vitbench.recipe import Preprocess
 
 Augment = Literal["none", "shift", "shift-flip", "timm"]
 LOADER_WORKERS = 2
+LONGEST = 200  # how many times longer than the other one side of an image may be
 
 
 def eval_batches(
@@ -170,20 +173,44 @@ class _Transformed:
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image, label = self.split[i]
+    def __getitem__(self, i: int) -> tuple[Tensor, int] | InputError:
+        try:
+            image, label = self.split[i]
+            self._check_shape(image, i)
+        except InputError as error:  # raised again in the process that asked, where no worker's traceback is around it
+            return error
         draw = (self.seed * 1_000_003 + i) % 2**32
         random.seed(draw)
         np.random.seed(draw)
         torch.manual_seed(draw)
         return self.transform(image), label
 
+    def _check_shape(self, image: Image.Image, i: int) -> None:
+        """A long thin image grows beyond all memory when its shorter side is brought to the input's size."""
+        if max(image.size) > LONGEST * min(image.size):
+            raise InputError(
+                f"{self.split.source.where(int(self.split.indices[i]))}: the image is {image.size[0]} x {image.size[1]} pixels; "
+                f"allowed: one side up to {LONGEST} times the other; crop it or take it out"
+            )
 
-def _pil_loader(split: Split, transform, batch_size: int, order: list[int] | None, seed: int) -> DataLoader:
+
+def _pil_loader(
+    split: Split, transform, batch_size: int, order: list[int] | None, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     # worker processes keep their own random state, so the per-image seeding never touches this process
-    return DataLoader(
+    loader = DataLoader(
         _Transformed(split, transform, seed),
         batch_size=batch_size,
         sampler=order,
         num_workers=LOADER_WORKERS,
+        collate_fn=_collate,
     )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def _collate(items: list[tuple[Tensor, int] | InputError]) -> list[Tensor] | InputError:
+    """A batch, or the first error among its images."""
+    return next((item for item in items if isinstance(item, InputError)), None) or default_collate(items)

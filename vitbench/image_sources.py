@@ -1,153 +1,230 @@
-"""Where images come from: scikit-learn's digits, or a Hugging Face set by hub name or local folder."""
+"""Where images come from: scikit-learn's digits, or a set by hub name or local folder, opened as parts with labels."""
 
 import contextlib
-import hashlib
-import io
+import glob
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from vitbench import paths
 from vitbench.errors import InputError, one_of
-
-SMALL_SIDE = 64  # images up to this side are decoded once and held in memory
-HASHED_IMAGES = 5_000  # a larger set on disk is fingerprinted by this many evenly spaced images
-VAL_NAMES = ("validation", "valid", "val", "dev")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
-
-Parts = dict[str, tuple["Images", np.ndarray]]
+from vitbench.images import folders, labels, listed, parquet
+from vitbench.images.sources import ArrayImages, EncodedImages, FileImages, Images, TableImages, in_memory
 
 
-class Images(Protocol):
-    """A sequence of RGB images with a hash of their content."""
+@dataclass
+class Part:
+    """Images and their labels (int64, indices into the class names); how many were found, and why some are not used."""
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Image.Image: ...
-
-    def content_hash(self) -> str: ...
-
-
-class ArrayImages:
-    """Small images held in memory as uint8 (N, H, W, 3)."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, i: int) -> Image.Image:
-        return Image.fromarray(self.array[i])
-
-    def content_hash(self) -> str:
-        return hashlib.sha256(str(self.array.shape).encode() + self.array.tobytes()).hexdigest()
+    images: Images
+    labels: np.ndarray
+    found: int
+    skipped: Counter = field(default_factory=Counter)
 
 
-class EncodedImages:
-    """Images left encoded in a `datasets` column and decoded when asked for."""
+@dataclass
+class Opened:
+    """An image set: its parts, named train / val / test, its class names, and how they were recognised, in words."""
 
-    def __init__(self, table: Any, column: str):
-        from datasets import Image as ImageFeature
+    parts: dict[str, Part]
+    classes: tuple[str, ...]
+    how: str
 
-        self.column = column
-        self.table = table.select_columns([column]).cast_column(column, ImageFeature(decode=False))
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, i: int) -> Image.Image:
-        return self._decode(self._bytes(self.table[i]), i)
-
-    def __iter__(self) -> Iterator[Image.Image]:
-        for i, row in enumerate(self.table):
-            yield self._decode(self._bytes(row), i)
-
-    def content_hash(self) -> str:
-        digest = hashlib.sha256(str(len(self)).encode())
-        step = max(1, len(self) // HASHED_IMAGES)
-        for i in range(0, len(self), step):
-            digest.update(self._bytes(self.table[i]))
-        return digest.hexdigest()
-
-    def _bytes(self, row: dict[str, Any]) -> bytes:
-        cell = row[self.column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
-    @staticmethod
-    def _decode(encoded: bytes, i: int) -> Image.Image:
-        try:
-            return Image.open(io.BytesIO(encoded)).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"image {i} of the set cannot be decoded ({error}); remove or replace it") from None
+    def describe(self) -> str:
+        """One line: the classes, and of each part how many images were found, used and skipped."""
+        shown = ", ".join(self.classes[:6]) + (", ..." if len(self.classes) > 6 else "")
+        lines = [f"{self.how}; {len(self.classes)} classes ({shown})"]
+        for name, part in self.parts.items():
+            why = ", ".join(f"{count} {reason}" for reason, count in sorted(part.skipped.items()))
+            skipped = sum(part.skipped.values())
+            lines.append(
+                f"{name}: {part.found} images found, {len(part.labels)} used, {skipped} skipped"
+                + (f" ({why})" if why else "")
+            )
+        train = self.parts.get("train")
+        if train is not None and len(self.parts) > 1:
+            lacking = sorted(set(range(len(self.classes))) - set(train.labels.tolist()))
+            if lacking:
+                some = ", ".join(self.classes[i] for i in lacking[:6]) + (", ..." if len(lacking) > 6 else "")
+                lines.append(f"without a train image: {some}")
+        return "; ".join(lines)
 
 
-def read_digits() -> tuple[Parts, tuple[str, ...]]:
+@dataclass
+class _Group:
+    """The images of one split and what is known of their labels; `extra` are images that no image of it stands for."""
+
+    images: EncodedImages
+    columns: list[labels.Column]
+    extra: Counter = field(default_factory=Counter)
+
+
+def read_digits() -> Opened:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, grey turned into RGB (UCI ML; shipped with scikit-learn)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     array = np.repeat(grey[..., None], 3, axis=3)
-    return {"train": (ArrayImages(array), digits.target.astype(np.int64))}, tuple("0123456789")
+    part = Part(ArrayImages(array), digits.target.astype(np.int64), len(array))
+    return Opened({"train": part}, tuple("0123456789"), "built in")
 
 
-def open_images(name_or_path: str | Path, label: str) -> tuple[Parts, tuple[str, ...]]:
-    """Open a Hugging Face set; its image and label columns are found by type.
+def open_images(name_or_path: str | Path, label: str, skip_broken: bool = False) -> Opened:
+    """Open a folder or a Hugging Face set; its image and label columns are found by type.
 
-    Returns the parts that the set comes with, named train / val / test, each (images, labels), and the class names.
-    A part whose labels are withheld (all negative) is left out.
+    A part without labels (all missing or -1) is left out. With `skip_broken`, images that cannot be decoded are left
+    out; all are decoded once to find them.
+
+    Raises:
+        InputError: nothing there, no images, no labels, labels that are no classes, or an image that cannot be read.
     """
-    tables = _load_tables(str(name_or_path))
-    first = next(iter(tables.values()))
-    image_column = _image_column(first, str(name_or_path))
-    label_column = _label_column(first, label, str(name_or_path))
-    classes = _class_names(tables, label_column)
-    parts: Parts = {}
-    for key, table in tables.items():
-        part = "val" if key in VAL_NAMES else key
-        labels = _labels(table, label_column, classes)
-        if part not in ("train", "val", "test") or len(labels) == 0 or labels.max() < 0:
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    is_path = folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    if is_path and not folder.is_dir():
+        raise InputError(f"dataset folder {name!r} does not exist; give 'digits', a Hugging Face name or a folder")
+    if not is_path or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        groups, how = _from_tables(_load_tables(name, is_path), name, label)
+    elif files := [file for file in parquet.parquet_files(folder) if file.name not in listed.FILES]:
+        groups, how = _from_parquet(folder, files, label)
+    else:
+        groups, how = _from_folders(folder, label)
+    groups = {split: groups[split] for split in ("train", "val", "test") if split in groups}
+    classes, values = labels.encode({split: group.columns for split, group in groups.items()})
+    parts, withheld = {}, []
+    for split, group in groups.items():
+        if (given := values[split]) is None:
+            withheld.append(f"{split}: {len(group.images)} images without labels, not used")
             continue
-        parts[part] = (_in_memory(EncodedImages(table, image_column)), labels)
+        parts[split] = _part(group, given, skip_broken)
     if not parts:
-        raise InputError(
-            f"{name_or_path!s} has splits {', '.join(tables)} but none named train, val or test with labels"
-        )
-    return parts, classes
+        raise InputError(f"{name} has no images with labels ({'; '.join(withheld) or how}); give it labels")
+    return Opened(parts, classes, "; ".join([how, *withheld]))
 
 
-def _load_tables(name_or_path: str) -> dict[str, Any]:
+def _part(group: _Group, given: np.ndarray, skip_broken: bool) -> Part:
+    images, skipped, found = group.images, group.extra.copy(), len(group.images) + sum(group.extra.values())
+    if skip_broken and (broken := images.broken()):
+        keep = np.setdiff1d(np.arange(len(images)), broken)
+        if not len(keep):
+            raise InputError(f"{images.where(0)}: neither this nor any other of {len(images)} images can be read")
+        images, given = images.chosen(keep), given[keep]
+        skipped["broken"] += len(broken)
+    return Part(in_memory(images), given, found, skipped)
+
+
+def _from_folders(root: Path, label: str) -> tuple[dict[str, _Group], str]:
+    """Folders of image files, listed in a table or sorted into class folders."""
+    tables = {"": listed.listing(root)} if listed.listing(root) else _listings_of_splits(root)
+    groups: dict[str, _Group] = {}
+    for split, table in tables.items():
+        for name, (files, column, unlisted) in (listed.read_listing(table, label) or {}).items():
+            extra = Counter({f"not in {table.name}": unlisted} if unlisted else {})
+            groups[split or name] = _Group(FileImages(files), [column], extra)
+    if groups:
+        return groups, f"images and labels are those of {', '.join(str(table) for table in tables.values())}"
+    if label:
+        one_of("label column", label, ["label"])  # class folders have no columns
+    found, how = folders.read_folders(root)
+    for split, group in found.items():
+        groups[split] = _Group(FileImages(group.files), [labels.Column(str(root), group.labels)], group.skipped)
+    return groups, how
+
+
+def _listings_of_splits(root: Path) -> dict[str, Path]:
+    """The tables in folders with a split's name, if all folders have both."""
+    below = [path for path in sorted(root.iterdir()) if path.is_dir() and not folders.is_hidden(path.name)]
+    tables = {folders.SPLITS.get(path.name.lower(), ""): listed.listing(path) for path in below}
+    return tables if all(tables) and all(tables.values()) and len(tables) == len(below) else {}
+
+
+def _from_parquet(root: Path, files: list[Path], label: str) -> tuple[dict[str, _Group], str]:
     import datasets
 
-    folder = Path(name_or_path).expanduser()
-    is_path = folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path)
-    if is_path:
-        _check_folder(folder)
-    options = {"cache_dir": str(paths.data_cache())}
+    splits, other = parquet.by_split(root, files)
+    first = next(iter(splits.values()))[0]
+    schema = parquet.schema_of(first)
+    column = parquet.image_column(schema, lambda name: parquet.first_value(first, name), str(first))
+    answers = parquet.label_column(schema, label, str(first))
+    found = {split: [parquet.labels_of(file, answers) for file in group] for split, group in splits.items()}
+    for group in splits.values():
+        for file in group:
+            one_of(f"image column of {file}:", column, parquet.schema_of(file).names)
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(folder))
-        elif is_path and not any(folder.rglob("*.parquet")):
-            loaded = datasets.load_dataset("imagefolder", data_dir=str(folder.resolve()), drop_labels=False, **options)
-        elif is_path:
-            loaded = datasets.load_dataset(str(folder.resolve()), **options)
-        else:
-            with _hub_or_cache(name_or_path):
-                loaded = datasets.load_dataset(name_or_path, **options)
-    except Exception as error:  # the library raises many kinds, some its own, some of its network client
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        tables = datasets.load_dataset(
+            "parquet",
+            data_files={split: [glob.escape(str(file.resolve())) for file in group] for split, group in splits.items()},
+            columns=[column],
+            features=datasets.Features({column: datasets.Image(decode=False)}),
+            cache_dir=str(paths.data_cache()),
+        )
+    except Exception as error:  # the library raises many kinds, some its own
+        raise InputError(f"the folder {str(root)!r} could not be read as an image set: {_reason(error)}") from error
+    groups = {}
+    for split, columns in found.items():
+        counts = [(each.place, len(each.values)) for each in columns]
+        groups[split] = _Group(TableImages(tables[split], column, counts), columns)
+    how = f"parquet, images in {column!r}, labels in {answers!r}"
+    names = "; ".join(f"{split} is {_some([file.name for file in group])}" for split, group in splits.items())
+    unread = f"; not read, as their names say no split: {_some([file.name for file in other])}" if other else ""
+    loose = sum(1 for _ in folders.images_below(root))
+    return groups, f"{how}; {names}{unread}" + (f"; {loose} image files beside them are not read" if loose else "")
+
+
+def _from_tables(tables: Mapping[str, Any], name: str, label: str) -> tuple[dict[str, _Group], str]:
+    """Tables of the `datasets` library, by split."""
+    first = next(iter(tables.values()))
+    schema = first.features.arrow_schema
+    column = parquet.image_column(schema, lambda key: next((v for v in first[key][:16] if v is not None), None), name)
+    answers = parquet.label_column(schema, label, name)
+    groups, other = {}, []
+    for key, table in tables.items():
+        split = parquet.SPLIT_WORDS.get(key.lower())
+        if split is None or split in groups:
+            other.append(key)
+            continue
+        place = f"{name}, split {key}"
+        one_of(f"label column of {place}:", answers, table.column_names)
+        names = parquet.class_names(table.features.arrow_schema, answers)
+        images = TableImages(table, column, [(place, len(table))])
+        groups[split] = _Group(images, [labels.Column(place, list(table[answers]), names)])
+    if not groups:
+        raise InputError(f"{name} has splits {', '.join(tables)} but none named train, val or test with labels")
+    how = f"images in {column!r}, labels in {answers!r}"
+    return groups, how + (f"; splits that are not read: {', '.join(other)}" if other else "")
+
+
+def _load_tables(name: str, is_path: bool) -> dict[str, Any]:
+    import datasets
+
+    try:
         if is_path:
-            raise InputError(f"the folder {name_or_path!r} could not be read as an image set: {reason}") from error
+            loaded = datasets.load_from_disk(str(Path(name).expanduser()))
+        else:
+            with _hub_or_cache(name):
+                loaded = datasets.load_dataset(name, cache_dir=str(paths.data_cache()))
+    except Exception as error:  # the library raises many kinds, some its own, some of its network client
+        if is_path:
+            raise InputError(f"the folder {name!r} could not be read as an image set: {_reason(error)}") from error
         raise InputError(
-            f"unknown dataset {name_or_path!r}: it is not 'digits', not a folder here, and the Hugging Face hub did not "
-            f"give it ({reason}); check the name and the network, or give a local folder"
+            f"unknown dataset {name!r}: it is not 'digits', not a folder here, and the Hugging Face hub did not "
+            f"give it ({_reason(error)}); check the name and the network, or give a local folder"
         ) from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager
@@ -167,71 +244,3 @@ def _hub_or_cache(name: str) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise InputError(
-            f"dataset folder {str(folder)!r} does not exist; give 'digits', a Hugging Face name or a folder"
-        )
-    wanted = IMAGE_SUFFIXES | {".parquet", ".arrow"}
-    if not any(path.suffix.lower() in wanted for path in folder.rglob("*") if path.is_file()):
-        raise InputError(
-            f"the folder {str(folder)!r} holds no images; allowed: parquet files with an image column, "
-            f"or one sub-folder of images a class"
-        )
-
-
-def _image_column(table: Any, name: str) -> str:
-    import datasets
-
-    found = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    if not found:
-        raise InputError(f"{name} has no image column; its columns are {', '.join(table.features)}")
-    return found[0]
-
-
-def _label_column(table: Any, label: str, name: str) -> str:
-    import datasets
-
-    features = table.features
-    if label:
-        return one_of("label column", label, features)
-    typed = {key: feature.num_classes for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
-    if typed:  # of several the finest, as CIFAR-100's 100 fine classes rather than its 20 coarse ones
-        return max(typed, key=typed.get)
-    named = [key for key in ("label", "labels", "class", "target") if key in features]
-    if not named:
-        raise InputError(f"{name} has no label column; its columns are {', '.join(features)}; give label=COLUMN")
-    return named[0]
-
-
-def _class_names(tables: dict[str, Any], column: str) -> tuple[str, ...]:
-    feature = next(iter(tables.values())).features[column]
-    if hasattr(feature, "names"):
-        return tuple(feature.names)
-    values = {value for table in tables.values() for value in table.unique(column) if value is not None}
-    values.discard(-1)
-    return tuple(str(value) for value in sorted(values))
-
-
-def _labels(table: Any, column: str, classes: tuple[str, ...]) -> np.ndarray:
-    values = table[column][:] if len(table) else []
-    if hasattr(table.features[column], "names"):
-        return np.array(values, dtype=np.int64)
-    index = {name: i for i, name in enumerate(classes)}
-    return np.array([index.get(str(value), -1) for value in values], dtype=np.int64)
-
-
-def _in_memory(images: EncodedImages) -> Images:
-    """Decode small images of one size once; leave larger ones encoded."""
-    if max(images[0].size) > SMALL_SIDE:
-        return images
-    shape = np.asarray(images[0]).shape
-    array = np.empty((len(images), *shape), dtype=np.uint8)
-    for i, image in enumerate(images):
-        pixels = np.asarray(image)
-        if pixels.shape != shape:
-            return images
-        array[i] = pixels
-    return ArrayImages(array)
