@@ -113,5 +113,5 @@ def test_imports_run_one_way():
         text = (ROOT / "vitbench" / f"{name}.py").read_text()
         assert not re.search(r"^(from|import) (torch|timm|vitbench\.(methods|measure|vit|training))", text, re.M), name
     for file in (ROOT / "vitbench").rglob("*.py"):
-        if file.name != "vit.py":
-            assert "timm.models" not in file.read_text(), f"{file}: only vit.py knows timm's models inside"
+        if file.name != "vit.py" and file.parent.name != "model":
+            assert "timm.models" not in file.read_text(), f"{file}: only vit.py and model/ know timm's models inside"

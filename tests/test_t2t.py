@@ -40,7 +40,7 @@ def test_sizes_are_the_published_ones(name, params, macs):
     assert vit.analytic_macs(model) == pytest.approx(macs, rel=0.03)
 
 
-@pytest.mark.parametrize("size", [32, 50])
+@pytest.mark.parametrize("size", [32, 49])
 def test_counted_macs_are_those_of_the_formula(size):
     model = vit.create_model("t2t_vit_t_14", img_size=size, depth=2)
     assert count_macs(model) == pytest.approx(vit.analytic_macs(model), rel=0.01)

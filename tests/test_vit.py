@@ -56,7 +56,10 @@ def test_checkpoints_in_both_formats(tmp_path):
         model = vit.create_model("vit_mini_patch2_8", checkpoint=tmp_path / name)
         assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
         assert model.recipe.origin["start"].startswith(name)
-    other_head = vit.create_model("vit_mini_patch2_8", num_classes=5, checkpoint=tmp_path / "a.pth")
+    five = {"num_classes": 5, "checkpoint": tmp_path / "a.pth"}
+    with pytest.raises(InputError, match="no head for 5 classes"):
+        vit.create_model("vit_mini_patch2_8", **five)
+    other_head = vit.create_model("vit_mini_patch2_8", new_head=True, **five)
     assert other_head.recipe.origin["head"] == "random"
     assert torch.equal(other_head.blocks[0].attn.qkv.weight, start.blocks[0].attn.qkv.weight)
 
@@ -82,3 +85,21 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a safetensors or plain state-dict"):
         vit.create_model("vit_mini_patch2_8", checkpoint=tmp_path / "bad.pth")
     assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "deit_tiny_patch16_224", "img_size": 8}, "smaller than a patch .*16 pixels"),
+        ({"name": "deit_tiny_patch16_224", "img_size": 100}, "not see the last 4 rows and columns; give 96 or 112"),
+        ({"name": "t2t_vit_t_14", "img_size": 50}, "not see the last 1 rows"),
+        ({"name": "vit_tiny_r_s16_p8_224", "img_size": 40}, "img_size=40|last 8 rows"),
+        ({"name": "vit_mini_patch2_8", "img_size": (8, 4)}, r"img_size = \(8, 4\): give a whole number .*square"),
+        ({"name": "vit_mini_patch2_8", "num_classes": 0}, "num_classes = 0: give a whole number"),
+        ({"name": "vit_small_patch14_dinov2", "img_size": 28}, "no classes of its own; say how many"),
+    ],
+)
+def test_sizes_that_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        vit.create_model(**{"depth": 1, **arguments})
+    assert len(str(caught.value).splitlines()) == 1

@@ -19,11 +19,27 @@ def shapes(model: nn.Module) -> tuple[BlockShape, ...]:
         BlockShape(
             heads=block.attn.num_heads,
             head_dim=block.attn.head_dim,
-            neurons=block.mlp.fc1.out_features,
+            neurons=block.mlp.fc2.in_features,
             tokens=count,
         )
         for block, count in zip(model.blocks, counts, strict=True)
     )
+
+
+def gates(block: nn.Module) -> int:
+    """How many outputs of `fc1` make one neuron: 2 in a gated MLP (SwiGLU), else 1."""
+    return block.mlp.fc1.out_features // block.mlp.fc2.in_features
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise `InputError` unless each block has attention (qkv, proj) and behind it an MLP (fc1, fc2)."""
+    for block in model.blocks:
+        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+        if not all(hasattr(*part) for part in ((attn, "qkv"), (attn, "proj"), (mlp, "fc1"), (mlp, "fc2"))):
+            raise InputError(
+                f"the blocks of this {type(model).__name__} are of type {type(block).__name__}, not attention (qkv, proj) and "
+                "behind it an MLP (fc1, fc2), which is what can be compressed and counted here; give a model of such blocks"
+            )
 
 
 def stream(block: nn.Module, name: str) -> str:
@@ -71,13 +87,13 @@ def keep_blocks(model: nn.Module, places: Sequence[int]) -> None:
 
 
 def norms_before(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layer -> the LayerNorm whose output is its input and nothing else's."""
+    """Linear layer -> the LayerNorm whose output is its input and nothing else's; none where norms come after (post-norm)."""
     pairs = {"attn.qkv": "norm1", "mlp.fc1": "norm2"}
     return {
         f"blocks.{index}.{layer}": block.get_submodule(norm)
         for index, block in enumerate(model.blocks)
         for layer, norm in pairs.items()
-        if isinstance(block.get_submodule(norm), nn.LayerNorm)
+        if hasattr(block, "ls1") and isinstance(getattr(block, norm, None), nn.LayerNorm)  # a pre-norm block has scales
     }
 
 
@@ -93,11 +109,11 @@ def build(model: nn.Module, architecture: Architecture) -> None:
     if len(wanted) != len(model.blocks):
         raise InputError(f"sizes of {len(wanted)} blocks were given and {architecture.name} has {len(model.blocks)}")
     for block, shape in zip(model.blocks, wanted, strict=True):
-        attn, mlp = block.attn, block.mlp
+        attn, mlp, gated = block.attn, block.mlp, gates(block)
         size_attention(attn, shape.heads, shape.head_dim)
         attn.qkv = nn.Linear(attn.qkv.in_features, 3 * attn.attn_dim, bias=attn.qkv.bias is not None)
         attn.proj = nn.Linear(attn.attn_dim, attn.proj.out_features, bias=attn.proj.bias is not None)
-        mlp.fc1 = nn.Linear(mlp.fc1.in_features, shape.neurons, bias=mlp.fc1.bias is not None)
+        mlp.fc1 = nn.Linear(mlp.fc1.in_features, gated * shape.neurons, bias=mlp.fc1.bias is not None)
         mlp.fc2 = nn.Linear(shape.neurons, mlp.fc2.out_features, bias=mlp.fc2.bias is not None)
     if architecture.reduction:
         reduce_tokens(model, architecture.reduction, [shape.tokens for shape in wanted])
@@ -193,17 +209,20 @@ def tokens_through(wanted: Sequence[BlockShape], tokens: int) -> tuple[list[int]
     return before, after
 
 
-def macs(heads, head_dim, neurons, before, after, width: int, reduction: str | None = None) -> np.ndarray:
+def macs(
+    heads, head_dim, neurons, before, after, width: int, reduction: str | None = None, *, gates=1, prefix: int = 1
+) -> np.ndarray:
     """Multiply-accumulates of blocks for one image, summed over the last axis of the arguments (numbers or arrays).
 
-    With a = heads x head_dim, h neurons, N tokens before and M after the attention, and tokens of `width` d:
-    4 N d a + 2 N^2 a + 2 M d h, plus N a for the class token's attention where tokens are chosen by it, or
-    (N / 2)^2 head_dim for the similarities where they are merged.
+    With a = heads x head_dim, h neurons of g `gates`, N tokens before and M after the attention, and tokens of `width` d:
+    4 N d a + 2 N^2 a + (1 + g) M d h, plus N a for the class token's attention where tokens are chosen by it, or
+    (n / 2)^2 head_dim for the similarities of the n tokens behind the `prefix` where they are merged.
     """
     n, m, a = np.asarray(before, dtype=np.int64), np.asarray(after, dtype=np.int64), np.asarray(heads) * head_dim
-    total = 4 * n * width * a + 2 * n * n * a + 2 * m * width * np.asarray(neurons)
+    total = 4 * n * width * a + 2 * n * n * a + (1 + np.asarray(gates)) * m * width * np.asarray(neurons)
     if reduction in ("cls_attention", "hsic_cls"):
         total = total + np.where(m < n, n * a, 0)
     if reduction == "merge":
-        total = total + np.where(m < n, (n - n // 2) * (n // 2) * head_dim, 0)
+        free = n - prefix
+        total = total + np.where(m < n, (free - free // 2) * (free // 2) * head_dim, 0)
     return total.sum(-1)

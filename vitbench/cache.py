@@ -140,6 +140,7 @@ def prepare(
         img_size=img_size or None,
         pretrained=pretrained,
         checkpoint=checkpoint,
+        new_head=True,
         seed=train.seed,
     )
     if train.epochs == 0 and start.recipe.origin["head"] == "random":

@@ -25,7 +25,8 @@ class Architecture(Config):
     """A timm (or vitbench) Vision Transformer by name, with what was changed from the name's defaults.
 
     `blocks` holds the sizes of the blocks where something was removed, else nothing; `reduction` how tokens are chosen;
-    `distillation_token` whether a second class token with a head of its own was added (DeiT).
+    `distillation_token` whether a second class token with a head of its own was added (DeiT); `global_pool` what the head
+    reads where that is not the name's own ("avg": the mean of the patch tokens, as a fine-tuned MAE).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Architecture(Config):
     blocks: tuple[BlockShape, ...] = ()
     reduction: Reduction | None = None
     distillation_token: bool = False
+    global_pool: Literal["avg"] | None = None
 
 
 class Preprocess(Config):

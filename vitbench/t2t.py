@@ -105,6 +105,11 @@ class TokensToToken(nn.Module):
         self.proj = nn.Linear(widths[-1], embed_dim, bias=bias)
         self.to(device=device, dtype=dtype)
 
+    def unseen(self) -> int:
+        """Rows and columns of pixels at the end that no window of the first split has in it; later splits see all."""
+        kernel, stride, padding = SPLITS[0]
+        return max(0, (self.img_size[0] + 2 * padding - kernel) % stride - padding)
+
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         """Pixels on a token's side, as timm asks for it."""
         return REDUCTION if as_scalar else self.patch_size

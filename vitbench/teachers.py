@@ -9,6 +9,7 @@ from torch import nn
 
 from vitbench import artifact, vit
 from vitbench.errors import InputError
+from vitbench.model import names
 from vitbench.recipe import Architecture, Preprocess, Recipe
 
 
@@ -22,10 +23,10 @@ def load_teacher(name: str, classes: int) -> nn.Module:
     """
     timms, _, file = name.partition(":")
     plain = timms.split(".")[0]
-    if Path(name).expanduser().is_dir() or not (timm.is_model(plain) or timms in vit.OWN_VITS):
+    if Path(name).expanduser().is_dir() or not (timm.is_model(plain) or timms in names.OWN_VITS):
         return artifact.load(Path(name))
     count = classes if file else None
-    if plain in vit.model_names():
+    if plain in names.OWN_VITS or names.fits(plain):
         teacher = vit.create_model(timms, num_classes=count, pretrained=not file, checkpoint=file)
     else:
         teacher = _other_kind(timms, file, count)

@@ -38,6 +38,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     small.add_argument("--splits", **SPLITS)
     small.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
+    small.add_argument(
+        "--no-ema",
+        dest="ema",
+        action="store_false",
+        help="of a checkpoint with weights as trained and averaged (EMA), take those as trained (default: averaged)",
+    )
     small.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
     small.add_argument(
         "--random", action="store_true", help="random weights for a model given by name: to measure size and speed only"
@@ -75,6 +81,8 @@ def _compress(options: argparse.Namespace) -> int:
             pretrained=options.pretrained,
             checkpoint=options.checkpoint,
             depth=options.depth,
+            ema=options.ema,
+            new_head=any(_trains(config) for config in configs),
         )
     data, start = data_of(options) if options.dataset else None, time.monotonic()
     if options.budget:
@@ -87,6 +95,11 @@ def _compress(options: argparse.Namespace) -> int:
         record.append([seconds_row(path, data, seconds)])
     print(f"{path}: {artifact.size_on_disk(path):,} bytes, {small.recipe.method}, made in {seconds:.1f} s")
     return 0
+
+
+def _trains(config: Any) -> bool:
+    """Whether the method trains, so that a new head learns its classes."""
+    return getattr(getattr(config, "train", None), "epochs", 0) > 0
 
 
 def _within(budget: str, model: Any, name: str, values: dict[str, Any], data: Any) -> Any:

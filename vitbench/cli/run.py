@@ -111,7 +111,7 @@ def _list(options: argparse.Namespace) -> int:
     from vitbench import lessons
     from vitbench.edge.profiles import load_profiles
     from vitbench.methods import METHODS
-    from vitbench.vit import model_names
+    from vitbench.model.names import model_names
 
     if options.what in (None, "notebooks"):
         print("notebooks:")

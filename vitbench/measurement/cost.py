@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitbench import artifact
@@ -62,10 +63,13 @@ def count_int8_macs(model: nn.Module) -> int:
     return sum(counts)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def macs_of(module: nn.Module, x: Tensor) -> int:
     """Likewise of any module for the input x."""
     set_fused_attention(module, False)  # some versions of torch count the fused kernel as nothing
+    fixed = {
+        name: parameter.detach() for name, parameter in module.named_parameters()
+    }  # the counter hooks onto gradients
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-        module(x)
+        functional_call(module, fixed, (x,))
     return counter.get_total_flops() // 2
