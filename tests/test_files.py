@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -28,6 +29,9 @@ from vitbench.base.files import (
 from vitbench.base.folders import Kind, atomic_folder, check_target
 from vitbench.edge import bundle
 from vitbench.errors import InputError
+from vitbench.gallery import draw
+from vitbench.report import write_report
+from vitbench.runs import Run
 
 BOX = Kind("a box", "box.json", frozenset({"box"}), lambda content: content["box"])
 
@@ -108,6 +112,33 @@ def test_the_function_itself_refuses_too(tmp_path, tiny):
         artifact.save(tiny, model)
     (model / "notes.txt").unlink()
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notebooks", "figures", "report.html", "recipe.json"])
+def test_results_go_into_no_folder_where_they_would_write_over_something(tmp_path, name):
+    write_text(tmp_path / "thesis.tex", "mine")
+    Run(tmp_path)  # rows beside it take nothing away
+    for folder in ("theirs", "ours"):
+        (tmp_path / folder / name).mkdir(parents=True)
+    write_text(tmp_path / "ours" / "records.jsonl", "")
+    with pytest.raises(InputError, match=f"holds '{name}' and no results"):
+        Run(tmp_path / "theirs")
+    assert os.listdir(tmp_path / "theirs") == [name]
+    Run(tmp_path / "ours")
+
+
+def test_a_page_and_a_table_that_are_not_ours_stay(tmp_path):
+    for name, work in {
+        "report.html": lambda: write_report(tmp_path),
+        "size.csv": lambda: draw("size", pd.DataFrame(), tmp_path / "size.png"),
+    }.items():
+        write_text(tmp_path / name, "<title>my page</title>")
+        with pytest.raises(InputError, match=name):
+            work()
+        assert (tmp_path / name).read_text() == "<title>my page</title>"
+    write_text(tmp_path / "report.html", "<title>vitbench: an earlier report</title>")
+    with pytest.raises(InputError, match="no records"):
+        write_report(tmp_path)
 
 
 def test_a_folder_of_the_same_kind_is_replaced_and_a_model_by_itself(tmp_path, tiny):

@@ -70,6 +70,11 @@ def draw(name: str, rows: pd.DataFrame, out: str | Path, *, batch: int = 1, look
     out = Path(out).expanduser()
     if out.suffix not in KINDS:
         raise InputError(f"--out {str(out)!r} ends in {out.suffix!r}; give a name that ends in {', '.join(KINDS)}")
+    beside = out.with_suffix(".csv")
+    if beside.exists() and not beside.read_bytes().startswith(b"key,model,dataset,"):
+        raise InputError(
+            f"the rows of the figure go into {str(beside)!r}, where another table lies; give --out another name"
+        )
     with figures.restyled(look):
         figure, shown = GALLERY[name][1](rows, batch)
         figures.save_figure(

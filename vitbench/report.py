@@ -37,8 +37,9 @@ def write_report(*folders: str | Path, out: str | Path = "") -> Path:
     if not out and len(folders) != 1:
         raise InputError(f"a report of {len(folders)} results folders needs a folder of its own; give --out DIR")
     sources = [records_file(folder) for folder in folders]
-    rows = pd.concat([load_records(source) for source in sources], ignore_index=True)
     folder = writable_folder(out, "report's folder") if out else sources[0].parent
+    _refuse_another(folder / "report.html")
+    rows = pd.concat([load_records(source) for source in sources], ignore_index=True)
     templates = jinja2.Environment(loader=jinja2.PackageLoader("vitbench"), autoescape=True)
     content = _content(folder, rows, [source.parent for source in sources])
     page = templates.get_template("report.html").render(**content)
@@ -49,6 +50,14 @@ def write_report(*folders: str | Path, out: str | Path = "") -> Path:
             f"{str(folder / 'report.html')!r} cannot be written ({error.strerror}); free some space or copy the folder"
         ) from None
     return folder / "report.html"
+
+
+def _refuse_another(page: Path) -> None:
+    """Raise `InputError` where a page lies that is none of these reports."""
+    if page.exists() and b"<title>vitbench: " not in page.read_bytes()[:1000]:
+        raise InputError(
+            f"{str(page)!r} is a page that vitbench did not make, so it is left alone; give another folder"
+        )
 
 
 def table_text(rows: pd.DataFrame) -> str:

@@ -6,8 +6,22 @@ from pathlib import Path
 import pandas as pd
 
 from vitbench import environment, paths
+from vitbench.errors import InputError
 from vitbench.records import Row, append_rows
 from vitbench.row_table import load_records
+
+MARKS = ("records.jsonl", "environments", "searches", "suite.lock", "sweep.lock")  # what a results folder is known by
+# what results would write over, or be taken for, where somebody else's lies in a folder
+TAKEN = (
+    "notebooks",
+    "figures",
+    "errors",
+    "report.html",
+    "sweep.json",
+    "recipe.json",
+    "model.safetensors",
+    "bundle.json",
+)
 
 
 class Run:
@@ -15,11 +29,16 @@ class Run:
 
     Args:
         folder: an existing or new folder; "" means `results/runs/quick` in the project.
+
+    Raises:
+        InputError: the folder cannot be written, or is none of results and holds what results would write over.
     """
 
     def __init__(self, folder: str | Path = ""):
-        folder = folder or paths.home() / "results" / "runs" / "quick"
+        folder = Path(folder or paths.home() / "results" / "runs" / "quick").expanduser()
+        _refuse_others(folder)
         self.folder = paths.writable_folder(folder, "results folder")
+        (self.folder / "environments").mkdir(exist_ok=True)  # from now on it is known as a results folder
         self.records = self.folder / "records.jsonl"
         self.models = self.folder / "models"
         self.figures = self.folder / "figures"
@@ -47,3 +66,11 @@ class Run:
     def rows(self) -> pd.DataFrame:
         """All rows, the latest about each thing."""
         return load_records(self.records)
+
+
+def _refuse_others(folder: Path) -> None:
+    taken = [name for name in TAKEN if (folder / name).exists()]
+    if taken and not any((folder / name).exists() for name in MARKS):
+        raise InputError(
+            f"{str(folder)!r} holds {taken[0]!r} and no results, so it is left alone; give a new folder or one of results"
+        )

@@ -1,0 +1,190 @@
+"""What each command does when the disk is full: one line, nothing left, and the same command goes on once there is space.
+
+    sudo python benchmarks/disk_full.py --out results/runs/disk-full
+
+Each trial writes into a file system in memory of 4 KB to 1 MB (`mount -t tmpfs`, for which one has to be root): a results or
+output folder, or the cache, where a training, a search and what calibration finds are kept. Then the file system
+grows, and the same command runs again. The table is printed and written to `table.md`, what is behind it to `found.json`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitbench import artifact, environment, paths, vit
+from vitbench.base.files import PART, write_text
+
+SIZES = (4, 16, 64, 256, 1024)  # KB
+ENOUGH = "64m"
+IMAGES = ["--dataset", "digits", "--splits", "train=400", "val=100", "calibration=64"]
+SWEEP = """models: [{name: vit_micro_patch2_8}]
+datasets: [{dataset: digits, splits: {train: 200, val: 100}}]
+train: {epochs: 1}
+methods: [baseline, {weight_only: {bits: [4, 8]}}]
+measures: {what: [size]}
+"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A command, and which of its folders is small: OUT, a results or output folder, or the project's cache."""
+
+    words: str
+    small: str = "OUT"
+
+
+TRIALS = {
+    "compress": Trial("compress MODEL --out OUT/small"),
+    "measure": Trial("measure MODEL IMAGES --what accuracy size weights --out OUT/results"),
+    "report": Trial("report ROWS --out OUT/page"),
+    "figure": Trial("figure size --rows ROWS --out OUT/size.png"),
+    "bundle": Trial("bundle MODEL IMAGES --out OUT/bundle"),
+    "sweep": Trial("run SWEEP --out OUT/sweep"),
+    "sweep, its cache": Trial("run SWEEP --out FREE/sweep", "cache"),
+    "notebooks": Trial(
+        "run quick --only 00 01 --set model=vit_micro_patch2_8 train.epochs=1 threads=1 rounds=10 --out OUT/run"
+    ),
+    "notebooks, their cache": Trial(
+        "run quick --only 01 --set model=vit_micro_patch2_8 train.epochs=1 threads=1 rounds=10 --out FREE/run", "cache"
+    ),
+    "training": Trial("compress MODEL IMAGES --method distillation --set train.epochs=2 --out FREE/small", "cache"),
+    "moments of mixed rank": Trial(
+        "compress MODEL IMAGES --method mixed_rank --set keep=0.5 --out FREE/small", "cache"
+    ),
+    "search of what to cut": Trial(
+        "compress MODEL IMAGES --method multidimensional --set keep=0.7 search.evaluations=6 search.first=3 search.pool=100 train.epochs=0 --out FREE/small",
+        "cache",
+    ),
+    "reconstruction": Trial(
+        "compress MODEL IMAGES --method weight_only --set reconstruction=8 --out FREE/small", "cache"
+    ),
+    "search of combinations": Trial(
+        "combine MODEL IMAGES --budget bytes=0.6 --trials 2 --set train.epochs=0 --record OUT/record --out OUT/best"
+    ),
+}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the table")
+    parser.add_argument("--only", nargs="+", default=list(TRIALS), metavar="TRIAL", help=f"of {', '.join(TRIALS)}")
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), metavar="KB", help="default: 4 to 1024")
+    options = parser.parse_args()
+    out = paths.writable_folder(options.out, "folder").resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        if why := cannot_mount(place):
+            print(f"skipped: no file system in memory can be mounted here ({why}); run it as root", file=sys.stderr)
+            return 0
+        prepare(place)
+        found = []
+        for name in options.only:
+            for size in options.sizes:
+                found.append(trial(place, name, size))
+                print(line(found[-1]), flush=True)
+    bad = sum(each["tracebacks"] + each["left"] + (not each["goes on"]) for each in found)
+    facts = {"trials": found, "commit": environment.commit(), "bad": bad}
+    write_text(out / "found.json", json.dumps(facts, indent=1) + "\n")
+    head = "| command | KB | with so little space | tracebacks | left over | goes on |\n|---|---|---|---|---|---|\n"
+    write_text(out / "table.md", head + "".join(f"{line(each)}\n" for each in found))
+    print(f"{len(found)} trials, {bad} bad")
+    return 1 if bad else 0
+
+
+def line(each: dict) -> str:
+    """A trial as a line of the table."""
+    cells = [each[key] for key in ("command", "KB", "said", "tracebacks", "left", "goes on")]
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def cannot_mount(place: Path) -> str:
+    """Why there can be no file system in memory; "" if there can."""
+    try:
+        with mounted(place, "64k"):
+            return ""
+    except (OSError, subprocess.CalledProcessError) as error:
+        return (getattr(error, "stderr", "") or str(error)).strip()
+
+
+@contextlib.contextmanager
+def mounted(place: Path, size: str) -> Iterator[None]:
+    """A file system in memory of so many bytes at `place`."""
+    place.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True, capture_output=True)
+
+
+def prepare(place: Path) -> None:
+    """A small model, its rows and a sweep, made with all the space that there is."""
+    artifact.save(vit.create_model("vit_micro_patch2_8", num_classes=10, img_size=8), place / "model")
+    write_text(place / "sweep.yaml", SWEEP)
+    done = vitbench(place, "measure MODEL IMAGES --what accuracy size --out ROWS", "")
+    if done.returncode:
+        raise SystemExit(f"the model cannot be measured: {done.stderr[-300:]}")
+
+
+def vitbench(place: Path, words: str, out: str) -> subprocess.CompletedProcess:
+    """Run a command in which capital words stand for the folders here."""
+    named = {"MODEL": "model", "ROWS": "rows", "SWEEP": "sweep.yaml", "OUT": out, "FREE": f"{out}-free"}
+    given = [each for word in words.split() for each in (IMAGES if word == "IMAGES" else [word])]
+    filled = [re.sub("|".join(named), lambda found: str(place / named[found[0]]), word) for word in given]
+    command = [sys.executable, "-m", "vitbench.cli", *filled]
+    source = str(Path(__file__).resolve().parents[1])
+    own = {"VITBENCH_HOME": str(place / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    return subprocess.run(
+        command, cwd=place, env=os.environ | own, capture_output=True, text=True, errors="replace", timeout=900
+    )
+
+
+def trial(place: Path, name: str, size: int) -> dict:
+    """Run a command with `size` KB, look at what it left, and run it again with enough."""
+    chosen, out = TRIALS[name], f"{name.replace(' ', '-').replace(',', '')}-{size}"
+    small = place / out if chosen.small == "OUT" else place / "home" / "results" / "cache"
+    with mounted(small, f"{size}k"):
+        first = vitbench(place, chosen.words, out)
+        left = leftovers(small)
+        remount = ["mount", "-o", f"remount,size={ENOUGH}", str(small)]
+        subprocess.run(remount, check=True, capture_output=True)
+        again = vitbench(place, chosen.words, out)
+        left += leftovers(small)
+    said = [
+        text for text in re.split("[\r\n]+", f"{first.stdout}\n{first.stderr}") if re.match("vitbench: |failed ", text)
+    ]
+    outcome = "it fits" if first.returncode == 0 else (said or ["status without a word"])[-1].replace(str(place), "")
+    texts = first.stdout + first.stderr + again.stdout + again.stderr
+    return {
+        "command": name,
+        "KB": size,
+        "status": first.returncode,
+        "said": outcome[:200],
+        "tracebacks": texts.count("Traceback (most recent call last)"),
+        "left": len(left),
+        "goes on": again.returncode == 0,
+        "again": "" if again.returncode == 0 else (again.stdout + again.stderr)[-400:].replace(str(place), ""),
+    }
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Parts of files, and copies of notebooks that ran no longer."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if PART.fullmatch(path.name) or path.name.endswith((".running.ipynb", ".part"))
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
