@@ -15,11 +15,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitbench import artifact, environment, paths, vit
+import torch
+
+from vitbench import artifact, cli, environment, paths, vit
 from vitbench.base.files import PART, write_text
 
 SIZES = (4, 16, 64, 256, 1024)  # KB
@@ -81,7 +84,9 @@ def main() -> int:
     options = parser.parse_args()
     out = paths.writable_folder(options.out, "folder").resolve()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        place = Path(folder).resolve()
+        os.environ |= {"VITBENCH_HOME": str(place / "home"), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        torch.set_num_threads(1)  # a fork takes no threads along
         if why := cannot_mount(place):
             print(f"skipped: no file system in memory can be mounted here ({why}); run it as root", file=sys.stderr)
             return 0
@@ -132,21 +137,35 @@ def prepare(place: Path) -> None:
     artifact.save(vit.create_model("vit_micro_patch2_8", num_classes=10, img_size=8), place / "model")
     write_text(place / "sweep.yaml", SWEEP)
     done = vitbench(place, "measure MODEL IMAGES --what accuracy size --out ROWS", "")
-    if done.returncode:
-        raise SystemExit(f"the model cannot be measured: {done.stderr[-300:]}")
+    if done[0]:
+        raise SystemExit(f"the model cannot be measured: {done[1][-300:]}")
 
 
-def vitbench(place: Path, words: str, out: str) -> subprocess.CompletedProcess:
-    """Run a command in which capital words stand for the folders here."""
+def vitbench(place: Path, words: str, out: str) -> tuple[int, str]:
+    """Run a command in which capital words stand for the folders here; its status and what it said.
+
+    It runs in a fork of this process, which has imported what takes seconds.
+    """
     named = {"MODEL": "model", "ROWS": "rows", "SWEEP": "sweep.yaml", "OUT": out, "FREE": f"{out}-free"}
     given = [each for word in words.split() for each in (IMAGES if word == "IMAGES" else [word])]
     filled = [re.sub("|".join(named), lambda found: str(place / named[found[0]]), word) for word in given]
-    command = [sys.executable, "-m", "vitbench.cli", *filled]
-    source = str(Path(__file__).resolve().parents[1])
-    own = {"VITBENCH_HOME": str(place / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
-    return subprocess.run(
-        command, cwd=place, env=os.environ | own, capture_output=True, text=True, errors="replace", timeout=900
-    )
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if not child:
+            status = 99
+            try:
+                for number in (1, 2):
+                    os.dup2(said.fileno(), number)
+                os.chdir(place)
+                status = cli.main(filled)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        return status, said.read().decode(errors="replace").replace(str(place), "")
 
 
 def trial(place: Path, name: str, size: int) -> dict:
@@ -160,20 +179,17 @@ def trial(place: Path, name: str, size: int) -> dict:
         subprocess.run(remount, check=True, capture_output=True)
         again = vitbench(place, chosen.words, out)
         left += leftovers(small)
-    said = [
-        text for text in re.split("[\r\n]+", f"{first.stdout}\n{first.stderr}") if re.match("vitbench: |failed ", text)
-    ]
-    outcome = "it fits" if first.returncode == 0 else (said or ["status without a word"])[-1].replace(str(place), "")
-    texts = first.stdout + first.stderr + again.stdout + again.stderr
+    words = [text for text in re.split("[\r\n]+", first[1]) if re.match("vitbench: |failed ", text)]
+    outcome = "it fits" if first[0] == 0 else (words or [f"status {first[0]} without a word"])[-1]
     return {
         "command": name,
         "KB": size,
-        "status": first.returncode,
+        "status": first[0],
         "said": outcome[:200],
-        "tracebacks": texts.count("Traceback (most recent call last)"),
+        "tracebacks": (first[1] + again[1]).count("Traceback (most recent call last)"),
         "left": len(left),
-        "goes on": again.returncode == 0,
-        "again": "" if again.returncode == 0 else (again.stdout + again.stderr)[-400:].replace(str(place), ""),
+        "goes on": again[0] == 0,
+        "again": "" if again[0] == 0 else again[1][-400:],
     }
 
 

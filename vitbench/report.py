@@ -37,9 +37,9 @@ def write_report(*folders: str | Path, out: str | Path = "") -> Path:
     if not out and len(folders) != 1:
         raise InputError(f"a report of {len(folders)} results folders needs a folder of its own; give --out DIR")
     sources = [records_file(folder) for folder in folders]
-    folder = writable_folder(out, "report's folder") if out else sources[0].parent
-    _refuse_another(folder / "report.html")
+    _refuse_another((Path(out).expanduser() if out else sources[0].parent) / "report.html")
     rows = pd.concat([load_records(source) for source in sources], ignore_index=True)
+    folder = writable_folder(out, "report's folder") if out else sources[0].parent
     templates = jinja2.Environment(loader=jinja2.PackageLoader("vitbench"), autoescape=True)
     content = _content(folder, rows, [source.parent for source in sources])
     page = templates.get_template("report.html").render(**content)
