@@ -1,9 +1,6 @@
 """Kernels that are forked from a process which has imported: they are like others, and end."""
 
-import signal
-import subprocess
 import sys
-import time
 
 import nbformat
 import papermill
@@ -11,14 +8,14 @@ import psutil
 import pytest
 from jupyter_client import BlockingKernelClient
 
-from vitbench.kernels import SERVE, Kernels
-from vitbench.measurement import child
+from vitbench.base.processes import ProcessError
+from vitbench.kernels import Kernels
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
 
 FIRST = "import os, sys\nprint('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
 FIGURE = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])"
-CHILD = "from vitbench.measurement import child\nprint(child._forker.ended(), child.in_child('time_models', 1, models=[], batch=1, rounds=1, exported=''))"
+CHILD = "from vitbench.measurement import child\nprint(child._server.alive(), child.in_child('time_models', 1, models=[], batch=1, rounds=1, exported=''))"
 AGAIN = "import subprocess\nprint(subprocess.run(['false']).returncode, os.getpid())"
 
 
@@ -44,7 +41,7 @@ def test_a_kernel_has_imported_shows_figures_times_models_and_ends(kernels, tmp_
     first, figure, timed, again = run(kernels, tmp_path, FIRST, FIGURE, CHILD, AGAIN)
     assert first == "True False\n"
     assert "image/png" in figure
-    assert timed == "False {'timed': []}\n"
+    assert timed == "True {'timed': []}\n"
     status, process = again.split()
     assert status == "1", "a child's exit status reaches the kernel"
     assert not psutil.pid_exists(int(process))
@@ -60,17 +57,7 @@ def test_kernels_end_with_the_process_that_forks_them(tmp_path):
         client.start_channels()
         client.wait_for_ready(timeout=60)
         client.stop_channels()
-        kernels._server.send_signal(signal.SIGKILL)
-        kernels._server.wait()
-        deadline = time.monotonic() + 20
-        while not kernel._ended():
-            assert time.monotonic() < deadline, "the kernel goes on although nobody waits for it"
-            time.sleep(0.1)
-        with pytest.raises(RuntimeError, match="the process that starts kernels ended"), kernels.kernel():
+        kernels._server._started.process.kill()
+        assert kernel.process.ended(20), "the kernel goes on although nobody waits for it"
+        with pytest.raises(ProcessError, match="the process that is forked ended: .* signal 9"), kernels.kernel():
             pass
-
-
-@pytest.mark.parametrize("command", [SERVE, child.SERVE])
-def test_who_forks_ends_without_a_word(command):
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

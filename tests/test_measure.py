@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vitbench import artifact, backends, statistics, vit
+from vitbench.base import processes
 from vitbench.batches import eval_batches
 from vitbench.comparison import comparison, paired_loss, subject, value
 from vitbench.errors import InputError
@@ -82,7 +83,7 @@ def test_answers_that_are_no_numbers_are_a_failed_row(base, digits, tmp_path):
 def test_the_same_again_measures_nothing(measured, base, digits, monkeypatch):
     run, path, rows = measured
     before = run.records.read_bytes()
-    monkeypatch.setattr(child.subprocess, "run", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(processes.subprocess, "Popen", lambda *_, **__: pytest.fail("measured again"))
     again = measure(path, digits, run, versus=base.path, rounds=10, threads=1)
     assert run.records.read_bytes() == before
     assert list(again["key"]) == list(rows["key"])
@@ -148,12 +149,11 @@ def test_the_child_says_why_it_failed():
 
 
 @pytest.mark.parametrize("kind", ["_forked", "_started"])
-def test_a_job_s_process_is_in_this_folder_forked_or_started(base, tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(base.path.parent)
+def test_a_job_s_process_is_forked_or_started(base, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(child, "_forked", getattr(child, kind))
     for _ in range(2):
         how = {"batch": 1, "rounds": 10, "exported": str(tmp_path)}
-        found = child.in_child("time_models", 1, models=[[base.path.name, "eager"]], **how)
+        found = child.in_child("time_models", 1, models=[[str(base.path), "eager"]], **how)
         assert len(found["timed"][0]["times"]) == 10
 
 
@@ -163,13 +163,13 @@ def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone():
         return child.in_child("measure_peaks", 1)
 
     run()
-    first = child._forker
+    first = child._server
     run()
-    assert child._forker is first
-    signal.pidfd_send_signal(first.process, signal.SIGKILL)
-    assert first.ended(60)
+    assert child._server is first
+    first._started.process.kill()
+    first._started.process.wait()
     run()
-    assert child._forker is not first
+    assert child._server is not first
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")

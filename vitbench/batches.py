@@ -1,22 +1,22 @@
 """Batches of model input: images resized, augmented and normalised, in a fixed order for a fixed seed."""
 
-import random
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from vitbench.base import loading
+from vitbench.base.loading import own_draws
 from vitbench.data import Split
 from vitbench.errors import InputError
 from vitbench.recipe import Preprocess
 
+FLOAT_BYTES = 4
 Augment = Literal["none", "shift", "shift-flip", "timm"]
-LOADER_WORKERS = 2
 LONGEST = 200  # how many times longer than the other one side of an image may be
 
 
@@ -33,7 +33,7 @@ def eval_batches(
             x = _to_input(images[start : start + batch_size].to(device), preprocess)
             yield x, torch.from_numpy(split.labels[start : start + batch_size]).to(device)
         return
-    for x, y in _pil_loader(split, _timm_eval_transform(preprocess), batch_size, order=None, seed=0):
+    for x, y in _pil_loader(split, _timm_eval_transform(preprocess), preprocess.size, batch_size, order=None, seed=0):
         yield x.to(device), y.to(device)
 
 
@@ -86,7 +86,7 @@ def _augmented(
     if augment == "timm" or split.array is None:
         transform = _timm_train_transform(preprocess) if augment == "timm" else _timm_eval_transform(preprocess)
         places, draws = torch.cat(tuple(order)).tolist(), seed if view is None else view
-        for x, y in _pil_loader(split, transform, len(order[0]), order=places, seed=draws):
+        for x, y in _pil_loader(split, transform, preprocess.size, len(order[0]), order=places, seed=draws):
             yield x.to(device), y.to(device)
         return
     generator = torch.Generator().manual_seed((seed if view is None else view) + 1)
@@ -180,10 +180,8 @@ class _Transformed:
         except InputError as error:  # raised again in the process that asked, where no worker's traceback is around it
             return error
         draw = (self.seed * 1_000_003 + i) % 2**32
-        random.seed(draw)
-        np.random.seed(draw)
-        torch.manual_seed(draw)
-        return self.transform(image), label
+        with own_draws(draw):
+            return self.transform(image), label
 
     def _check_shape(self, image: Image.Image, i: int) -> None:
         """A long thin image grows beyond all memory when its shorter side is brought to the input's size."""
@@ -195,14 +193,15 @@ class _Transformed:
 
 
 def _pil_loader(
-    split: Split, transform, batch_size: int, order: list[int] | None, seed: int
+    split: Split, transform, side: int, batch_size: int, order: list[int] | None, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    # worker processes keep their own random state, so the per-image seeding never touches this process
+    count = loading.workers(batch_size * 3 * side * side * FLOAT_BYTES)
     loader = DataLoader(
         _Transformed(split, transform, seed),
         batch_size=batch_size,
         sampler=order,
-        num_workers=LOADER_WORKERS,
+        num_workers=count,
+        multiprocessing_context=loading.METHOD if count else None,
         collate_fn=_collate,
     )
     for batch in loader:

@@ -1,7 +1,7 @@
 """Run one exported model with numpy and ONNX Runtime or OpenVINO alone: answers, times, memory. Neither PyTorch nor vitbench is imported.
 
 A bundle for another device holds a copy of this file. `python standalone.py --answer MODEL --images FILE.npy --threads N` answers
-once and prints what it took.
+once and prints what it took, or with `--to FILE` writes it there.
 """
 
 import contextlib
@@ -172,25 +172,44 @@ def one_answer(path: str, images: str, threads: int) -> dict[str, Any]:
 
 
 def answer_command(path: Path, images: Path, threads: int) -> list[str]:
-    """The command that prints `one_answer` of a fresh process."""
-    return [sys.executable, __file__, "--answer", str(path), "--images", str(images), "--threads", str(threads)]
+    """The command that says `one_answer` of a fresh process."""
+    script, path, images = (os.path.abspath(each) for each in (__file__, path, images))
+    return [sys.executable, script, "--answer", path, "--images", images, "--threads", str(threads)]
 
 
-def in_fresh_process(command: list[str], threads: int) -> dict[str, Any]:
-    """What a command like `answer_command` prints, with `cold_start`: seconds from its start to the first answer."""
+def in_fresh_process(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
+    """What a command like `answer_command` says, with `cold_start`: seconds from its start to the first answer.
+
+    It works in a temporary folder and imports nothing from there; what it and its libraries print is not read, unless it fails.
+
+    Args:
+        variables: its environment.
+    """
     import subprocess
+    import tempfile
 
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, env=thread_environment(threads), capture_output=True, text=True, timeout=TIME_LIMIT
-        )
-    except subprocess.TimeoutExpired:
-        raise BundleError(f"one answer took more than {TIME_LIMIT} s") from None
-    if done.returncode:
-        raise BundleError(reason(done.stderr, done.returncode))
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder, "answer.json")
+        options = {"cwd": folder, "env": variables | {"PYTHONSAFEPATH": "1"}, "stdin": subprocess.DEVNULL}
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                [*command, "--to", str(said)], capture_output=True, text=True, timeout=TIME_LIMIT, **options
+            )
+        except subprocess.TimeoutExpired:
+            raise BundleError(f"one answer took more than {TIME_LIMIT} s") from None
+        if done.returncode or not said.exists():
+            raise BundleError(reason(done.stderr, done.returncode))
+        found = json.loads(said.read_text())
     return {**found, "cold_start": found.pop("answered") - start}
+
+
+def say(answer: dict[str, Any], to: str) -> None:
+    """Write the answer to the file `to`, or print it if that is empty."""
+    if to:
+        Path(to).write_text(json.dumps(answer))
+    else:
+        print(json.dumps(answer), flush=True)
 
 
 def reason(stderr: str, status: int) -> str:
@@ -208,10 +227,10 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """`--answer FILE --images FILE --threads N`: print `one_answer` as JSON."""
+    """`--answer FILE --images FILE --threads N`: print `one_answer` as JSON, or with `--to FILE` write it there."""
     given = dict(zip(arguments[::2], arguments[1::2]))
     try:
-        print(json.dumps(one_answer(given["--answer"], given["--images"], int(given["--threads"]))))
+        say(one_answer(given["--answer"], given["--images"], int(given["--threads"])), given.get("--to", ""))
     except BundleError as error:
         print(f"BundleError: {error}", file=sys.stderr)
         return 2

@@ -20,13 +20,14 @@ from vitbench.base.locks import locked
 from vitbench.cache import prepare
 from vitbench.data import ImageData, load_data
 from vitbench.errors import one_of
-from vitbench.kernels import QUIET, Kernels
+from vitbench.kernels import OPTIONS, Kernels
 from vitbench.lessons import STAGES, Lesson
 from vitbench.paths import home
 from vitbench.runs import Run
 from vitbench.training import TrainConfig
 
 POLL_SECONDS = 0.5
+PATHS = ("dataset", "checkpoint", "profiles_file")  # parameters that may name a file or a folder
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
     _write_whole(str(run.notebooks))
     partial, final = _copy(run, lesson, running=True), _copy(run, lesson)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    parameters = {name: value for name, value in values.items() if name in lesson.parameters} | {"out": str(run.folder)}
+    parameters = {name: value for name, value in values.items() if name in lesson.parameters}
+    parameters |= _absolute(parameters) | {"out": str(run.folder)}
     error, start = "", time.monotonic()
     try:
         with kernels.kernel() as kernel:
@@ -165,7 +167,7 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
                 progress_bar=False,
                 kernel_name="python3",
                 km=kernel,
-                extra_arguments=[QUIET],
+                extra_arguments=list(OPTIONS),
             )
     except papermill.PapermillExecutionError as failure:
         error = (
@@ -199,6 +201,13 @@ def _write_whole(folder: str) -> None:
             write_text(path, buf)
 
     papermill_io.register(folder, Whole())
+
+
+def _absolute(parameters: dict[str, Any]) -> dict[str, str]:
+    """The parameters that name a file or folder here, in full: a kernel works in a folder of its own."""
+    named = {name: parameters[name] for name in PATHS if parameters.get(name) and parameters[name] != "digits"}
+    found = {name: Path(value).expanduser() for name, value in named.items()}
+    return {name: str(path.absolute()) for name, path in found.items() if path.exists()}
 
 
 def _copy(run: Run, lesson: Lesson, running: bool = False) -> Path:

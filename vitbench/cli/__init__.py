@@ -6,6 +6,7 @@ import sys
 import warnings
 
 from vitbench.base.files import UNWRITABLE
+from vitbench.base.processes import open_streams
 from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
 from vitbench.errors import InputError
 
@@ -15,6 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     130 and 141 are a shell's words for what was interrupted, and for what nobody reads on.
     """
+    open_streams()
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():

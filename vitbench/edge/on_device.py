@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from standalone import PACKAGES, STARTS, BundleError, answer_command, in_fresh_process, keep_memory, open_model, turns
+from standalone import (
+    PACKAGES,
+    STARTS,
+    BundleError,
+    answer_command,
+    in_fresh_process,
+    keep_memory,
+    open_model,
+    thread_environment,
+    turns,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST, ANSWERS = "bundle.json", "answers.json"
@@ -70,7 +80,8 @@ def _measure_entry(
 ) -> dict[str, Any]:
     path, images = folder / entry["file"], folder / entry["images"]
     call, apart = _checked(folder, entry, threads)
-    starts = [in_fresh_process(answer_command(path, images, threads), threads) for _ in range(STARTS)]
+    command, variables = answer_command(path, images, threads), thread_environment(threads)
+    starts = [in_fresh_process(command, variables) for _ in range(STARTS)]
     base = next((other for other in entries if other["name"] == entry["versus"]), None)
     calls = [call, *([_checked(folder, base, threads)[0]] if base else [])]
     times = turns(calls, rounds)

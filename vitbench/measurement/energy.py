@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,7 +102,7 @@ def obstacle(backend: str, power: float) -> str:
 def energy(path: Path, backend: str, threads: int, power: float) -> Iterator[Value]:
     """Joules of one image at batch 1: counted while the model answers, idle draw included, or `power` times the time."""
     with locked():
-        found = in_child("count_joules", threads, path=str(path), backend=backend)
+        found = in_child("count_joules", threads, path=os.path.abspath(path), backend=backend)
     if found["source"]:
         how = f"measured: {found['source']}, idle draw included, over {found['answers']} answers"
         yield Value("energy", found["joules"] / found["answers"], how)

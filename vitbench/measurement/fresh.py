@@ -1,7 +1,6 @@
 """A fresh process that loads a model and answers one image: its peak memory, the time to its first answer, the least it runs in."""
 
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import torch
 
 from vitbench import artifact, backends, standalone
 from vitbench.base.files import write_array
+from vitbench.base.processes import PYTHON, environment
 from vitbench.measurement import limits
 from vitbench.measurement.child import ChildError
 from vitbench.measurement.memory import peak_tensors
@@ -67,7 +67,7 @@ def memory_limit(path: Path, backend: str, threads: int) -> Iterator[Value]:
     """The smallest limit of memory under which the process still answers."""
     with ready(path, backend, threads) as (command, files):
         peak = answer(command, threads)["peak"]
-        least = limits.smallest(command, peak, standalone.thread_environment(threads), files)
+        least = limits.smallest(command, peak, environment(threads), files)
     yield Value("memory_limit", least, f"measured: smallest {limits.kind()} in which the process still answers")
 
 
@@ -78,7 +78,7 @@ def answers_within(path: Path, backend: str, threads: int, limit: int) -> Iterat
         InputError: not even the interpreter starts in so little.
     """
     with ready(path, backend, threads) as (command, files):
-        found = limits.works(command, limit, standalone.thread_environment(threads), files)
+        found = limits.works(command, limit, environment(threads), files)
     yield Value("answers_within", float(found), f"measured: one answer under a {limits.kind()}")
 
 
@@ -89,7 +89,7 @@ def answer(command: list[str], threads: int) -> dict[str, Any]:
         ChildError: it failed, with its last line.
     """
     try:
-        return standalone.in_fresh_process(command, threads)
+        return standalone.in_fresh_process(command, environment(threads))
     except standalone.BundleError as error:
         raise ChildError(str(error)) from None
 
@@ -98,7 +98,7 @@ def answer(command: list[str], threads: int) -> dict[str, Any]:
 def ready(path: Path, backend: str, threads: int) -> Iterator[tuple[list[str], list[Path]]]:
     """The command of a process that answers one image, and the files it loads: those exported for it, or the saved model's."""
     if not backends.BACKENDS[backend].alone:
-        command = [sys.executable, "-m", "vitbench.measurement.fresh", str(path), backend, str(threads)]
+        command = [*PYTHON, "-m", "vitbench.measurement.fresh", os.path.abspath(path), backend, str(threads)]
         yield command, list(path.iterdir())
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -127,5 +127,6 @@ def one_answer(path: str, backend: str, threads: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(one_answer(sys.argv[1], sys.argv[2], int(sys.argv[3]))), flush=True)
+    path, backend, threads, *to = sys.argv[1:]  # to: "--to" and a file
+    standalone.say(one_answer(path, backend, int(threads)), to[-1] if to else "")
     os._exit(0)  # to take down what was imported would take another second

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from vitbench.base.processes import PYTHON
 from vitbench.errors import InputError
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -34,7 +35,7 @@ def works(command: list[str], limit: int, env: dict[str, str], files: Iterable[P
     Raises:
         InputError: not even the interpreter starts in so little.
     """
-    if not _ends_well([sys.executable, "-c", "pass"], limit, env):
+    if not _ends_well([*PYTHON, "-c", "pass"], limit, env):
         raise InputError(f"a memory limit of {limit:,} bytes is too small to start Python; give some tens of megabytes")
     _drop_cached(files)
     return _ends_well(command, limit, env)
@@ -56,9 +57,10 @@ def smallest(command: list[str], peak: int, env: dict[str, str], files: Iterable
 
 
 def _ends_well(command: list[str], limit: int, env: dict[str, str]) -> bool:
-    with _limited(limit) as prefix:
+    with _limited(limit) as prefix, tempfile.TemporaryDirectory() as folder:
+        options = {"cwd": folder, "env": env, "stdin": subprocess.DEVNULL, "capture_output": True}
         try:
-            done = subprocess.run([*prefix, *command], env=env, capture_output=True, timeout=SECONDS)
+            done = subprocess.run([*prefix, *command], timeout=SECONDS, **options)
         except (subprocess.TimeoutExpired, OSError):
             return False
     return done.returncode == 0

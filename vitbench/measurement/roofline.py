@@ -4,6 +4,7 @@ Between that floor and the model's own time stand its products at their own size
 """
 
 import functools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ def roofline(path: Path, batches: Sequence[int], threads: int) -> Iterator[Value
         )
     for batch in batches:
         with locked():
-            found = in_child("time_products", threads, path=str(path), batch=batch)
+            found = in_child("time_products", threads, path=os.path.abspath(path), batch=batch)
         how = (
             "measured: the linear layers' products alone, in fp32 as dense matrices of their sizes, best of some tries"
         )

@@ -1,5 +1,6 @@
 """Latency: percentiles of single calls in a fresh process, in turn with a second model for a ratio."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -46,7 +47,10 @@ def latency(
 
     If `versus` is given, it takes turns with that model in each of `versus_backends`, for a ratio to each.
     """
-    models = [(str(path), backend), *([(str(versus), other) for other in versus_backends] if versus else [])]
+    models = [
+        (os.path.abspath(path), backend),
+        *([(os.path.abspath(versus), other) for other in versus_backends] if versus else []),
+    ]
     for found in race(models, batches, threads, rounds, starts):
         if failed := [each for each in found if isinstance(each, str)]:
             raise ChildError(failed[0])

@@ -1,23 +1,16 @@
 """A process that runs cells one after the other: kept from cell to cell, killed with a cell that hangs, replaced when it dies.
 
-Orders and answers are JSON, a line each, on its standard streams. It ends when its standard input does, so that none is left
-behind by a process that was killed. `multiprocessing` is no choice here: a Dask worker may not start its children.
+It ends when its channel closes, so that none is left behind by a process that was killed. `multiprocessing` is no choice here:
+a Dask worker may not start its children.
 """
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import traceback
+from queue import SimpleQueue
 from typing import Any
 
-from vitbench import standalone
-from vitbench.measurement.child import package_environment
+from vitbench.base.processes import Channel, ProcessError, Started, end_group, environment
 
 
 class WorkerDied(RuntimeError):
@@ -37,7 +30,8 @@ class Worker:
 
     def __init__(self, environment: dict[str, str] | None = None):
         self.environment = environment or {}
-        self.process: subprocess.Popen | None = None
+        self.process: Started | None = None
+        self._closed = False
 
     def run(self, order: dict[str, Any], seconds: float) -> dict[str, Any]:
         """The answer to an order (`answer`), with the seconds of `starting` a process for it, 0 if there was one.
@@ -47,59 +41,32 @@ class Worker:
             CellHung: no answer within `seconds`, which count from when the process was ready.
         """
         begin, starting = time.monotonic(), 0.0
-        if self.process is None or self.process.poll() is not None:
-            self._start(order["threads"])
-            starting = time.monotonic() - begin
-        process, hung = self.process, threading.Event()
-
-        def stop() -> None:
-            hung.set()
-            self.close()
-
-        timer = threading.Timer(seconds, stop)
         try:
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-            timer.start()
-            line = process.stdout.readline()
-        except OSError:
-            line = ""
-        finally:
-            timer.cancel()
-        if hung.is_set():
-            raise CellHung(f"took more than {seconds:g} s and was stopped")
-        if not line.endswith("\n"):
-            raise WorkerDied(self._reason())
-        return {**json.loads(line), "starting": starting}
+            if self.process is None or not self.process.alive():
+                self._start(order["threads"])
+                starting = time.monotonic() - begin
+            self.process.channel.send(order)
+            return {**self.process.channel.receive(seconds), "starting": starting}
+        except TimeoutError:
+            self.process.close()
+            raise CellHung(f"took more than {seconds:g} s and was stopped") from None
+        except (EOFError, OSError):
+            raise WorkerDied(f"the worker died: {self.process.why()}") from None
+        except ProcessError as error:
+            raise WorkerDied(f"the worker died: {error}") from None
 
     def close(self) -> None:
-        """End the process, and all that it started."""
-        if self.process is None:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """End the process, and all that it started; no other one is started."""
+        self._closed = True
+        if self.process:
+            self.process.close()
 
     def _start(self, threads: int) -> None:
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vitbench.sweep.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.said,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,  # so that what it starts ends with it
-            env=package_environment(threads) | self.environment,
-        )
-        if not self.process.stdout.readline():
-            raise WorkerDied(self._reason())
-
-    def _reason(self) -> str:
-        self.close()
-        self.said.seek(0)
-        said = self.said.read().decode(errors="replace")
-        return f"the worker died: {standalone.reason(said, self.process.returncode)}"
+        self.process = Started(__name__, environment(threads) | self.environment)
+        if self._closed:  # by another thread, perhaps just now
+            self.process.close()
+        self.process.greet()
+        self.process.channel.receive()  # its long imports are done
 
 
 def answer(order: dict[str, Any]) -> dict[str, Any]:
@@ -115,30 +82,20 @@ def answer(order: dict[str, Any]) -> dict[str, Any]:
     return {**found, "seconds": time.monotonic() - start}
 
 
-def main() -> None:
+def main(channel: Channel) -> None:
     """The child's side."""
-    reply = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no answer
-    orders: list[str] = []
-    come = threading.Condition()
+    orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     def listen() -> None:
-        for line in sys.stdin:
-            with come:
-                orders.append(line)
-                come.notify()
-        os.killpg(os.getpgid(0), signal.SIGKILL)  # whoever gave the orders is gone
+        while True:
+            try:
+                orders.put(channel.receive())
+            except EOFError:  # whoever gave the orders is gone
+                end_group()
 
     import vitbench.sweep.work  # noqa: F401  (the long imports, before the first order)
 
+    channel.send("ready")
     threading.Thread(target=listen, daemon=True).start()
-    print("ready", file=reply, flush=True)
     while True:
-        with come:
-            come.wait_for(lambda: orders)
-            order = json.loads(orders.pop(0))
-        print(json.dumps(answer(order)), file=reply, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        channel.send(answer(orders.get()))

@@ -1,0 +1,211 @@
+"""Python processes that this package starts, and how it talks to them.
+
+A child imports this very package and nothing from the user's folder: its path is safe, and it works in a temporary folder of
+its own. Both sides send JSON over a socket that nothing else writes to. What a child prints goes to a file, which is read only
+to say why the child failed. A child ends when the other side of its socket closes, however that comes about.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from vitbench import standalone
+from vitbench.paths import home
+
+PACKAGE = Path(__file__).resolve().parents[1]
+PYTHON = (sys.executable, "-P")
+BOOT = "import sys; from vitbench.base.processes import boot; boot(*sys.argv[1:])"
+START_SECONDS = 120  # for Python and this package's first module, on a machine that is busy
+SIZE = struct.Struct("!I")  # what precedes a message: its length in bytes
+
+
+class ProcessError(RuntimeError):
+    """A child did not start, or ended before it answered; the message says why in one line."""
+
+
+class Channel:
+    """Messages of JSON over one end of a socket pair."""
+
+    def __init__(self, end: socket.socket):
+        self.end = end
+
+    def send(self, message: Any, files: Sequence[int] = ()) -> None:
+        """Send a message, and with it open files (by number, where the system can)."""
+        body = json.dumps(message).encode()
+        head = SIZE.pack(len(body))
+        if files:
+            socket.send_fds(self.end, [head], files)
+            self.end.sendall(body)
+        else:
+            self.end.sendall(head + body)
+
+    def receive(self, seconds: float | None = None) -> Any:
+        """The next message.
+
+        Raises:
+            TimeoutError: none came within `seconds`.
+            EOFError: the other side is closed.
+        """
+        if not self.readable(seconds):
+            raise TimeoutError
+        return json.loads(self._bytes(*SIZE.unpack(self._bytes(SIZE.size))))
+
+    def receive_with_files(self, count: int) -> tuple[Any, list[int]]:
+        """The next message and the `count` files that came with it."""
+        head, files, _, _ = socket.recv_fds(self.end, SIZE.size, count)
+        head += self._bytes(SIZE.size - len(head)) if head else b""
+        if not head:
+            raise EOFError
+        return json.loads(self._bytes(*SIZE.unpack(head))), files
+
+    def readable(self, seconds: float | None) -> bool:
+        """Whether a message or the end is there, or comes within `seconds` (None: it is waited for)."""
+        return bool(wait([self.end], seconds))
+
+    def hang_up(self) -> None:
+        """Send no more, which ends the other process; what it still says can be received."""
+        with contextlib.suppress(OSError):
+            self.end.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self.end.close()
+
+    def _bytes(self, count: int) -> bytes:
+        parts = []
+        while count:
+            try:
+                part = self.end.recv(count)
+            except ConnectionError:  # closed with messages unread
+                part = b""
+            if not part:
+                raise EOFError
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+
+def open_streams() -> None:
+    """Open the standard streams that are closed, as in a service: a file opened later would get their numbers."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the smallest number that is free, which is this one
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            stream = open(number, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    """The environment of a Python child that imports this same package, and nothing of the current folder.
+
+    Args:
+        threads: how many its libraries compute with; None leaves that to them.
+    """
+    here = os.path.realpath(os.curdir)
+    path = [PACKAGE.parent, *filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    path = [str(each) for each in path if each == PACKAGE.parent or os.path.realpath(each) != here]
+    own = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "VITBENCH_HOME": str(home())}
+    return (os.environ if threads is None else standalone.thread_environment(threads)) | own
+
+
+def last_words(said: IO[bytes], status: int) -> str:
+    """Why a process failed, from the file that it printed to and its exit status."""
+    said.seek(0)
+    return standalone.reason(said.read().decode(errors="replace"), status)
+
+
+class Started:
+    """A new Python process, in a process group of its own, that runs `main(channel)` of a module.
+
+    Args:
+        module: its name; it is a module of this package.
+        variables: the environment, as `environment` gives it.
+    """
+
+    def __init__(self, module: str, variables: dict[str, str]):
+        open_streams()
+        self.said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
+        self._folder = tempfile.TemporaryDirectory(prefix="vitbench.", ignore_cleanup_errors=True)
+        own, other = socket.socketpair()
+        self.channel, self._greeted = Channel(own), False
+        windows = sys.platform == "win32"
+        options = {} if windows else {"pass_fds": [other.fileno()], "process_group": 0}
+        with other:
+            self.process = subprocess.Popen(
+                [*PYTHON, "-c", BOOT, module, str(other.fileno())],
+                stdin=subprocess.PIPE if windows else subprocess.DEVNULL,
+                stdout=self.said,
+                stderr=self.said,
+                cwd=self._folder.name,
+                env=variables,
+                **options,
+            )
+            if windows:  # sockets have no numbers there that a child could inherit
+                self.process.communicate(other.share(self.process.pid))
+
+    def greet(self) -> None:
+        """Wait until it has said that it runs this very package.
+
+        Raises:
+            ProcessError: it ended, or runs another one.
+        """
+        if self._greeted:
+            return
+        try:
+            package = self.channel.receive(START_SECONDS)["package"]
+        except TimeoutError:
+            self.close()
+            raise ProcessError(f"{sys.executable} did not start within {START_SECONDS} s") from None
+        except EOFError:
+            raise ProcessError(f"{sys.executable} did not start: {self.why()}") from None
+        if package != str(PACKAGE):
+            self.close()
+            raise ProcessError(f"the child imported vitbench from {package}, not from {PACKAGE}; see PYTHONPATH")
+        self._greeted = True
+
+    def why(self) -> str:
+        """End it; why it failed, in one line."""
+        self.close()
+        return last_words(self.said, self.process.returncode)
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def close(self) -> None:
+        """End it and what it started, at once."""
+        self.channel.hang_up()
+        if self.alive():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                self.process.kill() if sys.platform == "win32" else os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._folder.cleanup()
+
+
+def end_group() -> NoReturn:
+    """End this process, which was `Started`, and all of its group."""
+    if sys.platform != "win32":
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def boot(module: str, end: str) -> None:
+    """The child's side: say which package runs, then run `main` of the module."""
+    own = socket.fromshare(sys.stdin.buffer.read()) if sys.platform == "win32" else socket.socket(fileno=int(end))
+    own.set_inheritable(False)
+    channel = Channel(own)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # whoever started it is gone
+        channel.send({"package": str(PACKAGE)})
+        importlib.import_module(module).main(channel)
