@@ -1,12 +1,12 @@
 """Kernels that are forked from a process which has imported: they are like others, and end."""
 
+import asyncio
 import sys
 
 import nbformat
 import papermill
 import psutil
 import pytest
-from jupyter_client import BlockingKernelClient
 
 from vitbench.base.processes import ProcessError
 from vitbench.kernels import Kernels
@@ -52,10 +52,9 @@ def test_a_kernel_has_imported_shows_figures_times_models_and_ends(kernels, tmp_
 
 def test_kernels_end_with_the_process_that_forks_them(tmp_path):
     with Kernels() as kernels, kernels.kernel() as kernel:
-        client = BlockingKernelClient()
-        client.load_connection_info(kernel.get_connection_info())
+        client = kernel.client()
         client.start_channels()
-        client.wait_for_ready(timeout=60)
+        asyncio.run(client.wait_for_ready(timeout=120))
         client.stop_channels()
         kernels._server._started.process.kill()
         assert kernel.process.ended(20), "the kernel goes on although nobody waits for it"

@@ -39,15 +39,21 @@ class Kernels:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._server: ForkServer | None = None
+        self.stopped = False
         self._folder = tempfile.TemporaryDirectory(prefix="vitbench.", ignore_cleanup_errors=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+    def stop(self) -> None:
+        """End all kernels, whatever they are at; no other one is given out."""
+        self.stopped = True
         if self._server:
             self._server.close()
-        self._folder.cleanup()
 
     @contextlib.contextmanager
     def kernel(self) -> Iterator[AsyncKernelManager]:
@@ -61,6 +67,8 @@ class Kernels:
         try:
             with self._lock:
                 self._server = self._server or ForkServer(IMPORTS, variables)
+                if self.stopped:  # by another thread, perhaps just now
+                    self._server.close()
             connection = {"connection": manager.connection_file}
             manager.process = self._server.fork(__name__, connection, variables, self._folder.name)
             try:

@@ -125,9 +125,16 @@ def _run_stage(
             waiting.append(lesson)
     if not waiting:
         return outcomes
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    pool = ThreadPoolExecutor(max_workers=workers)
+    try:
         running = {pool.submit(_run_one, lesson, keys[lesson.name], values, run, kernels): lesson for lesson in waiting}
         outcomes += _watch(running, run, bar)
+    except BaseException:  # interrupted: what waits is not started, and what runs ends with its kernel
+        pool.shutdown(wait=False, cancel_futures=True)
+        kernels.stop()
+        raise
+    finally:
+        pool.shutdown()
     return outcomes
 
 
@@ -156,7 +163,7 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
     partial, final = _copy(run, lesson, running=True), _copy(run, lesson)
     partial.parent.mkdir(parents=True, exist_ok=True)
     parameters = {name: value for name, value in values.items() if name in lesson.parameters}
-    parameters |= _absolute(parameters) | {"out": str(run.folder)}
+    parameters |= _absolute(parameters) | {"out": str(run.folder.absolute())}
     error, start = "", time.monotonic()
     try:
         with kernels.kernel() as kernel:
@@ -175,6 +182,9 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
         )
     except Exception as failure:  # a kernel that died or did not start
         error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else 'no message'}"
+    if kernels.stopped:
+        partial.unlink(missing_ok=True)
+        return Outcome(lesson, "failed", final, "interrupted")
     if partial.exists():
         notebook = nbformat.read(partial, as_version=4)
         partial.unlink()

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from socket import socket, socketpair
+from subprocess import TimeoutExpired
 from typing import IO, Any, NoReturn
 
 from vitbench.base.processes import Channel, ProcessError, Started, last_words
@@ -24,7 +25,7 @@ from vitbench.base.processes import Channel, ProcessError, Started, last_words
 CAN_FORK = sys.platform == "linux"  # macOS has fork too, but its own libraries do not survive it
 PR_SET_PDEATHSIG = 1
 IMPORT_SECONDS = 600  # for the kept process's imports, on a machine that is busy
-GONE_SECONDS = 10.0
+GONE_SECONDS, CLOSE_SECONDS = 10.0, 2.0
 
 
 class Forked:
@@ -91,7 +92,7 @@ class ForkServer:
     """
 
     def __init__(self, imports: Sequence[str], variables: dict[str, str]):
-        self._lock = threading.Lock()
+        self._lock, self._serves = threading.Lock(), False
         self._started: Started | None = Started("vitbench.base.forks", variables)
         self._channel = self._started.channel
         with contextlib.suppress(BrokenPipeError):  # it ended already, which `fork` explains
@@ -101,7 +102,7 @@ class ForkServer:
     def of_this_process(cls) -> "ForkServer":
         """A copy of this process, which has imported all and started no thread."""
         server = cls.__new__(cls)
-        server._lock, server._started = threading.Lock(), None
+        server._lock, server._serves, server._started = threading.Lock(), True, None
         own, other = socketpair()
         server.pid = os.fork()
         if not server.pid:
@@ -135,6 +136,7 @@ class ForkServer:
                 self._channel.send(order, files=[other.fileno(), said.fileno()])
                 other.close()
                 Channel(own).receive(IMPORT_SECONDS)
+                self._serves = True
             except TimeoutError:
                 self.close()
                 raise ProcessError(f"the process that is forked was not ready within {IMPORT_SECONDS} s") from None
@@ -147,10 +149,10 @@ class ForkServer:
         """End it and its children."""
         self._channel.hang_up()
         if self._started:
-            with contextlib.suppress(Exception):
-                self._started.process.wait(GONE_SECONDS)  # it ends its children first
+            if self._serves:  # it ends its children first
+                with contextlib.suppress(TimeoutExpired):
+                    self._started.process.wait(CLOSE_SECONDS)
             self._started.close()
-        self._channel.close()
 
 
 def main(channel: Channel) -> NoReturn:

@@ -8,18 +8,19 @@ import warnings
 from vitbench.base.files import UNWRITABLE
 from vitbench.base.processes import open_streams
 from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
+from vitbench.cli.interrupts import interruptible, say_stopped
 from vitbench.errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns 0, or 1 where a notebook failed; a wrong input prints one line and returns 2.
 
-    130 and 141 are a shell's words for what was interrupted, and for what nobody reads on.
+    130, 143 and 141 are a shell's words for what was interrupted, for what was asked to end, and for what nobody reads on.
     """
     open_streams()
     options = _parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings():
+        with interruptible(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"vitbench: warning: {message}", file=sys.stderr)
             status = options.command(options)
             sys.stdout.flush()
@@ -41,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
-        print("\nvitbench: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        say_stopped()
+        return getattr(stop, "status", 130)
 
 
 def _parser() -> argparse.ArgumentParser:
