@@ -55,6 +55,12 @@ def interruptible() -> Iterator[None]:
     threading.Thread(target=_watch, args=(woken,), daemon=True).start()
     try:
         yield
+        if came:  # and something on the way took no notice
+            raise Interrupted(came[0])
+    except Exception as error:  # such as of a child that was ended
+        if came:
+            raise Interrupted(came[0]) from error
+        raise
     finally:
         over = True
         if not came:  # else the thread sees to it that the process ends
