@@ -26,6 +26,7 @@ from vitbench.paths import home
 PACKAGE = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-P")
 BOOT = "import sys; from vitbench.base.processes import boot; boot(*sys.argv[1:])"
+END_SECONDS = 2.0
 START_SECONDS = 120  # for Python and this package's first module, on a machine that is busy
 SIZE = struct.Struct("!I")  # what precedes a message: its length in bytes
 
@@ -177,7 +178,9 @@ class Started:
         self._greeted = True
 
     def why(self) -> str:
-        """End it; why it failed, in one line."""
+        """Why it failed, in one line; it is ended, if it does not end by itself, as it does after an error."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_SECONDS)
         self.close()
         return last_words(self.said, self.process.returncode)
 
