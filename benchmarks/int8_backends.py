@@ -241,6 +241,7 @@ def _slots(variant: Variant, files: dict[str, Path], images: int, args, data: vb
             rows.append(Row(**facts, metric=metric, unit=unit, context={**timed, "batch": batch}))
     if data:
         context = {"split": "test", "images": len(data.test), "cut": data.origin["test"], "artifact": own["artifact"]}
+        context |= {"scoring_batch": args.batches[-1]}  # dynamic ranges are taken over it
         context |= {} if variant.backend == "eager" else {"backend": variant.backend}
         rows.append(Row(**facts, metric="top1", unit="fraction", context=context))
     return rows

@@ -176,7 +176,7 @@ def test_the_policys_cost_is_the_models(deit):
     space = Space(np.full(4, 768), np.full(4, 3), np.full(4, 64), 17, 1, (1, 2, 3))
     policy = np.array([0.3, 0.1, 0.2, 0.5, 0.4, 0.0, 0.5, 0.1, 0.25, 0.0, 0.5, 0.1, 0.35])
     counts = space.counts(policy)
-    cost = mac_cost(192, "cls_attention")(counts)[0]
+    cost = mac_cost(192, "cls_attention", 1)(counts)[0]
     shapes = [
         BlockShape(heads=h, head_dim=w, neurons=n, tokens=m)
         for (n, h, w), m in zip(counts.left(), counts.after[0].tolist(), strict=True)

@@ -10,7 +10,7 @@ from vitbench.removal.policy import DIMENSIONS, PAPER, Space, budget, mac_cost, 
 from vitbench.removal.search import SearchConfig, expected_improvement
 
 SPACE = Space(np.full(12, 768), np.full(12, 6), np.full(12, 32), 65, 1, policy.token_blocks(12), most=0.6)
-COST = mac_cost(192, "cls_attention")
+COST = mac_cost(192, "cls_attention", 1)
 LIMITS = budget(SPACE, COST, 0.6, 0.02)
 
 
@@ -57,7 +57,7 @@ def test_a_budget_that_no_policy_meets_is_refused():
     ):
         budget(SPACE, COST, 0.1, 0.02)
     coarse = Space(np.full(1, 64), np.full(1, 2), np.full(1, 32), 17, 1, (0,), dimensions=("heads",), most=0.5)
-    cost = mac_cost(64, "cls_attention")
+    cost = mac_cost(64, "cls_attention", 1)
     with pytest.raises(InputError, match="the steps are too coarse"):
         search.search(coarse, cost, (0.9 * cost(coarse.counts(np.zeros(4)))[0],) * 2, toy_score, SearchConfig())
 

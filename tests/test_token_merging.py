@@ -5,12 +5,21 @@ import copy
 import pytest
 import torch
 
-from vitbench import artifact, tokens, vit
+from vitbench import artifact, blocks, tokens, vit
 from vitbench.errors import InputError
 from vitbench.measurement.cost import count_macs
 from vitbench.methods import compress, make_config
 from vitbench.methods.nystroem import Nystroem
+from vitbench.methods.pruning import Pruning
 from vitbench.methods.token_merging import TokenMerging, schedule, tokens_left
+
+# of pruning's settings: tokens alone, merged after every block, and no images
+MERGED = {
+    "reduction": "merge",
+    "token_blocks": (0, 1, 2),
+    "compensation": "none",
+    "criterion": {"name": "magnitude"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +103,47 @@ def test_a_model_with_two_prefix_tokens_is_merged():
     small = compress(made, TokenMerging(r=4))
     start = tokens.State(vit.embedded(small, torch.randn(1, 3, 64, 64)), source=torch.arange(18)[None])
     assert small.blocks.states(start)[-1].source[0, :2].tolist() == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def registers():
+    """16 patches behind a class token and 4 registers."""
+    return vit.create_model("vit_small_patch14_reg4_dinov2", img_size=56, num_classes=10, depth=3)
+
+
+def tokens_seen(model):
+    """How many tokens the MLP of each block gets."""
+    seen = []
+    hooks = [block.norm2.register_forward_hook(lambda _, x, y: seen.append(x[0].shape[1])) for block in model.blocks]
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, 56, 56))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def noted(model):
+    """What the recipe says of the same."""
+    return blocks.tokens_through(model.recipe.architecture.blocks, vit.token_count(model))[1]
+
+
+@pytest.mark.parametrize("config", [TokenMerging(r=6), Pruning(neurons=0, heads=0, tokens=0.25, **MERGED)])
+def test_with_registers_the_tokens_noted_are_those_that_run(registers, tmp_path, config):
+    small = compress(registers, config)
+    loaded = artifact.load(artifact.save(small, tmp_path / "small"))
+    assert tokens_seen(small) == tokens_seen(loaded) == noted(loaded)
+    assert noted(loaded)[-1] < 21
+    assert vit.analytic_macs(loaded) == count_macs(loaded)
+
+
+def test_fewer_tokens_than_pairs_can_leave_are_refused_or_noted_as_they_run(registers):
+    with pytest.raises(InputError, match=r"leaves at least half of the tokens but the first 5 \(class and registers\)"):
+        compress(registers, Pruning(neurons=0, heads=0, tokens=0.45, **MERGED))
+    asked = copy.deepcopy(registers)
+    blocks.reduce_tokens(asked, "merge", [9, None, 7])  # 8 of 16 patches may go, then 4 of 8
+    assert tokens_seen(asked) == [13, 13, 9]
+    blocks.note_shapes(asked)
+    assert noted(asked) == [13, 13, 9]
 
 
 def test_it_comes_after_quantization(base, digits, tmp_path):

@@ -227,9 +227,12 @@ def tolerance(backend: str, model: nn.Module) -> float:
 
 
 class Prepared(nn.Module):
-    """A model that answers batches of any size from a backend prepared for `batch` images; short ones are filled up."""
+    """A model that answers batches of any size from a backend prepared for `batch` images.
 
-    def __init__(self, backend: str, model: nn.Module, batch: int = 8):
+    Short ones are filled up with their own images, so that ranges taken over a batch are what eager takes over the short one.
+    """
+
+    def __init__(self, backend: str, model: nn.Module, batch: int):
         super().__init__()
         self.recipe, self.batch, size = model.recipe, batch, model.recipe.preprocess.size
         with torch.inference_mode():
@@ -238,8 +241,8 @@ class Prepared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = []
         for part in x.split(self.batch):
-            missing = self.batch - len(part)
-            parts.append(self.call(torch.cat([part, part.new_zeros(missing, *part.shape[1:])]))[: len(part)].clone())
+            full = part[torch.arange(self.batch, device=part.device) % len(part)]
+            parts.append(self.call(full)[: len(part)].clone())
         return torch.cat(parts)
 
 

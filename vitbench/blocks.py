@@ -1,15 +1,17 @@
 """A Vision Transformer's blocks: their sizes and parts, read, built, replaced and counted. With vit.py, what knows timm's inside."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from timm.layers import Attention
 from torch import nn
 
 from vitbench.errors import InputError
 from vitbench.layers import RoundedAttention, SplitLinear
 from vitbench.recipe import Architecture, BlockShape
-from vitbench.tokens import TokenBlocks
+from vitbench.tokens import TokenBlocks, merged_counts
 
 
 def shapes(model: nn.Module) -> tuple[BlockShape, ...]:
@@ -87,14 +89,39 @@ def keep_blocks(model: nn.Module, places: Sequence[int]) -> None:
 
 
 def norms_before(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layer -> the LayerNorm whose output is its input and nothing else's; none where norms come after (post-norm)."""
+    """Dense linear layer -> the LayerNorm whose output is its input and nothing else's, found by what the block computes.
+
+    Post-norm blocks, for example, have the same names and another order: none of their norms is before a layer.
+    """
     pairs = {"attn.qkv": "norm1", "mlp.fc1": "norm2"}
-    return {
-        f"blocks.{index}.{layer}": block.get_submodule(norm)
-        for index, block in enumerate(model.blocks)
-        for layer, norm in pairs.items()
-        if hasattr(block, "ls1") and isinstance(getattr(block, norm, None), nn.LayerNorm)  # a pre-norm block has scales
-    }
+    found = {}
+    for index, block in enumerate(model.blocks):
+        modules = dict(block.named_modules())
+        for name, before in pairs.items():
+            layer, norm = modules.get(name), modules.get(before)
+            plain = isinstance(layer, nn.Linear) and isinstance(norm, nn.LayerNorm) and norm.weight is not None
+            if plain and _cancels(block, before, name):
+                found[f"blocks.{index}.{name}"] = norm
+    return found
+
+
+@torch.no_grad()
+def _cancels(block: nn.Module, norm: str, layer: str) -> bool:
+    """Whether factors that divide the norm's channels and multiply the layer's inputs leave the block's answer as it is.
+
+    Powers of two, which change no digit: where they cancel, the answer is the same to the last bit.
+    """
+    changed, width = copy.deepcopy(block), block.get_submodule(norm).weight.numel()
+    if block.get_submodule(layer).in_features != width:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 8, width, generator=generator), changed.get_submodule(layer).weight
+    factors = torch.exp2(torch.randint(-3, 4, (width,), generator=generator)).to(weight.device)
+    x, wanted = x.to(weight.device), block(x.to(weight.device))
+    for tensor in changed.get_submodule(norm).parameters():
+        tensor.div_(factors)
+    weight.mul_(factors)
+    return float((changed(x) - wanted).abs().max()) <= 1e-4 * float((wanted - x).abs().max())
 
 
 def build(model: nn.Module, architecture: Architecture) -> None:
@@ -139,6 +166,7 @@ def reduce_tokens(model: nn.Module, reduction: str, counts: Sequence[int | None]
         raise InputError(
             f"tokens left = {tuple(counts)}: the {prefix} class and register tokens and one more always stay"
         )
+    counts = merged_counts(counts, tokens, prefix) if reduction == "merge" else counts
     model.blocks = TokenBlocks(model.blocks, reduction, counts, prefix, tokens)
 
 

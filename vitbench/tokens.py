@@ -18,6 +18,21 @@ from torch import Tensor, nn
 from vitbench.layers.attention import softmax_attention
 
 
+def most_merged(tokens: int, prefix: int) -> int:
+    """How many of `tokens` may go where they are merged in pairs: half of those that are not in the prefix."""
+    return max(0, (tokens - prefix) // 2)
+
+
+def merged_counts(wanted: Sequence[int | None], tokens: int, prefix: int) -> list[int | None]:
+    """The `counts` of `TokenBlocks` as merging in pairs reaches them, where fewer are wanted than that."""
+    reached = []
+    for count in wanted:
+        least = tokens - most_merged(tokens, prefix)
+        reached.append(None if count is None else max(count, min(least, tokens)))
+        tokens = min(tokens, reached[-1] or tokens)
+    return reached
+
+
 @dataclass
 class State:
     """The tokens on their way: `x` (B, N, d), and what is known of each.

@@ -28,6 +28,8 @@ from vitbench.vit import set_fused_attention
 
 CHECKPOINT_SECONDS = 5.0
 
+SCORING_BATCH = 128  # images scored at once: where activations share a range, answers hang on it
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -71,9 +73,9 @@ def checkpoint_path(model: nn.Module, data: ImageData, config: Config, teacher: 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, split: Split, *, batch_size: int = 128, device: str = "cpu", title: str = ""
+    model: nn.Module, split: Split, *, batch_size: int = SCORING_BATCH, device: str = "cpu", title: str = ""
 ) -> Evaluation:
-    """Score `model` on every image of `split` with the preprocessing of its recipe."""
+    """Score `model` on every image of `split` with the preprocessing of its recipe, in batches of one size everywhere."""
     model = model.to(device).eval()
     first, fifth, lost = [], [], []
     batches: Iterable = eval_batches(split, model.recipe.preprocess, batch_size, device)

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitbench.layers.int8 import StaticInt8Rounding
 from vitbench.layers.registry import runtime_layer
 
 
@@ -64,10 +65,16 @@ class RoundedAttention(OwnAttention):
     """
 
     PLACES = ("q", "k", "v", "softmax")
+    PRODUCTS = (("q", "k"), ("softmax", "v"))
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, bias: bool = True, proj_bias: bool = True):
         super().__init__(dim, num_heads, head_dim, bias, proj_bias)
         self.q, self.k, self.v, self.softmax = (nn.Identity() for _ in self.PLACES)
+
+    def code_macs(self, x: Tensor, y: Tensor) -> int:
+        """Of one call: those of the products of which both sides have become 8-bit codes."""
+        coded = [all(isinstance(getattr(self, side), StaticInt8Rounding) for side in pair) for pair in self.PRODUCTS]
+        return sum(coded) * len(x) * x.shape[1] ** 2 * self.attn_dim
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.q(q), self.k(k), self.v(v)

@@ -16,7 +16,6 @@ class _Int8Linear(nn.Module):
     """W ~ scale[:, None] * weight in int8, one scale for each output row: weight (out, in), scale (out,), bias (out,) or None."""
 
     rounds_inputs = True
-    multiplies_codes = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
@@ -33,6 +32,10 @@ class _Int8Linear(nn.Module):
     def param_count(self) -> int:
         """Weights and biases."""
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+
+    def code_macs(self, x: Tensor, y: Tensor) -> int:
+        """Of one call: all of them."""
+        return y.numel() * self.in_features
 
     def dense(self) -> Tensor:
         """W (out, in) as it is after rounding, float32."""
@@ -52,6 +55,7 @@ class DynamicInt8Linear(_Int8Linear):
 
     portable = ("onnxruntime",)
     compiles = False
+    sees_batch = True  # the range of x is that of all of it
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)

@@ -15,8 +15,9 @@ def runtime_layer(cls: type[nn.Module]) -> type[nn.Module]:
     every backend can run, as one made of ordinary modules alone, says `portable = True`; one that only some can names
     their packages, `portable = ("onnxruntime",)`. One whose kernel torch.compile cannot look into says
     `compiles = False`. One that rounds what it is given says `rounds_inputs = True`: its answers in two backends may then
-    be a code apart. One whose product is of 8-bit codes alone says `multiplies_codes = True`. One that divides by tensors of
-    its own names them in `divisors`: no rounding may make them 0.
+    be a code apart. One that multiplies 8-bit codes has `code_macs(x, y)`: how many multiply-accumulates of them a call takes. One that divides by tensors of
+    its own names them in `divisors`: no rounding may make them 0. One whose answer to an image hangs on the other images of
+    its batch says `sees_batch = True`.
     """
     RUNTIME_LAYERS[cls.__name__] = cls
     return cls

@@ -24,9 +24,11 @@ from vitbench.measurement import (
     weights,
 )
 from vitbench.measurement.child import ChildError, make_ready
-from vitbench.measurement.value import Value, about
+from vitbench.measurement.value import Value, about, scored_in
+from vitbench.moments import BATCH
 from vitbench.records import DEVICE_GROUPS, GROUPS, Row
 from vitbench.runs import Run
+from vitbench.training import SCORING_BATCH
 
 DEFAULT_BATCHES = (1, 8)
 FORKED = ("latency", "energy", "roofline")  # groups that call `in_child`
@@ -152,6 +154,7 @@ def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]
     test = data.needs("test")
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
     context |= {} if backend == "eager" else {"backend": backend}
+    context |= scored_in(artifact.read_manifest(path).recipe, SCORING_BATCH)
     metrics = ["top1", *(["top5"] if len(data.classes) > 5 else []), "cross_entropy"]
     slots = [(metric, "nats" if metric == "cross_entropy" else "fraction", context) for metric in metrics]
     own = artifact.read_manifest(path).recipe
@@ -174,6 +177,7 @@ def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]
     if "outputs" in what and other and len(data.calibration) and outputs.comparable(own, other):
         every = outputs.layers_of(vit.skeleton(other.architecture))
         context = {**_against(versus), "layers": every, "split": "calibration"}
+        context |= scored_in(own, BATCH) | scored_in(other, BATCH)
         units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}
         slots = [(metric, unit, context) for metric, unit in units.items()]
         yield _Group("outputs", slots, lambda: outputs.outputs(path, Path(versus), data, every))

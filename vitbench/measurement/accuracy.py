@@ -9,14 +9,14 @@ from vitbench import artifact, backends
 from vitbench.data import ImageData
 from vitbench.measurement.value import Value
 from vitbench.statistics import mean_interval, pack_hits, wilson
-from vitbench.training import evaluate, pick_device
+from vitbench.training import SCORING_BATCH, evaluate, pick_device
 
 
 def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str, backend: str) -> Iterator[Value]:
     """Load the model and score it on every test image; `metrics` is top1, or top1 and top5, and cross_entropy."""
     model, device = artifact.load(path), pick_device(device)
     if backend != "eager":
-        model, device = backends.Prepared(backend, model), "cpu"
+        model, device = backends.Prepared(backend, model, min(SCORING_BATCH, len(data.test))), "cpu"
     found = evaluate(model, data.test, device=device, title="scoring")
     if not np.isfinite(found.loss).all():
         raise RuntimeError(f"{(~np.isfinite(found.loss)).sum()} of {len(found.loss)} answers are not finite numbers")

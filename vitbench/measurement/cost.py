@@ -47,15 +47,13 @@ def count_macs(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def count_int8_macs(model: nn.Module) -> int:
-    """Those of them whose weight and input are 8-bit codes, as a backend with integer kernels multiplies them."""
+    """Those of them whose two factors are 8-bit codes, as a backend with integer kernels multiplies them."""
     counts = []
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        counts.append(y.numel() * layer.in_features)
+        counts.append(layer.code_macs(inputs[0], y))
 
-    hooks = [
-        layer.register_forward_hook(count) for layer in model.modules() if getattr(layer, "multiplies_codes", False)
-    ]
+    hooks = [layer.register_forward_hook(count) for layer in model.modules() if hasattr(layer, "code_macs")]
     size = model.recipe.preprocess.size
     model(torch.zeros(1, 3, size, size))
     for hook in hooks:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitbench.data import ImageData
+from vitbench.layers import RUNTIME_LAYERS
 from vitbench.recipe import Recipe
 
 
@@ -35,3 +36,13 @@ def about(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
         "config": {"origin": recipe.origin, "methods": [step.to_dict() for step in recipe.methods]},
         "seed": recipe.origin.get("train", {}).get("seed", 0),
     }
+
+
+def scored_in(recipe: Recipe, batch: int) -> dict[str, int]:
+    """What a row says of the batches in which a model was scored, where its answers hang on them."""
+    layers = {spec["layer"] for spec in recipe.layers.values()}
+    return {"scoring_batch": batch} if any(_sees_batch(name) for name in layers) else {}
+
+
+def _sees_batch(name: str) -> bool:
+    return getattr(RUNTIME_LAYERS.get(name), "sees_batch", False)

@@ -99,7 +99,7 @@ class Task:
         if self.config.budget == "latency":
             return LatencyTable.measured(model, self.space, self.config.batch)
         whole = self.space.counts(np.zeros(self.space.size))
-        inner = mac_cost(model.embed_dim, self.config.reduction)
+        inner = mac_cost(model.embed_dim, self.config.reduction, model.num_prefix_tokens)
         fixed = vit.analytic_macs(model) - int(inner(whole)[0])
         return lambda counts: fixed + inner(counts)
 

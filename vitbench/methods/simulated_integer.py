@@ -186,9 +186,7 @@ def _reparameterised(
     Returns the roundings of the layers' inputs by layer.
     """
     norms = {
-        name: norm
-        for name, norm in blocks.norms_before(model).items()
-        if name in layers and norm.weight is not None and norm.bias is not None
+        name: norm for name, norm in blocks.norms_before(model).items() if name in layers and norm.bias is not None
     }
     each = _each_channel(model, list(norms), split, config)
     return {name: reparameterise(norm, layers[name], each[name]) for name, norm in norms.items()}

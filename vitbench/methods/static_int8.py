@@ -8,6 +8,7 @@ codes too: queries, keys and values about 0, for which integer kernels need no z
 """
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Literal
 
@@ -98,9 +99,15 @@ def _round_attention(model: nn.Module, places: Mapping[str, list[str]], split: S
 @torch.no_grad()
 def _equalise(model: nn.Module, layers: Mapping[str, nn.Linear], seen: Mapping[str, Channels], power: float) -> None:
     """Divide what LayerNorm gives channel j by s_j = max|x_j|^p / max|W_.j|^(1-p), and multiply W_.j by it, in place."""
-    for name, norm in blocks.norms_before(model).items():
-        if name not in layers or norm.weight is None:
-            continue
+    norms = {name: norm for name, norm in blocks.norms_before(model).items() if name in layers}
+    alone = [name for name in layers if vit.layer_type(name) in ("qkv", "fc1") and name not in norms]
+    if alone:
+        warnings.warn(
+            f"the inputs of {', '.join(alone[:3])}{' and others' if len(alone) > 3 else ''} do not come from a LayerNorm that "
+            f"could take factors, so their channels are not evened out ({len(alone)} of {len(layers)} layers)",
+            stacklevel=2,
+        )
+    for name, norm in norms.items():
         layer, found = layers[name], seen[name]
         largest = torch.maximum(found.low.abs(), found.high.abs()).clamp(min=1e-5)
         s = largest**power / layer.weight.abs().amax(dim=0).clamp(min=1e-5) ** (1 - power)

@@ -15,7 +15,7 @@ from vitbench import blocks, vit
 from vitbench.data import ImageData
 from vitbench.errors import InputError
 from vitbench.methods import register
-from vitbench.tokens import TokenBlocks
+from vitbench.tokens import TokenBlocks, most_merged
 from vitbench.training import TrainConfig
 from vitbench.tuning import Tuning, find_teacher, tune
 
@@ -50,7 +50,7 @@ def tokens_left(pairs: Sequence[int], tokens: int, prefix: int) -> list[int]:
     """Tokens after each block that merges so many pairs, of which at most half of those that may go do, and two stay."""
     left = []
     for count in pairs:
-        tokens -= max(0, min(count, (tokens - prefix) // 2, tokens - 2))
+        tokens -= max(0, min(count, most_merged(tokens, prefix), tokens - 2))
         left.append(tokens)
     return left
 

@@ -19,7 +19,7 @@ from vitbench.removal import criteria, cut, policy
 from vitbench.removal.policy import Counts, Space
 from vitbench.removal.scores import Criterion, Scores, choose
 from vitbench.removal.unit_dependence import positions
-from vitbench.tokens import TokenBlocks
+from vitbench.tokens import TokenBlocks, most_merged
 from vitbench.training import TrainConfig
 from vitbench.tuning import Tuning
 
@@ -138,10 +138,12 @@ class Remover:
         if (after == before[0]).all() or isinstance(model.blocks, TokenBlocks):
             return
         reduction = self.config.reduction
-        if reduction == "merge" and any(n - m > (n - 1) // 2 for n, m in zip(before, after, strict=True)):
+        if reduction == "merge" and any(
+            n - m > most_merged(n, model.num_prefix_tokens) for n, m in zip(before, after, strict=True)
+        ):
             raise InputError(
-                f"merging in pairs leaves at least half of the tokens and {before.tolist()} should become "
-                f"{after.tolist()}; take a ratio below 0.5, or more token_blocks"
+                f"merging in pairs leaves at least half of the tokens but the first {model.num_prefix_tokens} (class and "
+                f"registers), all of which stay, and {before.tolist()} should become {after.tolist()}; take a ratio below 0.5, or more token_blocks"
             )
         places = [int(m) if m < n else None for n, m in zip(before, after, strict=True)]
         self.reduce_tokens(model, places)

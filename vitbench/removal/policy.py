@@ -151,12 +151,12 @@ def _floor(x: np.ndarray) -> np.ndarray:
     return np.maximum(1, np.floor(x + 1e-9)).astype(int)
 
 
-def mac_cost(width: int, reduction: str) -> Callable[[Counts], np.ndarray]:
+def mac_cost(width: int, reduction: str, prefix: int) -> Callable[[Counts], np.ndarray]:
     """Multiply-accumulates of the blocks that policies leave."""
 
     def cost(counts: Counts) -> np.ndarray:
         return blocks.macs(
-            counts.heads, counts.head_dims, counts.neurons, counts.before, counts.after, width, reduction
+            counts.heads, counts.head_dims, counts.neurons, counts.before, counts.after, width, reduction, prefix=prefix
         )
 
     return cost
