@@ -152,6 +152,23 @@ def test_parquet_of_pandas(tmp_path, images, labels):
         assert data.classes[label] == str(labels[i])
 
 
+def test_several_parquet_files_and_what_their_names_say(tmp_path):
+    folder = tmp_path / "a [b] * set"
+    write(folder / "data" / "train-00000-of-00002.parquet", CELLS[:4], [0, 1, 0, 1])
+    write(folder / "data" / "train-00001-of-00002.parquet", CELLS[4:8], [0, 1, 0, 1])
+    write(folder / "Testing" / "part.parquet", CELLS[8:], [0, 1, 0, 1])
+    write(folder / "scores.parquet", CELLS[8:], [0, 1, 0, 1])
+    data = load_data(folder, val=0)
+    assert (len(data.train), len(data.test)) == (8, 4)
+    assert "not read, as their names say no split: scores.parquet" in data.recognised
+    write(folder / "train-or-test.parquet", CELLS[8:], [0, 1, 0, 1])
+    with pytest.raises(InputError, match="the name says test and train"):
+        load_data(folder)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: big\n  data_files: x\n- config_name: small\n---\n")
+    with pytest.raises(InputError, match="several sets, big, small"):
+        load_data(folder)
+
+
 def test_class_names_in_another_order_are_matched_by_name(tmp_path):
     write(tmp_path / "train-0.parquet", CELLS[:4], [0, 0, 1, 1], ("cat", "dog"))
     write(tmp_path / "train-1.parquet", CELLS[4:8], [0, 0, 1, 1], ("dog", "cat"))

@@ -29,8 +29,13 @@ def by_split(root: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list
     (train-00000-of-00001.parquet), in any case. If none says one, all files are `train`.
 
     Raises:
-        InputError: a file's name says two splits.
+        InputError: a file's name says two splits, or the folder's README.md says that it holds several sets.
     """
+    if len(sets := _configurations(root)) > 1:
+        raise InputError(
+            f"{root / 'README.md'} says that the folder holds several sets, {', '.join(sets)}; give a folder with the "
+            f"parquet files of one"
+        )
     groups: dict[str, list[Path]] = defaultdict(list)
     for path in files:
         groups[_split_of(root, path)].append(path)
@@ -38,6 +43,14 @@ def by_split(root: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list
     if not groups:
         return {"train": other}, []
     return {split: groups[split] for split in ("train", "val", "test") if split in groups}, other
+
+
+def _configurations(root: Path) -> list[str]:
+    """Names of the sets in a folder that was copied from the Hugging Face hub, from the head of its README.md."""
+    page = root / "README.md"
+    head = page.read_text(encoding="utf-8", errors="replace").split("\n---")[0] if page.is_file() else ""
+    named = re.findall(r"^\s*- config_name: *(.+?)\s*$", head, re.M) if head.startswith("---") else []
+    return list(dict.fromkeys(named))
 
 
 def _split_of(root: Path, path: Path) -> str:
