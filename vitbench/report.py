@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from vitbench import budgets, figures
+from vitbench.base import plain
 from vitbench.base.files import drawn, write_text
 from vitbench.comparison import comparison, findings, in_backend, subject
 from vitbench.errors import InputError
@@ -111,7 +112,7 @@ def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
     timed, scored = own[own["metric"] == "latency_ratio"], own.loc[own["metric"] == "top1", "label"]
     batch = int(timed["batch"].min()) if len(timed) else 0
     made = []
-    if len(scored):
+    if own.loc[own["metric"] == "bytes", "label"].isin(scored).any():
         made.append(("Accuracy against size on disk.", *tradeoff(rows, "bytes")))
     if timed["label"].isin(scored).any():
         caption = f"Accuracy against median latency at batch {batch}."
@@ -175,7 +176,9 @@ def _machines(sources: list[Path], rows: pd.DataFrame) -> list[tuple[str, str]]:
         if file is None:
             facts.append((env_id or "unknown", "not kept"))
             continue
-        found = json.loads(file.read_text())
+        found = plain.read_json(file, "environment")
+        if not isinstance(found, dict) or not isinstance(found.get("packages", {}), dict):
+            raise InputError(f"environment {str(file)!r} is not a mapping of facts; copy it again, or take it out")
         text = ", ".join(f"{key} {found[key]}" for key in ENVIRONMENT_FACTS if found.get(key))
         versions = ", ".join(
             f"{name} {found['packages'][name]}" for name in PACKAGES if name in found.get("packages", {})

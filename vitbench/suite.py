@@ -164,7 +164,7 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
     partial.parent.mkdir(parents=True, exist_ok=True)
     parameters = {name: value for name, value in values.items() if name in lesson.parameters}
     parameters |= _absolute(parameters) | {"out": str(run.folder.absolute())}
-    error, start = "", time.monotonic()
+    error, start, begun = "", time.monotonic(), time.time()
     try:
         with kernels.kernel() as kernel:
             papermill.execute_notebook(
@@ -188,6 +188,7 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
     if partial.exists():
         notebook = nbformat.read(partial, as_version=4)
         partial.unlink()
+        error = error or _lacks_figures(notebook, lesson, run, begun)
         notebook.metadata["vitbench"] = {
             **notebook.metadata.get("vitbench", {}),
             "seconds": round(time.monotonic() - start, 1),
@@ -220,13 +221,32 @@ def _absolute(parameters: dict[str, Any]) -> dict[str, str]:
     return {name: str(path.absolute()) for name, path in found.items() if path.exists()}
 
 
+def _lacks_figures(notebook: nbformat.NotebookNode, lesson: Lesson, run: Run, begun: float) -> str:
+    """Why an executed copy counts as failed: it shows fewer figures than it saved under its number; "" if it does not."""
+    number = lesson.name.split("_")[0]
+    saved = [file for file in run.figures.glob(f"{number}_*.png") if file.stat().st_mtime >= begun]
+    kinds = [
+        kind
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        for kind in output.get("data", {})
+        if kind in ("image/png", "image/svg+xml", "application/vnd.jupyter.widget-view+json")
+    ]
+    if len(kinds) >= len(saved):
+        return ""
+    return (
+        f"it saved {len(saved)} figures and shows {len(kinds)}: its kernel does not draw inline; call "
+        "vb.lesson(globals()) after the parameters, and choose no other backend later"
+    )
+
+
 def _copy(run: Run, lesson: Lesson, running: bool = False) -> Path:
     return run.notebooks / f"{lesson.name}{'.running' if running else ''}.ipynb"
 
 
 def _share_done(partial: Path, lesson: Lesson) -> float:
     try:
-        cells = json.loads(partial.read_text())["cells"]
+        cells = json.loads(partial.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError):  # not written yet, or being written
         return 0.0
     done = sum(
@@ -239,7 +259,7 @@ def _share_done(partial: Path, lesson: Lesson) -> float:
 
 def _finished_key(copy: Path) -> str:
     try:
-        return json.loads(copy.read_text())["metadata"].get("vitbench", {}).get("run_key", "")
+        return json.loads(copy.read_text(encoding="utf-8"))["metadata"].get("vitbench", {}).get("run_key", "")
     except (OSError, ValueError):
         return ""
 

@@ -1,5 +1,6 @@
 """Teachers that are not the model at hand: saved ones, and any of timm's classifiers."""
 
+import contextlib
 from pathlib import Path
 
 import timm
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vitbench import artifact, vit
+from vitbench.base import hub
 from vitbench.errors import InputError
 from vitbench.model import names
 from vitbench.recipe import Architecture, Preprocess, Recipe
@@ -37,7 +39,8 @@ def _other_kind(name: str, file: str, classes: int | None) -> nn.Module:
     """A timm model that is no Vision Transformer, with a recipe that says how it takes images."""
     try:
         changes = {} if classes is None else {"num_classes": classes}
-        model = timm.create_model(name, pretrained=not file, **changes)
+        with contextlib.nullcontext() if file else hub.fetching(f"the weights of the teacher {name!r}", "NAME:FILE"):
+            model = timm.create_model(name, pretrained=not file, **changes)
         if file:
             model.load_state_dict(load_file(file))
     except (RuntimeError, OSError, SafetensorError) as error:

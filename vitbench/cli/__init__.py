@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 
+from vitbench import progress
 from vitbench.base.files import UNWRITABLE
 from vitbench.base.processes import open_streams
 from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     130, 143 and 141 are a shell's words for what was interrupted, for what was asked to end, and for what nobody reads on.
     """
     open_streams()
+    progress.lenient(sys.stdout, sys.stderr)
     options = _parser().parse_args(arguments)
     try:
         with interruptible(), warnings.catch_warnings():

@@ -125,7 +125,8 @@ def _list(options: argparse.Namespace) -> int:
         print("methods:")
         for name, method in METHODS.items():
             values = ", ".join(f"{key}={value}" for key, value in method.config().to_dict().items())
-            print(f"  {name:24} {(method.handler.__doc__ or '').splitlines()[0]}\n  {'':24} {values}")
+            about = (method.handler.__doc__ or "").partition("\n")[0]  # python -OO leaves none
+            print(f"  {name:24} {about}\n  {'':24} {values}")
     if options.what == "devices":
         for kind, group in (("devices", load_profiles().devices), ("links", load_profiles().links)):
             print(f"{kind}:")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 from tqdm import tqdm
 
@@ -22,8 +22,24 @@ def bar(work: Iterable | None, title: str, total: float | None = None, unit: str
         mininterval=0.1 if sys.stdout.isatty() else 2.0,
         ncols=90 if notebook else 100,
         bar_format=layout or None,
-        ascii=False,
+        ascii=not (notebook or _takes_blocks(sys.stdout)),
     )
+
+
+def lenient(*streams: IO[str] | None) -> None:
+    """Have streams write letters that their encoding lacks as escapes; by default an error would end the work."""
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _takes_blocks(stream: IO[str] | None) -> bool:
+    """Whether the stream's encoding has the blocks that a bar is drawn with."""
+    try:
+        "\u2588\u258f".encode(getattr(stream, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _in_notebook() -> bool:

@@ -56,7 +56,7 @@ def progress_of(folder: Path) -> str:
     """
     state = folder / STATE
     try:
-        word = json.loads(state.read_text())
+        word = json.loads(state.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(
             f"{str(folder)!r} holds no sweep; give the folder that `vitbench run SWEEP.yaml` names"

@@ -68,7 +68,10 @@ def compress_and_measure(values: dict[str, Any]) -> dict[str, Any]:
             versus_backend=measures.versus_backend or measures.backend,
         )
         rows = read_rows(run.records)
-        environments = {path.stem: json.loads(path.read_text()) for path in Path(folder, "environments").glob("*.json")}
+        environments = {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in Path(folder, "environments").glob("*.json")
+        }
     return {"rows": [row.model_dump(mode="json") for row in rows], "environments": environments}
 
 
