@@ -160,7 +160,7 @@ def test_a_proxy_that_is_silent_ends_in_one_line(server, online, monkeypatch):
     assert time.monotonic() - start < 10
     said = str(refused.value)
     assert said.startswith("the weights could not be fetched (the Hugging Face hub did not answer within 0.5 s)")
-    assert "the proxy that HTTPS_PROXY names, or give a checkpoint file" in said
+    assert "and the proxy that HTTPS_PROXY names, or give a checkpoint file" in said
     assert "\n" not in said
     assert "OFFLINE" not in said, "it names a setting that nobody made"
     assert not online.constants.HF_HUB_OFFLINE

@@ -1,10 +1,9 @@
 """Where images come from: scikit-learn's digits, or a set by hub name or local folder, opened as parts with labels."""
 
-import contextlib
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vitbench import paths
+from vitbench.base import hub
 from vitbench.errors import InputError, one_of
 from vitbench.images import folders, labels, listed, parquet
 from vitbench.images.sources import ArrayImages, EncodedImages, FileImages, Images, TableImages, in_memory
@@ -203,19 +203,15 @@ def _from_tables(tables: Mapping[str, Any], name: str, label: str) -> tuple[dict
 def _load_tables(name: str, is_path: bool) -> dict[str, Any]:
     import datasets
 
-    try:
-        if is_path:
+    if is_path:
+        try:
             loaded = datasets.load_from_disk(str(Path(name).expanduser()))
-        else:
-            with _hub_or_cache(name):
-                loaded = datasets.load_dataset(name, cache_dir=str(paths.data_cache()))
-    except Exception as error:  # the library raises many kinds, some its own, some of its network client
-        if is_path:
+        except Exception as error:  # the library raises many kinds, some its own
             raise InputError(f"the folder {name!r} could not be read as an image set: {_reason(error)}") from error
-        raise InputError(
-            f"unknown dataset {name!r}: it is not 'digits', not a folder here, and the Hugging Face hub did not "
-            f"give it ({_reason(error)}); check the name and the network, or give a local folder"
-        ) from error
+    else:
+        what = f"unknown dataset {name!r}: it is not 'digits' and not a folder here; the hub's image set of that name"
+        with hub.fetching(what, "give a local folder"):
+            loaded = datasets.load_dataset(name, cache_dir=str(paths.data_cache()))
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
@@ -225,22 +221,3 @@ def _reason(error: Exception) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-@contextlib.contextmanager
-def _hub_or_cache(name: str) -> Iterator[None]:
-    """Fail at once on a name that the hub does not have; without a network, look only at what was downloaded before."""
-    import datasets
-    import huggingface_hub
-
-    offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=10)
-    except huggingface_hub.errors.HfHubHTTPError:
-        raise
-    except Exception:  # no network: the kinds differ with the hub client's version
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline

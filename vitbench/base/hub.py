@@ -60,7 +60,7 @@ def silence() -> str:
 
 def _advice() -> str:
     proxies = [name for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy") if os.environ.get(name)]
-    return f"check the network and the proxy that {proxies[0]} names" if proxies else "check the network"
+    return "check the name and the network" + (f", and the proxy that {proxies[0]} names" if proxies else "")
 
 
 @contextlib.contextmanager

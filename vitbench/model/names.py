@@ -1,5 +1,6 @@
 """Vision Transformers by name: vitbench's own and timm's, made with the sizes that are asked for."""
 
+import contextlib
 import difflib
 import functools
 
@@ -9,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitbench import blocks
+from vitbench.base import hub
 from vitbench.errors import InputError
 from vitbench.t2t import T2T_VITS, TokensToToken, sinusoids
 
@@ -89,17 +91,12 @@ def construct(name: str, pretrained: bool, **changes: int | str | None) -> Visio
         return model if changes.get("weight_init") == "skip" else _init_small(model)
     if name in T2T_VITS:
         return _t2t(**{**T2T_VITS[name], **changes})
+    what = f"the pretrained weights of {name!r}"
     try:
-        model = timm.create_model(name, pretrained=pretrained, **changes)
+        with hub.fetching(what, "give a checkpoint file") if pretrained else contextlib.nullcontext():
+            model = timm.create_model(name, pretrained=pretrained, **changes)
     except TypeError as error:  # a model without an img_size argument, for example
         raise InputError(f"{name!r} is not a Vision Transformer that vitbench can compress ({error})") from None
-    except Exception as error:
-        if not pretrained:
-            raise
-        reason = str(error).strip().splitlines()[0].split(". ")[0][:160]
-        raise InputError(
-            f"the pretrained weights of {name!r} could not be fetched ({reason}); check the network, or give a checkpoint file"
-        ) from error
     if not isinstance(model, VisionTransformer):
         raise InputError(
             f"{name!r} is a {type(model).__name__}, not a VisionTransformer; "
