@@ -1,0 +1,92 @@
+"""Every ordered pair of methods gives the same weights whatever the cache held before."""
+
+import itertools
+
+import pytest
+import torch
+
+from vitbench import vit
+from vitbench.data import load_data
+from vitbench.errors import InputError
+from vitbench.methods import METHODS, compress, make_config
+
+ONE_EPOCH = {"epochs": 1, "batch_size": 32, "warmup_epochs": 0, "mixup": 0.0}
+SMALL = {
+    "diffq": {"train": ONE_EPOCH},
+    "distillation": {"train": ONE_EPOCH | {"views": 1}},  # the teacher's answers are kept
+    "multidimensional": {
+        "search": {"evaluations": 3, "first": 2, "pool": 20},
+        "keep": 0.8,
+        "tolerance": 0.2,
+        "criterion": {"samples": 16},
+    },
+    "pruning": {"criterion": {"samples": 16}},
+    "token_merging": {"r": 2},
+    "weight_only": {"bits": 3, "rounding": "second_order"},
+}
+LIKE_BEFORE = ("token_merging", "nystroem", "linear_attention")  # they leave every tensor as it was
+
+
+def small_config(name):
+    """A method's config that takes a moment."""
+    values = SMALL.get(name, {})
+    if "train" in METHODS[name].config.model_fields:
+        values = {"train": {"epochs": 0}} | values
+    return make_config(name, values)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return load_data("digits", train=64, test=32, val=32, calibration=32)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return vit.create_model("vit_micro_patch2_8", num_classes=10, seed=0, depth=2)
+
+
+def result(model, name, data):
+    """The model that a method makes, or the line with which it refuses."""
+    try:
+        return compress(model, small_config(name), data)
+    except InputError as error:
+        return str(error)
+
+
+def same(one, other):
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    first, second = one.state_dict(), other.state_dict()
+    return (
+        one.recipe == other.recipe
+        and first.keys() == second.keys()
+        and all(torch.equal(value, second[key]) for key, value in first.items())
+    )
+
+
+@pytest.mark.filterwarnings("ignore:32 calibration images give")
+def test_a_pair_gives_the_same_with_an_empty_and_with_a_warm_cache(plain, few, tmp_path, monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        monkeypatch.setenv("VITBENCH_HOME", str(tmp_path / "warm"))
+        (tmp_path / "warm").mkdir()
+        firsts = {name: result(plain, name, few) for name in METHODS}  # these fill the cache, from the plain model
+        made, differ = 0, []
+        for name, second in itertools.product(METHODS, METHODS):
+            if isinstance(firsts[name], str):
+                continue
+            monkeypatch.setenv("VITBENCH_HOME", str(tmp_path / "warm"))
+            warm = result(firsts[name], second, few)
+            again = result(firsts[name], second, few)
+            (tmp_path / name / second).mkdir(parents=True)
+            monkeypatch.setenv("VITBENCH_HOME", str(tmp_path / name / second))
+            empty = result(firsts[name], second, few)
+            made += not isinstance(empty, str)
+            if not (same(empty, warm) and same(empty, again)):
+                differ.append(f"{name}, then {second}")
+    finally:
+        torch.set_num_threads(threads)
+    assert not differ, "the weights depend on what the cache held"
+    assert made > len(METHODS) * len(METHODS) / 3, "pairs that fit together"
+    assert {name for name in LIKE_BEFORE if not isinstance(firsts[name], str)} == set(LIKE_BEFORE)
