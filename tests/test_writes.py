@@ -1,11 +1,19 @@
 """Files are written in one place, `vitbench/base/files.py`: whole or not at all."""
 
 import ast
+import errno
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import nbformat
 import pytest
+from nbformat.v4 import new_notebook
 
 from tests.conftest import ROOT
+from vitbench import suite
 from vitbench.edge.bundle import SHIPPED
+from vitbench.runs import Run
 
 HOME = ROOT / "vitbench" / "base" / "files.py"
 # what writes a file by itself, and so may leave half of one
@@ -79,3 +87,37 @@ def test_no_module_writes_a_file_past_the_one_place():
         for line in direct_writes(ast.parse(file.read_text(encoding="utf-8")))
     ]
     assert not found, "write with vitbench.base.files, which leaves no half file"
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_a_full_disk_leaves_no_half_notebook(tmp_path, monkeypatch, room):
+    """`room` is how many files can be written: none, the first copy of the running notebook, or all but the last."""
+    import papermill
+    from papermill.iorw import papermill_io
+
+    usual, left = os.fsync, [room]
+
+    def fsync(number):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        usual(number)
+
+    def execute(_, partial, *__, **___):
+        for count in range(2):
+            papermill_io.write(nbformat.writes(new_notebook(metadata={"count": count})), partial)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(suite, "_lacks_figures", lambda *_: "")
+    run, lesson = Run(tmp_path / "run"), SimpleNamespace(name="05", path=tmp_path / "05.ipynb", parameters={})
+    kernels = SimpleNamespace(kernel=nullcontext, stopped=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        full = suite._run_one(lesson, "key", {}, run, kernels)
+    assert full.status == "failed"
+    assert "No space left on device" in full.error
+    assert str(run.notebooks / "05") in full.error
+    assert [path.name for path in run.notebooks.iterdir()] in ([], ["05.ipynb"])
+    assert suite._run_one(lesson, "key", {}, run, kernels).status == "done"
+    assert suite._finished_key(run.notebooks / "05.ipynb") == "key"
+    assert os.listdir(run.notebooks) == ["05.ipynb"]
