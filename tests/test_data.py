@@ -112,6 +112,37 @@ def test_wrong_amounts(arguments, message):
         load_data("digits", **arguments)
 
 
+@pytest.mark.parametrize(
+    ("amounts", "message"),
+    [
+        ({"train": 64, "val": 64}, "val = 64: there are 64 training images .*at most 63"),
+        ({"train": 64, "val": 100}, "val = 100: there are 64 training images"),
+        ({"test": 2000}, "test = 2000: there are 1797 images"),
+        ({"train": 1439}, "train = 1439: there are 1438 images that the test split leaves"),
+        ({"val": 1.0}, r"val = 1\.0: there are 1438 training images"),
+        ({"train": 64, "calibration": 100}, "calibration = 100: there are 58 training images"),
+        ({"test": 1.0, "val": 10}, "val = 10: there are 0 training images"),
+        ({"train": 0.0001}, r"train = 0\.0001 of so few images leaves no training image"),
+        ({"seed": -1}, "seed = -1"),
+        ({"skip_broken": "yes"}, "skip_broken = 'yes'"),
+        ({"test": float("nan")}, "test = nan"),
+    ],
+)
+def test_more_images_than_there_are_is_refused_with_the_numbers(amounts, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_data("digits", **amounts)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_given_validation_split_can_be_made_smaller(image_folder):
+    folder = image_folder(splits=("train", "val", "test"))
+    assert len(load_data(folder).val) == 30
+    data = load_data(folder, val=9)
+    assert (len(data.val), len(data.train)) == (9, 30)
+    with pytest.raises(InputError, match="val = 31: there are 30 validation images"):
+        load_data(folder, val=31)
+
+
 def test_unknown_names_and_folders(tmp_path, image_folder):
     with pytest.raises(InputError, match="does not exist"):
         load_data(tmp_path / "nowhere")

@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -41,6 +43,23 @@ def test_sixteen_bits_become_eight_by_their_full_range(kind):
 def test_sixteen_bits_are_rounded_not_cut():
     pixels = np.asarray(decode(encoded(Image.fromarray(np.array([[0, 128, 129, 65535, 65406]], dtype=np.uint16)))))
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 255, 254]
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)], ids=["RGB", "grey and alpha", "RGBA"])
+def test_sixteen_bits_in_several_channels(colour, channels):
+    """Pillow writes no such PNG: it is put together here from its chunks."""
+    samples = np.arange(16 * channels).reshape(4, 4, channels)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples * 257)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    whole = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    colours = samples[..., :3] if channels > 2 else samples[..., :1]
+    assert (np.asarray(decode(whole)) == colours).all()
 
 
 def test_sixteen_bits_where_white_is_zero_are_inverted():

@@ -209,6 +209,11 @@ def _cut_all(
         _check_available("train", train, len(pools["train"]), "images that the test split leaves")
         _, pools["train"] = _cut(pools["train"], train, rng)
         origin["train"] += f", a stratified part of {len(pools['train'])}"
+    for key, amount in (("test", test), ("train", train)):
+        if isinstance(amount, float) and 0 < amount < 1 and len(pools["train"]) == 0:
+            raise InputError(
+                f"{key} = {amount!r} of so few images leaves no training image; give counts, or more images"
+            )
     left = f"training images ({origin['train']})"
     if "val" not in pools:
         _check_available("val", val, len(pools["train"]), left, keeps=1)

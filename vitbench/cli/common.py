@@ -6,7 +6,7 @@ from typing import Any
 
 from vitbench.errors import InputError
 
-_CUT = "how to cut the data, for example test=1.0 (every image is a test image)"
+_CUT = "how to cut the data, for example test=1.0 (every image is a test image); skip_broken=true leaves out images that cannot be read"
 SET = {"nargs": "+", "default": [], "action": "extend", "metavar": "KEY=VALUE", "dest": "settings"}
 SPLITS = {"nargs": "+", "default": [], "metavar": "KEY=VALUE", "help": _CUT}
 

@@ -6,7 +6,7 @@ folders; otherwise every one of them is a class. Names of files decide nothing. 
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,11 +27,15 @@ SPLITS = {
 
 @dataclass
 class Group:
-    """The images of one split: files, the class folder of each, and why others were skipped, with counts."""
+    """The images of one split: files, the class folder of each, and why others were skipped, with counts.
+
+    `other` counts the files that are no images by the endings of their names.
+    """
 
     files: list[Path] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     skipped: Counter = field(default_factory=Counter)
+    other: Counter = field(default_factory=Counter)
 
 
 def is_hidden(name: str) -> bool:
@@ -62,7 +66,7 @@ def read_folders(root: Path) -> tuple[dict[str, Group], str]:
                 f"the folder {str(root)!r} holds one folder, {tops[0].name!r}, which would be the only class; "
                 f"if its sub-folders are the classes or the splits, give {str(tops[0])!r}"
             )
-        return {"train": group}, "folders are classes"
+        return {"train": group}, "folders are classes" + _said_of_others([group])
     flat = [folder.name for folder in tops if not nested[folder]]
     if flat:
         other = next(folder.name for folder in tops if nested[folder])
@@ -81,11 +85,24 @@ def read_folders(root: Path) -> tuple[dict[str, Group], str]:
         groups[split] = _classes_of(folder, _subfolders(folder))
     _count_loose(root, groups.get("train") or next(iter(groups.values())))
     order = sorted(tops, key=lambda folder: ("train", "val", "test").index(named[folder]))
-    return groups, "splits by folder: " + ", ".join(f"{folder.name} is {named[folder]}" for folder in order)
+    how = ", ".join(f"{folder.name} is {named[folder]}" for folder in order)
+    return groups, f"splits by folder: {how}{_said_of_others(groups.values())}"
+
+
+def _said_of_others(groups: Iterable[Group]) -> str:
+    """Photographs in a format that is not read must not be missed in silence."""
+    other = sum((group.other for group in groups), Counter())  # without those that count 0
+    endings = ", ".join(sorted(other)[:5])
+    return f"; {other.total()} files are no images by their endings ({endings})" if other else ""
 
 
 def images_below(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Image files at any depth, and whether each is hidden. Links are followed, a loop of them once."""
+    """Image files at any depth, and whether each is hidden."""
+    return ((path, hidden) for path, hidden in _files_below(folder) if path.suffix.lower() in SUFFIXES)
+
+
+def _files_below(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Files at any depth, and whether each is hidden. Links are followed, a loop of them once."""
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_cannot_list):
         real = os.path.realpath(place)
@@ -95,9 +112,7 @@ def images_below(folder: Path) -> Iterator[tuple[Path, bool]]:
         seen.add(real)
         folders.sort()
         inside = any(is_hidden(part) for part in Path(place).relative_to(folder).parts)
-        for file in files:
-            if os.path.splitext(file)[1].lower() in SUFFIXES:
-                yield Path(place, file), inside or is_hidden(file)
+        yield from ((Path(place, file), inside or is_hidden(file)) for file in files)
 
 
 def _classes_of(folder: Path, below: list[Path]) -> Group:
@@ -105,8 +120,11 @@ def _classes_of(folder: Path, below: list[Path]) -> Group:
     group, found = Group(), []
     for label in below:
         count = 0
-        for path, hidden in images_below(label):
-            if hidden:
+        for path, hidden in _files_below(label):
+            ending = path.suffix.lower()
+            if ending not in SUFFIXES:
+                group.other[ending or "none"] += 0 if hidden else 1
+            elif hidden:
                 group.skipped["hidden"] += 1
             else:
                 count += 1
