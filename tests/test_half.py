@@ -10,6 +10,7 @@ from vitbench.coded import LEAST_HALF, round_to_half
 from vitbench.errors import InputError
 from vitbench.layers import Log2Rounded, Rounded
 from vitbench.methods import compress, make_config
+from vitbench.methods.simulated_integer import reparameterise
 
 VALUES = [0.0, 1e-9, -2.9e-8, 3.1e-8, 5.9e-8, -1e-6, 1e-5, 6.1e-5, 6.2e-5, 0.1, -3.0, 65504.0]
 
@@ -30,6 +31,24 @@ def test_a_step_that_divides_stays_above_0():
         round_to_half(layer)
         assert bool((getattr(layer, name) == LEAST_HALF).all())
         assert bool(torch.isfinite(layer(torch.rand(2, 3))).all()), type(layer).__name__
+
+
+def test_reparameterised_zero_points_are_whole_numbers_in_float16():
+    """A channel that hardly changes has a zero point in the ten thousands, which would move the mean of all."""
+    torch.manual_seed(0)
+    norm, layer = nn.LayerNorm(12), nn.Linear(12, 7)
+    with torch.no_grad():
+        norm.weight[5], norm.bias[5] = 0, 40
+        x = norm(tokens := torch.randn(500, 12))
+        wanted, low = layer(x), x.amin(0)
+        each = Rounded(4, 12).over(low, x.amax(0).maximum(low + 0.02))
+        assert float(each.zero.abs().max()) > 20_000
+        one = reparameterise(norm, layer, each)
+        assert torch.allclose(layer(norm(tokens)), wanted, atol=1e-3)
+        zero = float(one.zero)
+        round_to_half(one)
+    assert float(one.zero) == zero
+    assert zero in range(16)
 
 
 def test_a_value_above_float16s_largest_is_refused():

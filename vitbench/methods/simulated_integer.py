@@ -196,15 +196,16 @@ def _reparameterised(
 def reparameterise(norm: nn.LayerNorm, layer: nn.Linear, each: Rounded) -> Rounded:
     """Change a LayerNorm and the layer it feeds, in place, so that one step and zero point do what `each` did (RepQ-ViT).
 
-    With steps s_c and zero points z_c, s and z their means (z a whole number), r_c = s_c / s and m_c = s_c (z_c - z):
-    LayerNorm gives x' = (x + m) / r in the place of x, so its codes round(x' / s) + z are round(x / s_c) + z_c; the layer
-    takes W' = W diag(r) and b' = b - W m, so that W' x' + b' = W x + b.
+    With steps s_c and zero points z_c, s and z their means (z a whole number among the codes), r_c = s_c / s and
+    m_c = s_c (z_c - z): LayerNorm gives x' = (x + m) / r in the place of x, so its codes round(x' / s) + z are
+    round(x / s_c) + z_c; the layer takes W' = W diag(r) and b' = b - W m, so that W' x' + b' = W x + b.
 
     Returns:
         The rounding of x', which `layer` is given.
     """
     one = Rounded(each.bits)
-    one.step, one.zero = each.step.mean(), each.zero.mean().round()
+    # channels that hardly change have zero points far outside of the codes; their mean might not be whole in float16
+    one.step, one.zero = each.step.mean(), each.zero.mean().round().clamp(0, 2**each.bits - 1)
     ratio, moved = each.step / one.step, each.step * (each.zero - one.zero)
     norm.bias.copy_((norm.bias + moved) / ratio)
     norm.weight.div_(ratio)
