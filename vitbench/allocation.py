@@ -13,21 +13,24 @@ class Layer:
     Attributes:
         shape: (out, in) of its weight.
         lost: what the model is expected to lose with each rank from 0 on, in a scale that all layers share.
+        share: how much each weight saved counts for: the part of an image's tokens that the layer sees, where
+            multiply-accumulates are saved.
     """
 
     shape: tuple[int, int]
     lost: tuple[float, ...]
+    share: float = 1.0
 
     @property
     def dense(self) -> int:
         """Weights of the dense layer."""
         return self.shape[0] * self.shape[1]
 
-    def saving(self, rank: int) -> int:
-        """Weights that a factorisation of this rank saves; below 0 where it stores more than the dense layer."""
-        return self.dense - rank * sum(self.shape)
+    def saving(self, rank: int) -> float:
+        """What a factorisation of this rank saves, in weights; below 0 where it stores more than the dense layer."""
+        return self.share * (self.dense - rank * sum(self.shape))
 
-    def choices(self, step: int) -> list[tuple[int, float, int]]:
+    def choices(self, step: int) -> list[tuple[float, float, int]]:
         """(weights saved, loss, rank) of the dense layer, whose rank is called 0, and of the multiples of `step` that save."""
         ranks = [rank for rank in range(step, min(self.shape), step) if self.saving(rank) > 0]
         return [(0, 0.0, 0), *((self.saving(rank), self.lost[rank], rank) for rank in reversed(ranks))]
@@ -36,12 +39,12 @@ class Layer:
 class OutOfReach(ValueError):
     """The cheapest choices save `missing` less than was asked for."""
 
-    def __init__(self, missing: int):
-        super().__init__(f"the cheapest choices save {missing:,} too little")
+    def __init__(self, missing: float):
+        super().__init__(f"the cheapest choices save {missing:,.0f} too little")
         self.missing = missing
 
 
-def spend(choices: Mapping[str, Sequence[tuple[int, float, int]]], saving: int) -> dict[str, int]:
+def spend(choices: Mapping[str, Sequence[tuple[float, float, int]]], saving: int) -> dict[str, int]:
     """Choices that save at least `saving`, by taking the cheapest step of all layers again and again.
 
     The first step of a layer may cost a lot of loss for little, and the next ones less; so the steps are those along the
@@ -85,7 +88,7 @@ def greedy(layers: Mapping[str, Layer], saving: int, step: int = 8) -> dict[str,
         return spend({name: layer.choices(step) for name, layer in layers.items()}, saving)
     except OutOfReach as error:
         raise InputError(
-            f"the budget is {error.missing:,} weights below what ranks of {step} in every layer need; give a larger keep, a "
+            f"the budget is {error.missing:,.0f} weights below what ranks of {step} in every layer need; give a larger keep, a "
             "smaller rank_step, or more layers"
         ) from None
 
@@ -101,9 +104,9 @@ def uniform(layers: Mapping[str, Layer], keep: float, step: int = 8) -> dict[str
     return {name: rank for name, rank in ranks.items() if layers[name].saving(rank) > 0}
 
 
-def _hull(points: Sequence[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+def _hull(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
     """The corners of the lower convex hull of points sorted by their first coordinate, from the first point on."""
-    corners: list[tuple[int, float, int]] = []
+    corners: list[tuple[float, float, int]] = []
     for point in points:
         while len(corners) > 1 and _slope(corners[-1], point) <= _slope(corners[-2], corners[-1]):
             corners.pop()
@@ -111,5 +114,5 @@ def _hull(points: Sequence[tuple[int, float, int]]) -> list[tuple[int, float, in
     return corners
 
 
-def _slope(a: tuple[int, float, int], b: tuple[int, float, int]) -> float:
+def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])

@@ -15,6 +15,7 @@ All three are free of training. A short distillation may follow (`train`); it is
 import copy
 import dataclasses
 import warnings
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -163,7 +164,7 @@ def _ranks(
                 f"allocation=uniform keeps a share of each layer's weights; budget={config.budget} needs greedy"
             )
         return uniform(shapes, config.keep, config.rank_step)
-    curves = {}
+    curves, shares = {}, _shares(model, layers) if config.budget == "macs" else {}
     for name, layer in progress.bar(layers.items(), "error by rank", unit="layer"):
         moments = found[name]
         covariance = _covariance(layer, moments, config)
@@ -173,8 +174,16 @@ def _ranks(
         scale = {"sensitivity": moments.sensitivity, "error": 1.0, "energy": 1 / max(float(lost[0]), 1e-300)}[
             config.scale
         ]
-        curves[name] = Layer(shapes[name].shape, tuple((scale * lost).tolist()))
+        curves[name] = Layer(shapes[name].shape, tuple((scale * lost).tolist()), shares.get(name, 1.0))
     return greedy(curves, _saving(model, config, layers), config.rank_step)
+
+
+def _shares(model: nn.Module, layers: Iterable[str]) -> dict[str, float]:
+    """Layer name -> the part of an image's tokens that it sees; less than 1 where tokens were reduced before it."""
+    tokens = vit.token_count(model)
+    before, after = blocks.tokens_through(blocks.shapes(model), tokens)
+    seen = {"qkv": before, "proj": before, "fc1": after, "fc2": after}
+    return {name: seen[vit.layer_type(name)][int(name.split(".")[1])] / tokens for name in layers}
 
 
 def _saving(model: nn.Module, config: MixedRank, layers: dict[str, nn.Linear]) -> int:

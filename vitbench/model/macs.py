@@ -1,6 +1,7 @@
 """Multiply-accumulates of a Vision Transformer for one image, from shapes alone."""
 
 import copy
+import math
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from vitbench.errors import InputError
 def analytic_macs(model: VisionTransformer) -> int:
     """Multiply-accumulates for one image: patch embedding, blocks (`blocks.macs`), pooling and heads.
 
-    Norms, softmax and GELU are not counted, as is usual. Attention that a method replaced counts as full attention here;
-    `measurement.cost.count_macs` counts what really runs.
+    Norms, softmax and GELU are not counted, as is usual. Blocks count as dense ones of their sizes: attention that a method
+    replaced, and factors in the place of a layer, count as what they replaced. `measurement.cost.count_macs` counts what
+    really runs.
 
     Raises:
         InputError: blocks or pooling of a kind that no formula is known for.
@@ -53,8 +55,10 @@ def _embedding(model: VisionTransformer) -> int:
     if hasattr(embed, "macs"):  # T2T-ViT's
         return embed.macs()
     stem = _convolutions(embed.backbone, embed.img_size) if hasattr(embed, "backbone") else 0
-    proj = 0 if isinstance(embed.proj, nn.Identity) else embed.proj.weight.numel() * embed.num_patches
-    return stem + proj
+    if isinstance(embed.proj, nn.Identity):
+        return stem
+    shape = embed.proj.weight.shape if hasattr(embed.proj, "weight") else embed.proj.shape  # the latter of packed codes
+    return stem + math.prod(shape) * embed.num_patches
 
 
 def _convolutions(stem: nn.Module, size: tuple[int, int]) -> int:

@@ -39,6 +39,11 @@ def check_prunable(model: nn.Module) -> None:
                 f"blocks.{index}.{coded[0]} is a {type(layers[coded[0]]).__name__}, not a plain linear layer; prune first, "
                 "then factorise or quantize"
             )
+        if blocks.gates(block) > 1:
+            raise InputError(
+                f"the MLP in blocks.{index} of {model.recipe.architecture.name} is a {type(mlp).__name__}, whose neurons are "
+                "pairs of outputs; give a ViT with a plain MLP"
+            )
         inner = {"attn.norm": attn.norm, "attn.gate": getattr(attn, "gate", None), "mlp.norm": mlp.norm}
         odd = [name for name, module in inner.items() if not isinstance(module, nn.Identity | None)]
         if odd:
