@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from vitbench import cache, training, vit
+from vitbench import cache, environment, training, vit
 from vitbench.artifact import model_digest
 from vitbench.base.digest import digest
 from vitbench.data import ImageData, load_data
@@ -197,6 +197,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=6, help="of each harm to each kind of work (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    environment.commit()  # of the source that is loaded now
     torch.set_num_threads(1)  # a process that forks has no threads of its own
     rng, counts = random.Random(options.seed), Counter()
     model = plain()
