@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from vitbench import artifact, vit
+from vitbench import artifact, reconstruction, vit
 from vitbench.batches import eval_batches
 from vitbench.coded import RowCoder
+from vitbench.data import load_data
 from vitbench.errors import InputError
 from vitbench.methods import compress, make_config
 from vitbench.reconstruction import reconstruct
@@ -35,6 +36,40 @@ def test_it_is_part_of_weight_only_and_goes_through_the_file(base, digits, tmp_p
     plain = compress(base.model, make_config("weight_only", config), digits)
     sizes = [artifact.size_on_disk(artifact.save(each, tmp_path / str(i))) for i, each in enumerate((small, plain))]
     assert abs(sizes[0] - sizes[1]) < 100, "the same bytes"
+
+
+@pytest.mark.parametrize("harm", ["killed", "one bit"])
+def test_a_killed_reconstruction_goes_on_after_the_last_whole_block(tmp_path, monkeypatch, capsys, harm):
+    few = load_data("digits", train=64, test=32, val=32, calibration=32)
+    model = vit.create_model("vit_micro_patch2_8", num_classes=10, seed=0)
+    config = make_config("weight_only", {"bits": 2, "reconstruction": 3})
+    monkeypatch.setenv("VITBENCH_HOME", str(tmp_path))
+    whole = compress(model, config, few)
+    folder = tmp_path / "results" / "cache" / "reconstructions"
+    assert not list(folder.glob("*")), "nothing is left of one that ended well"
+    fit, fitted = reconstruction._fit, []
+
+    def dying(*given):
+        fitted.append(1)
+        if len(fitted) == 3:
+            raise KeyboardInterrupt
+        fit(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruction, "_fit", dying)
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, config, few)
+    first, second = sorted(folder.glob("*"))
+    if harm == "one bit":
+        content = bytearray(second.read_bytes())
+        content[-40] ^= 1
+        second.write_bytes(content)
+    fitted.clear()
+    monkeypatch.setattr(reconstruction, "_fit", lambda *given: fitted.append(1) or fit(*given))
+    again = compress(model, config, few)
+    assert len(fitted) == len(model.blocks) - (2 if harm == "killed" else 1)
+    assert (f"{second.name}' is damaged" in capsys.readouterr().out) == (harm == "one bit")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
 def test_it_needs_images(base):

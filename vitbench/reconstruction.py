@@ -9,12 +9,14 @@ et al. 2021, arXiv 2102.05426), block after block, each with the inputs that the
 where the gradient passes through the rounding as if it were not there (LSQ).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitbench import progress, vit
+from vitbench.base.store import Kept
 from vitbench.batches import eval_batches
 from vitbench.coded import RowCoder
 from vitbench.data import Split
@@ -24,7 +26,13 @@ RATE, REST_RATE = 2e-3, 2e-4  # of the codes and their steps, in units of the we
 
 
 def reconstruct(
-    model: nn.Module, given: nn.Module, coders: Mapping[str, RowCoder], split: Split, steps: int, seed: int = 0
+    model: nn.Module,
+    given: nn.Module,
+    coders: Mapping[str, RowCoder],
+    split: Split,
+    steps: int,
+    seed: int = 0,
+    kept: Callable[[int], Kept] | None = None,
 ) -> None:
     """Fit the coders of `model`'s blocks, and its biases and norms, in place.
 
@@ -33,6 +41,7 @@ def reconstruct(
         given: what it should answer like.
         coders: layer name -> the coder of its weight.
         steps: of Adam for each block, `BATCH` images each.
+        kept: block's number -> where the fitted block is kept, so that a run that was killed goes on after it.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -45,7 +54,15 @@ def reconstruct(
             prefix = f"blocks.{index}."
             own = {name.removeprefix(prefix): coder for name, coder in coders.items() if name.startswith(prefix)}
             wanted = _through(original, wanted)
-            _fit(block, own, present, wanted, steps, generator, bar)
+            file = kept(index) if kept else None
+            state = file.load() if file else None
+            if state is None:
+                _fit(block, own, present, wanted, steps, generator, bar)
+                if file:
+                    file.save(_state(block, own, generator))
+            else:
+                _take(state, block, own, generator)
+                bar.update(steps)
             present = _through(block, present)
     vit.set_fused_attention(model, True)
 
@@ -76,11 +93,35 @@ def _fit(
             optimizer.step()
             schedule.step()
             bar.update(1)
-    with torch.no_grad():
-        for parameter in rest:
-            parameter.requires_grad_(False)
-        for key, weight in _decoded(coders).items():
-            block.get_parameter(key).copy_(weight)
+    for parameter in rest:
+        parameter.requires_grad_(False)
+    _put(block, coders)
+
+
+def _state(block: nn.Module, coders: Mapping[str, RowCoder], generator: torch.Generator) -> dict[str, Any]:
+    """What a fit changed: the codes and their steps, biases and norms, and the draws."""
+    return {
+        "coders": {name: coder.state_dict() for name, coder in coders.items()},
+        "vectors": {name: parameter for name, parameter in block.named_parameters() if parameter.ndim == 1},
+        "generator": generator.get_state(),
+    }
+
+
+@torch.no_grad()
+def _take(state: dict[str, Any], block: nn.Module, coders: Mapping[str, RowCoder], generator: torch.Generator) -> None:
+    for name, coder in coders.items():
+        coder.load_state_dict(state["coders"][name])
+    for name, values in state["vectors"].items():
+        block.get_parameter(name).copy_(values)
+    generator.set_state(state["generator"])
+    _put(block, coders)
+
+
+@torch.no_grad()
+def _put(block: nn.Module, coders: Mapping[str, RowCoder]) -> None:
+    """Put the decoded weights into the block."""
+    for key, weight in _decoded(coders).items():
+        block.get_parameter(key).copy_(weight)
 
 
 def _decoded(coders: Mapping[str, RowCoder]) -> dict[str, Tensor]:

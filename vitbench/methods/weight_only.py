@@ -19,6 +19,8 @@ from torch import nn
 
 from vitbench import moments, progress, vit
 from vitbench.allocation import OutOfReach, spend
+from vitbench.artifact import model_digest
+from vitbench.base.store import Kept, Store, work_key
 from vitbench.coded import CodedModel, Coding, RowCoder, ends, train_codes
 from vitbench.data import ImageData, Split
 from vitbench.errors import InputError
@@ -81,12 +83,19 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
         how = {"group": config.group, "damping": config.damping, "ridge": config.ridge}
         steps = round_in_turn(model, given, layers, bits, split, **how)
     coders = {name: RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()}
+    files: list[Kept] = []  # of what takes long on the way
     if config.reconstruction and coders:
-        reconstruct(model, given, coders, _calibration(data, "reconstruction", "0"), config.reconstruction)
+        split = _calibration(data, "reconstruction", "0")
+        facts = {"model": model_digest(given), "data": data.fingerprint, "settings": config.to_dict()}
+        key = work_key(__name__, facts)
+        files = [Store("reconstructions").file(f"{key}-{index}") for index in range(len(model.blocks))]
+        reconstruct(model, given, coders, split, config.reconstruction, kept=files.__getitem__)
     every = [*coders.values(), *ends(model, config.ends_bits)]
     if not every:
         return model
     small, small.history = train_codes(CodedModel(model, every), config, data, teacher)
+    for file in files:
+        file.remove()
     return small
 
 
