@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print."""
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -9,7 +10,7 @@ from vitbench import progress
 from vitbench.base.files import UNWRITABLE
 from vitbench.base.processes import open_streams
 from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
-from vitbench.cli.interrupts import interruptible, say_stopped
+from vitbench.cli.interrupts import TEXT, Interrupted, end, interruptible
 from vitbench.errors import InputError
 
 
@@ -44,9 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt as stop:
-        say_stopped()
-        return getattr(stop, "status", 130)
+    except Interrupted as stop:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        end(stop.status)
+    except KeyboardInterrupt:  # where signals are not handled by `interruptible`
+        print(TEXT, file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

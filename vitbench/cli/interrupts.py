@@ -4,11 +4,11 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 3.0  # for ending in order
@@ -73,6 +73,8 @@ def interruptible() -> Iterator[None]:
 
 def _watch(woken: int) -> None:
     """After the first signal wait for the end, and make it where it does not come or is asked for again."""
+    import psutil  # noqa: F401  (now, and not when there is no time)
+
     while (number := os.read(woken, 1)[0]) not in SIGNALS:
         if number == 0:
             os.close(woken)
@@ -85,22 +87,16 @@ def _watch(woken: int) -> None:
     while (left := until - time.monotonic()) > 0:
         if select.select([woken], [], [], left)[0] and os.read(woken, 1)[0] in SIGNALS:
             break
-    end_children()
-    with contextlib.suppress(OSError):
-        os.write(2, f"{TEXT}\n".encode())
-    os._exit(128 + number)
+    end(128 + number)
 
 
-def end_children() -> None:
-    """End every process that this one started, and those that they did."""
+def end(status: int) -> NoReturn:
+    """Say how to go on, and end this process and all that it started; what was imported is not taken down, which takes seconds."""
     import psutil
 
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
-
-
-def say_stopped() -> None:
-    """One line that says how to go on."""
     with contextlib.suppress(OSError):
-        print(TEXT, file=sys.stderr, flush=True)
+        os.write(2, f"{TEXT}\n".encode())
+    os._exit(status)
