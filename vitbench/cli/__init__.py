@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print."""
 
 import argparse
+import atexit
 import contextlib
 import os
 import sys
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as stop:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
+        atexit._run_exitfuncs()  # temporary folders go
         end(stop.status)
     except KeyboardInterrupt:  # where signals are not handled by `interruptible`
         print(TEXT, file=sys.stderr)
