@@ -4,7 +4,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 BIN := .venv/bin
 
-.PHONY: run test setup api format reference figures
+.PHONY: run test setup api format audit reference figures
 
 run: setup
 	$(BIN)/vitbench run $(PROFILE) $(ARGS)
@@ -32,6 +32,18 @@ api: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# make audit  asks for known weaknesses of every package of the lock (needs the network); an answer that is not whole is no answer
+AUDIT := .venv-audit
+audit: $(AUDIT)/bin/pip-audit
+	@status=0; $(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement requirements.lock \
+		> $(AUDIT)/found 2> $(AUDIT)/said || status=$$?; \
+	if grep -q 'known vulnerabilit' $(AUDIT)/said; then cat $(AUDIT)/found; grep 'known vulnerabilit' $(AUDIT)/said; exit $$status; fi; \
+	echo "audit: no whole answer from the advisory service ($$(tail -1 $(AUDIT)/said | cut -c1-160)); try again where it can be reached"; exit 1
+
+$(AUDIT)/bin/pip-audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet pip-audit
 
 # make reference FROM=results/runs/digits AS=digits-quick  keeps a run's rows, environments, and the figures made of rows
 reference:
