@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from vitbench import artifact, cli, environment, paths, vit
+from vitbench import artifact, cli, environment, paths, training, vit
 from vitbench.base.files import PART, write_text
 
 SIZES = (4, 16, 64, 256, 1024)  # KB
@@ -87,6 +87,7 @@ def main() -> int:
         place = Path(folder).resolve()
         os.environ |= {"VITBENCH_HOME": str(place / "home"), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         torch.set_num_threads(1)  # a fork takes no threads along
+        training.CHECKPOINT_SECONDS = 0  # a checkpoint after every epoch
         if why := cannot_mount(place):
             print(f"skipped: no file system in memory can be mounted here ({why}); run it as root", file=sys.stderr)
             return 0
@@ -179,7 +180,7 @@ def trial(place: Path, name: str, size: int) -> dict:
         subprocess.run(remount, check=True, capture_output=True)
         again = vitbench(place, chosen.words, out)
         left += leftovers(small)
-    words = [text for text in re.split("[\r\n]+", first[1]) if re.match("vitbench: |failed ", text)]
+    words = [text for text in re.split("[\r\n]+", first[1]) if re.search("vitbench: |^failed ", text)]
     outcome = "it fits" if first[0] == 0 else (words or [f"status {first[0]} without a word"])[-1]
     return {
         "command": name,
