@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ def _found(folder: Path) -> Made | None:
     except (InputError, ValueError, TypeError) as error:
         print(f"the model in the cache {folder.name} is damaged and is made again ({str(error)[:160]})")
         (folder / HISTORY).unlink(missing_ok=True)
+        shutil.rmtree(folder / "model", ignore_errors=True)  # a damaged one cannot be told from somebody else's folder
         return None
 
 
