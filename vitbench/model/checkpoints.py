@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -120,8 +119,8 @@ def _load(path: Path) -> Any:
             f"checkpoint {path.name!r} is not a safetensors or plain state-dict file: it holds Python objects beside "
             "tensors (a whole module, perhaps), which are not executed; save model.state_dict() alone and give that"
         ) from None
-    except (SafetensorError, Exception) as error:  # each format's reader raises its own kinds
-        reason = " ".join(str(error).split())[:160]
+    except Exception as error:  # each format's reader raises its own kinds
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise InputError(f"checkpoint {path.name!r} is not a safetensors or plain state-dict file ({reason})") from None
 
 

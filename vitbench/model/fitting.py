@@ -78,8 +78,8 @@ def _check_grid(file: str, state: dict[str, Tensor], model: VisionTransformer) -
     if patches < 1 or math.isqrt(patches) ** 2 != patches or place.shape[-1] != own.shape[-1]:
         raise InputError(
             f"checkpoint {file!r} is of another architecture: pos_embed is {tuple(place.shape)}, the model's "
-            f"{tuple(own.shape)}, and it is not that of a square grid of patches behind {prefix} tokens; name the model "
-            "that it was made for"
+            f"{tuple(own.shape)}, and can be resampled only from a square grid of patches behind {prefix} tokens of the same "
+            "width; name the model that it was made for"
         )
 
 
