@@ -278,10 +278,10 @@ def test_yaml_makes_no_objects(tmp_path, capsys):
 
 
 def test_a_notebook_in_a_results_folder_is_not_run(tmp_path, monkeypatch):
+    Run(tmp_path).append(rows_of("m"))
     (tmp_path / "notebooks").mkdir()
     strange = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     (tmp_path / "notebooks" / "99_strange.ipynb").write_text(json.dumps(strange))
-    Run(tmp_path).append(rows_of("m"))
     monkeypatch.delenv("VITBENCH_HOME")
     monkeypatch.chdir(tmp_path)
     names = [lesson.name for lesson in find_lessons()]

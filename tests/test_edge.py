@@ -92,7 +92,7 @@ def test_a_transfer_takes_what_the_model_says_over_three_orders_of_magnitude():
         found = min(
             stream(bytes(count), link) for _ in range(10 if count < 1_000_000 else 3)
         )  # the machine may be busy
-        assert found == pytest.approx(wanted, rel=0.1), f"{count} bytes"
+        assert found == pytest.approx(wanted, rel=0.1, abs=1e-3), f"{count} bytes"  # a sleep may end a millisecond late
     with pytest.raises(InputError, match="nothing to stream"):
         stream(b"", link)
 

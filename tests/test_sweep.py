@@ -257,8 +257,8 @@ def test_a_worker_answers_in_one_process_until_it_dies():
         first, second = own.run(order, 60), own.run(order, 60)
         assert first["starting"] > second["starting"] == 0
         assert "Cell: " in first["error"]
-        own.process.kill()
-        own.process.wait()
+        own.process.process.kill()
+        own.process.process.wait()
         assert own.run(order, 60)["starting"] > 0
     finally:
         own.close()

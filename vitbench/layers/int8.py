@@ -73,12 +73,16 @@ class DynamicInt8Linear(_Int8Linear):
             self._packed = self._pack()
         return torch.ops.quantized.linear_dynamic(x.float(), self._packed, not _has_vnni()).to(x.dtype)
 
-    def reference(self, x: Tensor) -> Tensor:
-        """The kernel's arithmetic written out: asymmetric 8-bit x over the tensor's range, integer product, rescale."""
+    def reference(self, x: Tensor, bits: int = 8) -> Tensor:
+        """The kernel's arithmetic written out: asymmetric x over the tensor's range, integer product, rescale.
+
+        bits: of the codes of x; on a CPU without VNNI instructions the kernel has 7.
+        """
         low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-        step = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+        largest = 2**bits - 1
+        step = ((high - low) / largest).clamp(min=torch.finfo(torch.float32).tiny)
         zero = torch.round(-low / step)
-        codes = (torch.round(x / step) + zero).clamp(0, 255) - zero
+        codes = (torch.round(x / step) + zero).clamp(0, largest) - zero
         y = F.linear(codes.float(), self.weight.float()) * (step * self.scale)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
