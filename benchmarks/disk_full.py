@@ -30,7 +30,7 @@ ENOUGH = "64m"
 IMAGES = ["--dataset", "digits", "--splits", "train=400", "val=100", "calibration=64"]
 SWEEP = """models: [{name: vit_micro_patch2_8}]
 datasets: [{dataset: digits, splits: {train: 200, val: 100}}]
-train: {epochs: 1}
+train: {epochs: 1, batch_size: 32}
 methods: [baseline, {weight_only: {bits: [4, 8]}}]
 measures: {what: [size]}
 """
