@@ -222,11 +222,10 @@ def test_outputs_are_short_and_name_no_path(path, killed_then_finished):
     out, _ = killed_then_finished
     for cell in nbformat.read(out / "notebooks" / path.name, as_version=4).cells[3:]:
         if cell.cell_type == "code":
-            assert not [output for output in cell.outputs if output.get("name") == "stderr"], "a warning"
-            assert len(cell.outputs) <= 8, cell.source
-            texts = [
-                output.get("text", "") or str(output.get("data", {}).get("text/plain", "")) for output in cell.outputs
-            ]
+            outputs = [output for output in cell.outputs if "no VNNI instructions" not in output.get("text", "")]
+            assert not [output for output in outputs if output.get("name") == "stderr"], "a warning, not of the CPU"
+            assert len(outputs) <= 8, cell.source
+            texts = [output.get("text", "") or str(output.get("data", {}).get("text/plain", "")) for output in outputs]
             assert str(out) not in "".join(texts), cell.source
 
 
