@@ -120,7 +120,7 @@ def _sha256(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _packed(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """`value` as JSON's types: a mapping that says of which kind it is, with tensors put aside under their `path`."""
+    """`value` as JSON's types: mappings name their kind, and tensors are put aside under their `path`."""
     if isinstance(value, Tensor):
         name = path if path not in tensors else f"{path}#{len(tensors)}"
         tensor = value.detach().cpu().contiguous()

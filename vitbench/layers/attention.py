@@ -72,7 +72,7 @@ class RoundedAttention(OwnAttention):
         self.q, self.k, self.v, self.softmax = (nn.Identity() for _ in self.PLACES)
 
     def code_macs(self, x: Tensor, y: Tensor) -> int:
-        """Of one call: those of the products of which both sides have become 8-bit codes."""
+        """MACs of one call whose factors are both 8-bit codes."""
         coded = [all(isinstance(getattr(self, side), StaticInt8Rounding) for side in pair) for pair in self.PRODUCTS]
         return sum(coded) * len(x) * x.shape[1] ** 2 * self.attn_dim
 
