@@ -91,7 +91,7 @@ def verify(
 
 def _again(group: pd.DataFrame, data: ImageData, checkpoint: str | Path, img_size: int | None) -> list[Check]:
     first = group.iloc[0]
-    made = _made(first["model"], first["config"], data, checkpoint, img_size)
+    made = remake(first["model"], first["config"], data, checkpoint, img_size)
     what = [
         name
         for name, metrics in {"accuracy": {"top1"}, "size": set(METRICS) - {"top1"}}.items()
@@ -104,9 +104,14 @@ def _again(group: pd.DataFrame, data: ImageData, checkpoint: str | Path, img_siz
     ]
 
 
-def _made(
-    model: str, config: dict[str, Any], data: ImageData, checkpoint: str | Path, img_size: int | None
+def remake(
+    model: str, config: dict[str, Any], data: ImageData, checkpoint: str | Path = "", img_size: int | None = None
 ) -> cache.Made:
+    """Make the model of a row again, from the row's `model` and `config`.
+
+    Raises:
+        InputError: the baseline does not start from the row's weights.
+    """
     origin = config.get("origin", {})
     train = TrainConfig(**origin.get("train", {"epochs": 0}))
     start = cache.prepare(model, data, train, checkpoint=checkpoint, img_size=img_size).recipe.origin["start"]

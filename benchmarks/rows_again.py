@@ -1,0 +1,109 @@
+"""Makes the models of a results folder again, each by the config in its rows, and measures accuracy, size and errors anew.
+
+A fault was mended, and the rows from before it stay wrong until somebody makes them again: this does so for one folder at
+a time. It goes on where it stopped. Times are left alone: they are a machine's, and most faults do not touch them.
+
+    python benchmarks/rows_again.py results/reference/digits-quick --dataset digits --out results/runs/again
+    python benchmarks/rows_again.py results/reference/digits-quick --with results/runs/again     # old row, new row
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vitbench.base.files import write_bytes
+from vitbench.cli.common import add_images, data_of
+from vitbench.data import ImageData
+from vitbench.measurement import measure
+from vitbench.records import Row, read_rows, split_check
+from vitbench.runs import Run
+from vitbench.verify import remake
+
+MEASURES = ("accuracy", "size", "weights", "outputs")
+METRICS = ("top1", "top5", "cross_entropy", "weight_error", "output_error")
+
+
+def steps_of(row: Row) -> dict[str, dict]:
+    """The methods of a row's model, with their settings."""
+    return {step["method"]: step["config"] for step in row.config.get("methods", ())}
+
+
+def place(row: Row) -> str:
+    """What a row and its later twin have in common: all but the hashes of the models' files."""
+    context = {key: value for key, value in row.context.items() if key not in ("artifact", "versus")}
+    return json.dumps([row.model, row.config, row.seed, row.metric, context], sort_keys=True)
+
+
+def make(options: argparse.Namespace, rows: list[Row], data: ImageData) -> int:
+    """Make and measure the models that are wanted; a model that cannot be made is named, and the others go on."""
+    run, failed = Run(options.out), 0
+    seen = {}
+    for row in rows:
+        wanted = not options.only or set(options.only) & {*(steps_of(row) or {"baseline": {}})}
+        if row.status == "ok" and row.metric == "top1" and wanted and row.data_fingerprint == data.fingerprint:
+            seen.setdefault(json.dumps([row.model, row.config], sort_keys=True), row)
+    print(f"{len(seen)} models of {options.folder} on {data.name}", flush=True)
+    for number, row in enumerate(seen.values(), 1):
+        label = ", ".join(steps_of(row)) or "baseline"
+        try:
+            about = {"checkpoint": options.checkpoint, "img_size": options.img_size}
+            base = remake(row.model, {**row.config, "methods": []}, data, **about)
+            made = remake(row.model, row.config, data, **about)
+            what = [name for name in MEASURES if name in options.what]
+            measure(made.path, data, run, versus=base.path if made.path != base.path else "", what=what)
+        except Exception as error:  # noqa: BLE001  (one model of many)
+            failed += 1
+            print(f"[{number}/{len(seen)}] {label} failed: {type(error).__name__}: {error}", flush=True)
+        else:
+            print(f"[{number}/{len(seen)}] {label}", flush=True)
+    return 1 if failed else 0
+
+
+def merge(folder: Path, again: Path) -> int:
+    """Put the new rows in the place of the old ones, and print how far each accuracy and error moved."""
+    new = {place(row): row for row in read_rows(again) if row.status == "ok"}
+    lines, moved = [], 0
+    for line in (folder / "records.jsonl").read_bytes().splitlines(keepends=True):
+        old = Row.model_validate_json(split_check(line)[0])
+        twin = new.pop(place(old), None)
+        if twin is None or old.status != "ok":
+            lines.append(line)
+            continue
+        lines.append(line_of(again, twin.key))
+        moved += 1
+        if old.metric in METRICS:
+            print(f"{old.metric:13} {old.value:.5f} -> {twin.value:.5f}  {', '.join(steps_of(old)) or 'baseline'}")
+    write_bytes(folder / "records.jsonl", b"".join(lines))
+    (folder / "environments").mkdir(exist_ok=True)
+    for file in (again / "environments").iterdir():
+        write_bytes(folder / "environments" / file.name, file.read_bytes())
+    print(f"{moved} rows made anew")
+    return 0
+
+
+def line_of(folder: Path, key: str) -> bytes:
+    """The line of a row as it stands in its file."""
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    return next(line for line in lines if f'"key":"{key}"'.encode() in line)
+
+
+def main() -> int:
+    """Make rows of a folder again, or, with `--with`, put them in the place of the old ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the results folder whose rows are made again")
+    add_images(parser, "the images of the rows")
+    parser.add_argument("--out", type=Path, help="where the new rows go")
+    parser.add_argument("--with", dest="again", type=Path, help="replace the old rows by the new ones in this folder")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="models that use one of these methods")
+    parser.add_argument("--what", nargs="+", default=MEASURES, choices=MEASURES)
+    parser.add_argument("--checkpoint", default="", help="the weights that the rows' baselines start from")
+    parser.add_argument("--img-size", type=int)
+    options = parser.parse_args()
+    if options.again:
+        return merge(options.folder, options.again)
+    return make(options, read_rows(options.folder), data_of(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
