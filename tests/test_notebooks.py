@@ -120,7 +120,7 @@ def test_a_lesson_that_trains_is_left_out_where_there_is_nothing_to_train_on(tmp
     assert "done     01_baseline" in done.stdout
 
 
-RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]
+RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick", "--workers", "2"]  # no test looks at a time
 
 
 def suite(*arguments, **options):
@@ -244,7 +244,7 @@ def test_a_notebook_that_fails_is_named_with_its_cell_and_stops_no_other(tmp_pat
         notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         nbformat.write(notebook, folder / f"{name}.ipynb")
     out = tmp_path / "out"
-    done = suite("--out", str(out), "--workers", "2", "--notebooks", str(folder))
+    done = suite("--out", str(out), "--notebooks", str(folder))
     assert done.returncode == 1
     assert "11_bad: cell 3 (In [3]): RuntimeError: on purpose" in done.stdout
     assert str(out / "notebooks" / "11_bad.ipynb") in done.stdout
