@@ -25,6 +25,19 @@ def test_help(command, capsys):
     assert "usage: vitbench" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["nonsense"], ["list", "nonsense"]])
+def test_python_m_answers_as_the_command_does(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # else the width of help is the terminal's, and the child has none
+    try:
+        status = cli.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    done = subprocess.run([sys.executable, "-m", "vitbench", *arguments], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (status, said.out, said.err)
+    assert status == (0 if arguments == ["--help"] else 2)
+
+
 def test_list(capsys):
     assert cli.main(["list"]) == 0
     said = capsys.readouterr().out
