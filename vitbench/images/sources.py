@@ -1,6 +1,7 @@
 """Sequences of RGB images: in memory, as files, or as bytes in a table."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,27 +50,27 @@ class ArrayImages:
         return hashlib.sha256(str(self.array.shape).encode() + self.array.tobytes()).hexdigest()
 
 
-class EncodedImages:
+class EncodedImages(ABC):
     """Images left encoded and decoded when asked for. Subclasses say where the bytes are."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def where(self, i: int) -> str:
         """The file or the row of image `i`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoded(self, i: int) -> bytes:
         """The bytes of image `i`; raises `Undecodable` or `OSError` where there are none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sizes(self) -> np.ndarray:
         """How many bytes each image has, (N,), without reading them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chosen(self, places: Sequence[int]) -> "EncodedImages":
         """Only the images at these places."""
-        raise NotImplementedError
 
     def __getitem__(self, i: int) -> Image.Image:
         try:
