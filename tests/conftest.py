@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers one each, and fo
 import matplotlib as mpl  # noqa: E402
 import torch  # noqa: E402
 
-from vitbench import training  # noqa: E402
+from vitbench import training, vit  # noqa: E402
 from vitbench.cache import baseline  # noqa: E402
 from vitbench.data import load_data  # noqa: E402
 from vitbench.training import TrainConfig  # noqa: E402
@@ -45,6 +45,18 @@ def home() -> Path:
 @pytest.fixture(scope="session")
 def digits():
     return load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def few_digits():
+    """As many digits as a test needs that compares weights or keys bit for bit."""
+    return load_data("digits", train=64, test=32, val=32, calibration=32)
+
+
+@pytest.fixture(scope="module")
+def micro():
+    """An untrained model of two blocks."""
+    return vit.create_model("vit_micro_patch2_8", num_classes=10, seed=0, depth=2)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ import itertools
 import pytest
 import torch
 
-from vitbench import vit
-from vitbench.data import load_data
 from vitbench.errors import InputError
 from vitbench.methods import METHODS, compress, make_config
 
@@ -35,16 +33,6 @@ def small_config(name):
     return make_config(name, values)
 
 
-@pytest.fixture(scope="module")
-def few():
-    return load_data("digits", train=64, test=32, val=32, calibration=32)
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return vit.create_model("vit_micro_patch2_8", num_classes=10, seed=0, depth=2)
-
-
 def result(model, name, data):
     """The model that a method makes, or the line with which it refuses."""
     try:
@@ -65,23 +53,25 @@ def same(one, other):
 
 
 @pytest.mark.filterwarnings("ignore:32 calibration images give")
-def test_a_pair_gives_the_same_with_an_empty_and_with_a_warm_cache(plain, few, tmp_path, monkeypatch, capsys):
+def test_a_pair_gives_the_same_with_an_empty_and_with_a_warm_cache(micro, few_digits, tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         monkeypatch.setenv("VITBENCH_HOME", str(tmp_path / "warm"))
         (tmp_path / "warm").mkdir()
-        firsts = {name: result(plain, name, few) for name in METHODS}  # these fill the cache, from the plain model
+        firsts = {
+            name: result(micro, name, few_digits) for name in METHODS
+        }  # these fill the cache, from the plain model
         made, differ = 0, []
         for name, second in itertools.product(METHODS, METHODS):
             if isinstance(firsts[name], str):
                 continue
             monkeypatch.setenv("VITBENCH_HOME", str(tmp_path / "warm"))
-            warm = result(firsts[name], second, few)
-            again = result(firsts[name], second, few)
+            warm = result(firsts[name], second, few_digits)
+            again = result(firsts[name], second, few_digits)
             (tmp_path / name / second).mkdir(parents=True)
             monkeypatch.setenv("VITBENCH_HOME", str(tmp_path / name / second))
-            empty = result(firsts[name], second, few)
+            empty = result(firsts[name], second, few_digits)
             made += not isinstance(empty, str)
             if not (same(empty, warm) and same(empty, again)):
                 differ.append(f"{name}, then {second}")

@@ -14,7 +14,6 @@ from tests.conftest import ROOT
 from vitbench import artifact, cache, distilling, moments, training, vit
 from vitbench.base import store
 from vitbench.base.code import OWN, SHOWING, Sources
-from vitbench.data import load_data
 from vitbench.methods import compress, make_config
 from vitbench.removal import criteria
 from vitbench.removal.scores import Criterion
@@ -185,16 +184,6 @@ def test_every_part_of_a_key_counts(monkeypatch):
     assert len({first, *others}) == 1 + len(others)
 
 
-@pytest.fixture(scope="module")
-def few():
-    return load_data("digits", train=64, test=32, val=32, calibration=32)
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return vit.create_model("vit_micro_patch2_8", num_classes=10, seed=0, depth=2)
-
-
 ONE_SET_OF_TENSORS = [
     {},
     {"token_merging": {"r": 2}},
@@ -209,34 +198,34 @@ def made(model, steps):
     return compress(model, [make_config(name, values) for name, values in steps.items()])
 
 
-def test_models_of_one_set_of_tensors_have_digests_and_keys_of_their_own(plain, few):
-    models = [made(plain, steps) for steps in ONE_SET_OF_TENSORS]
+def test_models_of_one_set_of_tensors_have_digests_and_keys_of_their_own(micro, few_digits):
+    models = [made(micro, steps) for steps in ONE_SET_OF_TENSORS]
     assert len({artifact.weights_hash(model) for model in models}) == 1
     assert len({artifact.model_digest(model) for model in models}) == len(models)
-    assert len({training.training_key(model, few, TrainConfig()) for model in models}) == len(models)
-    teachers = {training.training_key(plain, few, TrainConfig(), model) for model in models}
+    assert len({training.training_key(model, few_digits, TrainConfig()) for model in models}) == len(models)
+    teachers = {training.training_key(micro, few_digits, TrainConfig(), model) for model in models}
     assert len(teachers) == len(models)
 
 
 @pytest.mark.parametrize("steps", ONE_SET_OF_TENSORS)
-def test_a_model_that_was_saved_and_loaded_has_its_digest(plain, tmp_path, steps):
-    model = made(plain, steps)
+def test_a_model_that_was_saved_and_loaded_has_its_digest(micro, tmp_path, steps):
+    model = made(micro, steps)
     loaded = artifact.load(artifact.save(model, tmp_path / "model"))
     again = artifact.load(artifact.save(loaded, tmp_path / "again"))
     assert artifact.model_digest(loaded) == artifact.model_digest(again)
 
 
 @pytest.mark.parametrize("changed", ["a tensor", "an input's mean"])
-def test_tensors_and_recipe_are_in_the_digest(plain, changed):
-    other = copy.deepcopy(plain)
+def test_tensors_and_recipe_are_in_the_digest(micro, changed):
+    other = copy.deepcopy(micro)
     if changed == "a tensor":
         other.head.bias.data[3] += 1e-7
     else:
         other.recipe = other.recipe.having(preprocess=other.recipe.preprocess.having(mean=(0.5, 0.5, 0.1)))
-    assert artifact.model_digest(other) != artifact.model_digest(plain)
+    assert artifact.model_digest(other) != artifact.model_digest(micro)
 
 
-def test_code_that_changed_makes_every_kind_of_work_anew(plain, few, home, tmp_path, monkeypatch):
+def test_code_that_changed_makes_every_kind_of_work_anew(micro, few_digits, home, tmp_path, monkeypatch):
     """The modules that are asked for are those that do the work: another digest of theirs, other files."""
     monkeypatch.setenv("VITBENCH_HOME", str(tmp_path))
     train = TrainConfig(epochs=1, batch_size=32, warmup_epochs=0)
@@ -244,12 +233,14 @@ def test_code_that_changed_makes_every_kind_of_work_anew(plain, few, home, tmp_p
     asked = set()
 
     def work():
-        base = cache.baseline("vit_micro_patch2_8", few, train)
+        base = cache.baseline("vit_micro_patch2_8", few_digits, train)
         cache.compressed(base, make_config("dynamic_int8"))
-        moments.collect(plain, vit.linears(plain), few)
-        criteria.score(plain, few, Criterion(name="activation", samples=16))
-        distilling.kept_answers(plain, few, train, 0, torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False))
-        compress(plain, scored, few)
+        moments.collect(micro, vit.linears(micro), few_digits)
+        criteria.score(micro, few_digits, Criterion(name="activation", samples=16))
+        distilling.kept_answers(
+            micro, few_digits, train, 0, torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False)
+        )
+        compress(micro, scored, few_digits)
         files = {
             path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".jsonl")
         }
