@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from vitbench import __version__, lessons
+from vitbench import lessons
 from vitbench.comparison import subject
 from vitbench.errors import InputError
 from vitbench.lessons import choose, find_lessons, read_profile
@@ -22,10 +22,12 @@ from vitbench.records import read_rows
 from vitbench.row_table import load_records
 
 NOTEBOOKS = sorted(lessons.lessons_folder().glob("*.ipynb"))
-INSTALL = f"""import importlib.util
+INSTALL = """import importlib.util
 
-if importlib.util.find_spec("vitbench") is None:  # a hosted runtime, where it is not installed yet
-    %pip install --quiet vitbench=={__version__}"""
+if importlib.util.find_spec("vitbench") is None:  # such as in a hosted runtime
+    raise ModuleNotFoundError(
+        "vitbench is not installed here; run %pip install with the address of its repository or of a wheel, then run all"
+    )"""
 FORM = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -45,10 +47,21 @@ def test_form(path):
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert tagged == code[:1], "one parameters cell, and it is the first code"
     assert code[1].source == INSTALL
+    assert not any(line.lstrip().startswith(("%", "!")) for cell in code for line in cell.source.splitlines()), (
+        "a command"
+    )
     assert "\nvb.lesson(globals())" in code[2].source, "no check of the parameters, and no inline figures"
     text = "\n".join(cell.source for cell in notebook.cells)
     assert "What to remember" in text
     assert text.count("<details>") == text.count("</details>") >= 3
+
+
+def test_a_notebook_without_the_package_says_how_to_install_it_and_installs_nothing(monkeypatch):
+    """The package index is not asked: whoever takes a free name there would run code on the reader's machine."""
+    exec(INSTALL, {})  # where it is installed, the cell is silent
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="vitbench is not installed here; run %pip install with the address"):
+        exec(INSTALL, {})
 
 
 @FORM
