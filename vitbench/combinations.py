@@ -101,7 +101,7 @@ def search(model: nn.Module, data: ImageData, config: CombinationSearch, folder:
     key = work_key(__name__, facts, pick_device(), packages=("optuna",))
     notes = Notes(folder / f"{key}.jsonl", "a search of combinations")
     known = notes.read()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # its warning of a trial that was interrupted is a traceback
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=config.seed), direction="maximize")
     with tempfile.TemporaryDirectory() as scratch:
         base = artifact.save(model, Path(scratch, "base"))
