@@ -2,17 +2,17 @@
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from vitbench import vit
+from vitbench.data import load_data
 from vitbench.errors import InputError
-from vitbench.removal import criteria, dependence
+from vitbench.measurement.memory import LiveTensors
+from vitbench.moments import BATCH
+from vitbench.removal import criteria, dependence, unit_dependence
 from vitbench.removal.scores import OFFICIAL, Criterion, Scores, choose
 from vitbench.removal.unit_dependence import positions
 
@@ -168,38 +168,26 @@ def test_too_few_images_and_none_are_refused(base, digits):
         Criterion(samples=1)
 
 
-MEMORY = """
-import resource, torch
-resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30,) * 2)
-import numpy as np
-from vitbench import vit
-from vitbench.removal import unit_dependence
-from vitbench.removal import criteria, dependence
-from vitbench.removal.scores import Criterion
-model = vit.create_model("deit_base_patch16_224", num_classes=10, depth=1)
+def test_512_images_on_deit_base_fit_in_8_gib(monkeypatch):
+    """Blocks are scored one after the other and let go; tensors of the meta device have sizes and no content to compute."""
+    images, data = 512, load_data("digits", calibration=512)  # only their number counts
+    batches = [(torch.empty(BATCH, 3, 224, 224, device="meta"), None)] * (images // BATCH)
+    monkeypatch.setattr(unit_dependence, "eval_batches", lambda *_: batches)
 
-class Split:
-    array = np.random.default_rng(0).integers(0, 255, (512, 224, 224, 3), dtype=np.uint8)
-    labels = np.zeros(512, dtype=np.int64)
-    def __len__(self):
-        return 512
-    def needs(self, name):
-        return self
-    def some(self, count):
-        return self
+    def made(depth):
+        with torch.device("meta"):
+            return vit.create_model("deit_base_patch16_224", num_classes=10, depth=depth)
 
-found = unit_dependence.hsic(model, Split(), Criterion(samples=512))
-print(found[0].neurons.shape, torch.isfinite(found[0].neurons).all().item())
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit on memory is Linux's")
-def test_512_images_on_a_block_of_deit_base_fit_in_8_gib():
-    """Blocks are scored one after the other and let go, so one block is what all twelve need, but for their weights."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "torch.Size([3072]) True" in done.stdout
+    peaks = []
+    for depth in (1, 2):
+        with LiveTensors() as live:
+            found = unit_dependence.hsic(made(depth), data, Criterion(samples=images))
+        assert [scores.neurons.shape for scores in found] == [(3072,)] * depth
+        peaks.append(live.peak)
+    assert peaks[1] < 1.01 * peaks[0], "a block is not let go"
+    assert peaks[0] > images * 197 * (2 + 4) * 768 * 4, "the values of one block's heads (queries, values) and neurons"
+    weights = sum(weight.untyped_storage().nbytes() for weight in made(12).parameters())
+    assert peaks[1] + weights < 7 * 2**30, "a gibibyte is left for Python, PyTorch and the images"
 
 
 def test_a_model_with_layers_in_codes_is_refused(base, digits):

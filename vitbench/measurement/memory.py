@@ -14,12 +14,12 @@ def peak_tensors(model: nn.Module, x: Tensor) -> int:
     resident = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.state_dict().values()
     }
-    with _LiveTensors() as live:
+    with LiveTensors() as live:
         model(x)
     return sum(resident.values()) + x.untyped_storage().nbytes() + live.peak
 
 
-class _LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Follows the storages that operators make, and the largest sum of those alive at once."""
 
     def __init__(self):

@@ -51,6 +51,7 @@ def hsic(model: nn.Module, data: ImageData, settings: Criterion) -> list[Scores]
         means = by_head(values["proj"], block).mean(1)
         heads = _dependence(means, wanted, settings) - settings.redundancy * _redundancy(means, settings)
         found.append(Scores(neurons, heads, by_head(scored["qkv"], block), by_head(scored["proj"], block)))
+        del values  # else the next block's come beside them
     return found
 
 
