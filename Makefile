@@ -4,7 +4,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 BIN := .venv/bin
 
-.PHONY: run test setup api format audit reference figures
+.PHONY: run test setup api format audit reference figures pages
 
 run: setup
 	$(BIN)/vitbench run $(PROFILE) $(ARGS)
@@ -60,3 +60,7 @@ figures: setup
 	$(BIN)/vitbench figure backends --rows $(ROWS)/edge-deit-base --out $(ROWS)/figures/deit_base_backends.png
 	$(BIN)/vitbench figure equal-size --rows $(ROWS)/equal-cifar10 --out $(ROWS)/figures/cifar10_equal_size.png
 	$(BIN)/vitbench figure ranks --rows $(ROWS)/equal-cifar10 --out $(ROWS)/figures/cifar10_ranks.png
+
+# make pages  makes README, REVIEWING and the pages of results from the templates in docs/pages and committed rows (ARGS=--check shows what would change)
+pages: setup
+	$(BIN)/python -m docs.render $(ARGS)

@@ -1,0 +1,57 @@
+"""The committed results: rows name where and with what they were made, and the figures are drawn from them."""
+
+import json
+import re
+
+import pytest
+from matplotlib.testing.compare import compare_images
+
+from docs.render import listed
+from tests.conftest import ROOT
+from vitbench.cli import main
+from vitbench.comparison import subject
+from vitbench.records import read_rows
+from vitbench.row_table import load_records
+from vitbench.statistics import quiet_ratio
+
+REFERENCE = ROOT / "results" / "reference"
+FOLDERS = sorted(file.parent.name for file in REFERENCE.glob("*/records.jsonl"))
+FOUND = sorted(file.parent.name for file in REFERENCE.glob("*/found.json"))
+FIGURES = re.findall(r"vitbench (figure .+)$", (ROOT / "Makefile").read_text(), re.M)
+TWICE = [
+    f"edge-deit-tiny{how}-{run}" for how in ("", "-one-thread", "-faults", "-longer") for run in ("first", "again")
+]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_rows_name_their_environment_and_a_commit_that_holds_their_source(name):
+    for row in read_rows(REFERENCE / name / "records.jsonl"):
+        assert (REFERENCE / name / "environments" / f"{row.env_id}.json").is_file()
+        assert not row.commit.endswith(("+changes", "-dirty")), "a reference row names a commit that holds its source"
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_a_benchmark_found_names_a_commit_that_holds_its_source(name):
+    assert not json.loads((REFERENCE / name / "found.json").read_text())["commit"].endswith(("+changes", "-dirty"))
+
+
+@pytest.mark.parametrize("command", FIGURES)
+def test_the_readmes_figures_are_drawn_again_from_committed_rows(command, tmp_path):
+    folders = " ".join(str(REFERENCE / name) for name in listed("CIFAR10"))
+    *given, committed = command.replace("$(CIFAR10)", folders).replace("$(ROWS)", str(REFERENCE)).split()
+    fresh = tmp_path / "fresh.png"
+    assert main([*given, str(fresh)]) == 0
+    assert committed.removeprefix(f"{ROOT}/") in (ROOT / "README.md").read_text()
+    assert compare_images(committed, str(fresh), tol=1) is None
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_ratio_over_the_quietest_rounds_is_that_of_its_samples(name):
+    rows = subject(load_records(REFERENCE / name))
+    own = rows[rows["metric"] == "latency_p50"].set_index(["method", "backend", "batch"])["samples"]
+    ratios = rows[(rows["metric"] == "latency_ratio") & (rows["method"] != "baseline")]
+    assert len(ratios)
+    for row in ratios.itertuples():
+        assert "quietest quarter" in row.source
+        times = own.loc[(row.method, row.backend, row.batch)]
+        assert quiet_ratio(times, row.samples)[0] == pytest.approx(row.value)
