@@ -13,6 +13,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses 2 --dist loadfile tests --ignore tests/test_notebooks.py $(ARGS)
 	home=$$(mktemp -d) && trap 'rm -rf '$$home EXIT && export VITBENCH_TEST_HOME=$$home && \
 	$(BIN)/pytest tests/test_notebooks.py $(ARGS) && $(BIN)/pytest --nbmake --numprocesses 2 notebooks $(ARGS)
@@ -28,7 +29,7 @@ setup: .venv/.done
 
 # make api  writes the pages of the package's names, from their docstrings: open results/api/index.html
 api: setup
-	$(BIN)/pdoc --docformat google --output-directory results/api vitbench $(filter-out %__main__ %__init__ %on_device,$(subst /,.,$(basename $(wildcard vitbench/*.py vitbench/*/*.py))))
+	$(BIN)/pdoc --docformat google --output-directory results/api vitbench $(filter-out %__main__ %__init__ %on_device,$(subst /,.,$(basename $(wildcard vitbench/*.py vitbench/*/*.py vitbench/*/*/*.py))))
 
 format: setup
 	$(BIN)/ruff check --fix .

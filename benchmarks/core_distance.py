@@ -20,11 +20,6 @@ import numpy as np
 import torch
 
 import vitbench as vb
-from vitbench import artifact, backends, environment, progress
-from vitbench.cli.common import print_results
-from vitbench.errors import InputError
-from vitbench.measurement.value import about
-from vitbench.records import Row
 
 JOURNEYS = 2000  # there and back, a probe
 PAUSE = 0.5  # seconds between rounds
@@ -41,18 +36,18 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
-            raise InputError("this needs Linux and two cores")
+            raise vb.InputError("this needs Linux and two cores")
         if not options.minutes > 0:
-            raise InputError(f"--minutes {options.minutes:g}: give more than 0")
+            raise vb.InputError(f"--minutes {options.minutes:g}: give more than 0")
         run = vb.Run(options.out)
         journeys, times = measured(
             options.models, list(dict.fromkeys(["eager", *options.backends])), 60 * options.minutes
         )
         run.append(rows(options.models[0], journeys, times))
-    except InputError as error:
+    except vb.InputError as error:
         print(f"core_distance.py: {error}", file=sys.stderr)
         return 2
-    print_results(run.folder)
+    vb.cli.print_results(run.folder)
     return 0
 
 
@@ -87,14 +82,14 @@ def measured(models: list[Path], names: list[str], seconds: float) -> tuple[list
     with torch.inference_mode():
         for path, name, threads in itertools.product(models, names, (1, 2)):
             torch.set_num_threads(threads)
-            model = artifact.load(path)
-            if not backends.obstacle(name, model.recipe):
+            model = vb.load(path)
+            if not vb.measurement.obstacle(name, model.recipe):
                 size = model.recipe.preprocess.size
                 x = torch.randn(1, 3, size, size)
-                calls[path, name, threads] = (backends.checked(name, model, x)[0], x)
+                calls[path, name, threads] = (vb.measurement.checked(name, model, x)[0], x)
         times: dict[tuple, list[float]] = {key: [] for key in calls}
         end = time.monotonic() + seconds
-        with progress.bar(None, "rounds", int(seconds), unit="s") as bar:
+        with vb.base.bar(None, "rounds", int(seconds), unit="s") as bar:
             while (left := end - time.monotonic()) > 0:
                 journeys.append(journey(cores))
                 for key, (call, x) in calls.items():
@@ -108,23 +103,29 @@ def measured(models: list[Path], names: list[str], seconds: float) -> tuple[list
     return journeys, times
 
 
-def rows(base: Path, journeys: list[float], times: dict[tuple, list[float]]) -> list[Row]:
+def rows(base: Path, journeys: list[float], times: dict[tuple, list[float]]) -> list[vb.Row]:
     """Of each place that the cores were in: the journey, medians, and ratios to the baseline in eager mode."""
     far = np.array(journeys) > np.sqrt(min(journeys) * max(journeys))
     places = {"near": ~far, "far": far} if max(journeys) > APART * min(journeys) else {"one": far | True}
-    data, device, found = vb.load_data("digits"), environment.device_name("eager"), []
+    data, device, found = vb.load_data("digits"), vb.rows.device_name("eager"), []
 
     def add(path: Path, metric: str, unit: str, how: str, context: dict, samples: np.ndarray) -> None:
-        facts = about(artifact.read_manifest(path).recipe, data) | {"metric": metric, "unit": unit, "context": context}
+        facts = vb.measurement.about(vb.model.read_manifest(path).recipe, data) | {
+            "metric": metric,
+            "unit": unit,
+            "context": context,
+        }
         found.append(
-            Row(**facts, value=float(np.median(samples)), source=f"measured: {how}", samples=samples.round(4).tolist())
+            vb.Row(
+                **facts, value=float(np.median(samples)), source=f"measured: {how}", samples=samples.round(4).tolist()
+            )
         )
 
     for place, chosen in places.items():
         here = {"cores": place, "rounds": int(chosen.sum()), "device": device}
         for (path, name, threads), taken in times.items():
             context = here | {"threads": threads, "batch": 1, "backend": name}
-            context |= {"artifact": artifact.read_manifest(path).sha256[:12]}
+            context |= {"artifact": vb.model.read_manifest(path).sha256[:12]}
             own, other = np.array(taken)[chosen], np.array(times[base, "eager", threads])[chosen]
             how = "median of the rounds in which the cores were there"
             add(path, "latency_p50", "ms", how, context, own)

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-from vitbench import artifact, cli, environment, paths, training, vit
-from vitbench.base.files import PART, write_text
+import vitbench as vb
 
 SIZES = (4, 16, 64, 256, 1024)  # KB
 ENOUGH = "64m"
@@ -82,12 +81,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(TRIALS), metavar="TRIAL", help=f"of {', '.join(TRIALS)}")
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), metavar="KB", help="default: 4 to 1024")
     options = parser.parse_args()
-    out = paths.writable_folder(options.out, "folder").resolve()
+    out = vb.base.writable_folder(options.out, "folder").resolve()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder).resolve()
         os.environ |= {"VITBENCH_HOME": str(place / "home"), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         torch.set_num_threads(1)  # a fork takes no threads along
-        training.CHECKPOINT_SECONDS = 0  # a checkpoint after every epoch
+        vb.training.loop.CHECKPOINT_SECONDS = 0  # a checkpoint after every epoch
         if why := cannot_mount(place):
             print(f"skipped: no file system in memory can be mounted here ({why}); run it as root", file=sys.stderr)
             return 0
@@ -98,10 +97,10 @@ def main() -> int:
                 found.append(trial(place, name, size))
                 print(line(found[-1]), flush=True)
     bad = sum(each["tracebacks"] + each["left"] + (not each["goes on"]) for each in found)
-    facts = {"trials": found, "commit": environment.commit(), "bad": bad}
-    write_text(out / "found.json", json.dumps(facts, indent=1) + "\n")
+    facts = {"trials": found, "commit": vb.rows.commit(), "bad": bad}
+    vb.base.write_text(out / "found.json", json.dumps(facts, indent=1) + "\n")
     head = "| command | KB | with so little space | tracebacks | left over | goes on |\n|---|---|---|---|---|---|\n"
-    write_text(out / "table.md", head + "".join(f"{line(each)}\n" for each in found))
+    vb.base.write_text(out / "table.md", head + "".join(f"{line(each)}\n" for each in found))
     print(f"{len(found)} trials, {bad} bad")
     return 1 if bad else 0
 
@@ -135,8 +134,8 @@ def mounted(place: Path, size: str) -> Iterator[None]:
 
 def prepare(place: Path) -> None:
     """A small model, its rows and a sweep, made with all the space that there is."""
-    artifact.save(vit.create_model("vit_micro_patch2_8", num_classes=10, img_size=8), place / "model")
-    write_text(place / "sweep.yaml", SWEEP)
+    vb.save(vb.create_model("vit_micro_patch2_8", num_classes=10, img_size=8), place / "model")
+    vb.base.write_text(place / "sweep.yaml", SWEEP)
     done = vitbench(place, "measure MODEL IMAGES --what accuracy size --out ROWS", "")
     if done[0]:
         raise SystemExit(f"the model cannot be measured: {done[1][-300:]}")
@@ -158,7 +157,7 @@ def vitbench(place: Path, words: str, out: str) -> tuple[int, str]:
                 for number in (1, 2):
                     os.dup2(said.fileno(), number)
                 os.chdir(place)
-                status = cli.main(filled)
+                status = vb.cli.main(filled)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -199,7 +198,7 @@ def leftovers(folder: Path) -> list[Path]:
     return [
         path
         for path in folder.rglob("*")
-        if PART.fullmatch(path.name) or path.name.endswith((".running.ipynb", ".part"))
+        if vb.base.PART.fullmatch(path.name) or path.name.endswith((".running.ipynb", ".part"))
     ]
 
 

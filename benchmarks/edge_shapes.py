@@ -19,14 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import vitbench as vb
-from vitbench import artifact, backends, environment
-from vitbench.cli.common import print_results
-from vitbench.edge import backend_table
-from vitbench.errors import InputError, one_of
-from vitbench.measurement import timing
-from vitbench.measurement.value import Value, about
-from vitbench.methods import METHODS
-from vitbench.records import Row
 
 BACKENDS = ("eager", "torch_compile", "onnxruntime", "openvino", "openvino_bf16")
 UNTRAINED = {"train": {"epochs": 0}}
@@ -41,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape", help="a model's name; `vitbench list models` has them")
     parser.add_argument("--out", required=True, metavar="DIR", help="results folder")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="default: all")
+    parser.add_argument("--methods", nargs="+", default=list(vb.METHODS), metavar="NAME", help="default: all")
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), metavar="NAME", help=f"default: {BACKENDS}")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
@@ -50,17 +42,17 @@ def main() -> int:
     options = parser.parse_args()
     try:
         for backend in options.backends:
-            backends.available(backend)
+            vb.measurement.available(backend)
         for name in options.methods:
-            one_of("method", name, METHODS)
+            vb.base.one_of("method", name, vb.METHODS)
         run = vb.Run(options.out)
         models = make(options.shape, options.methods, run)
         measure(models, run, options)
-    except InputError as error:
+    except vb.InputError as error:
         print(f"edge_shapes.py: {error}", file=sys.stderr)
         return 2
-    print_results(run.folder)
-    (run.folder / "table.md").write_text(backend_table.table(run.rows()))
+    vb.cli.print_results(run.folder)
+    (run.folder / "table.md").write_text(vb.edge.backend_table(run.rows()))
     print(f"table: {run.folder / 'table.md'}")
     return 0
 
@@ -69,14 +61,14 @@ def make(shape: str, names: list[str], run: vb.Run) -> dict[str, Path]:
     """Each method's model, saved; those that are there already are taken."""
     data = vb.load_data("digits", val=16, test=16, calibration=64)
     paths = {name: run.models / name for name in ("baseline", *names)}
-    if not (paths["baseline"] / artifact.RECIPE).is_file():
+    if not (paths["baseline"] / vb.model.RECIPE).is_file():
         vb.save(vb.create_model(shape, num_classes=len(data.classes)), paths["baseline"])
     base = vb.load(paths["baseline"])
     small = dataclasses.replace(data, train=data.calibration)  # enough for the one epoch of diffq
     for name in names:
-        if not (paths[name] / artifact.RECIPE).is_file():
+        if not (paths[name] / vb.model.RECIPE).is_file():
             start = time.monotonic()
-            usual = UNTRAINED if "train" in METHODS[name].config.model_fields else {}
+            usual = UNTRAINED if "train" in vb.METHODS[name].config.model_fields else {}
             vb.save(vb.compress(base, [vb.make_config(name, CONFIGS.get(name, usual))], small), paths[name])
             print(f"{name}: made in {time.monotonic() - start:.0f} s", flush=True)
     return paths
@@ -94,7 +86,7 @@ def measure(models: dict[str, Path], run: vb.Run, options: argparse.Namespace) -
             start = time.monotonic()
             _race(models, data, run, backend, batch, options)
             print(f"{backend}, batch {batch}: {time.monotonic() - start:.0f} s", flush=True)
-        if backends.BACKENDS[backend].alone:
+        if vb.measurement.BACKENDS[backend].alone:
             for path in models.values():
                 vb.measure(path, data, run, what=("memory",), backend=backend, threads=options.threads)
 
@@ -102,18 +94,18 @@ def measure(models: dict[str, Path], run: vb.Run, options: argparse.Namespace) -
 def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str, batch: int, options: Any) -> None:
     """Time all models in one process, and add their rows."""
     base, references = models["baseline"], list(dict.fromkeys((backend, "eager")))
-    sha = artifact.read_manifest(base).sha256[:12]
-    timed = {"threads": options.threads, "device": environment.device_name(backend), "backend": backend}
-    timed |= timing.shared_rounds(options.rounds, options.starts)
+    sha = vb.model.read_manifest(base).sha256[:12]
+    timed = {"threads": options.threads, "device": vb.rows.device_name(backend), "backend": backend}
+    timed |= vb.measurement.shared_rounds(options.rounds, options.starts)
     timed |= {"batch": batch, "versus": f"baseline:{sha}"}
     slots = {path: list(_slots(path, data, timed, references)) for path in models.values()}
     done = run.done()
     if all(row.identity() in done for rows in slots.values() for row in rows):
         return
-    able = {path: backends.obstacle(backend, artifact.read_manifest(path).recipe) for path in slots}
+    able = {path: vb.measurement.obstacle(backend, vb.model.read_manifest(path).recipe) for path in slots}
     racing = [path for path, why in able.items() if not why]
     entries = [*((str(base), reference) for reference in references), *((str(path), backend) for path in racing)]
-    (found,) = timing.race(entries, [batch], options.threads, options.rounds, options.starts)
+    (found,) = vb.measurement.race(entries, [batch], options.threads, options.rounds, options.starts)
     others = [other.times for other in found[: len(references)]]
     timings = dict(zip(racing, found[len(references) :], strict=True))
     for path, rows in slots.items():
@@ -122,17 +114,17 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
             status = {"status": "skipped" if able[path] else "failed", "error": own, "value": None, "source": ""}
             run.append(row.having(**status) for row in rows)
         else:
-            run.append(_filled(rows, timing.values(backend, own, others, starts=options.starts)))
+            run.append(_filled(rows, vb.measurement.values(backend, own, others, starts=options.starts)))
 
 
-def _slots(path: Path, data: vb.ImageData, timed: dict[str, Any], references: list[str]) -> Iterator[Row]:
-    manifest = artifact.read_manifest(path)
-    facts = about(manifest.recipe, data) | {"value": 0, "source": "measured"}
-    for metric, unit, context in timing.slots(timed, references):
-        yield Row(**facts, metric=metric, unit=unit, context={**context, "artifact": manifest.sha256[:12]})
+def _slots(path: Path, data: vb.ImageData, timed: dict[str, Any], references: list[str]) -> Iterator[vb.Row]:
+    manifest = vb.model.read_manifest(path)
+    facts = vb.measurement.about(manifest.recipe, data) | {"value": 0, "source": "measured"}
+    for metric, unit, context in vb.measurement.slots(timed, references):
+        yield vb.Row(**facts, metric=metric, unit=unit, context={**context, "artifact": manifest.sha256[:12]})
 
 
-def _filled(rows: list[Row], values: Iterator[Value]) -> Iterator[Row]:
+def _filled(rows: list[vb.Row], values: Iterator[vb.measurement.Value]) -> Iterator[vb.Row]:
     for row, value in zip(rows, values, strict=True):
         yield row.having(**value.fields())
 

@@ -29,22 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vitbench as vb
-from vitbench import artifact, backends, environment
-from vitbench.batches import eval_batches
-from vitbench.errors import InputError, one_of
-from vitbench.lessons import parse_setting
-from vitbench.measurement.value import about
-from vitbench.records import Row
-from vitbench.standalone import thread_environment, turns
-from vitbench.statistics import pack_hits, quiet_ratio, wilson
-from vitbench.suite import open_data
 
 IMAGES, TIME_LIMIT = 64, 1800  # digits to calibrate on; seconds of a child
 
 
 def ours(backend: str) -> Callable:
     """A vitbench file in one of vitbench's backends."""
-    return lambda model, x, calibration: (backends.make_call(backend, model, x), 0)
+    return lambda model, x, calibration: (vb.measurement.make_call(backend, model, x), 0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,9 @@ class Variant:
 
 def _ours(file: str, *names: str) -> dict[str, Variant]:
     method = FILES[file][0] if file in FILES else file
-    return {f"{file}:{name}": Variant(method, name, ours(name), backends.BACKENDS[name].needs, file) for name in names}
+    return {
+        f"{file}:{name}": Variant(method, name, ours(name), vb.measurement.BACKENDS[name].needs, file) for name in names
+    }
 
 
 # our compressed files: the method and its config
@@ -91,10 +84,10 @@ VARIANTS = {
 }
 
 
-class Answers(backends.Prepared):
+class Answers(vb.measurement.Prepared):
     """A callable made for `batch` images as a model that can be scored."""
 
-    def __init__(self, call: backends.Call, model: nn.Module, batch: int):
+    def __init__(self, call: vb.measurement.Call, model: nn.Module, batch: int):
         nn.Module.__init__(self)
         self.recipe, self.batch = model.recipe, batch
         self.call = lambda images: call(
@@ -111,7 +104,7 @@ def child(task: str, answer: str) -> None:
     order = json.loads(Path(task).read_text())
     torch.set_num_threads(order["threads"])
     warnings.simplefilter("ignore")
-    base, model = artifact.load(order["base"]), artifact.load(order["file"])
+    base, model = vb.load(order["base"]), vb.load(order["file"])
     variant, calibration = VARIANTS[order["variant"]], load_file(order["calibration"])["x"]
     found: dict[str, Any] = {"times": [], "apart": []}
     with torch.no_grad():
@@ -119,16 +112,18 @@ def child(task: str, answer: str) -> None:
             x = calibration[:batch].clone()
             call, found["bytes"] = variant.make(model, x, calibration)
             found["apart"].append(float((call(x) - base(x)).abs().max()))
-            found["times"].append(turns([lambda: call(x), lambda: base(x)], order["rounds"]))  # noqa: B023
+            found["times"].append(vb.base.turns([lambda: call(x), lambda: base(x)], order["rounds"]))  # noqa: B023
     if order["dataset"]:
-        hits = vb.evaluate(Answers(call, model, batch), open_data(order["dataset"], "", order["splits"]).test).top1
+        hits = vb.evaluate(
+            Answers(call, model, batch), vb.run.open_data(order["dataset"], "", order["splits"]).test
+        ).top1
         found["hits"] = [int(hit) for hit in hits]
     Path(answer).write_text(json.dumps(found))
 
 
 def in_child(threads: int, **order: Any) -> dict[str, Any]:
     """What `child` finds, in a fresh process with so many threads."""
-    env = thread_environment(threads)
+    env = vb.base.thread_environment(threads)
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
         task.write_text(json.dumps({"threads": threads, **order}))
@@ -154,26 +149,26 @@ def main() -> None:
     args = parser.parse_args()
     try:
         compare(args)
-    except InputError as error:
+    except vb.InputError as error:
         raise SystemExit(f"error: {error}") from None
 
 
 def compare(args: argparse.Namespace) -> None:
     """Make the files, then measure variant after variant, each with rows of its own and a line of the table."""
     if bool(args.checkpoint) == args.random:
-        raise InputError("give --checkpoint, or --random for size and speed only")
+        raise vb.InputError("give --checkpoint, or --random for size and speed only")
     for name in args.only:
-        one_of("variant", name, VARIANTS)
+        vb.base.one_of("variant", name, VARIANTS)
     torch.set_num_threads(args.threads)
-    run, splits = vb.Run(args.out), dict(parse_setting(text) for text in args.splits)
-    data = open_data(args.dataset, "", splits) if args.dataset else None
+    run, splits = vb.Run(args.out), dict(vb.run.parse_setting(text) for text in args.splits)
+    data = vb.run.open_data(args.dataset, "", splits) if args.dataset else None
     if not data:
         print(f"no data set: calibrated on {IMAGES} digits, which say nothing about accuracy")
-    seen = data or open_data("digits", "", {"calibration": IMAGES})
+    seen = data or vb.run.open_data("digits", "", {"calibration": IMAGES})
     base = vb.create_model(args.model, checkpoint=args.checkpoint)
     scored = data if data and not args.random else None
     if scored and base.recipe.architecture.num_classes != len(data.classes):
-        raise InputError(
+        raise vb.InputError(
             f"the model has {base.recipe.architecture.num_classes} outputs and {data.name} {len(data.classes)} classes; "
             "give the images that it was made for, or --random"
         )
@@ -182,7 +177,7 @@ def compare(args: argparse.Namespace) -> None:
         if any(VARIANTS[name].file == file for name in args.only):
             config = config | ({"compensation": not args.random} if method == "static_int8" else {})
             files[file] = vb.save(vb.compress(base, vb.make_config(method, config), seen), run.models / file)
-    images = torch.cat([x for x, _ in eval_batches(seen.needs("calibration"), base.recipe.preprocess)])
+    images = torch.cat([x for x, _ in vb.data.eval_batches(seen.needs("calibration"), base.recipe.preprocess)])
     images = images[: len(images) // max(args.batches) * max(args.batches)].contiguous()
     with tempfile.TemporaryDirectory() as folder:
         calibration = Path(folder, "calibration.safetensors")
@@ -197,7 +192,7 @@ def compare(args: argparse.Namespace) -> None:
                 run.append(_measured(name, rows, files[VARIANTS[name].file], args.threads, order))
 
 
-def _measured(name: str, rows: list[Row], file: Path, threads: int, order: dict[str, Any]) -> list[Row]:
+def _measured(name: str, rows: list[vb.Row], file: Path, threads: int, order: dict[str, Any]) -> list[vb.Row]:
     """The rows with what was found, or with the reason why nothing was; prints a line of the table."""
     status, error = "skipped", _missing(VARIANTS[name])
     if not error:
@@ -208,7 +203,7 @@ def _measured(name: str, rows: list[Row], file: Path, threads: int, order: dict[
     if error:
         print(f"{name:28} {status}: {error}", flush=True)
         return [row.having(status=status, error=error, value=None, source="") for row in rows]
-    found["bytes"] = found["bytes"] or artifact.size_on_disk(file)
+    found["bytes"] = found["bytes"] or vb.size_on_disk(file)
     print(f"{name:28} {_line(order['batches'], found)}", flush=True)
     return [row.having(**fields) for row, fields in zip(rows, _values(found), strict=True)]
 
@@ -216,34 +211,34 @@ def _measured(name: str, rows: list[Row], file: Path, threads: int, order: dict[
 def _missing(variant: Variant) -> str:
     """Why it cannot be had here, or ""."""
     try:
-        if variant.backend in backends.BACKENDS:
-            backends.available(variant.backend)
-    except InputError as error:
+        if variant.backend in vb.measurement.BACKENDS:
+            vb.measurement.available(variant.backend)
+    except vb.InputError as error:
         return str(error)
     lacking = [name for name in variant.packages if not importlib.util.find_spec(name)]
     return f"not installed: {', '.join(lacking)}; pip install 'vitbench[onnx,openvino,peers]'" if lacking else ""
 
 
-def _slots(variant: Variant, files: dict[str, Path], images: int, args, data: vb.ImageData | None) -> list[Row]:
+def _slots(variant: Variant, files: dict[str, Path], images: int, args, data: vb.ImageData | None) -> list[vb.Row]:
     """The variant's rows without values, in the order of `_values`."""
-    manifest, base = (artifact.read_manifest(files[name]) for name in (variant.file, "baseline"))
-    facts = about(manifest.recipe, data) | {"method": variant.method, "value": 0, "source": "measured"}
+    manifest, base = (vb.model.read_manifest(files[name]) for name in (variant.file, "baseline"))
+    facts = vb.measurement.about(manifest.recipe, data) | {"method": variant.method, "value": 0, "source": "measured"}
     own = {"artifact": manifest.sha256[:12]}
     if variant.method.startswith("peer_"):
         facts["config"]["methods"] = [{"method": variant.method, "config": {"images": images, **_versions(variant)}}]
         own["backend"] = variant.backend
-    rows = [Row(**facts, metric="bytes", unit="bytes", context=own)]
+    rows = [vb.Row(**facts, metric="bytes", unit="bytes", context=own)]
     timed = {"backend": variant.backend, "threads": args.threads, "rounds": args.rounds}
-    timed |= {"device": environment.device_name(), "versus": f"baseline:{base.sha256[:12]}"}
+    timed |= {"device": vb.rows.device_name(), "versus": f"baseline:{base.sha256[:12]}"}
     timed |= {"artifact": own["artifact"]} | ({} if variant.backend == "eager" else {"versus_backend": "eager"})
     for batch in args.batches:
         for metric, unit in (("latency_p50", "ms"), ("latency_ratio", "ratio")):
-            rows.append(Row(**facts, metric=metric, unit=unit, context={**timed, "batch": batch}))
+            rows.append(vb.Row(**facts, metric=metric, unit=unit, context={**timed, "batch": batch}))
     if data:
         context = {"split": "test", "images": len(data.test), "cut": data.origin["test"], "artifact": own["artifact"]}
         context |= {"scoring_batch": args.batches[-1]}  # dynamic ranges are taken over it
         context |= {} if variant.backend == "eager" else {"backend": variant.backend}
-        rows.append(Row(**facts, metric="top1", unit="fraction", context=context))
+        rows.append(vb.Row(**facts, metric="top1", unit="fraction", context=context))
     return rows
 
 
@@ -256,22 +251,24 @@ def _values(found: dict[str, Any]) -> list[dict[str, Any]]:
     values = [{"value": found["bytes"], "source": "measured: what is saved"}]
     for own, eager in found["times"]:
         how = f"measured: {len(own)} calls in a fresh process after warm-up, in turn with the baseline"
-        ratio, low, high = quiet_ratio(own, eager)
+        ratio, low, high = vb.rows.quiet_ratio(own, eager)
         values.append({"value": float(np.median(own)), "source": how, "samples": own})
         how += "; median ratio of the quietest quarter of the rounds, bootstrap 95 %"
         values.append({"value": ratio, "source": how, "low": low, "high": high, "samples": eager})
     if "hits" in found:
         hits = np.array(found["hits"], bool)
-        low, high = wilson(hits.sum(), len(hits))
+        low, high = vb.rows.wilson(hits.sum(), len(hits))
         how = "measured: test images, Wilson 95 %"
-        values.append({"value": float(hits.mean()), "source": how, "low": low, "high": high, "hits": pack_hits(hits)})
+        values.append(
+            {"value": float(hits.mean()), "source": how, "low": low, "high": high, "hits": vb.rows.pack_hits(hits)}
+        )
     return values
 
 
 def _line(batches: list[int], found: dict[str, Any]) -> str:
     parts = [f"{found['bytes'] / 1e6:6.2f} MB"]
     for batch, (own, eager), apart in zip(batches, found["times"], found["apart"], strict=True):
-        ratio, low, high = quiet_ratio(own, eager)
+        ratio, low, high = vb.rows.quiet_ratio(own, eager)
         parts.append(
             f"b{batch}: {np.median(own):7.1f} ms, eager {np.median(eager):7.1f}, ratio {ratio:.3f} "
             f"[{low:.3f}, {high:.3f}], logits off by {apart:.3g}"

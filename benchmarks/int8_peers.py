@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitbench import artifact, backends
+import vitbench as vb
 
-Made = tuple[backends.Call, int]
+Made = tuple[vb.measurement.Call, int]
 
 
 def nncf(precision: str) -> Callable:
@@ -28,15 +28,15 @@ def nncf(precision: str) -> Callable:
 
         images = nncf.Dataset([part.numpy() for part in calibration.split(len(x))])
         small = nncf.quantize(
-            backends.openvino_model(model, x),
+            vb.measurement.openvino_model(model, x),
             images,
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(calibration),
         )
         with tempfile.TemporaryDirectory() as folder:
             openvino.save_model(small, Path(folder, "model.xml"))
-            size = artifact.size_on_disk(folder)
-        return backends.openvino_call(small, precision), size
+            size = vb.size_on_disk(folder)
+        return vb.measurement.openvino_call(small, precision), size
 
     return make
 
@@ -69,7 +69,7 @@ def _onnx(model: nn.Module, x: Tensor, quantize: Callable[[str, str], None]) -> 
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    exported = onnx.load_from_string(backends.onnx_file(model, x))
+    exported = onnx.load_from_string(vb.measurement.onnx_file(model, x))
     exported.graph.ClearField(
         "value_info"
     )  # the exporter's shapes of transposed weights, which the quantizer trips over
@@ -79,7 +79,7 @@ def _onnx(model: nn.Module, x: Tensor, quantize: Callable[[str, str], None]) -> 
         quant_pre_process(raw, clean, skip_symbolic_shape=True)
         quantize(clean, small)
         file = Path(small).read_bytes()
-    return backends.onnx_call(file), len(file)
+    return vb.measurement.onnx_call(file), len(file)
 
 
 def pt2e(model: nn.Module, x: Tensor, calibration: Tensor) -> Made:

@@ -23,16 +23,7 @@ from pathlib import Path
 
 import torch
 
-from vitbench import cache, environment, training, vit
-from vitbench.artifact import model_digest
-from vitbench.base.digest import digest
-from vitbench.data import ImageData, load_data
-from vitbench.errors import InputError
-from vitbench.measurement.value import about
-from vitbench.methods import compress, make_config
-from vitbench.records import Row, append_rows, read_rows
-from vitbench.runs import Run
-from vitbench.training import TrainConfig
+import vitbench as vb
 
 MODEL = "vit_micro_patch2_8"
 EPOCHS = 6
@@ -47,41 +38,41 @@ KEPT = {  # what a work keeps below its home
 
 
 @functools.cache
-def images() -> ImageData:
+def images() -> vb.ImageData:
     """Few images, so that a work takes a second."""
-    return load_data("digits", train=256, test=64, val=64, calibration=64)
+    return vb.load_data("digits", train=256, test=64, val=64, calibration=64)
 
 
 def plain() -> torch.nn.Module:
     """The model before any work."""
-    return vit.create_model(MODEL, num_classes=10, seed=0)
+    return vb.create_model(MODEL, num_classes=10, seed=0)
 
 
 def do_training(home: Path) -> str:
     """Train with a checkpoint after each epoch."""
-    training.CHECKPOINT_SECONDS = 0.0
-    config = TrainConfig(epochs=EPOCHS, batch_size=64, ema=0.9)
-    model, history = training.train(plain(), images(), config, checkpoint=home / KEPT["training"])
-    return digest([model_digest(model), history])
+    vb.training.loop.CHECKPOINT_SECONDS = 0.0
+    config = vb.TrainConfig(epochs=EPOCHS, batch_size=64, ema=0.9)
+    model, history = vb.train(plain(), images(), config, checkpoint=home / KEPT["training"])
+    return vb.base.digest([vb.model.model_digest(model), history])
 
 
 def do_search(home: Path) -> str:
     """Search policies, and cut by the best."""
-    small = compress(plain(), make_config("multidimensional", SEARCH), images())
-    return digest([model_digest(small), small.search])
+    small = vb.compress(plain(), vb.make_config("multidimensional", SEARCH), images())
+    return vb.base.digest([vb.model.model_digest(small), small.search])
 
 
 def do_moments(home: Path) -> str:
     """Factor layers by the moments of their inputs and gradients."""
-    return model_digest(compress(plain(), make_config("mixed_rank", {"train": {"epochs": 0}}), images()))
+    return vb.model.model_digest(vb.compress(plain(), vb.make_config("mixed_rank", {"train": {"epochs": 0}}), images()))
 
 
 def do_models(home: Path) -> str:
     """A baseline and a compressed model, made or taken from the cache."""
-    training.CHECKPOINT_SECONDS = 0.0
-    base = cache.baseline(MODEL, images(), TrainConfig(epochs=3, batch_size=64, warmup_epochs=0))
-    small = cache.compressed(base, make_config("dynamic_int8"), images())
-    return digest([model_digest(base.model), base.history, model_digest(small.model)])
+    vb.training.loop.CHECKPOINT_SECONDS = 0.0
+    base = vb.baseline(MODEL, images(), vb.TrainConfig(epochs=3, batch_size=64, warmup_epochs=0))
+    small = vb.compressed(base, vb.make_config("dynamic_int8"), images())
+    return vb.base.digest([vb.model.model_digest(base.model), base.history, vb.model.model_digest(small.model)])
 
 
 def do_rows(home: Path) -> str:
@@ -94,8 +85,8 @@ def do_rows(home: Path) -> str:
         "source": "measured: x",
     }
     for number in range(60):
-        append_rows(home / KEPT["rows"], [Row(**facts, metric="m", value=number / 7, context={"n": number})])
-    return digest(sorted([row.key, row.value] for row in read_rows(home / KEPT["rows"])))
+        vb.rows.append_rows(home / KEPT["rows"], [vb.Row(**facts, metric="m", value=number / 7, context={"n": number})])
+    return vb.base.digest(sorted([row.key, row.value] for row in vb.rows.read_rows(home / KEPT["rows"])))
 
 
 WORK: dict[str, Callable[[Path], str]] = {
@@ -121,7 +112,7 @@ def start(kind: str, home: Path) -> int:
         result = WORK[kind](home)
         Path(f"{home}.result").write_text(result)
         status = 0
-    except InputError as error:
+    except vb.InputError as error:
         print(error)
     finally:
         sys.stdout.flush()
@@ -197,7 +188,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=6, help="of each harm to each kind of work (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    environment.commit()  # of the source that is loaded now
+    vb.rows.commit()  # of the source that is loaded now
     torch.set_num_threads(1)  # a process that forks has no threads of its own
     rng, counts = random.Random(options.seed), Counter()
     model = plain()
@@ -221,18 +212,18 @@ def main() -> int:
     bad = sum(n for (_, _, end), n in counts.items() if end in ("silent difference", "refused without a name"))
     print(f"{bad} of {sum(counts.values())} trials ended in a silent difference or an unnamed refusal")
     if options.out:
-        Run(options.out).append(rows(model, counts, options.trials))
+        vb.Run(options.out).append(rows(model, counts, options.trials))
     return int(bad > 0)
 
 
-def rows(model: torch.nn.Module, counts: Counter, trials: int) -> list[Row]:
+def rows(model: torch.nn.Module, counts: Counter, trials: int) -> list[vb.Row]:
     """One row for each kind of work, harm and outcome, and one of the differences that nothing said."""
-    facts = about(model.recipe, images()) | {
+    facts = vb.measurement.about(model.recipe, images()) | {
         "method": "baseline",
         "source": "measured: disturbed and compared bit by bit",
     }
     found = [
-        Row(
+        vb.Row(
             **facts,
             metric="trials",
             unit="trials",
@@ -243,7 +234,7 @@ def rows(model: torch.nn.Module, counts: Counter, trials: int) -> list[Row]:
     ]
     silent = sum(n for (_, _, end), n in counts.items() if end == "silent difference")
     context = {"trials_of_each": trials, "trials": sum(counts.values())}
-    return [*found, Row(**facts, metric="silent_differences", unit="trials", value=float(silent), context=context)]
+    return [*found, vb.Row(**facts, metric="silent_differences", unit="trials", value=float(silent), context=context)]
 
 
 if __name__ == "__main__":

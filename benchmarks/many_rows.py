@@ -11,9 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vitbench import environment
-from vitbench.paths import writable_folder
-from vitbench.records import Row, append_rows
+import vitbench as vb
 
 SEEDS, MODELS = 20, 100
 OTHERS = (
@@ -41,16 +39,13 @@ def main() -> int:
         file = Path(options.file or Path(folder, "records.jsonl"))
         if not file.exists():
             write(file, options.rows)
-        import vitbench as vb
-        from vitbench.comparison import subject
-        from vitbench.tradeoff import tradeoff
 
         start = time.monotonic()
         rows = vb.load_records(file)
         loaded = time.monotonic()
-        chosen = subject(rows)
+        chosen = vb.rows.subject(rows)
         filtered = time.monotonic()
-        tradeoff(chosen, "bytes")[0].savefig(Path(folder, "figure.png"))
+        vb.figures.tradeoff(chosen, "bytes")[0].savefig(Path(folder, "figure.png"))
         drawn = time.monotonic()
         size = file.stat().st_size
     found = {
@@ -62,12 +57,14 @@ def main() -> int:
         "draw, s": drawn - filtered,
         "in all, s": drawn - start,
         "peak, GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "commit": environment.commit(),
-        "cpu": environment.cpu_name(),
+        "commit": vb.rows.commit(),
+        "cpu": vb.rows.cpu_name(),
     }
     print(json.dumps(found, indent=1))
     if options.out:
-        (writable_folder(options.out, "results folder") / "found.json").write_text(json.dumps(found, indent=1) + "\n")
+        (vb.base.writable_folder(options.out, "results folder") / "found.json").write_text(
+            json.dumps(found, indent=1) + "\n"
+        )
     return 0
 
 
@@ -98,10 +95,10 @@ def write(file: Path, count: int) -> None:
                 values = {"top1": accuracy, "bytes": 1e6 - 5000.0 * setting} | dict.fromkeys(OTHERS, 1.0)
                 for metric, value in values.items():
                     if made < count:
-                        row = Row(**shared, metric=metric, unit="one", value=value, source="measured: made up")
+                        row = vb.Row(**shared, metric=metric, unit="one", value=value, source="measured: made up")
                         rows.append(row.stamped("9a4a9199a0e4", "f03b6538caec"))
                         made += 1
-        append_rows(file, rows)
+        vb.rows.append_rows(file, rows)
 
 
 if __name__ == "__main__":

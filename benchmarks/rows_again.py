@@ -12,32 +12,26 @@ import json
 import sys
 from pathlib import Path
 
-from vitbench.base.files import write_bytes
-from vitbench.cli.common import add_images, data_of
-from vitbench.data import ImageData
-from vitbench.measurement import measure
-from vitbench.records import Row, read_rows, split_check
-from vitbench.runs import Run
-from vitbench.verify import remake
+import vitbench as vb
 
 MEASURES = ("accuracy", "size", "weights", "outputs")
 METRICS = ("top1", "top5", "cross_entropy", "weight_error", "output_error")
 
 
-def steps_of(row: Row) -> dict[str, dict]:
+def steps_of(row: vb.Row) -> dict[str, dict]:
     """The methods of a row's model, with their settings."""
     return {step["method"]: step["config"] for step in row.config.get("methods", ())}
 
 
-def place(row: Row) -> str:
+def place(row: vb.Row) -> str:
     """What a row and its later twin have in common: all but the hashes of the models' files."""
     context = {key: value for key, value in row.context.items() if key not in ("artifact", "versus")}
     return json.dumps([row.model, row.config, row.seed, row.metric, context], sort_keys=True)
 
 
-def make(options: argparse.Namespace, rows: list[Row], data: ImageData) -> int:
+def make(options: argparse.Namespace, rows: list[vb.Row], data: vb.ImageData) -> int:
     """Make and measure the models that are wanted; a model that cannot be made is named, and the others go on."""
-    run, failed = Run(options.out), 0
+    run, failed = vb.Run(options.out), 0
     seen = {}
     for row in rows:
         wanted = not options.only or set(options.only) & {*(steps_of(row) or {"baseline": {}})}
@@ -48,10 +42,10 @@ def make(options: argparse.Namespace, rows: list[Row], data: ImageData) -> int:
         label = ", ".join(steps_of(row)) or "baseline"
         try:
             about = {"checkpoint": options.checkpoint, "img_size": options.img_size}
-            base = remake(row.model, {**row.config, "methods": []}, data, **about)
-            made = remake(row.model, row.config, data, **about)
+            base = vb.run.remake(row.model, {**row.config, "methods": []}, data, **about)
+            made = vb.run.remake(row.model, row.config, data, **about)
             what = [name for name in MEASURES if name in options.what]
-            measure(made.path, data, run, versus=base.path if made.path != base.path else "", what=what)
+            vb.measure(made.path, data, run, versus=base.path if made.path != base.path else "", what=what)
         except Exception as error:  # noqa: BLE001  (one model of many)
             failed += 1
             print(f"[{number}/{len(seen)}] {label} failed: {type(error).__name__}: {error}", flush=True)
@@ -62,10 +56,10 @@ def make(options: argparse.Namespace, rows: list[Row], data: ImageData) -> int:
 
 def merge(folder: Path, again: Path) -> int:
     """Put the new rows in the place of the old ones, and print how far each accuracy and error moved."""
-    new = {place(row): row for row in read_rows(again) if row.status == "ok"}
+    new = {place(row): row for row in vb.rows.read_rows(again) if row.status == "ok"}
     lines, moved = [], 0
     for line in (folder / "records.jsonl").read_bytes().splitlines(keepends=True):
-        old = Row.model_validate_json(split_check(line)[0])
+        old = vb.Row.model_validate_json(vb.rows.split_check(line)[0])
         twin = new.pop(place(old), None)
         if twin is None or old.status != "ok":
             lines.append(line)
@@ -74,10 +68,10 @@ def merge(folder: Path, again: Path) -> int:
         moved += 1
         if old.metric in METRICS:
             print(f"{old.metric:13} {old.value:.5f} -> {twin.value:.5f}  {', '.join(steps_of(old)) or 'baseline'}")
-    write_bytes(folder / "records.jsonl", b"".join(lines))
+    vb.base.write_bytes(folder / "records.jsonl", b"".join(lines))
     (folder / "environments").mkdir(exist_ok=True)
     for file in (again / "environments").iterdir():
-        write_bytes(folder / "environments" / file.name, file.read_bytes())
+        vb.base.write_bytes(folder / "environments" / file.name, file.read_bytes())
     print(f"{moved} rows made anew")
     return 0
 
@@ -92,7 +86,7 @@ def main() -> int:
     """Make rows of a folder again, or, with `--with`, put them in the place of the old ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the results folder whose rows are made again")
-    add_images(parser, "the images of the rows")
+    vb.cli.add_images(parser, "the images of the rows")
     parser.add_argument("--out", type=Path, help="where the new rows go")
     parser.add_argument("--with", dest="again", type=Path, help="replace the old rows by the new ones in this folder")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="models that use one of these methods")
@@ -102,7 +96,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.again:
         return merge(options.folder, options.again)
-    return make(options, read_rows(options.folder), data_of(options))
+    return make(options, vb.rows.read_rows(options.folder), vb.cli.data_of(options))
 
 
 if __name__ == "__main__":

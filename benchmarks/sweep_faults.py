@@ -23,9 +23,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from vitbench import environment, paths
-from vitbench.records import read_rows
-from vitbench.sweep import drive
+import vitbench as vb
 
 SWEEP = Path(__file__).with_name("sweep_digits.yaml")
 CELLS, KILLS = 200, 20
@@ -39,12 +37,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4, help="of `faults`")
     parser.add_argument("--every", type=float, default=6.0, help="seconds between the kills of workers, on average")
     options = parser.parse_args()
-    out = paths.writable_folder(options.out, "results folder").resolve()
+    out = vb.base.writable_folder(options.out, "results folder").resolve()
     if any(out.iterdir()):
         print(f"sweep_faults.py: {out} is not empty; give a new folder", file=sys.stderr)
         return 2
     found = faults(out, options.workers, options.every) if options.what == "faults" else scaling(out)
-    found |= {"commit": environment.commit(), "cpu": environment.cpu_name(), "cores": os.cpu_count()}
+    found |= {"commit": vb.rows.commit(), "cpu": vb.rows.cpu_name(), "cores": os.cpu_count()}
     (out / "found.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return 0 if found.get("whole", True) else 1
@@ -59,7 +57,7 @@ def faults(out: Path, workers: int, every: float) -> dict:
             alive = [
                 process
                 for process in psutil.process_iter(["cmdline"])
-                if "vitbench.sweep.worker" in (process.info["cmdline"] or [])
+                if "vitbench.run.sweep.worker" in (process.info["cmdline"] or [])
             ]
             if alive:
                 victim = rng.choice(alive)
@@ -74,19 +72,19 @@ def faults(out: Path, workers: int, every: float) -> dict:
             time.sleep(0.5)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        at_kill = len(drive.latest(out / "records.jsonl"))
+        at_kill = len(vb.run.latest(out / "records.jsonl"))
         status = run(out, workers, home).wait()
         stop.set()
         again = run(out, workers, home).wait()
-    rows = read_rows(out / "records.jsonl")
-    cells = [row.context["cell"] for row in rows if row.metric == drive.METRIC and row.status == "ok"]
+    rows = vb.rows.read_rows(out / "records.jsonl")
+    cells = [row.context["cell"] for row in rows if row.metric == vb.run.METRIC and row.status == "ok"]
     keys = [row.key for row in rows if row.status == "ok"]
     found = {
         "cells": len(set(cells)),
         "doubled": len(cells) - len(set(cells)),
         "rows": len(keys),
         "rows doubled": len(keys) - len(set(keys)),
-        "failed": sum(row.status == "failed" for row in drive.latest(out / "records.jsonl")),
+        "failed": sum(row.status == "failed" for row in vb.run.latest(out / "records.jsonl")),
         "workers killed": len(killed),
         "cells done when the scheduler was killed": at_kill,
         "status of the second run, and of a third": [status, again],
@@ -108,7 +106,7 @@ def scaling(out: Path) -> dict:
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as home:
             run(out / f"with-{workers}", workers, home, file).wait()
-        word = json.loads((out / f"with-{workers}" / drive.STATE).read_text())
+        word = json.loads((out / f"with-{workers}" / vb.run.STATE).read_text())
         found[f"{workers} workers"] = {
             "cells": len(word["cells"]),
             "seconds": word["passed"],

@@ -15,17 +15,6 @@ import torch
 import torch.nn.functional as F
 
 import vitbench as vb
-from vitbench import blocks, comparison, vit
-from vitbench.batches import eval_batches
-from vitbench.errors import InputError
-from vitbench.lessons import find_lessons, read_profile
-from vitbench.methods.multidimensional import MultiDimensional
-from vitbench.methods.pruning import Pruning
-from vitbench.recipe import Step
-from vitbench.removal import TRAIN
-from vitbench.removal.scores import Criterion
-from vitbench.removal.search import SearchConfig
-from vitbench.tuning import Tuning, tune
 
 
 def torch_pruned(base: torch.nn.Module, data: vb.ImageData, ratio: float) -> torch.nn.Module:
@@ -33,11 +22,11 @@ def torch_pruned(base: torch.nn.Module, data: vb.ImageData, ratio: float) -> tor
     try:
         import torch_pruning
     except ImportError:
-        raise InputError(
+        raise vb.InputError(
             "torch_pruning is not installed and this compares with it; pip install torch-pruning"
         ) from None
     model = copy.deepcopy(base).requires_grad_(True)
-    vit.set_fused_attention(model, False)
+    vb.model.set_fused_attention(model, False)
     size = model.recipe.preprocess.size
     heads = {block.attn.qkv: block.attn.num_heads for block in model.blocks}
     old_scales = [block.attn.scale for block in model.blocks]
@@ -50,24 +39,24 @@ def torch_pruned(base: torch.nn.Module, data: vb.ImageData, ratio: float) -> tor
         num_heads=heads,
         ignored_layers=[model.patch_embed.proj, model.head],
     )
-    for x, y in eval_batches(data.calibration, model.recipe.preprocess, 32):
+    for x, y in vb.data.eval_batches(data.calibration, model.recipe.preprocess, 32):
         F.cross_entropy(model(x), y).backward()
     pruner.step()
     for block, old in zip(model.blocks, old_scales, strict=True):
         attn = block.attn
-        blocks.size_attention(attn, attn.num_heads, attn.qkv.out_features // (3 * attn.num_heads))
+        vb.model.size_attention(attn, attn.num_heads, attn.qkv.out_features // (3 * attn.num_heads))
         with torch.no_grad():
             for tensor in attn.qkv.parameters():
                 tensor[: attn.attn_dim] *= old / attn.scale
     model.recipe = base.recipe
-    blocks.note_shapes(model)
-    vit.set_fused_attention(model, True)
+    vb.model.note_shapes(model)
+    vb.model.set_fused_attention(model, True)
     return model.requires_grad_(False).eval()
 
 
 def ratio_for(base: torch.nn.Module, keep: float) -> float:
     """The one ratio of neurons and of heads' dimensions that leaves the share `keep` of the multiply-accumulates."""
-    shapes, whole, low, high = blocks.shapes(base), vit.analytic_macs(base), 0.0, 0.99
+    shapes, whole, low, high = vb.model.shapes(base), vb.model.analytic_macs(base), 0.0, 0.99
     for _ in range(30):
         middle = (low + high) / 2
         smaller = tuple(
@@ -76,7 +65,7 @@ def ratio_for(base: torch.nn.Module, keep: float) -> float:
             )
             for shape in shapes
         )
-        left = vit.analytic_macs(vit.skeleton(base.recipe.architecture.having(blocks=smaller))) / whole
+        left = vb.model.analytic_macs(vb.model.skeleton(base.recipe.architecture.having(blocks=smaller))) / whole
         low, high = (middle, high) if left > keep else (low, middle)
     return (low + high) / 2
 
@@ -92,9 +81,11 @@ def main() -> None:
     args = parser.parse_args()
     try:
         compare(
-            read_profile(args.profile, args.set, find_lessons()), args.keep, args.out or "results/runs/torch-pruning"
+            vb.run.read_profile(args.profile, args.set, vb.run.find_lessons()),
+            args.keep,
+            args.out or "results/runs/torch-pruning",
         )
-    except InputError as error:
+    except vb.InputError as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -107,26 +98,32 @@ def compare(values: dict, keep: float, out: str) -> None:
     base = vb.baseline(values["model"], data, vb.TrainConfig(**values["train"]), **start)
     vb.measure(base.path, data, run)
     ratio = ratio_for(base.model, keep)
-    train = TRAIN.having(**values.get("tuned", {"epochs": 5}), seed=values["train"].get("seed", 0))
-    taylor = {"heads": 0.0, "neurons": ratio, "head_dims": ratio, "criterion": Criterion(name="taylor")}
-    search = SearchConfig(evaluations=values.get("evaluations", 40))
-    joint = MultiDimensional(keep=keep, most=0.6, objective=values.get("objective", "cross_entropy"), search=search)
+    train = vb.removal.TRAIN.having(**values.get("tuned", {"epochs": 5}), seed=values["train"].get("seed", 0))
+    taylor = {"heads": 0.0, "neurons": ratio, "head_dims": ratio, "criterion": vb.removal.Criterion(name="taylor")}
+    search = vb.removal.SearchConfig(evaluations=values.get("evaluations", 40))
+    joint = vb.methods.MultiDimensional(
+        keep=keep, most=0.6, objective=values.get("objective", "cross_entropy"), search=search
+    )
     for epochs in (0, train.epochs):
-        tuned = {"train": train if epochs else TRAIN}
+        tuned = {"train": train if epochs else vb.removal.TRAIN}
         model = torch_pruned(base.model, data, ratio).requires_grad_(bool(epochs))
-        tune(model, Tuning(**tuned), data, copy.deepcopy(base.model), title="torch-pruning, fine-tuning")
-        step = Step(method="torch_pruning", config={"ratio": round(ratio, 4), "train": tuned["train"].to_dict()})
+        vb.training.tune(
+            model, vb.training.Tuning(**tuned), data, copy.deepcopy(base.model), title="torch-pruning, fine-tuning"
+        )
+        step = vb.model.Step(
+            method="torch_pruning", config={"ratio": round(ratio, 4), "train": tuned["train"].to_dict()}
+        )
         model.recipe = model.recipe.having(methods=(step,))
         paths = [vb.save(model.requires_grad_(False), run.models / f"torch-pruning-{epochs}")]
         for config in (
-            Pruning(**taylor, compensation="none", **tuned),
-            Pruning(**taylor, **tuned),
+            vb.methods.Pruning(**taylor, compensation="none", **tuned),
+            vb.methods.Pruning(**taylor, **tuned),
             joint.having(**tuned),
         ):
             paths.append(vb.compressed(base, config, data).path)
         for path in paths:
             vb.measure(path, data, run, versus=base.path, what=("accuracy", "size", "latency"))
-    print(comparison.comparison(comparison.subject(run.rows())).round(2).to_string())
+    print(vb.rows.comparison(vb.rows.subject(run.rows())).round(2).to_string())
 
 
 if __name__ == "__main__":

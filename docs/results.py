@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
 from vitbench.comparison import accuracy_text, paired_loss, paired_rows, subject
 from vitbench.row_table import load_records
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
+from vitbench.budgets import scored, winners
+from vitbench.comparison import accuracy_text, across_seeds, methods
+from vitbench.equal_budgets import at_budgets
+from vitbench.statistics import mean_interval
 
 from docs.results import BATCHES, Difference, MissingRow, Results, points
 from vitbench import attention_figures
-from vitbench.budgets import scored, winners
-from vitbench.comparison import accuracy_text, across_seeds, methods
 from vitbench.edge import backend_table
-from vitbench.equal_budgets import at_budgets
-from vitbench.statistics import mean_interval
 
 TABLES: dict[str, Callable[..., Any]] = {}
 Cells = Sequence[object]

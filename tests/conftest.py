@@ -28,10 +28,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers one each, and fo
 import matplotlib as mpl  # noqa: E402
 import torch  # noqa: E402
 
-from vitbench import training, vit  # noqa: E402
-from vitbench.cache import baseline  # noqa: E402
-from vitbench.data import load_data  # noqa: E402
-from vitbench.training import TrainConfig  # noqa: E402
+from vitbench.data.splits import load_data  # noqa: E402
+from vitbench.model import vit  # noqa: E402
+from vitbench.run.cache import baseline  # noqa: E402
+from vitbench.training import loop  # noqa: E402
+from vitbench.training.config import TrainConfig  # noqa: E402
 
 torch.set_num_threads(THREADS)
 mpl.use("Agg")  # here only: a kernel shows its figures in the notebook
@@ -68,7 +69,7 @@ def base(digits):
 @contextlib.contextmanager
 def stop_training(at):
     """`with stop_training(2): ...` has a training that saves after each epoch interrupted before its third."""
-    whole = training._Run.epoch
+    whole = loop._Run.epoch
 
     def interrupted(self, epoch, *rest):
         if epoch == at:
@@ -76,8 +77,8 @@ def stop_training(at):
         return whole(self, epoch, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-        patch.setattr(training._Run, "epoch", interrupted)
+        patch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(loop._Run, "epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             yield
 

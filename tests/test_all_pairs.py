@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from vitbench.errors import InputError
-from vitbench.methods import METHODS, compress, make_config
+from vitbench.base.errors import InputError
+from vitbench.methods.registry import METHODS, compress, make_config
 
 ONE_EPOCH = {"epochs": 1, "batch_size": 32, "warmup_epochs": 0, "mixup": 0.0}
 SMALL = {

@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 
-from vitbench import artifact, blocks, vit
-from vitbench.data import load_data
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
+from vitbench.data.splits import load_data
 from vitbench.measurement.cost import count_macs
-from vitbench.methods import compress, make_config
-from vitbench.recipe import Architecture, Preprocess, Recipe
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, blocks, vit
+from vitbench.model.recipe import Architecture, Preprocess, Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration images give")
 

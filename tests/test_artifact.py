@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from vitbench import artifact, vit
-from vitbench.errors import InputError
-from vitbench.methods import compress, make_config
+from vitbench.base.errors import InputError
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
 
 
 @pytest.fixture

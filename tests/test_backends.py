@@ -9,9 +9,13 @@ import warnings
 import pytest
 import torch
 
-from vitbench import artifact, backends, standalone
-from vitbench.errors import InputError
-from vitbench.layers import (
+from vitbench.base import standalone
+from vitbench.base.errors import InputError
+from vitbench.measurement import backends
+from vitbench.measurement.measuring import measure
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact
+from vitbench.model.layers import (
     DynamicInt8Linear,
     FactoredLinear,
     PackedConv2d,
@@ -21,9 +25,7 @@ from vitbench.layers import (
     StaticInt8Linear,
     int8,
 )
-from vitbench.measurement import measure
-from vitbench.methods import compress, make_config
-from vitbench.runs import Run
+from vitbench.rows.runs import Run
 
 INTEGER_KERNELS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul")
 
@@ -291,7 +293,7 @@ def test_each_layer_says_what_can_run_it(small):
 
 
 def test_the_command_line_names_every_backend(capsys):
-    from vitbench.cli import _parser
+    from vitbench.cli.program import _parser
 
     with pytest.raises(SystemExit):
         _parser().parse_args(["measure", "--help"])

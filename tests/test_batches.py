@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitbench.batches import _draw, _shift, eval_batches, train_batches
-from vitbench.data import load_data
-from vitbench.recipe import Preprocess
+from vitbench.data.batches import _draw, _shift, eval_batches, train_batches
+from vitbench.data.splits import load_data
+from vitbench.model.recipe import Preprocess
 
 PLAIN = Preprocess(size=8, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
 

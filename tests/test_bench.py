@@ -3,8 +3,8 @@
 import pytest
 
 from vitbench import Bench, Run
-from vitbench.errors import InputError
-from vitbench.methods import make_config
+from vitbench.base.errors import InputError
+from vitbench.methods.registry import make_config
 
 
 def test_models_go_by_their_labels(base, digits, tmp_path):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from vitbench import artifact, blocks, tokens, vit
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
 from vitbench.measurement.cost import count_macs
-from vitbench.methods import compress, make_config
-from vitbench.recipe import BlockShape
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, blocks, tokens, vit
+from vitbench.model.recipe import BlockShape
 from vitbench.removal import cut
 from vitbench.removal.cut import Kept
 from vitbench.removal.policy import Space, mac_cost

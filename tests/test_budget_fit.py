@@ -2,12 +2,12 @@
 
 import pytest
 
-from vitbench import artifact
-from vitbench.budget_fit import fit
+from vitbench.base.errors import InputError
 from vitbench.cli import main
-from vitbench.errors import InputError
 from vitbench.measurement.cost import count_macs
-from vitbench.methods import METHODS, compress, make_config
+from vitbench.methods.registry import METHODS, compress, make_config
+from vitbench.model import artifact
+from vitbench.run.combinations import fit_budget
 
 ABLE = [name for name, method in METHODS.items() if method.ladder]
 QUICK = {"train": {"epochs": 0}}
@@ -36,7 +36,7 @@ def test_a_ladder_goes_down(name, base, digits, tmp_path):
     [("uct", 0.1), ("mixed_rank", 0.6), ("pruning", 0.3), ("weight_only", 0.15), ("distillation", 0.6)],
 )
 def test_bytes(name, share, base, digits, tmp_path):
-    config = fit(base.model, name, digits, target=share, settings=QUICK)
+    config = fit_budget(base.model, name, digits, target=share, settings=QUICK)
     rungs, size = METHODS[name].ladder(base.model), artifact.size_on_disk(base.path)
     small = compress(base.model, config, digits)
     assert artifact.size_on_disk(artifact.save(small, tmp_path / "small")) <= share * size
@@ -49,12 +49,14 @@ def test_bytes(name, share, base, digits, tmp_path):
 def test_macs_as_a_share_or_a_number(base, digits):
     dense = count_macs(base.model)
     for target in (0.7, 0.7 * dense):
-        small = compress(base.model, fit(base.model, "token_merging", digits, cost="macs", target=target), digits)
+        small = compress(
+            base.model, fit_budget(base.model, "token_merging", digits, cost="macs", target=target), digits
+        )
         assert 0.5 * dense < count_macs(small) <= 0.7 * dense
 
 
 def test_latency_in_turn_with_the_model_itself(base, digits):
-    config = fit(base.model, "distillation", digits, cost="latency", target=0.6, settings=QUICK, rounds=10)
+    config = fit_budget(base.model, "distillation", digits, cost="latency", target=0.6, settings=QUICK, rounds=10)
     assert 1 <= config.depth < len(base.model.blocks)
 
 
@@ -71,12 +73,12 @@ def test_latency_in_turn_with_the_model_itself(base, digits):
 )
 def test_budgets_that_cannot_be_had(name, cost, target, message, base, digits):
     with pytest.raises(InputError, match=message):
-        fit(base.model, name, digits, cost=cost, target=target, settings=QUICK)
+        fit_budget(base.model, name, digits, cost=cost, target=target, settings=QUICK)
 
 
 def test_what_the_budget_finds_cannot_be_set(base, digits):
     with pytest.raises(InputError, match="the budget finds keep"):
-        fit(base.model, "mixed_rank", digits, target=0.5, settings={"keep": 0.5})
+        fit_budget(base.model, "mixed_rank", digits, target=0.5, settings={"keep": 0.5})
 
 
 def test_from_the_command_line(base, tmp_path, capsys):

@@ -5,16 +5,16 @@ import pandas as pd
 import pytest
 
 from tests.test_figures_report import assert_readable, make_rows, rows_of
-from vitbench import budgets
+from vitbench.base.errors import InputError
 from vitbench.cli import main
-from vitbench.edge import backend_table
-from vitbench.equal_budgets import at_budgets, equal_budgets, ranks
-from vitbench.errors import InputError
-from vitbench.gallery import GALLERY, draw
-from vitbench.multiples import multiples
-from vitbench.records import Row, append_rows
-from vitbench.row_table import load_records
-from vitbench.statistics import mean_interval, pack_hits
+from vitbench.edge import rows as backend_table
+from vitbench.figures.accuracy_cost import small_multiples
+from vitbench.figures.gallery import GALLERY, draw
+from vitbench.figures.ranking import at_budgets, equal_budgets, ranks
+from vitbench.rows import budgets
+from vitbench.rows.records import Row, append_rows
+from vitbench.rows.row_table import load_records
+from vitbench.rows.statistics import mean_interval, pack_hits
 
 IMAGES = 1000
 
@@ -63,7 +63,7 @@ def test_without_answers_image_by_image_the_intervals_decide(folder):
 
 
 def test_the_table_of_budgets_is_for_reading(folder):
-    table = budgets.table(load_records(folder))
+    table = budgets.budget_table(load_records(folder))
     assert table.loc["1/4", "most accurate"] == "uct"
     assert table.loc["1/4", "top-1 %"] == "96.00 [94.00, 98.00]"
     assert table.loc["1/4", "of them"] == "lsq"
@@ -80,7 +80,7 @@ def test_budgets_need_a_baseline(folder):
 def test_small_multiples_show_every_method_and_can_be_read(tmp_path, count):
     append_rows(tmp_path / "records.jsonl", rows_of(count))
     rows = load_records(tmp_path)
-    figure, shown = multiples(rows)
+    figure, shown = small_multiples(rows)
     assert_readable(figure)
     titles = {axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()}
     assert {title.replace("\n", "") for title in titles} == set(rows["method"]) - {"baseline"}
@@ -215,7 +215,7 @@ def test_the_table_of_backends_has_both_baselines_the_reasons_and_the_floor(fold
     rows = [*make_rows(), *make_rows(("baseline", "uct"))[6:]]
     rows = [row.having(context=row.context | {"artifact": row.method}) for row in rows]
     append_rows(tmp_path / "more" / "records.jsonl", in_another_backend(rows))
-    text = backend_table.table(load_records(tmp_path / "more"))
+    text = backend_table.backend_table(load_records(tmp_path / "more"))
     lines = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[1:-1]]
         for line in text.splitlines()

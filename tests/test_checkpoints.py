@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitbench import artifact, vit
+from vitbench.base.errors import InputError
 from vitbench.cli import main
-from vitbench.errors import InputError
+from vitbench.model import artifact, vit
 
 MICRO = "vit_micro_patch2_8"
 BLOCK = r"blocks\.(\d+)\."

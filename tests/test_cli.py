@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from vitbench import artifact, cli, vit
-from vitbench.records import read_rows
+from vitbench import cli
+from vitbench.model import artifact, vit
+from vitbench.rows.records import read_rows
 
 
 def run(*arguments, cwd=None):
@@ -201,12 +202,12 @@ def test_a_read_only_folder(tmp_path):
 
 
 def test_a_full_disk_gets_one_line(base, tmp_path, capsys, monkeypatch):
-    from vitbench import environment
+    from vitbench.rows import runs
 
     def full(*_):
         raise OSError(28, "No space left on device", str(tmp_path / "environments"))
 
-    monkeypatch.setattr(environment, "write_environment", full)
+    monkeypatch.setattr(runs, "write_environment", full)
     assert cli.main(["measure", str(base.path), "--rounds", "10", "--batches", "1", "--out", str(tmp_path)]) == 2
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
 

@@ -4,13 +4,13 @@ import argparse
 
 import pytest
 
-from vitbench import artifact
+from vitbench.base.errors import InputError
 from vitbench.cli import combine, main
-from vitbench.combinations import CombinationSearch, orders, search, trial_rows
-from vitbench.errors import InputError
-from vitbench.methods import compress, make_config
-from vitbench.row_table import load_records
-from vitbench.training import evaluate
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact
+from vitbench.rows.row_table import load_records
+from vitbench.run.combinations import CombinationSearch, orders, search_combinations, trial_rows
+from vitbench.training.loop import evaluate
 
 SMALL = CombinationSearch(target=0.2, trials=6, structures=("none", "distillation", "pruning"))
 
@@ -18,7 +18,7 @@ SMALL = CombinationSearch(target=0.2, trials=6, structures=("none", "distillatio
 @pytest.fixture(scope="module")
 def found(base, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("searches")
-    return folder, search(base.model, digits, SMALL, folder)
+    return folder, search_combinations(base.model, digits, SMALL, folder)
 
 
 def test_the_best_is_within_the_budget_and_what_it_says(found, base, digits, tmp_path):
@@ -38,11 +38,11 @@ def test_the_best_is_within_the_budget_and_what_it_says(found, base, digits, tmp
 
 def test_a_search_goes_on_where_it_was(found, base, digits):
     folder, searched = found
-    again = search(base.model, digits, SMALL, folder)
+    again = search_combinations(base.model, digits, SMALL, folder)
     assert [(trial.name, trial.cost) for trial in again.trials] == [
         (trial.name, trial.cost) for trial in searched.trials
     ]
-    longer = search(base.model, digits, SMALL.having(trials=8), folder)
+    longer = search_combinations(base.model, digits, SMALL.having(trials=8), folder)
     assert longer.trials[:6] == searched.trials
     assert len(longer.trials) == 8
 
@@ -54,12 +54,12 @@ def test_a_search_whose_notes_are_damaged_says_so_and_finds_the_same(found, base
     content = bytearray(notes.read_bytes())
     content[content.index(b'"val_top1": 0.') + 14] ^= 1
     (tmp_path / notes.name).write_bytes(notes.read_bytes()[:-20] if harm == "torn" else content)
-    assert search(base.model, digits, SMALL, tmp_path).trials[:6] == searched.trials
+    assert search_combinations(base.model, digits, SMALL, tmp_path).trials[:6] == searched.trials
     assert ("1 of the notes" in capsys.readouterr().out) == (harm == "one bit")
 
 
 def test_the_same_seed_finds_the_same(found, base, digits, tmp_path):
-    assert search(base.model, digits, SMALL, tmp_path).trials == found[1].trials
+    assert search_combinations(base.model, digits, SMALL, tmp_path).trials == found[1].trials
 
 
 def test_trials_are_rows(found, base, digits):
@@ -92,20 +92,20 @@ def test_every_order_is_tried_and_what_cannot_be_says_why(base, digits):
 )
 def test_a_wrong_search(values, message, base, digits, tmp_path):
     with pytest.raises(InputError, match=message):
-        search(base.model, digits, CombinationSearch(**values), tmp_path)
+        search_combinations(base.model, digits, CombinationSearch(**values), tmp_path)
 
 
 def test_steps_that_do_not_fit_together_are_trials_that_say_so(base, digits, tmp_path):
     rows = {"weight_only": {"group": 7}}
     alone = SMALL.having(structures=("none",), codes=("weight_only",), settings=rows, choices={}, trials=2)
-    found = search(base.model, digits, alone, tmp_path)
+    found = search_combinations(base.model, digits, alone, tmp_path)
     assert found.best is None
     assert all("group = 7 does not divide" in trial.error for trial in found.trials)
     assert not list(trial_rows(base.path, digits, alone, found))
 
 
 def test_no_trial_within_the_budget(base, digits, tmp_path):
-    found = search(base.model, digits, SMALL.having(target=0.001, trials=2), tmp_path)
+    found = search_combinations(base.model, digits, SMALL.having(target=0.001, trials=2), tmp_path)
     assert found.best is None
     assert len(found.trials) == 2
 

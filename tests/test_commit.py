@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 from vitbench import __version__
-from vitbench.environment import commit_of
+from vitbench.rows.runs import commit, commit_of
 
 VERSION = f"version {__version__}"
 
@@ -34,6 +34,10 @@ def project(folder, name, package):
     git(folder, "add", ".")
     git(folder, "commit", "-qm", "all")
     return folder / package
+
+
+def test_this_package_is_looked_for_in_its_own_folder():
+    assert commit() == commit_of(ROOT / "vitbench")
 
 
 def test_a_checkout_has_its_commit(checkout):

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from vitbench.comparison import comparison
-from vitbench.row_table import load_records
+from vitbench.rows.comparison_table import comparison
+from vitbench.rows.row_table import load_records
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from vitbench import vit
-from vitbench.data import load_data
-from vitbench.errors import InputError
-from vitbench.measurement.memory import LiveTensors
-from vitbench.moments import BATCH
-from vitbench.removal import criteria, dependence, unit_dependence
-from vitbench.removal.scores import OFFICIAL, Criterion, Scores, choose
-from vitbench.removal.unit_dependence import positions
+from vitbench.base.errors import InputError
+from vitbench.calibration.moments import BATCH
+from vitbench.data.splits import load_data
+from vitbench.measurement.limits import LiveTensors
+from vitbench.model import vit
+from vitbench.removal import criteria, dependence
+from vitbench.removal.dependence import positions
+from vitbench.removal.scores import OFFICIAL_CRITERION, Criterion, Scores, choose
 
 EVERY = ["magnitude", "activation", "taylor", "gates", "hsic"]
 GATES = {"gates": {"epochs": 2, "lr": 0.01, "warmup_epochs": 0, "mixup": 0.0}}
@@ -62,8 +62,8 @@ def test_both_normalisations_are_there_by_name():
     assert torch.allclose(corrected.std(0), torch.ones(4), atol=1e-3)
     assert torch.allclose(official, x - x.mean(0) / (x.std(0) + 1e-5))
     assert torch.equal(dependence.standardised(x, "none"), x)
-    assert OFFICIAL.normalise == "official"
-    assert OFFICIAL.blend == 0.1
+    assert OFFICIAL_CRITERION.normalise == "official"
+    assert OFFICIAL_CRITERION.blend == 0.1
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_512_images_on_deit_base_fit_in_8_gib(monkeypatch):
     """Blocks are scored one after the other and let go; tensors of the meta device have sizes and no content to compute."""
     images, data = 512, load_data("digits", calibration=512)  # only their number counts
     batches = [(torch.empty(BATCH, 3, 224, 224, device="meta"), None)] * (images // BATCH)
-    monkeypatch.setattr(unit_dependence, "eval_batches", lambda *_: batches)
+    monkeypatch.setattr(dependence, "eval_batches", lambda *_: batches)
 
     def made(depth):
         with torch.device("meta"):
@@ -181,7 +181,7 @@ def test_512_images_on_deit_base_fit_in_8_gib(monkeypatch):
     peaks = []
     for depth in (1, 2):
         with LiveTensors() as live:
-            found = unit_dependence.hsic(made(depth), data, Criterion(samples=images))
+            found = dependence.unit_hsic(made(depth), data, Criterion(samples=images))
         assert [scores.neurons.shape for scores in found] == [(3072,)] * depth
         peaks.append(live.peak)
     assert peaks[1] < 1.01 * peaks[0], "a block is not let go"
@@ -191,7 +191,7 @@ def test_512_images_on_deit_base_fit_in_8_gib(monkeypatch):
 
 
 def test_a_model_with_layers_in_codes_is_refused(base, digits):
-    from vitbench.methods import compress, make_config
+    from vitbench.methods.registry import compress, make_config
 
     with pytest.raises(InputError, match="prune first, then factorise or quantize"):
         criteria.score(compress(base.model, make_config("dynamic_int8")), digits, Criterion())

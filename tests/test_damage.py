@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from tests.test_sweep import SMALL
-from vitbench import artifact, cache
+from vitbench.base.errors import InputError
 from vitbench.cli import main
-from vitbench.errors import InputError
-from vitbench.lessons import find_lessons, parse_setting
-from vitbench.methods import METHODS, make_config
-from vitbench.records import Row, append_rows, read_rows
-from vitbench.row_table import load_records
-from vitbench.runs import Run
-from vitbench.sweep.grid import cells, sweep_of
-from vitbench.training import TrainConfig
+from vitbench.methods.registry import METHODS, make_config
+from vitbench.model import artifact
+from vitbench.rows.records import Row, append_rows, read_rows
+from vitbench.rows.row_table import load_records
+from vitbench.rows.runs import Run
+from vitbench.run import cache
+from vitbench.run.lessons import find_lessons, parse_setting
+from vitbench.run.sweep.grid import cells, sweep_of
+from vitbench.training.config import TrainConfig
 
 
 def said(call, *given):

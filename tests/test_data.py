@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from vitbench.data import load_data
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
+from vitbench.data.splits import load_data
 
 
 def members(data, split):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitbench.data import load_data
-from vitbench.errors import InputError
-from vitbench.images.decoding import Undecodable, decode, treatment
-from vitbench.images.sources import FileImages
+from vitbench.base.errors import InputError
+from vitbench.data.decoding import Undecodable, decode, treatment
+from vitbench.data.sources import FileImages
+from vitbench.data.splits import load_data
 
 
 def encoded(image, kind="PNG", **options):

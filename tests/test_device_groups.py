@@ -7,12 +7,13 @@ import types
 import pytest
 
 from tests.test_edge import needs_onnx
-from vitbench.errors import InputError
-from vitbench.measurement import energy, fresh, limits, measure, roofline
+from vitbench.base.errors import InputError
+from vitbench.measurement import energy, fresh, limits, roofline
 from vitbench.measurement.child import ChildError
 from vitbench.measurement.cost import count_int8_macs, count_macs
-from vitbench.methods import compress, make_config
-from vitbench.runs import Run
+from vitbench.measurement.measuring import measure
+from vitbench.methods.registry import compress, make_config
+from vitbench.rows.runs import Run
 
 HOLD = "held = bytearray({}); held[::4096] = b'1' * len(held[::4096])"
 needs_limits = pytest.mark.skipif(bool(limits.obstacle()), reason="no limit of memory can be set here")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from vitbench import vit
-from vitbench.errors import InputError
-from vitbench.layers import PackedLinear
-from vitbench.methods import compress, make_config
+from vitbench.base.errors import InputError
 from vitbench.methods.diffq import LEAST, MOST, NoiseCoder, settle
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import vit
+from vitbench.model.layers import PackedLinear
 
 
 def coder(bits, shape=(6, 40)):

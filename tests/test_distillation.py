@@ -8,15 +8,17 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitbench import artifact, batches, blocks, distilling, training, vit
-from vitbench.comparison import subject
-from vitbench.data import load_data
-from vitbench.errors import InputError
-from vitbench.measurement import measure
-from vitbench.methods import compress, make_config
-from vitbench.runs import Run
-from vitbench.teachers import load_teacher
-from vitbench.training import TrainConfig
+from vitbench.base.errors import InputError
+from vitbench.data import batches
+from vitbench.data.splits import load_data
+from vitbench.measurement.measuring import measure
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, blocks, vit
+from vitbench.rows.comparison_table import subject
+from vitbench.rows.runs import Run
+from vitbench.training import distilling, loop
+from vitbench.training.config import TrainConfig
+from vitbench.training.distilling import load_teacher
 
 SHORT = TrainConfig(epochs=3, batch_size=64, lr=2e-3, warmup_epochs=0, mixup=0.0, augment="shift-flip", views=2)
 MICRO = {"student": "vit_micro_patch2_8", "depth": 1}
@@ -78,7 +80,7 @@ def test_the_teacher_answers_each_view_once(few, teacher):
     counted = Counted(teacher)
     config = SHORT.having(seed=11)
     for _ in range(2):
-        training.train(vit.create_model("vit_micro_patch2_8"), few, config, teacher=counted)
+        loop.train(vit.create_model("vit_micro_patch2_8"), few, config, teacher=counted)
     assert counted.images == 2 * len(few.train)
 
 

@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 
-from vitbench.errors import InputError
-from vitbench.layers import int8 as layers
+from vitbench.base.errors import InputError
 from vitbench.measurement.cost import count_macs
-from vitbench.methods import compress
 from vitbench.methods.dynamic_int8 import DynamicInt8, quantize_rows, to_dynamic_int8
+from vitbench.methods.registry import compress
+from vitbench.model.layers import int8 as layers
 
 
 def test_codes_are_the_nearest_of_each_rows_grid():

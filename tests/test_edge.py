@@ -8,18 +8,18 @@ import sys
 
 import pytest
 
-from vitbench import artifact, cli
+from vitbench import cli
+from vitbench.base.errors import InputError
 from vitbench.edge import rows as edge_rows
 from vitbench.edge.bundle import adopt, make_bundle
-from vitbench.edge.model import Setting, Work, cost, place_of
-from vitbench.edge.profiles import load_profiles
-from vitbench.edge.streaming import stream
-from vitbench.errors import InputError
-from vitbench.measurement import measure
-from vitbench.methods import compress, make_config
-from vitbench.records import read_rows
-from vitbench.row_table import load_records
-from vitbench.runs import Run
+from vitbench.edge.model import Setting, Work, cost, load_profiles, place_of
+from vitbench.edge.rows import stream
+from vitbench.measurement.measuring import measure
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact
+from vitbench.rows.records import read_rows
+from vitbench.rows.row_table import load_records
+from vitbench.rows.runs import Run
 
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),

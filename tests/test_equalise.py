@@ -8,10 +8,11 @@ from timm.layers import DiffAttention, GluMlp, RmsNorm, SwiGLU
 from timm.models import vision_transformer as timm_blocks
 from timm.models.vision_transformer import VisionTransformer
 
-from vitbench import blocks, ranges, vit
-from vitbench.methods import compress, make_config
+from vitbench.calibration import quantizers
+from vitbench.methods.registry import compress, make_config
 from vitbench.methods.static_int8 import _equalise
-from vitbench.recipe import Architecture, Preprocess, Recipe
+from vitbench.model import blocks, vit
+from vitbench.model.recipe import Architecture, Preprocess, Recipe
 
 BOTH, NONE = {"attn.qkv", "mlp.fc1"}, set()
 KINDS = {  # what the model is made with -> layers that a LayerNorm alone feeds
@@ -61,7 +62,7 @@ def test_the_float_models_answers_stay(kind, few):
     assert {name.split(".", 2)[2] for name in blocks.norms_before(model)} == expected
     layers = vit.linears(model)
     before, weights = model(x), {name: layer.weight.clone() for name, layer in layers.items()}
-    _equalise(model, layers, ranges.channels(model, layers, few.calibration), 0.5)
+    _equalise(model, layers, quantizers.channels(model, layers, few.calibration), 0.5)
     assert float((model(x) - before).abs().max()) <= 1e-4 * float(before.abs().max()), kind
     changed = {name.split(".", 2)[2] for name, layer in layers.items() if not torch.equal(layer.weight, weights[name])}
     assert changed == expected

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.test_notebooks import NOTEBOOKS
-from vitbench import statistics
-from vitbench.errors import InputError
-from vitbench.layers.factored import reordered_share
-from vitbench.methods import compress, make_config
+from vitbench.base.errors import InputError
+from vitbench.methods.registry import compress, make_config
+from vitbench.model.layers.factored import reordered_share
+from vitbench.model.vit import LINEAR_TYPES, linears
 from vitbench.removal.dependence import centred, gaussian_mixture, hsic
-from vitbench.vit import LINEAR_TYPES, linears
+from vitbench.rows import statistics
 
 
 def answers(lesson):
@@ -81,7 +81,7 @@ def test_04_scale_of_queries_and_size_of_zeros(base, digits, tmp_path):
     wanted = torch.softmax(q @ k.T / math.sqrt(32), -1) @ v
     found = torch.nn.functional.scaled_dot_product_attention(math.sqrt(1 / 2) * q[None], k[None], v[None])[0]
     assert torch.allclose(found, wanted, atol=1e-5)
-    from vitbench import artifact
+    from vitbench.model import artifact
 
     fewer = compress(base.model, make_config("pruning", {"neurons": 0.0, "heads": 0.0, "tokens": 0.2}), digits)
     masked = copy.deepcopy(base.model)
@@ -177,8 +177,8 @@ def test_92_the_luckiest_of_many(base, digits):
     best = np.random.default_rng(0).binomial(200, 0.9, (4000, 32)).max(axis=1).mean() / 200
     assert 100 * (best - 0.9) == pytest.approx(4, abs=0.5)
     assert "about 4 points" in first
-    from vitbench.budget_fit import fit
+    from vitbench.run.combinations import fit_budget
 
     assert "weight_only" in third
     with pytest.raises(InputError):
-        fit(base.model, "weight_only", digits, cost="macs", target=0.5)
+        fit_budget(base.model, "weight_only", digits, cost="macs", target=0.5)

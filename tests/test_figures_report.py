@@ -10,13 +10,13 @@ import pytest
 from matplotlib.text import Text
 
 from tests.conftest import ROOT
-from vitbench import closeups, figures
-from vitbench.comparison import across_seeds, comparison, findings, label_of, methods, running_table, subject
-from vitbench.errors import InputError
-from vitbench.records import Row, append_rows
-from vitbench.report import write_report
-from vitbench.row_table import load_records
-from vitbench.tradeoff import COSTS, tradeoff
+from vitbench.base.errors import InputError
+from vitbench.figures import drawing, one_model
+from vitbench.figures.accuracy_cost import COSTS, tradeoff
+from vitbench.figures.report import write_report
+from vitbench.rows.comparison_table import across_seeds, comparison, findings, label_of, methods, running_table, subject
+from vitbench.rows.records import Row, append_rows
+from vitbench.rows.row_table import load_records
 
 
 def make_rows(methods=("baseline", "dynamic_int8"), top1=(0.97, 0.96), size=(800_000, 240_000), **about):
@@ -154,8 +154,8 @@ def test_closeups_show_rows_under_the_names_given(folder, tmp_path, name):
     }
     append_rows(folder / "records.jsonl", [*extra, about.having(**error)])
     rows = load_records(folder)
-    figure, shown = getattr(closeups, name)(rows, CLOSEUPS[name])
-    figures.save_figure(figure, tmp_path, name, shown)
+    figure, shown = getattr(one_model, name)(rows, CLOSEUPS[name])
+    drawing.save_figure(figure, tmp_path, name, shown)
     assert len(shown)
     assert set(shown["key"]) <= set(rows["key"])
     words = figure.axes[0].get_legend_handles_labels()[1] + [
@@ -182,10 +182,10 @@ def test_the_tradeoff_shows_rows_and_names_every_method(folder, cost):
 
 def test_figures_are_the_same_files_again(folder, tmp_path):
     rows = load_records(folder)
-    for make in (figures.predicted_beside_measured, figures.latencies, tradeoff):
+    for make in (drawing.predicted_beside_measured, drawing.latencies, tradeoff):
         for attempt in ("a", "b"):
             figure, shown = make(rows)
-            figures.save_figure(figure, tmp_path / attempt, "x", shown)
+            drawing.save_figure(figure, tmp_path / attempt, "x", shown)
             plt.close(figure)
         for kind in ("png", "svg", "csv"):
             assert (tmp_path / "a" / f"x.{kind}").read_bytes() == (tmp_path / "b" / f"x.{kind}").read_bytes()
@@ -234,7 +234,7 @@ def drawn_texts(figure):
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 31, 60])
-@pytest.mark.parametrize("make", [figures.predicted_beside_measured, figures.latencies, tradeoff])
+@pytest.mark.parametrize("make", [drawing.predicted_beside_measured, drawing.latencies, tradeoff])
 def test_figures_are_readable_with_few_methods_and_with_many(tmp_path, make, count):
     append_rows(tmp_path / "records.jsonl", rows_of(count))
     rows = load_records(tmp_path)
@@ -252,7 +252,7 @@ def test_a_list_names_every_method_and_the_tradeoff_of_many_its_front(tmp_path):
     append_rows(tmp_path / "records.jsonl", rows_of(31))
     rows = load_records(tmp_path)
     labels = set(subject(rows)["label"])
-    figure, shown = figures.latencies(rows)
+    figure, shown = drawing.latencies(rows)
     names = {" ".join(text.get_text().split()) for text in figure.axes[0].get_yticklabels()}
     assert names == labels == {"baseline", *shown["label"]}
     plt.close(figure)
@@ -269,7 +269,7 @@ def test_colours_differ_in_lightness_too():
         r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
         return 0.3 * r + 0.59 * g + 0.11 * b
 
-    greys = [lightness(colour) for colour in figures.COLOURS]
+    greys = [lightness(colour) for colour in drawing.COLOURS]
     assert all(abs(a - b) > 15 for a, b in zip(greys, greys[1:], strict=False))
 
 
@@ -305,7 +305,7 @@ def test_nothing_to_report(tmp_path):
 
 def test_a_model_timed_against_a_baseline_without_rows_of_its_own(tmp_path):
     append_rows(tmp_path / "records.jsonl", [row for row in make_rows() if row.method != "baseline"])
-    _, shown = figures.latencies(load_records(tmp_path))
+    _, shown = drawing.latencies(load_records(tmp_path))
     assert set(shown["method"]) == {"dynamic_int8"}
     assert "dynamic_int8" in write_report(tmp_path).read_text()
 
@@ -325,7 +325,7 @@ def test_a_model_scored_in_eager_mode_and_timed_elsewhere_has_a_report(tmp_path)
 def test_a_knob_draws_anew_where_it_is_turned():
     import matplotlib.pyplot as plt
 
-    from vitbench.knobs import knob
+    from vitbench.figures.sliders import knob
 
     drawn, before = [], plt.get_fignums()
 

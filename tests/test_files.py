@@ -14,24 +14,27 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from vitbench import artifact, cli, vit
-from vitbench.base import checked
+from vitbench import cli
+from vitbench.base import store
+from vitbench.base.errors import InputError
 from vitbench.base.files import (
     PART,
+    Kind,
     append_bytes,
     atomic_file,
+    atomic_folder,
+    check_target,
     trim,
     write_array,
     write_bytes,
     write_tensors,
     write_text,
 )
-from vitbench.base.folders import Kind, atomic_folder, check_target
 from vitbench.edge import bundle
-from vitbench.errors import InputError
-from vitbench.gallery import draw
-from vitbench.report import write_report
-from vitbench.runs import Run
+from vitbench.figures.gallery import draw
+from vitbench.figures.report import write_report
+from vitbench.model import artifact, vit
+from vitbench.rows.runs import Run
 
 BOX = Kind("a box", "box.json", frozenset({"box"}), lambda content: content["box"])
 
@@ -242,7 +245,7 @@ WRITERS = {
     "bytes": lambda path: write_bytes(path, bytes(100_000)),
     "tensors": lambda path: write_tensors(path, {"x": torch.zeros(50_000)}),
     "array": lambda path: write_array(path, np.zeros(50_000)),
-    "tree": lambda path: checked.write_tree(path, {"x": [torch.zeros(50_000)]}),
+    "tree": lambda path: store.write_tree(path, {"x": [torch.zeros(50_000)]}),
     "lines": lambda path: append_bytes(path, bytes(100_000)),
 }
 SMALL = """

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import ROOT
-from vitbench import artifact, vit
+from vitbench.base.errors import InputError
 from vitbench.edge.bundle import SCHEMA_VERSION, Answers, Entry, Manifest, Result, adopt
-from vitbench.errors import InputError
-from vitbench.lessons import find_lessons, read_profile
-from vitbench.records import append_rows, read_rows
-from vitbench.report import table_text
-from vitbench.row_table import load_records
-from vitbench.runs import Run
-from vitbench.suite import preflight
-from vitbench.sweep.grid import cells, sweep_of, sweep_values
+from vitbench.figures.report import table_text
+from vitbench.model import artifact, vit
+from vitbench.rows.records import append_rows, read_rows
+from vitbench.rows.row_table import load_records
+from vitbench.rows.runs import Run
+from vitbench.run.lessons import find_lessons, read_profile
+from vitbench.run.suite import preflight
+from vitbench.run.sweep.grid import cells, sweep_of, sweep_values
 
 TIMES = 50  # of each kind
 SECONDS = 10

@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 from tests.test_decoding import encoded, photo
-from vitbench.errors import InputError
-from vitbench.image_sources import open_images
-from vitbench.images.sources import FileImages
+from vitbench.base.errors import InputError
+from vitbench.data.sources import FileImages, open_images
 
 COUNT = 70
 
@@ -124,7 +123,7 @@ def column(rng, number):
 
 @pytest.mark.parametrize("number", range(COUNT))
 def test_label_columns_give_indices_or_the_files_name_and_row(number):
-    from vitbench.images.labels import Column, encode
+    from vitbench.data.labels import Column, encode
 
     rng = np.random.default_rng([29, number])
     values, names, wrong = column(rng, number)

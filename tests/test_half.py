@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from vitbench import vit
-from vitbench.coded import LEAST_HALF, round_to_half
-from vitbench.errors import InputError
-from vitbench.layers import Log2Rounded, Rounded
-from vitbench.methods import compress, make_config
+from vitbench.base.errors import InputError
+from vitbench.methods.registry import compress, make_config
 from vitbench.methods.simulated_integer import reparameterise
+from vitbench.model import vit
+from vitbench.model.layers import Log2Rounded, Rounded
+from vitbench.training.coded import LEAST_HALF, round_to_half
 
 VALUES = [0.0, 1e-9, -2.9e-8, 3.1e-8, 5.9e-8, -1e-6, 1e-5, 6.1e-5, 6.2e-5, 0.1, -3.0, 65504.0]
 

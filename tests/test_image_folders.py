@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from tests.test_decoding import encoded, photo
-from vitbench.data import load_data
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
+from vitbench.data.splits import load_data
 
 
 def fill(root, counts, size=(9, 7)):
@@ -201,7 +201,7 @@ def test_saved_tables_with_class_names_in_another_order(tmp_path):
 @pytest.mark.parametrize("bad", [-1, None, float("nan"), 2, 1.0, [0], "z", b"x", {"a": 1}], ids=repr)
 @pytest.mark.parametrize("named", [True, False])
 def test_a_label_that_is_no_class_is_named_with_its_file_and_row(tmp_path, bad, named):
-    from vitbench.images.labels import Column, encode
+    from vitbench.data.labels import Column, encode
 
     if not named and bad in (2, "z"):
         bad = -2 if bad == 2 else " "
@@ -260,8 +260,8 @@ def test_damaged_and_foreign_parquet_files_are_named(tmp_path):
 
 
 def test_a_long_thin_image_is_refused_by_name(tmp_path):
-    from vitbench.batches import eval_batches
-    from vitbench.recipe import Preprocess
+    from vitbench.data.batches import eval_batches
+    from vitbench.model.recipe import Preprocess
 
     fill(tmp_path, {"a": 2, "b": 2}, size=(90, 70))
     Image.new("RGB", (2, 500)).save(tmp_path / "b" / "1.png")

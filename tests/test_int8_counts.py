@@ -6,11 +6,11 @@ import dataclasses
 import pytest
 import torch
 
-from vitbench import artifact, blocks, vit
-from vitbench.layers import Rounded, StaticInt8Rounding
 from vitbench.measurement.cost import count_int8_macs, count_macs
 from vitbench.measurement.roofline import floor
-from vitbench.methods import compress, make_config
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, blocks, vit
+from vitbench.model.layers import Rounded, StaticInt8Rounding
 
 
 @pytest.fixture(scope="module")

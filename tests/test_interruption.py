@@ -11,11 +11,12 @@ import psutil
 import pytest
 import yaml
 
-from vitbench import artifact, backends, vit
-from vitbench.base import checked
+from vitbench.base import store
 from vitbench.cli import interrupts, main
 from vitbench.edge import bundle
-from vitbench.sweep import drive
+from vitbench.measurement import backends
+from vitbench.model import artifact, vit
+from vitbench.run.sweep import drive
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of this kind are not there")
 
@@ -32,7 +33,13 @@ def model(tmp_path_factory):
 
 if os.name == "posix":  # each command is a fork of one process that has imported what they import, which takes seconds
     SERVER = multiprocessing.get_context("forkserver")
-    LONG = ("vitbench.training", "vitbench.methods", "vitbench.combinations", "vitbench.suite", "vitbench.report")
+    LONG = (
+        "vitbench.training.loop",
+        "vitbench.methods.registry",
+        "vitbench.run.combinations",
+        "vitbench.run.suite",
+        "vitbench.figures.report",
+    )
     SERVER.set_forkserver_preload([__name__, *LONG, "optuna", "papermill", "scipy.stats", "sklearn.datasets"])
 
 
@@ -128,7 +135,7 @@ def test_a_search_of_policies_keeps_its_scores(model, tmp_path, home, number, st
     ask.until(lambda: notes() - before)
     assert ask.end(number) == status
     (scores,) = notes() - before
-    found, damaged = checked.read_lines(scores)
+    found, damaged = store.read_lines(scores)
     assert found
     assert not damaged
     assert not [path for path in tmp_path.iterdir() if path.name != "said.txt"]
@@ -142,7 +149,7 @@ def test_a_search_of_combinations_keeps_its_trials(model, tmp_path, number, stat
     ask.until(lambda: list(tmp_path.glob("r/searches/*.jsonl")))
     assert ask.end(number) == status
     (trials,) = tmp_path.glob("r/searches/*.jsonl")
-    found, damaged = checked.read_lines(trials)
+    found, damaged = store.read_lines(trials)
     assert found
     assert not damaged
     assert not (tmp_path / "m").exists()
@@ -181,7 +188,7 @@ def test_a_sweep_keeps_its_finished_cells(tmp_path, number, status):
     file.write_text(yaml.safe_dump(sweep))
     ask = Command(tmp_path, "run", file, "--out", out)
     ask.until(lambda: drive.latest(out / "records.jsonl"))
-    assert any("vitbench.sweep.worker" in kind for kind in kinds(ask.children()))
+    assert any("vitbench.run.sweep.worker" in kind for kind in kinds(ask.children()))
     assert ask.end(number) == status
     assert {row.status for row in drive.latest(out / "records.jsonl")} == {"ok"}
 

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from tests.test_report_browser import CHROMIUM
-from vitbench import lessons
+from vitbench.run import lessons
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt-get install chromium)")

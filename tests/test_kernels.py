@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from vitbench.base.processes import ProcessError
-from vitbench.kernels import Kernels
+from vitbench.run.kernels import Kernels
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
 

@@ -6,51 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
-from vitbench import artifact, cache, distilling, moments, training, vit
 from vitbench.base import store
-from vitbench.base.code import OWN, SHOWING, Sources
-from vitbench.methods import compress, make_config
+from vitbench.base.code import OWN, Sources
+from vitbench.calibration import moments
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
 from vitbench.removal import criteria
 from vitbench.removal.scores import Criterion
-from vitbench.training import TrainConfig
+from vitbench.run import cache
+from vitbench.training import distilling, loop
+from vitbench.training.config import TrainConfig
 
-# each kind of work, and a name of the module whose code makes it
-WORK = ("training", "moments", "distilling", "removal.criteria", "methods", "methods.multidimensional", "combinations")
-SHOW = (
-    *(
-        "attention_figures",
-        "bench",
-        "cache",
-        "closeups",
-        "cli",
-        "cli.run",
-        "comparison",
-        "equal_budgets",
-        "figures",
-        "gallery",
-    ),
-    *("kernels", "knobs", "labels", "lessons", "multiples", "policy_figures", "progress", "report", "row_table"),
-    *("suite", "sweep", "sweep.drive", "tradeoff", "verify", "version"),
-)
-
-
-@pytest.fixture(scope="module")
-def imported():
-    """What Python itself imports for the one training loop, and for the methods, beside the front door's own."""
-    code = (
-        "import json, sys, vitbench; found, door = [], set(sys.modules)\n"
-        "for name in ('vitbench.training', 'vitbench.methods'):\n"
-        "    __import__(name); found.append([each for each in sys.modules if each.startswith('vitbench.') and each not in door])\n"
-        "print(json.dumps(found))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    return dict(zip(("training", "methods"), json.loads(done.stdout.splitlines()[-1]), strict=True))
+WORK = ("training", "calibration", "removal", "methods")  # the rooms whose code makes work that is kept
+SHOW = ("rows", "figures", "edge", "run", "cli")
 
 
 def with_another_constant(source):
@@ -64,50 +38,54 @@ def with_another_constant(source):
     return source + b"\nCONSTANT = 1\n"
 
 
-def digest_after_a_change(of, module):
-    """The code's digest for the module `of` after a constant in `module` was changed."""
+def digest_after_a_change(room, file):
+    """The code's digest for a room after a constant in `file` was changed."""
     changed = copy.copy(OWN)
-    changed.texts = OWN.texts | {module: with_another_constant(OWN.texts[module])}
-    changed._known = {name: known for name, known in OWN._known.items() if name != module}
-    return changed.digest(of)
+    changed.texts = OWN.texts | {file: with_another_constant(OWN.texts[file])}
+    changed._known = {name: known for name, known in OWN._known.items() if name != file}
+    return changed.digest(room)
 
 
-@pytest.mark.parametrize("work", ["training", "methods"])
-def test_a_constant_of_any_module_that_python_imports_changes_the_key(imported, work):
-    of = f"vitbench.{work}"
-    deciding = {name for name in imported[work] if name.split(".")[1] != SHOWING}
-    assert deciding >= {"vitbench.vit", "vitbench.blocks", "vitbench.tokens", "vitbench.t2t", "vitbench.distilling"}
-    same = [name for name in sorted(deciding) if digest_after_a_change(of, name) == OWN.digest(of)]
-    assert not same, f"a constant in these does not change the key of {work}"
+@pytest.mark.parametrize("room", WORK)
+def test_a_constant_of_any_file_of_a_deciding_room_changes_the_key(room):
+    deciding = [file for file in OWN.texts if file.partition("/")[0] in OWN.closure(room)]
+    assert {"model/vit.py", "data/splits.py", "base/store.py", f"{room}/__init__.py"} <= set(deciding)
+    same = [file for file in deciding if digest_after_a_change(room, file) == OWN.digest(room)]
+    assert not same, f"a constant in these does not change the key of {room}"
 
 
-@pytest.mark.parametrize("work", ["training", "moments", "distilling", "removal.criteria", "methods"])
-def test_a_constant_of_a_module_that_shows_changes_no_key(work):
-    of = f"vitbench.{work}"
-    other = [name for name in SHOW if digest_after_a_change(of, f"vitbench.{name}") != OWN.digest(of)]
-    assert not other, f"a constant in these changes the key of {work}"
+@pytest.mark.parametrize("room", WORK)
+def test_a_constant_of_a_room_that_shows_changes_no_key(room):
+    shows = [file for file in OWN.texts if file.partition("/")[0] in SHOW]
+    assert len(shows) > 40
+    other = [file for file in shows if digest_after_a_change(room, file) != OWN.digest(room)]
+    assert not other, f"a constant in these changes the key of {room}"
 
 
 def test_a_method_changes_no_baseline():
-    methods = [name for name in OWN.texts if name.startswith("vitbench.methods")]
+    methods = [file for file in OWN.texts if file.startswith("methods/")]
     assert len(methods) > 10
-    assert all(digest_after_a_change("vitbench.training", name) == OWN.digest("vitbench.training") for name in methods)
+    assert all(digest_after_a_change("training", file) == OWN.digest("training") for file in methods)
 
 
-def test_the_room_that_shows_computes_nothing():
-    for name, text in OWN.texts.items():
-        if name.split(".")[1:2] == [SHOWING]:
-            assert b"torch" not in text, name
-            assert b"numpy" not in text, name
+def test_every_module_that_python_imports_is_in_a_room_of_the_closure():
+    code = "import json, sys, vitbench.methods.registry; print(json.dumps(list(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    names = [name.split(".")[1] for name in json.loads(done.stdout.splitlines()[-1]) if name.startswith("vitbench.")]
+    assert set(names) - {"version"} == set(OWN.closure("methods"))
 
 
-def test_no_module_asks_the_front_door():
-    """It imports nothing until a name is asked for, so a closure does not enter it."""
-    for name, text in OWN.texts.items():
+def test_no_module_imports_through_a_front():
+    """A front imports nothing until a name is asked for, so that inside the package only modules are imported from."""
+    fronts = {"vitbench", *(f"vitbench.{room}" for room in OWN.rooms)}
+    for file, text in OWN.texts.items():
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.module == "vitbench":
-                asked = {alias.name for alias in node.names if f"vitbench.{alias.name}" not in OWN.texts}
-                assert not asked - ({"__version__"} if name == "vitbench" else set()), name
+            if isinstance(node, ast.ImportFrom) and node.module in fronts:
+                folder = node.module.replace(".", "/").removeprefix("vitbench").lstrip("/")
+                asked = {alias.name for alias in node.names}
+                known = {Path(name).stem for name in OWN.texts if name.rpartition("/")[0] == folder}
+                assert asked <= known | {"layers"}, (file, asked - known)
 
 
 def package(folder, **files):
@@ -122,28 +100,31 @@ def package(folder, **files):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("import toy.b", ["toy.b"]),
-        ("from toy import b", ["toy.b"]),
-        ("from toy.b import X", ["toy.b"]),
-        ("from . import b", ["toy.b"]),
-        ("from .room import inner", ["toy.room", "toy.room.inner"]),
-        ("def f():\n    from toy import b", ["toy.b"]),
-        ("import toy.room.inner as i", ["toy.room", "toy.room.inner"]),
-        ("from toy import room", ["toy.room"]),
-        ("from toy import all_of", ["toy.all_of", "toy.all_of.one", "toy.all_of.two"]),
+        ("import toy.b", ["b"]),
+        ("from toy import b", ["b"]),
+        ("from toy.b import X", ["b"]),
+        ("from toy.b.inner import X", ["b"]),
+        ("from .. import b", ["b"]),
+        ("from ..b import inner", ["b"]),
+        ("from .other import X", []),
+        ("def f():\n    from toy import b", ["b"]),
+        ("import toy.b.inner as i", ["b"]),
+        ("from toy import c", ["b", "c"]),
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from toy import b", []),
-        ("from toy.progress import bar", []),
+        ("from toy import version", []),
         ("import torch", []),
     ],
 )
 def test_what_an_import_brings_in(tmp_path, text, found):
-    every = "import pkgutil\nfor each in pkgutil.iter_modules(__path__):\n    __import__(each.name)"
-    own = package(
-        tmp_path,
-        **{"a": text, "b": "X = 1", "room.__init__": "", "room.inner": "", "progress.__init__": ""},
-        **{"all_of.__init__": every, "all_of.one": "", "all_of.two": ""},
-    )
-    assert own.closure("toy.a") == ["toy.a", *found]
+    rooms = {
+        "b.__init__": "",
+        "b.inner": "X = 1",
+        "c.__init__": "",
+        "c.inner": "from toy.b import inner",
+        "version": "",
+    }
+    own = package(tmp_path, **{"a.__init__": "", "a.first": text, "a.other": ""}, **rooms)
+    assert own.closure("a") == ["a", *found]
 
 
 @pytest.mark.parametrize(
@@ -156,31 +137,31 @@ def test_what_an_import_brings_in(tmp_path, text, found):
     ],
 )
 def test_comments_docstrings_and_layout_do_not_count(tmp_path, text, same):
-    first = package(tmp_path / "one", a='"""A."""\nX = 1\n\n\ndef f():\n    return X\n')
-    assert (first.digest("toy.a") == package(tmp_path / "two", a=text).digest("toy.a")) == same
+    first = package(tmp_path / "one", **{"a.one": '"""A."""\nX = 1\n\n\ndef f():\n    return X\n'})
+    assert (first.digest("a") == package(tmp_path / "two", **{"a.one": text}).digest("a")) == same
 
 
 def test_a_process_keeps_the_code_that_it_began_with(tmp_path):
-    own = package(tmp_path, a="X = 1")
-    (tmp_path / "toy" / "a.py").write_text("X = 2")
-    assert own.digest("toy.a") == package(tmp_path / "other", a="X = 1").digest("toy.a")
+    own = package(tmp_path, **{"a.one": "X = 1"})
+    (tmp_path / "toy" / "a" / "one.py").write_text("X = 2")
+    assert own.digest("a") == package(tmp_path / "other", **{"a.one": "X = 1"}).digest("a")
 
 
 def test_every_part_of_a_key_counts(monkeypatch):
-    first = store.work_key("vitbench.moments", {"a": 1})
-    assert first == store.work_key("vitbench.moments", {"a": 1})
+    first = store.work_key("calibration", {"a": 1})
+    assert first == store.work_key("calibration", {"a": 1})
     others = [
-        store.work_key("vitbench.moments", {"a": 2}),
-        store.work_key("vitbench.training", {"a": 1}),
-        store.work_key("vitbench.moments", {"a": 1}, "cuda"),
-        store.work_key("vitbench.moments", {"a": 1}, packages=("scipy",)),
+        store.work_key("calibration", {"a": 2}),
+        store.work_key("training", {"a": 1}),
+        store.work_key("calibration", {"a": 1}, "cuda"),
+        store.work_key("calibration", {"a": 1}, packages=("scipy",)),
     ]
     for name in store.PACKAGES:
         with monkeypatch.context() as patch:
             patch.setattr(f"{name}.__version__", "0")
-            others.append(store.work_key("vitbench.moments", {"a": 1}))
+            others.append(store.work_key("calibration", {"a": 1}))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    others.append(store.work_key("vitbench.moments", {"a": 1}))
+    others.append(store.work_key("calibration", {"a": 1}))
     assert len({first, *others}) == 1 + len(others)
 
 
@@ -202,8 +183,8 @@ def test_models_of_one_set_of_tensors_have_digests_and_keys_of_their_own(micro, 
     models = [made(micro, steps) for steps in ONE_SET_OF_TENSORS]
     assert len({artifact.weights_hash(model) for model in models}) == 1
     assert len({artifact.model_digest(model) for model in models}) == len(models)
-    assert len({training.training_key(model, few_digits, TrainConfig()) for model in models}) == len(models)
-    teachers = {training.training_key(micro, few_digits, TrainConfig(), model) for model in models}
+    assert len({loop.training_key(model, few_digits, TrainConfig()) for model in models}) == len(models)
+    teachers = {loop.training_key(micro, few_digits, TrainConfig(), model) for model in models}
     assert len(teachers) == len(models)
 
 
@@ -226,7 +207,7 @@ def test_tensors_and_recipe_are_in_the_digest(micro, changed):
 
 
 def test_code_that_changed_makes_every_kind_of_work_anew(micro, few_digits, home, tmp_path, monkeypatch):
-    """The modules that are asked for are those that do the work: another digest of theirs, other files."""
+    """The rooms that are asked for are those that do the work: another digest of theirs, other files."""
     monkeypatch.setenv("VITBENCH_HOME", str(tmp_path))
     train = TrainConfig(epochs=1, batch_size=32, warmup_epochs=0)
     scored = make_config("multidimensional", SMALL_SEARCH)
@@ -248,7 +229,7 @@ def test_code_that_changed_makes_every_kind_of_work_anew(micro, few_digits, home
 
     before = set()
     for code in ("one", "two"):
-        monkeypatch.setattr(store, "code_digest", lambda module, code=code: asked.add(module) or code)
+        monkeypatch.setattr(store, "code_digest", lambda room, code=code: asked.add(room) or code)
         found = work()
         assert {path.parts[2].partition("-")[0] for path in found} == {
             "vit_micro_patch2_8",
@@ -259,7 +240,7 @@ def test_code_that_changed_makes_every_kind_of_work_anew(micro, few_digits, home
         }
         before |= found
         assert not work(), "nothing is made twice"
-    assert asked == {f"vitbench.{name}" for name in WORK} - {"vitbench.combinations"}
+    assert asked == set(WORK)
 
 
 SMALL_SEARCH = {

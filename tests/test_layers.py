@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from vitbench import layers, vit
-from vitbench.layers import FactoredLinear, PackedConv2d, PackedLinear, SharedFactor, pack, unpack
-from vitbench.layers.factored import reordered_share
+from vitbench.model import layers, vit
+from vitbench.model.layers import FactoredLinear, PackedConv2d, PackedLinear, SharedFactor, pack, unpack
+from vitbench.model.layers.factored import reordered_share
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

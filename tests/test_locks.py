@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from tests.conftest import ROOT
+from vitbench.base.errors import InputError
 from vitbench.base.locks import WITHOUT_LOCKS, is_locked, locked
-from vitbench.errors import InputError
 
 HOLD = """
 import sys

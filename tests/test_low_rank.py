@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from vitbench import blocks, vit
-from vitbench import moments as moments_module
-from vitbench.allocation import Layer, greedy, uniform
-from vitbench.compensation import mismatches
-from vitbench.errors import InputError
-from vitbench.layers import LowRankLinear
-from vitbench.low_rank import DECOMPOSITIONS, factorise
-from vitbench.moments import Moments, collect, watching
+from vitbench.base.errors import InputError
+from vitbench.calibration import moments as moments_module
+from vitbench.calibration.allocation import Layer, greedy, uniform
+from vitbench.calibration.compensation import mismatches
+from vitbench.calibration.factors import DECOMPOSITIONS, factorise
+from vitbench.calibration.moments import Moments, collect, watching
+from vitbench.model import blocks, vit
+from vitbench.model.layers import LowRankLinear
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def found(base, digits):
 def inputs(base, digits):
     """Every token that the layers see on the calibration images, in float64."""
     seen = {name: [] for name in vit.linears(base.model)}
-    from vitbench.batches import eval_batches
+    from vitbench.data.batches import eval_batches
 
     with torch.inference_mode(), watching(vit.linears(base.model), lambda name, x, y: seen[name].append(x)):
         for x, _ in eval_batches(digits.calibration, base.model.recipe.preprocess):
@@ -61,7 +61,7 @@ def test_the_gradient_moments_predict_the_loss(base, digits, found):
     """
     import copy
 
-    from vitbench.batches import eval_batches
+    from vitbench.data.batches import eval_batches
 
     torch.manual_seed(0)
     for name in ("blocks.1.attn.qkv", "blocks.3.mlp.fc2"):

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from vitbench import artifact, ranges, vit
-from vitbench.coded import CodedModel, RoundingLinear, RowCoder
-from vitbench.errors import InputError
-from vitbench.layers import PackedLinear, Rounded
-from vitbench.methods import compress, make_config
-from vitbench.quantizers import LearnedRange
-from vitbench.training import evaluate
+from vitbench.base.errors import InputError
+from vitbench.calibration import quantizers
+from vitbench.calibration.coders import RoundingLinear, RowCoder
+from vitbench.calibration.quantizers import LearnedRange
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
+from vitbench.model.layers import PackedLinear, Rounded
+from vitbench.training.coded import CodedModel
+from vitbench.training.loop import evaluate
 
 
 def test_a_learned_range_rounds_to_its_codes():
@@ -35,8 +37,8 @@ def test_what_is_cut_off_widens_the_range_and_gets_no_gradient():
 def test_the_file_answers_as_the_trained_model_did(base, digits, tmp_path):
     model, x = artifact.load(base.path), torch.randn(6, 3, 8, 8)
     layers = vit.linears(model)
-    seen = ranges.channels(model, layers, digits.calibration)
-    found = ranges.ranges(model, layers, seen, digits.calibration, bits=4)
+    seen = quantizers.channels(model, layers, digits.calibration)
+    found = quantizers.ranges(model, layers, seen, digits.calibration, bits=4)
     for name, layer in layers.items():
         vit.replace_module(model, name, RoundingLinear(layer, 4, *found[name]))
     coded = CodedModel(model, [RowCoder(name, layer, 4) for name, layer in layers.items()]).eval()

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from vitbench import vit
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
 from vitbench.measurement.cost import count_macs, macs_of
-from vitbench.model import names
+from vitbench.model import names, vit
 
 
 def kind(model):

@@ -12,17 +12,19 @@ import psutil
 import pytest
 import torch
 
-from vitbench import artifact, backends, statistics, vit
 from vitbench.base import processes
-from vitbench.batches import eval_batches
-from vitbench.comparison import comparison, paired_loss, subject, value
-from vitbench.errors import InputError
-from vitbench.measurement import child, measure, timing
-from vitbench.measurement.history import training_rows
-from vitbench.measurement.memory import peak_tensors
-from vitbench.methods import compress, make_config
-from vitbench.records import read_rows
-from vitbench.runs import Run
+from vitbench.base.errors import InputError
+from vitbench.data.batches import eval_batches
+from vitbench.measurement import backends, child, timing
+from vitbench.measurement.limits import peak_tensors
+from vitbench.measurement.measuring import measure
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
+from vitbench.rows import statistics
+from vitbench.rows.comparison_table import comparison, paired_loss, subject, value
+from vitbench.rows.records import read_rows
+from vitbench.rows.runs import Run
+from vitbench.run.history import training_rows
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +213,7 @@ def test_peak_memory_grows_with_what_is_held():
     """In a fresh process: this one's peak may lie far above what it holds now, and then nothing would be seen."""
     code = """
 import torch
-from vitbench.standalone import peak_bytes
+from vitbench.base.standalone import peak_bytes
 before = peak_bytes()
 held = torch.ones(100 * 2**20 // 4)
 print(peak_bytes() - before)

@@ -6,12 +6,12 @@ import functools
 import pytest
 import torch
 
-from vitbench import artifact
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
 from vitbench.measurement.cost import count_macs
-from vitbench.methods import METHODS, compress, make_config
-from vitbench.training import evaluate
-from vitbench.vit import set_fused_attention
+from vitbench.methods.registry import METHODS, compress, make_config
+from vitbench.model import artifact
+from vitbench.model.vit import set_fused_attention
+from vitbench.training.loop import evaluate
 
 EVERY = pytest.mark.parametrize("name", METHODS)
 

@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from tests.conftest import SHARED
-from vitbench import artifact, compensation, vit
-from vitbench.cache import baseline
-from vitbench.data import Split, load_data
-from vitbench.errors import InputError
-from vitbench.layers import DynamicInt8Linear, LowRankLinear, PackedLinear, SplitLinear
-from vitbench.low_rank import DECOMPOSITIONS, factorise
-from vitbench.measurement.cost import count_macs, count_params
-from vitbench.measurement.weights import coded_layers, weight_error
-from vitbench.methods import compress, make_config
+from vitbench.base.errors import InputError
+from vitbench.calibration import compensation
+from vitbench.calibration.factors import DECOMPOSITIONS, factorise
+from vitbench.calibration.moments import collect, watching
+from vitbench.data.splits import Split, load_data
+from vitbench.measurement.cost import coded_layers, count_macs, count_params, weight_error
 from vitbench.methods.mixed_rank import MixedRank
-from vitbench.moments import collect, watching
-from vitbench.training import TrainConfig, evaluate
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
+from vitbench.model.layers import DynamicInt8Linear, LowRankLinear, PackedLinear, SplitLinear
+from vitbench.run.cache import baseline
+from vitbench.training.config import TrainConfig
+from vitbench.training.loop import evaluate
 
 STAGE1 = MixedRank(allocation="uniform", gradient_weight=0, split_qkv=False, compensation="none")
 STAGE2 = MixedRank(compensation="none")
@@ -34,7 +35,7 @@ def block_weights(model):
 
 def divergence(small, base, digits):
     """Mean KL of the answers on the val images, in nats."""
-    from vitbench.batches import eval_batches
+    from vitbench.data.batches import eval_batches
 
     total = 0.0
     with torch.inference_mode():
@@ -257,7 +258,7 @@ def test_stage_one_on_real_weights_and_photographs():
         for how in DECOMPOSITIONS:
             errors[name, how] += float((x @ formed[name, how][0].T).square().sum()) / found[name].tokens
 
-    from vitbench.batches import eval_batches
+    from vitbench.data.batches import eval_batches
 
     with torch.inference_mode(), watching(layers, see):
         for x, _ in eval_batches(data.calibration, base.model.recipe.preprocess, 16):

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from vitbench import vit
-from vitbench.batches import eval_batches
-from vitbench.compensation import mismatches
-from vitbench.methods import compress, make_config
+from vitbench.calibration.compensation import mismatches
+from vitbench.calibration.gptq import second_order
+from vitbench.calibration.moments import collect, watching
+from vitbench.data.batches import eval_batches
 from vitbench.methods.mixed_rank import MixedRank
-from vitbench.moments import collect, watching
-from vitbench.second_order import second_order
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import vit
 
 FIRST = "blocks.0.attn.qkv"
 

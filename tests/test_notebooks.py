@@ -13,13 +13,12 @@ import nbformat
 import pytest
 import yaml
 
-from vitbench import lessons
-from vitbench.comparison import subject
-from vitbench.errors import InputError
-from vitbench.lessons import choose, find_lessons, read_profile
-from vitbench.notebook import KINDS
-from vitbench.records import read_rows
-from vitbench.row_table import load_records
+from vitbench.base.errors import InputError
+from vitbench.rows.comparison_table import subject
+from vitbench.rows.records import read_rows
+from vitbench.rows.row_table import load_records
+from vitbench.run import lessons
+from vitbench.run.lessons import KINDS, choose, find_lessons, read_profile
 
 NOTEBOOKS = sorted(lessons.lessons_folder().glob("*.ipynb"))
 INSTALL = """import importlib.util

@@ -5,16 +5,17 @@ import copy
 import pytest
 import torch
 
-from vitbench import artifact, backends, vit
-from vitbench.errors import InputError
-from vitbench.layers import ExactNystroemAttention, LinearAttention, NystroemAttention
-from vitbench.layers.nystroem import iterative_inverse, landmarks
+from vitbench.base.errors import InputError
+from vitbench.measurement import backends
 from vitbench.measurement.cost import macs_of
-from vitbench.methods import compress, make_config
 from vitbench.methods.linear_attention import LinearAttention as Linear
 from vitbench.methods.nystroem import Nystroem
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
+from vitbench.model.layers import ExactNystroemAttention, LinearAttention, NystroemAttention
+from vitbench.model.layers.attention import iterative_inverse, landmarks
 from vitbench.removal import cut
-from vitbench.training import TrainConfig
+from vitbench.training.config import TrainConfig
 
 HEADS, WIDTH = 3, 16
 
@@ -168,7 +169,7 @@ def test_methods_that_come_after_find_the_linear_layers(base, digits, tmp_path):
 
 
 def test_training_wins_back_what_it_lost(base, digits):
-    from vitbench.training import evaluate
+    from vitbench.training.loop import evaluate
 
     train = {"train": {"epochs": 1}}
     for config in (Nystroem(landmarks=3, class_token="averaged"), Linear(train=TrainConfig(epochs=0))):

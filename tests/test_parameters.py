@@ -13,9 +13,11 @@ from matplotlib.text import Text
 
 import vitbench as vb
 from tests.conftest import ROOT
-from vitbench import gallery, lessons, paths
+from vitbench.base import paths
 from vitbench.cli import main
-from vitbench.notebook import KINDS, as_declared, lesson
+from vitbench.figures import gallery
+from vitbench.run import lessons
+from vitbench.run.lessons import KINDS, as_declared, lesson
 
 GOOD = [
     ("false", "bool", False),
@@ -159,7 +161,7 @@ def test_an_installation_without_notebooks_says_so(tmp_path, monkeypatch, capsys
     folder = stranger(tmp_path)
     monkeypatch.chdir(folder)
     monkeypatch.delenv("VITBENCH_HOME")
-    monkeypatch.setattr(paths, "__file__", str(tmp_path / "site" / "vitbench" / "paths.py"))
+    monkeypatch.setattr(paths, "__file__", str(tmp_path / "site" / "vitbench" / "base" / "paths.py"))
     assert paths.home() == folder
     assert main(["run", "quick", "--out", "out"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -6,11 +6,11 @@ from datetime import date
 import pytest
 
 from tests.conftest import ROOT
-from vitbench.base import plain
+from vitbench.base import configs
+from vitbench.base.errors import InputError
 from vitbench.cli import main
-from vitbench.edge.profiles import load_profiles
-from vitbench.errors import InputError
-from vitbench.lessons import find_lessons, parse_setting, read_profile
+from vitbench.edge.model import load_profiles
+from vitbench.run.lessons import find_lessons, parse_setting, read_profile
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
@@ -51,7 +51,7 @@ def test_what_is_no_plain_data_is_refused_in_one_line(kind):
     text, message = REFUSED[kind]
     start = time.monotonic()
     with pytest.raises(InputError) as refused:
-        plain.yaml_value(text, "profile 'mine.yaml'")
+        configs.yaml_value(text, "profile 'mine.yaml'")
     said = str(refused.value)
     assert said.startswith("profile 'mine.yaml'"), said
     assert message in said
@@ -75,12 +75,12 @@ def test_what_is_no_plain_data_is_refused_in_one_line(kind):
     ],
 )
 def test_plain_data_is_read_as_it_is_meant(text, value):
-    assert plain.yaml_value(text, "a text") == value
+    assert configs.yaml_value(text, "a text") == value
 
 
 def test_every_file_of_settings_of_the_project_is_plain():
     for file in (*(ROOT / "notebooks" / "profiles").glob("*.yaml"), *(ROOT / "benchmarks").glob("*.yaml")):
-        assert isinstance(plain.read_yaml(file, "settings"), dict), file
+        assert isinstance(configs.read_yaml(file, "settings"), dict), file
     assert load_profiles().devices
 
 
@@ -89,7 +89,7 @@ def test_every_file_of_settings_of_the_project_is_plain():
 )
 def test_json_has_the_same_rules(text):
     with pytest.raises(InputError, match="^the manifest") as refused:
-        plain.json_value(text, "the manifest")
+        configs.json_value(text, "the manifest")
     assert "\n" not in str(refused.value)
 
 
@@ -110,14 +110,14 @@ def test_json_has_the_same_rules(text):
 )
 def test_values_of_other_kinds_never_reach_a_notebook(value):
     with pytest.raises(InputError, match="^the parameters: "):
-        plain.checked({"train": value}, "the parameters")
+        configs.checked({"train": value}, "the parameters")
 
 
 def test_a_mapping_that_holds_itself_is_refused():
     value = {}
     value["a"] = value
     with pytest.raises(InputError, match="deep"):
-        plain.checked(value, "the parameters")
+        configs.checked(value, "the parameters")
 
 
 @pytest.mark.parametrize("content", [b"model: \xff\xfe\n", b"\x00", b"model: !!binary aGk=\n", b"- 1\n"])

@@ -11,9 +11,10 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT
-from vitbench.base import loading, processes
+from vitbench.base import processes
 from vitbench.base.forks import CAN_FORK, ForkServer
 from vitbench.base.processes import PACKAGE, ProcessError, Started, environment
+from vitbench.data import batches
 from vitbench.measurement import child
 
 JOB = """
@@ -158,14 +159,14 @@ def test_a_child_that_takes_too_long_is_gone(server):
 @pytest.mark.parametrize(("free", "count"), [(0, 0), (299, 0), (300, 1), (599, 1), (600, 2), (10**9, 2)])
 def test_as_many_processes_load_images_as_shared_memory_has_room_for(monkeypatch, free, count):
     usage = shutil.disk_usage(os.sep)
-    monkeypatch.setattr(loading, "CAN_FORK", True)
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: usage._replace(free=free))
-    assert loading.workers(100) == count
+    monkeypatch.setattr(batches, "CAN_FORK", True)
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: usage._replace(free=free))
+    assert batches.workers(100) == count
 
 
 def test_only_forked_processes_load_images(monkeypatch):
-    monkeypatch.setattr(loading, "CAN_FORK", False)
-    assert loading.workers(1) == 0
+    monkeypatch.setattr(batches, "CAN_FORK", False)
+    assert batches.workers(1) == 0
 
 
 def test_standard_streams_that_are_closed_are_opened():

@@ -1,14 +1,22 @@
 """What ties the project's own files together."""
 
 import importlib
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import types
 
 import pytest
 import yaml
 
 import vitbench
 from tests.conftest import ROOT
+
+LINT = shutil.which("lint-imports") or "lint-imports"  # conftest puts the environment's commands first
+PATH = os.pathsep.join([str(ROOT), *filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 
 
 def ranges(lines):
@@ -67,7 +75,7 @@ def test_the_readmes_commands_exist():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"^make (\w+)", readme, re.M)):
         assert re.search(rf"^{target}:", makefile, re.M), target
-    from vitbench.cli import _parser
+    from vitbench.cli.program import _parser
 
     for line in re.findall(r"^vitbench (.+)$", readme, re.M):
         _parser().parse_args(re.findall(r'"[^"]*"|\S+', line.split("#")[0]))
@@ -79,39 +87,76 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), (page, target)
 
 
-def test_every_public_name_comes_from_its_place():
-    placed = {name: place for place, names in vitbench._PLACES.items() for name in names}
-    assert {*placed, "__version__"} == set(vitbench.__all__) <= set(dir(vitbench))
-    for name, place in placed.items():
-        assert getattr(vitbench, name) is getattr(importlib.import_module(f"vitbench.{place}"), name)
-    told = re.findall(r"^    from vitbench\.(\w+) import (.+)$", (ROOT / "vitbench" / "__init__.py").read_text(), re.M)
-    assert {place: tuple(names.split(", ")) for place, names in told} == vitbench._PLACES
-    with pytest.raises(AttributeError, match="no attribute 'squeeze'"):
-        assert vitbench.squeeze
+ROOMS = sorted(file.parent.name for file in (ROOT / "vitbench").glob("*/__init__.pyi"))
+
+
+def test_every_folder_is_a_room_and_the_top_holds_little():
+    folders = [file.parent.name for file in (ROOT / "vitbench").glob("*/__init__.py")]
+    assert sorted(folders) == ROOMS == sorted({*vitbench.__all__} & {*folders})
+    assert len(list((ROOT / "vitbench").glob("*.py"))) <= 8
+
+
+@pytest.mark.parametrize("room", ["", *ROOMS])
+def test_every_public_name_is_there_and_hides_no_module(room):
+    front = importlib.import_module(f"vitbench.{room}".rstrip("."))
+    folder = ROOT / "vitbench" / room
+    modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    for name in front.__all__:
+        is_module = isinstance(getattr(front, name), types.ModuleType)
+        assert is_module == (name in modules), f"{name} is a module and another thing too"
+    assert set(front.__all__) <= set(dir(front)) | {"__version__"}
+    with pytest.raises(AttributeError, match="squeeze"):
+        assert front.squeeze
+
+
+def test_the_functions_are_what_their_names_say():
+    """Whatever was imported before: a room or a module of a like name hides none of them."""
+    for room in ROOMS:
+        importlib.import_module(f"vitbench.{room}")
+    for name in ("measure", "train", "compress", "evaluate", "load", "save"):
+        assert isinstance(getattr(vitbench, name), types.FunctionType), name
+
+
+def test_a_front_says_in_three_sentences_what_lives_there():
+    for room in ROOMS:
+        text = importlib.import_module(f"vitbench.{room}").__doc__
+        assert len(re.findall(r"[.](?=\s|$)", text)) == 3, room
+
+
+def test_notebooks_and_benchmarks_import_the_front_alone():
+    for file in (*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "benchmarks").glob("*.py")):
+        assert not re.search(r"(from|import) vitbench(?! as vb)\b", file.read_text()), file
+
+
+def test_an_import_is_quick():
+    code = "import sys, vitbench; print(sorted({'torch', 'numpy', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_files_stay_small():
     for file in (ROOT / "vitbench").rglob("*.py"):
-        assert len(file.read_text().splitlines()) <= 300, file
+        assert len(file.read_text().splitlines()) <= 600, file
 
 
-def test_imports_run_one_way():
-    """Methods do not measure, and what draws does not touch a model."""
-    for file in (ROOT / "vitbench" / "methods").glob("*.py"):
-        assert "vitbench.measurement" not in file.read_text(), file
-    for name in (
-        "figures",
-        "tradeoff",
-        "attention_figures",
-        "policy_figures",
-        "closeups",
-        "comparison",
-        "report",
-        "records",
-        "statistics",
-    ):
-        text = (ROOT / "vitbench" / f"{name}.py").read_text()
-        assert not re.search(r"^(from|import) (torch|timm|vitbench\.(methods|measure|vit|training))", text, re.M), name
+def test_only_the_room_of_the_model_knows_timms_models_inside():
     for file in (ROOT / "vitbench").rglob("*.py"):
-        if file.name != "vit.py" and file.parent.name != "model":
-            assert "timm.models" not in file.read_text(), f"{file}: only vit.py and model/ know timm's models inside"
+        if file.parent.name != "model":
+            assert "timm.models" not in file.read_text(), f"{file}: only model/ knows timm's models inside"
+
+
+def test_imports_keep_to_the_contract():
+    """`lint-imports` says which import breaks it."""
+    done = subprocess.run([LINT], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PATH})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_figure_that_imports_a_model_breaks_the_contract(tmp_path):
+    shutil.copytree(ROOT / "vitbench", tmp_path / "vitbench", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    file = tmp_path / "vitbench" / "figures" / "drawing.py"
+    file.write_text(file.read_text() + "\nfrom vitbench.model import vit  # noqa\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), PATH])}
+    done = subprocess.run([LINT, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "vitbench.figures is not allowed to import vitbench.model" in done.stdout

@@ -8,9 +8,10 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_sweep import SMALL
-from vitbench import cache, vit
-from vitbench.errors import InputError
-from vitbench.sweep.grid import cells, sweep_of
+from vitbench.base.errors import InputError
+from vitbench.model import vit
+from vitbench.run import cache
+from vitbench.run.sweep.grid import cells, sweep_of
 
 PACKAGE = sorted((ROOT / "vitbench").rglob("*.py"))
 PROMISES = re.split(r"^- ", (ROOT / "SECURITY.md").read_text(encoding="utf-8").partition("\n\nPlease")[0], flags=re.M)[

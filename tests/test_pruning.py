@@ -4,23 +4,26 @@ import numpy as np
 import pytest
 import torch
 
-from vitbench import artifact, blocks, comparison, policy_figures, vit
-from vitbench.batches import eval_batches
-from vitbench.errors import InputError
-from vitbench.measurement import measure
+from vitbench.base.errors import InputError
+from vitbench.calibration.moments import Moments, watching
+from vitbench.data.batches import eval_batches
+from vitbench.figures import search_policies
 from vitbench.measurement.cost import count_macs
-from vitbench.measurement.history import search_rows
-from vitbench.methods import compress, make_config
+from vitbench.measurement.measuring import measure
 from vitbench.methods.multidimensional import MultiDimensional, Task
 from vitbench.methods.pruning import Pruning
-from vitbench.moments import Moments, watching
-from vitbench.removal import compensate, cut
-from vitbench.removal.latency_table import LatencyTable
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, blocks, vit
+from vitbench.removal import cut
 from vitbench.removal.policy import DIMENSIONS
+from vitbench.removal.remover import compensate
 from vitbench.removal.scores import Criterion
-from vitbench.removal.search import SearchConfig
-from vitbench.runs import Run
-from vitbench.training import TrainConfig, evaluate
+from vitbench.removal.search import LatencyTable, SearchConfig
+from vitbench.rows import comparison_table
+from vitbench.rows.runs import Run
+from vitbench.run.history import search_rows
+from vitbench.training.config import TrainConfig
+from vitbench.training.loop import evaluate
 
 BARE = Pruning(neurons=0.0, heads=0.0, compensation="none")
 QUICK = MultiDimensional(keep=0.5, objective="cross_entropy", search=SearchConfig(evaluations=6, first=3), most=0.7)
@@ -155,7 +158,7 @@ def test_tokens_are_reduced_once(base, digits):
 @pytest.fixture(scope="module")
 def found(base, digits):
     """The base model, searched for and cut."""
-    from vitbench.cache import compressed
+    from vitbench.run.cache import compressed
 
     return compressed(base, QUICK, digits)
 
@@ -173,15 +176,15 @@ def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, 
     run.append(search_rows(base.path, digits, QUICK, found.search))
     measure(found.path, digits, run, versus=base.path, what=("accuracy", "size"))
     rows = run.rows()
-    (label,) = comparison.subject(rows).query("metric == 'search_score'")["label"]
-    scores = comparison.value(comparison.subject(rows), label, "search_score")
+    (label,) = comparison_table.subject(rows).query("metric == 'search_score'")["label"]
+    scores = comparison_table.value(comparison_table.subject(rows), label, "search_score")
     assert scores["samples"] == [step["score"] for step in found.search]
-    policies = comparison.value(comparison.subject(rows), label, "search_policies")
+    policies = comparison_table.value(comparison_table.subject(rows), label, "search_policies")
     assert len(policies["samples"]) == 6 * 13
-    assert "search" not in comparison.methods(comparison.subject(rows)[lambda all: all["metric"] == "top1"])
+    assert "search" not in comparison_table.methods(comparison_table.subject(rows)[lambda all: all["metric"] == "top1"])
     for figure, shown in (
-        policy_figures.search_progress(rows, {"guided": [label]}),
-        policy_figures.policies(rows, {label: "found"}),
+        search_policies.search_progress(rows, {"guided": [label]}),
+        search_policies.policies(rows, {label: "found"}),
     ):
         assert len(shown)
         assert figure.axes

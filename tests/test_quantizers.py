@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitbench.quantizers import LearnedStep, best_step, code_range
+from vitbench.calibration.quantizers import LearnedStep, best_step, code_range
 
 
 def error(x, step, bits):

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from tests.conftest import SHARED
-from vitbench.cache import baseline
-from vitbench.data import load_data
-from vitbench.methods import compress, make_config
-from vitbench.training import TrainConfig, evaluate
+from vitbench.data.splits import load_data
+from vitbench.methods.registry import compress, make_config
+from vitbench.run.cache import baseline
+from vitbench.training.config import TrainConfig
+from vitbench.training.loop import evaluate
 
 WEIGHTS = SHARED / "weights" / "deit_tiny_patch16_224.safetensors"
 IMAGENET = SHARED / "data" / "imagenet-1k-sample"

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
-from vitbench import artifact, reconstruction, vit
-from vitbench.batches import eval_batches
-from vitbench.coded import RowCoder
-from vitbench.data import load_data
-from vitbench.errors import InputError
-from vitbench.methods import compress, make_config
-from vitbench.reconstruction import reconstruct
+from vitbench.base.errors import InputError
+from vitbench.calibration import reconstruction
+from vitbench.calibration.coders import RowCoder
+from vitbench.calibration.reconstruction import reconstruct
+from vitbench.data.batches import eval_batches
+from vitbench.data.splits import load_data
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
 
 
 def test_each_block_answers_more_like_the_given_one(base, digits):

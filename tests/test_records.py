@@ -10,10 +10,10 @@ import warnings
 import pandas as pd
 import pytest
 
-from vitbench import records, row_table
-from vitbench.errors import InputError
-from vitbench.records import Row, append_rows, read_rows
-from vitbench.row_table import load_records
+from vitbench.base.errors import InputError
+from vitbench.rows import records, row_table
+from vitbench.rows.records import Row, append_rows, read_rows
+from vitbench.rows.row_table import load_records
 
 
 def row(**changes):

@@ -9,10 +9,10 @@ from matplotlib.testing.compare import compare_images
 from docs.render import listed
 from tests.conftest import ROOT
 from vitbench.cli import main
-from vitbench.comparison import subject
-from vitbench.records import read_rows
-from vitbench.row_table import load_records
-from vitbench.statistics import quiet_ratio
+from vitbench.rows.comparison_table import subject
+from vitbench.rows.records import read_rows
+from vitbench.rows.row_table import load_records
+from vitbench.rows.statistics import quiet_ratio
 
 REFERENCE = ROOT / "results" / "reference"
 FOLDERS = sorted(file.parent.name for file in REFERENCE.glob("*/records.jsonl"))

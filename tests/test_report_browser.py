@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from tests.test_figures_report import make_rows, rows_of
-from vitbench.records import append_rows
-from vitbench.report import write_report
+from vitbench.figures.report import write_report
+from vitbench.rows.records import append_rows
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt-get install chromium)")

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from vitbench import attention_figures
-from vitbench.errors import InputError
-from vitbench.measurement.scaling import scaling
-from vitbench.methods import make_config
-from vitbench.row_table import load_records
-from vitbench.runs import Run
+from vitbench.base.errors import InputError
+from vitbench.figures import attention
+from vitbench.measurement.token_scaling import scaling
+from vitbench.methods.registry import make_config
+from vitbench.rows.row_table import load_records
+from vitbench.rows.runs import Run
 
 LINEAR = make_config("linear_attention", {"train": {"epochs": 0}})
 
@@ -45,9 +45,9 @@ def test_what_does_not_suit_a_size_is_skipped_with_the_reason(rows):
 
 
 def test_multiply_accumulates_of_the_layer_are_the_formula(rows):
-    full = attention_figures.curves(rows, "macs", "attention")["full attention"]
+    full = attention.curves(rows, "macs", "attention")["full attention"]
     assert full["value"].tolist() == [4 * n * 64 * 64 + 2 * n * n * 64 for n in (5, 65)]
-    linear = attention_figures.curves(rows, "macs", "attention")["linear"]
+    linear = attention.curves(rows, "macs", "attention")["linear"]
     assert linear["value"].tolist() == [4 * n * 64 * 64 + 2 * n * 16 * 64 + n * 64 for n in (5, 65)]
 
 
@@ -62,20 +62,20 @@ def test_multiply_accumulates_of_the_layer_are_the_formula(rows):
     ],
 )
 def test_the_crossing_is_where_the_ratio_stays_below_one(ratios, wanted):
-    assert attention_figures.crossing(np.array([10, 100, 1000]), np.array(ratios)) == pytest.approx(wanted)
+    assert attention.crossing(np.array([10, 100, 1000]), np.array(ratios)) == pytest.approx(wanted)
 
 
 def test_the_figure_and_its_crossings_come_from_the_rows(rows):
-    figure, shown = attention_figures.against_tokens(rows)
+    figure, shown = attention.against_tokens(rows)
     assert len(figure.axes) == 2
     assert set(shown["key"]) == set(rows["key"])
-    assert set(attention_figures.crossings(rows, "model")) == {"Nystroem, m = 8, 6 iterations", "linear"}
+    assert set(attention.crossings(rows, "model")) == {"Nystroem, m = 8, 6 iterations", "linear"}
 
 
 def test_speed_for_accuracy_shows_the_rows_it_names():
     found = load_records(ROOT / "results" / "reference" / "token-merging-imagenet-sample")
     named = {"constant": {0: "token_merging", 8: "token_merging (r=8)"}}
-    figure, shown = attention_figures.speed_for_accuracy(found, named, "merging", batches=(8,))
+    figure, shown = attention.speed_for_accuracy(found, named, "merging", batches=(8,))
     assert len(figure.axes) == 1
     assert set(shown["label"]) == set(named["constant"].values())
     assert len(shown) == 4

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from vitbench import artifact, backends, vit
-from vitbench.layers import DynamicInt8Linear
-from vitbench.measurement import measure
+from vitbench.measurement import backends
 from vitbench.measurement.accuracy import accuracy
-from vitbench.methods import compress, make_config
-from vitbench.runs import Run
-from vitbench.training import SCORING_BATCH, evaluate
+from vitbench.measurement.measuring import measure
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
+from vitbench.model.layers import DynamicInt8Linear
+from vitbench.rows.runs import Run
+from vitbench.training.loop import SCORING_BATCH, evaluate
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from vitbench.base.errors import InputError
 from vitbench.base.store import Notes
-from vitbench.errors import InputError
 from vitbench.removal import policy, search
 from vitbench.removal.policy import DIMENSIONS, PAPER, Space, budget, mac_cost, one_ratio, simple
 from vitbench.removal.search import SearchConfig, expected_improvement

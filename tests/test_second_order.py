@@ -5,15 +5,15 @@ import itertools
 import pytest
 import torch
 
-from vitbench import artifact, vit
-from vitbench.batches import eval_batches
-from vitbench.errors import InputError
-from vitbench.layers import PackedLinear
-from vitbench.layers.packed import packed_bytes
-from vitbench.methods import compress, make_config
-from vitbench.quantizers import best_step, code_range
-from vitbench.second_order import second_order
-from vitbench.training import evaluate
+from vitbench.base.errors import InputError
+from vitbench.calibration.gptq import second_order
+from vitbench.calibration.quantizers import best_step, code_range
+from vitbench.data.batches import eval_batches
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
+from vitbench.model.layers import PackedLinear
+from vitbench.model.layers.packed import packed_bytes
+from vitbench.training.loop import evaluate
 
 
 @pytest.fixture(scope="module")

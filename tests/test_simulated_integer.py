@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from vitbench import artifact, blocks, vit
-from vitbench.batches import eval_batches
-from vitbench.errors import InputError
-from vitbench.layers import Log2Rounded, PackedLinear, Rounded, RoundedAttention, RoundedNorm, rounded
-from vitbench.methods import compress, make_config
+from vitbench.base.errors import InputError
+from vitbench.data.batches import eval_batches
+from vitbench.methods.registry import compress, make_config
 from vitbench.methods.simulated_integer import FQ_VIT, REPQ_VIT, SimulatedInteger, reparameterise
-from vitbench.training import evaluate
+from vitbench.model import artifact, blocks, vit
+from vitbench.model.layers import Log2Rounded, PackedLinear, Rounded, RoundedAttention, RoundedNorm, rounded
+from vitbench.training.loop import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_sweep import SMALL
-from vitbench.errors import InputError
-from vitbench.runs import Run
-from vitbench.sweep import drive
-from vitbench.sweep.executors import open_workers
-from vitbench.sweep.grid import sweep_of
+from vitbench.base.errors import InputError
+from vitbench.rows.runs import Run
+from vitbench.run.sweep import drive
+from vitbench.run.sweep.executors import open_workers
+from vitbench.run.sweep.grid import sweep_of
 
 
 @pytest.fixture

@@ -6,16 +6,18 @@ import importlib.util
 import pytest
 import torch
 
-from vitbench import artifact, backends, blocks, comparison, vit
-from vitbench.batches import eval_batches
-from vitbench.errors import InputError
-from vitbench.layers import StaticInt8Linear
-from vitbench.measurement import measure
-from vitbench.methods import compress, make_config
+from vitbench.base.errors import InputError
+from vitbench.calibration.quantizers import channels, least_error_range
+from vitbench.data.batches import eval_batches
+from vitbench.measurement import backends
+from vitbench.measurement.measuring import measure
+from vitbench.methods.registry import compress, make_config
 from vitbench.methods.static_int8 import _equalise
-from vitbench.ranges import channels, least_error_range
-from vitbench.runs import Run
-from vitbench.training import evaluate
+from vitbench.model import artifact, blocks, vit
+from vitbench.model.layers import StaticInt8Linear
+from vitbench.rows import comparison_table
+from vitbench.rows.runs import Run
+from vitbench.training.loop import evaluate
 
 needs_openvino = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in backends.BACKENDS["openvino"].needs),
@@ -175,9 +177,9 @@ def test_openvino_scores_and_times_against_eager(base, small, digits, tmp_path):
         batches=[1],
     )
     assert set(rows["backend"]) == {"openvino"}
-    rows = comparison.subject(run.rows())
-    assert comparison.value(rows, "static_int8", "latency_ratio", 1, "openvino") is None
-    assert comparison.value(rows, "static_int8", "latency_ratio", 1, "openvino", versus="eager")["value"] > 0
-    top1 = comparison.value(rows, "static_int8", "top1", backend="openvino")
+    rows = comparison_table.subject(run.rows())
+    assert comparison_table.value(rows, "static_int8", "latency_ratio", 1, "openvino") is None
+    assert comparison_table.value(rows, "static_int8", "latency_ratio", 1, "openvino", versus="eager")["value"] > 0
+    top1 = comparison_table.value(rows, "static_int8", "top1", backend="openvino")
     assert top1["value"] == pytest.approx(evaluate(small, digits.test).top1.mean(), abs=0.01)
     assert top1["context"]["images"] == len(digits.test)

@@ -15,15 +15,15 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from vitbench import records
+from vitbench.base.errors import InputError
 from vitbench.cli import main
-from vitbench.errors import InputError
-from vitbench.records import Row, read_rows
-from vitbench.runs import Run
-from vitbench.sweep import drive, worker
-from vitbench.sweep.executors import open_workers
-from vitbench.sweep.grid import Cell, cells, sweep_of, sweep_values
-from vitbench.sweep.outlook import outlook, progress_of
+from vitbench.rows import records
+from vitbench.rows.records import Row, read_rows
+from vitbench.rows.runs import Run
+from vitbench.run.sweep import drive, worker
+from vitbench.run.sweep.drive import outlook, progress_of
+from vitbench.run.sweep.executors import open_workers
+from vitbench.run.sweep.grid import Cell, cells, sweep_of, sweep_values
 
 SMALL = {
     "models": ["vit_mini_patch2_8"],
@@ -182,7 +182,7 @@ def sweep_workers():
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "vitbench.sweep.worker" in process.cmdline():
+            if "vitbench.run.sweep.worker" in process.cmdline():
                 found.append(process)
         except psutil.Error:
             continue

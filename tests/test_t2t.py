@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from vitbench import artifact, vit
-from vitbench.data import load_data
-from vitbench.errors import InputError
-from vitbench.layers import PackedLinear
+from vitbench.base.errors import InputError
+from vitbench.data.splits import load_data
 from vitbench.measurement.cost import count_macs, count_params
-from vitbench.methods import compress, make_config
-from vitbench.t2t import SPLITS, TokenLayer, TokensToToken, sinusoids
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
+from vitbench.model.layers import PackedLinear
+from vitbench.model.t2t import SPLITS, TokenLayer, TokensToToken, sinusoids
 
 FEW_IMAGES = pytest.mark.filterwarnings("ignore:.*calibration images give")
 RIVAL = {"keep": 0.6, "compensation": "none", "gradient_weight": 0, "allocation": "uniform"}

@@ -15,15 +15,15 @@ import pytest
 import timm
 
 from tests.conftest import ROOT
-from vitbench import progress, suite
-from vitbench.base import hub
+from vitbench.base import hub, progress
+from vitbench.base.errors import InputError
 from vitbench.cli import main
-from vitbench.errors import InputError
-from vitbench.lessons import Lesson
-from vitbench.methods import METHODS
-from vitbench.records import append_rows, read_rows
-from vitbench.report import write_report
-from vitbench.runs import Run
+from vitbench.figures.report import write_report
+from vitbench.methods.registry import METHODS
+from vitbench.rows.records import append_rows, read_rows
+from vitbench.rows.runs import Run
+from vitbench.run import suite
+from vitbench.run.lessons import Lesson
 
 PACKAGE = sorted((ROOT / "vitbench").rglob("*.py"))
 
@@ -48,7 +48,7 @@ def test_a_poor_environment_still_makes_and_measures_a_model(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "LANG")} | poor
     script = """
 import sys
-from vitbench.cli import main
+from vitbench.cli.program import main
 folder = sys.argv[1]
 for words in (["compress", "vit_micro_patch2_8", "--random", "--out", folder + "/m"],
               ["measure", folder + "/m", "--dataset-name", "chiffres \\u00e9", "--what", "accuracy", "--out", folder + "/r"]):

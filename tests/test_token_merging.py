@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from vitbench import artifact, blocks, tokens, vit
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
 from vitbench.measurement.cost import count_macs
-from vitbench.methods import compress, make_config
 from vitbench.methods.nystroem import Nystroem
 from vitbench.methods.pruning import Pruning
+from vitbench.methods.registry import compress, make_config
 from vitbench.methods.token_merging import TokenMerging, schedule, tokens_left
+from vitbench.model import artifact, blocks, tokens, vit
 
 # of pruning's settings: tokens alone, merged after every block, and no images
 MERGED = {

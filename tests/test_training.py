@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from tests.conftest import stop_training
-from vitbench import training, vit
-from vitbench.cache import baseline
-from vitbench.data import load_data
-from vitbench.errors import InputError
-from vitbench.training import TrainConfig, evaluate, train
+from vitbench.base.errors import InputError
+from vitbench.data.splits import load_data
+from vitbench.model import vit
+from vitbench.run.cache import baseline
+from vitbench.training import loop
+from vitbench.training.config import TrainConfig
+from vitbench.training.loop import evaluate, train
 
 SHORT = TrainConfig(epochs=3, batch_size=64, ema=0.9, augment="shift", mixup=0.4)
 
@@ -90,7 +92,7 @@ def test_a_checkpoint_that_is_not_this_runs_is_named_and_not_used(digits, tmp_pa
 def test_kill_minus_nine_during_training(tmp_path, home):
     code = (
         f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
-        "from vitbench import training; training.CHECKPOINT_SECONDS = 0.0\n"
+        "from vitbench.training import loop as training; training.CHECKPOINT_SECONDS = 0.0\n"
         "from vitbench import baseline, load_data, TrainConfig\n"
         "made = baseline('vit_mini_patch2_8', load_data('digits', train=600), TrainConfig(epochs=8, seed=7))\n"
         "print(made.path)"
@@ -117,7 +119,7 @@ def test_kill_minus_nine_during_training(tmp_path, home):
 
 
 def test_a_baseline_is_trained_once(digits, base, monkeypatch):
-    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained again"))
     again = baseline("vit_mini_patch2_8", digits, TrainConfig(epochs=10, mixup=0.0))
     assert again.path == base.path
     assert torch.equal(weights(again.model), weights(base.model))

@@ -7,17 +7,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitbench import artifact, training, vit
-from vitbench.base import checked
-from vitbench.cache import compressed
-from vitbench.errors import InputError
-from vitbench.factors import closed_form, output_grams, stacked
-from vitbench.layers.factored import factored_layers
+from vitbench.base import store
+from vitbench.base.errors import InputError
+from vitbench.calibration.factors import closed_form, output_grams, stacked
 from vitbench.measurement.cost import count_macs
-from vitbench.measurement.memory import peak_tensors
-from vitbench.methods import compress, make_config, uct
-from vitbench.methods.uct import OFFICIAL, UCT, set_order
-from vitbench.training import TrainConfig, evaluate
+from vitbench.measurement.limits import peak_tensors
+from vitbench.methods import uct
+from vitbench.methods.registry import compress, make_config
+from vitbench.methods.uct import OFFICIAL_UCT, UCT, set_order
+from vitbench.model import artifact, vit
+from vitbench.model.layers.factored import factored_layers
+from vitbench.run.cache import compressed
+from vitbench.training import loop
+from vitbench.training.config import TrainConfig
+from vitbench.training.loop import evaluate
 
 ROUNDED = UCT(train=TrainConfig(epochs=0))
 SHORT = UCT(train=TrainConfig(epochs=2, lr=2e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0))
@@ -155,7 +158,7 @@ def test_the_encoder_form_fits_the_weights_and_leaves_no_encoder(base, digits, t
 
 
 def test_official_choices_are_kept_apart(base, digits):
-    config = OFFICIAL.having(warm_steps=5, train=OFFICIAL.train.having(epochs=0))
+    config = OFFICIAL_UCT.having(warm_steps=5, train=OFFICIAL_UCT.train.having(epochs=0))
     small = compress(base.model, config, digits)
     assert (small.head.bits, small.patch_embed.proj.bits) == (4, 8)
     ours = compress(base.model, ROUNDED, digits)
@@ -166,9 +169,9 @@ def test_a_killed_training_goes_on(base, digits, monkeypatch, stopped):
     whole = compress(base.model, SHORT, digits)
     with stopped(1):
         compress(base.model, SHORT, digits)
-    epochs = training._Run.epoch
+    epochs = loop._Run.epoch
     monkeypatch.setattr(
-        training._Run,
+        loop._Run,
         "epoch",
         lambda self, epoch, *rest: epoch == 0 and pytest.fail("begun anew") or epochs(self, epoch, *rest),
     )
@@ -177,21 +180,21 @@ def test_a_killed_training_goes_on(base, digits, monkeypatch, stopped):
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits, monkeypatch, home):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     steps = len(digits.train) // 128
-    losses = training._Run._loss
+    losses = loop._Run._loss
 
     def broken(self, *batch):
         self.seen = getattr(self, "seen", 0) + 1
         return losses(self, *batch) * (float("nan") if self.seen == steps + 3 else 1.0)
 
-    monkeypatch.setattr(training._Run, "_loss", broken)
+    monkeypatch.setattr(loop._Run, "_loss", broken)
     unfinished = home / "results" / "cache" / "unfinished"
     before = set(unfinished.glob("*.safetensors"))
     with pytest.raises(InputError, match=f"the loss is nan at step {steps + 3} .epoch 2.: .* is kept"):
         compress(base.model, SHORT.having(train=SHORT.train.having(seed=5)), digits)
     (kept,) = set(unfinished.glob("*.safetensors")) - before
-    assert len(checked.read_tree(kept)["history"]) == 1
+    assert len(store.read_tree(kept)["history"]) == 1
 
 
 def test_a_compressed_model_is_made_once(base, digits, monkeypatch):

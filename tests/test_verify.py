@@ -8,11 +8,11 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.test_sweep import SMALL
+from vitbench.base.errors import InputError
 from vitbench.cli import main
-from vitbench.errors import InputError
-from vitbench.row_table import load_records
-from vitbench.suite import open_data
-from vitbench.verify import verify
+from vitbench.rows.row_table import load_records
+from vitbench.run.suite import open_data
+from vitbench.run.verification import verify
 
 SPLITS = [f"{key}={value}" for key, value in SMALL["datasets"][0]["splits"].items()]
 

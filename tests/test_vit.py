@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitbench import vit
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
 from vitbench.measurement.cost import count_macs
+from vitbench.model import vit
 
 
 @pytest.mark.parametrize("name", ["vit_mini_patch2_8", "vit_mini_patch4_32", "deit_tiny_patch16_224"])

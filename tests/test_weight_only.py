@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from vitbench import artifact, vit
-from vitbench.layers import PackedLinear
-from vitbench.methods import compress, make_config
-from vitbench.training import evaluate
+from vitbench.methods.registry import compress, make_config
+from vitbench.model import artifact, vit
+from vitbench.model.layers import PackedLinear
+from vitbench.training.loop import evaluate
 
 
 def test_fewer_bits_smaller_files_larger_errors(base, digits, tmp_path):

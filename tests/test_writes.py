@@ -11,9 +11,9 @@ import pytest
 from nbformat.v4 import new_notebook
 
 from tests.conftest import ROOT
-from vitbench import suite
 from vitbench.edge.bundle import SHIPPED
-from vitbench.runs import Run
+from vitbench.rows.runs import Run
+from vitbench.run import suite
 
 HOME = ROOT / "vitbench" / "base" / "files.py"
 # what writes a file by itself, and so may leave half of one

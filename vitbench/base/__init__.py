@@ -1,5 +1,9 @@
-"""What every other part stands on: files that appear whole, and the store of work that can be resumed.
+"""What every other room stands on: errors, paths, settings, files, locks, the store of kept work, processes.
 
-Modules here import the standard library, the errors and the paths, and nothing of models, data or rows. A helper belongs
-here when two rooms need it and it knows nothing of Vision Transformers.
+Any room may import it, and it imports none.
+To add to it, write a module that knows nothing of models, images or rows.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

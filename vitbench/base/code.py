@@ -1,8 +1,7 @@
-"""What code a result depends on: a module, all that it imports, and all that these import.
+"""What code a result depends on: a room (a folder of the package), and all rooms that it imports, directly or not.
 
-The imports are read from the sources (`ast`), function-level ones and those of a package that imports every module in its
-folder included, so that no list of files is kept by hand. Two rooms are not entered: the package's front door, which
-imports nothing until a name is asked for, and `progress`, which shows work and decides nothing.
+Imports between rooms are read from the sources (`ast`), function-level ones included. Every file of these rooms is hashed,
+and none is left out; so what only shows a result belongs to another room than what decides it.
 """
 
 import ast
@@ -11,94 +10,84 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-SHOWING = "progress"
-
 
 class Sources:
-    """The modules of a package as they are in its folder now; later changes of the files are not seen.
+    """The files of a package as they are in its folder now; later changes of the files are not seen.
 
     Args:
         root: the package's folder, which has the package's name.
     """
 
     def __init__(self, root: Path):
-        self.package, self.texts, self._packages = root.name, {}, set()
-        for file in sorted(root.rglob("*.py")):
-            parts = (root.name, *file.relative_to(root).with_suffix("").parts)
-            if parts[-1] == "__init__":
-                parts = parts[:-1]
-                self._packages.add(".".join(parts))
-            self.texts[".".join(parts)] = file.read_bytes()
+        self.package = root.name
+        self.texts = {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(root.rglob("*.py"))}
+        self.rooms = {file.partition("/")[0] for file in self.texts if "/" in file}
         self._known: dict[str, tuple[str, set[str]]] = {}
 
-    def closure(self, *modules: str) -> list[str]:
-        """`modules` and all modules of the package that they import, directly or not, sorted.
+    def closure(self, *rooms: str) -> list[str]:
+        """`rooms` and all rooms that they import, directly or not, sorted.
 
         Raises:
-            KeyError: there is no such module.
+            KeyError: there is no such room.
         """
-        found, todo = set(), list(modules)
+        found, todo = set(), list(rooms)
         while todo:
-            name = todo.pop()
-            if name not in found:
-                found.add(name)
-                todo += self._of(name)[1]
+            room = todo.pop()
+            if room not in self.rooms:
+                raise KeyError(room)
+            if room not in found:
+                found.add(room)
+                todo += {each for file in self._files(room) for each in self._of(file)[1]}
         return sorted(found)
 
-    def digest(self, *modules: str) -> str:
-        """SHA-256 of what the modules' closure does: comments, docstrings and layout do not change it."""
-        return self._digest(self.closure(*modules))
+    def digest(self, *rooms: str) -> str:
+        """SHA-256 of what the rooms' closure does: comments, docstrings and layout do not change it."""
+        return self._digest([file for room in self.closure(*rooms) for file in self._files(room)])
 
     def whole(self) -> str:
-        """The same of every module there is, those that show included."""
+        """The same of every file there is."""
         return self._digest(sorted(self.texts))
 
-    def _digest(self, names: list[str]) -> str:
-        lines = [f"{name} {self._of(name)[0]}" for name in names]
+    def _files(self, room: str) -> list[str]:
+        return [file for file in sorted(self.texts) if file.startswith(f"{room}/")]
+
+    def _digest(self, files: list[str]) -> str:
+        lines = [f"{file} {self._of(file)[0]}" for file in files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def _of(self, name: str) -> tuple[str, set[str]]:
-        """The hash of a module's own code, and the modules of the package that it imports."""
-        if name not in self._known:
-            tree = ast.parse(self.texts[name])
-            imports = self._imports(name, tree)
+    def _of(self, file: str) -> tuple[str, set[str]]:
+        """The hash of a file's own code, and the rooms that it imports."""
+        if file not in self._known:
+            tree = ast.parse(self.texts[file])
+            imports = set(self._imports(file, tree))
             for node in ast.walk(tree):
                 kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
                 if isinstance(node, kinds) and ast.get_docstring(node) is not None:
                     node.body = node.body[1:]
-            self._known[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
-        return self._known[name]
+            self._known[file] = hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
+        return self._known[file]
 
-    def _imports(self, name: str, tree: ast.Module) -> set[str]:
-        """The modules of the package that `name` imports, and the packages around them, but for what is not entered."""
-        found = set()
+    def _imports(self, file: str, tree: ast.Module) -> Iterator[str]:
+        """The rooms that `file` imports from."""
         for node in _nodes(tree):
             if isinstance(node, ast.Import):
-                for alias in node.names:
-                    found |= self._with_parents(alias.name)
+                names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                start = self._start(name, node)
-                for alias in node.names:
-                    found |= self._with_parents(f"{start}.{alias.name}") or self._with_parents(start)
-            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "iter_modules":
-                inside = f"{name}."
-                found |= {each for each in self.texts if each.startswith(inside)}
-        return {each for each in found if each != self.package and each.split(".")[1] != SHOWING}
+                names = [f"{self._start(file, node)}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:
+                package, _, rest = name.partition(".")
+                if package == self.package and rest.partition(".")[0] in self.rooms:
+                    yield rest.partition(".")[0]
 
-    def _start(self, name: str, node: ast.ImportFrom) -> str:
+    def _start(self, file: str, node: ast.ImportFrom) -> str:
         """The module that a `from ... import` begins with, dots before it included."""
         if not node.level:
             return node.module or ""
-        parts = name.split(".")
-        parts = parts[: len(parts) - node.level + (name in self._packages)]
-        return ".".join([*parts, node.module] if node.module else parts)
-
-    def _with_parents(self, name: str) -> set[str]:
-        """A module of the package and the packages around it, whose `__init__` an import runs; nothing for other names."""
-        if name not in self.texts:
-            return set()
-        parts = name.split(".")
-        return {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+        folders = [self.package, *file.split("/")[:-1]]
+        folders = folders[: len(folders) - node.level + 1]
+        return ".".join([*folders, node.module] if node.module else folders)
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -114,6 +103,6 @@ OWN = Sources(Path(__file__).resolve().parents[1])  # read at once: a process ru
 
 
 @functools.cache
-def code_digest(*modules: str) -> str:
-    """`Sources.digest` of this package's modules, given by name, such as "vitbench.training"."""
-    return OWN.digest(*modules)
+def code_digest(*rooms: str) -> str:
+    """`Sources.digest` of this package's rooms, given by name, such as "training"."""
+    return OWN.digest(*rooms)

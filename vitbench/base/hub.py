@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
 
 SECONDS = 10.0  # to wait for an answer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
+from vitbench.base.errors import InputError
 from vitbench.base.files import append_bytes, naming
-from vitbench.errors import InputError
 
 # what a network file system without a lock service answers
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}

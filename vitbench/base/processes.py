@@ -20,8 +20,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from vitbench import standalone
-from vitbench.paths import home
+from vitbench.base import standalone
+from vitbench.base.paths import home
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-P")

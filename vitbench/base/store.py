@@ -4,35 +4,44 @@ Everything that a resume reads lies here or follows the same rules: training che
 teachers' answers, reconstructed blocks and cached models.
 
 - A key (`work_key`) is the hash of all that decides the result: what the caller gives (the model's digest, which is
-  structure and tensors, the images' fingerprint, the settings), the code (`code`), versions, threads, kind of device.
-- A file carries the SHA-256 of what it holds (`checked`). A damaged one is named in one line and made again.
-- A file appears whole or not at all (`files`).
+  structure and tensors, the images' fingerprint, the settings), the code (`vitbench.base.code`), versions, threads, kind of device.
+- A file carries the SHA-256 of what it holds. A damaged one is named in one line and made again.
+- A file appears whole or not at all (`vitbench.base.files`).
 
 Why no library: joblib.Memory keys on the text of one function and reads pickles, which run code; diskcache and SQLite keep
 values without a checksum, diskcache as pickles too, and SQLite's locks are unsafe on network file systems.
+
+Files that carry the SHA-256 of what they hold, so that a damaged one is never taken for another result.
+
+Three kinds: a tree of tensors and plain values (in safetensors' format, which cannot be executed), a tree of plain
+values alone (JSON), and lines that are added one by one.
 """
 
+import hashlib
 import importlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitbench import paths
-from vitbench.base import checked
+from vitbench.base import paths
 from vitbench.base.code import code_digest
-from vitbench.base.digest import digest
+from vitbench.base.configs import digest
+from vitbench.base.files import append_bytes, atomic_file, write_text
 
 PACKAGES = ("torch", "timm", "numpy", "PIL")  # what computes, and what prepares images
 
 
-def work_key(module: str, facts: dict[str, Any], device: str | torch.device = "cpu", packages: tuple = ()) -> str:
+def work_key(room: str, facts: dict[str, Any], device: str | torch.device = "cpu", packages: tuple = ()) -> str:
     """The key of a piece of work: equal only if everything is equal that decides its result.
 
     Args:
-        module: the name of the module whose code, with all that it imports, does the work.
+        room: the folder of the package whose code, with all rooms that it imports, does the work.
         facts: what it is given, as JSON's values: digests of models, fingerprints of images, settings.
         device: where it is computed; the kind of device counts.
         packages: modules of installed ones that decide the result, beside `PACKAGES`.
@@ -40,7 +49,7 @@ def work_key(module: str, facts: dict[str, Any], device: str | torch.device = "c
     return digest(
         {
             "facts": facts,
-            "code": code_digest(module),
+            "code": code_digest(room),
             "versions": {name: importlib.import_module(name).__version__ for name in (*PACKAGES, *packages)},
             "threads": torch.get_num_threads(),
             "device": torch.device(device).type,
@@ -64,15 +73,15 @@ class Kept:
         if not self.path.is_file():
             return None
         try:
-            return checked.read_tree(self.path)
-        except checked.Damaged as error:
+            return read_tree(self.path)
+        except Damaged as error:
             print(f"the {self.what} {str(self.path)!r} is damaged ({error}); it is made again")
             return None
 
     def save(self, tree: Any) -> None:
         """Keep a tree of tensors and plain values in place of the one before."""
         paths.writable_folder(self.path.parent, f"folder of the {self.what}")
-        checked.write_tree(self.path, tree)
+        write_tree(self.path, tree)
 
     def remove(self) -> None:
         """Forget it; its result is kept elsewhere."""
@@ -122,7 +131,7 @@ class Notes:
         """What is noted, by name; damaged notes are left out, and that is said."""
         if self.path is None:
             return {}
-        lines, damaged = checked.read_lines(self.path)
+        lines, damaged = read_lines(self.path)
         if damaged:
             print(f"{damaged} of the notes of {self.what} in {str(self.path)!r} are damaged; they are made again")
         return dict(lines)
@@ -131,4 +140,136 @@ class Notes:
         """Note `value`, of JSON's types, under `name`."""
         if self.path is not None:
             paths.writable_folder(self.path.parent, f"folder of {self.what}")
-            checked.add_line(self.path, [name, value])
+            add_line(self.path, [name, value])
+
+
+TENSOR, PAIRS, TUPLE = "tensor", "pairs", "tuple"
+UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+class Damaged(ValueError):
+    """The file does not hold what was written to it; the message says in which way."""
+
+
+def write_tree(path: str | Path, tree: Any) -> None:
+    """Write dictionaries, lists and tuples of tensors and JSON's values, whole or not at all.
+
+    Keys are text or integers; tensors are kept with type and shape, on the CPU.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_packed(tree, tensors, ""))
+    content = safetensors.torch.save(tensors, metadata={"tree": text, "sha256": _sha256(text, tensors)})
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def read_tree(path: str | Path) -> Any:
+    """What `write_tree` wrote.
+
+    Raises:
+        Damaged: it was changed, cut short, or is another kind of file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _sha256(facts["tree"], tensors) != facts["sha256"]:
+            raise Damaged("its checksum is another")
+        return _unpacked(json.loads(facts["tree"]), tensors)
+    except Damaged:
+        raise
+    except UNREADABLE as error:
+        raise Damaged(f"it cannot be read: {type(error).__name__}") from None
+
+
+def write_json(path: str | Path, facts: Any) -> None:
+    """Write JSON's values, whole or not at all."""
+    write_text(path, json.dumps({"facts": facts, "sha256": _of(facts)}) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """What `write_json` wrote; raises `Damaged` as `read_tree` does."""
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        if _of(held["facts"]) != held["sha256"]:
+            raise Damaged("its checksum is another")
+        return held["facts"]
+    except Damaged:
+        raise
+    except UNREADABLE as error:
+        raise Damaged(f"it cannot be read: {type(error).__name__}") from None
+
+
+def add_line(path: str | Path, facts: Any) -> None:
+    """Add one line of JSON's values to a file."""
+    append_bytes(path, (json.dumps([facts, _of(facts)[:16]]) + "\n").encode())
+
+
+def read_lines(path: str | Path) -> tuple[list[Any], int]:
+    """What the whole lines hold, and how many are damaged. A killed process may leave half a line: it counts as none.
+
+    Lines that are not whole are taken out of the file.
+    """
+    if not Path(path).is_file():
+        return [], 0
+    content = Path(path).read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    good = list(_good_lines(whole))
+    kept = b"".join(line for line, _ in good)
+    if kept != content:
+        with atomic_file(path) as file:
+            file.write(kept)
+    return [facts for _, facts in good], whole.count(b"\n") - len(good)
+
+
+def _good_lines(content: bytes) -> Iterator[tuple[bytes, Any]]:
+    for line in content.splitlines(keepends=True):
+        try:
+            facts, check = json.loads(line)
+        except UNREADABLE:
+            continue
+        if check == _of(facts)[:16]:
+            yield line, facts
+
+
+def _of(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _sha256(text: str, tensors: dict[str, Tensor]) -> str:
+    """Of the text, and of each tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _packed(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """`value` as JSON's types: mappings name their kind, and tensors are put aside under their `path`."""
+    if isinstance(value, Tensor):
+        name = path if path not in tensors else f"{path}#{len(tensors)}"
+        tensor = value.detach().cpu().contiguous()
+        shared = {each.untyped_storage().data_ptr() for each in tensors.values() if each.numel()}
+        tensors[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in shared else tensor
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {PAIRS: [[key, _packed(each, tensors, f"{path}/{key}".lstrip("/"))] for key, each in value.items()]}
+    if isinstance(value, tuple):
+        return {TUPLE: [_packed(each, tensors, f"{path}/{place}") for place, each in enumerate(value)]}
+    if isinstance(value, list):
+        return [_packed(each, tensors, f"{path}/{place}") for place, each in enumerate(value)]
+    return value
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(each, tensors) for each in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    if kind == TENSOR:
+        return tensors[held]
+    if kind == TUPLE:
+        return tuple(_unpacked(each, tensors) for each in held)
+    return {key: _unpacked(each, tensors) for key, each in held}

@@ -2,7 +2,7 @@
 
 import sys
 
-from vitbench.cli import main
+from vitbench.cli.program import main
 
 if __name__ == "__main__":
     sys.exit(main())

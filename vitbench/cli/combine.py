@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vitbench.base.errors import InputError
 from vitbench.cli.common import SET, SPLITS, data_of, put
-from vitbench.errors import InputError
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -35,15 +35,16 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _combine(options: argparse.Namespace) -> int:
-    from vitbench import artifact, methods
-    from vitbench.base.folders import check_target
-    from vitbench.combinations import search, trial_rows
-    from vitbench.runs import Run
+    from vitbench.base.files import check_target
+    from vitbench.methods import registry
+    from vitbench.model import artifact
+    from vitbench.rows.runs import Run
+    from vitbench.run.combinations import search_combinations, trial_rows
 
     check_target(options.out, artifact.KIND)
     base, data, run = Path(options.model), data_of(options), Run(options.record)
     model, config = artifact.load(base), _config(options)
-    found = search(model, data, config, run.folder / "searches")
+    found = search_combinations(model, data, config, run.folder / "searches")
     run.append(trial_rows(base, data, config, found))
     for number, trial in enumerate(found.trials):
         cost = "cannot be made" if trial.cost is None else f"{trial.cost:,.0f} {config.cost}"
@@ -54,15 +55,15 @@ def _combine(options: argparse.Namespace) -> int:
             f"none of {len(found.trials)} combinations has at most {found.limit:,.0f} {config.cost}; "
             "give a larger --budget, more --trials or other structures and codes"
         )
-    path = artifact.save(methods.compress(model, list(found.best.configs), data), options.out)
+    path = artifact.save(registry.compress(model, list(found.best.configs), data), options.out)
     print(f"{path}: {found.best.name}, {artifact.size_on_disk(path):,} bytes, {100 * found.best.val_top1:.2f} % on val")
     return 0
 
 
 def _config(options: argparse.Namespace) -> Any:
     """The search that the options describe."""
-    from vitbench.combinations import CombinationSearch
-    from vitbench.lessons import parse_setting
+    from vitbench.run.combinations import CombinationSearch
+    from vitbench.run.lessons import parse_setting
 
     cost, target = parse_setting(options.budget)
     values = CombinationSearch().to_dict() | {"cost": cost, "target": target, "trials": options.trials}

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
 
 _CUT = "how to cut the data, for example test=1.0 (every image is a test image); skip_broken=true leaves out images that cannot be read"
 SET = {"nargs": "+", "default": [], "action": "extend", "metavar": "KEY=VALUE", "dest": "settings"}
@@ -22,8 +22,8 @@ def add_images(parser: argparse.ArgumentParser, what: str) -> None:
 
 def data_of(options: argparse.Namespace) -> Any:
     """The images that the options name, cut as they say."""
-    from vitbench.lessons import parse_setting
-    from vitbench.suite import open_data
+    from vitbench.run.lessons import parse_setting
+    from vitbench.run.suite import open_data
 
     name = getattr(options, "dataset_name", "")
     return open_data(options.dataset, name, dict(parse_setting(text) for text in options.splits))
@@ -41,9 +41,9 @@ def put(values: dict[str, Any], key: str, value: Any, setting: str) -> None:
 
 def print_results(out: Path) -> None:
     """The table of a results folder, what can be said of it, and its report."""
-    from vitbench.comparison import findings
-    from vitbench.report import table_text, write_report
-    from vitbench.row_table import load_records
+    from vitbench.figures.report import table_text, write_report
+    from vitbench.rows.comparison_table import findings
+    from vitbench.rows.row_table import load_records
 
     rows = load_records(out)
     if not (rows["status"] == "ok").any():

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vitbench.base.errors import InputError
 from vitbench.cli.common import SET, SPLITS, data_of, put
-from vitbench.errors import InputError
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -55,15 +55,16 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _compress(options: argparse.Namespace) -> int:
-    from vitbench import artifact, methods, vit
-    from vitbench.base.folders import check_target
-    from vitbench.measurement.history import seconds_row
-    from vitbench.runs import Run
+    from vitbench.base.files import check_target
+    from vitbench.methods import registry
+    from vitbench.model import artifact, vit
+    from vitbench.rows.runs import Run
+    from vitbench.run.history import seconds_row
 
     check_target(options.out, artifact.KIND)
     record = Run(options.record) if options.record else None
     settings = _method_settings(options)
-    configs = [methods.make_config(name, values) for name, values in settings.items()]
+    configs = [registry.make_config(name, values) for name, values in settings.items()]
     if options.budget and len(settings) != 1:
         raise InputError(f"--budget {options.budget}: give one --method for it, not {len(settings)}")
     if (Path(options.model) / artifact.RECIPE).is_file():
@@ -88,7 +89,7 @@ def _compress(options: argparse.Namespace) -> int:
     if options.budget:
         ((name, values),) = settings.items()
         configs = [_within(options.budget, model, name, values, data)]
-    small = methods.compress(model, configs, data)
+    small = registry.compress(model, configs, data)
     seconds = time.monotonic() - start
     path = artifact.save(small, options.out)
     if record is not None:
@@ -104,17 +105,17 @@ def _trains(config: Any) -> bool:
 
 def _within(budget: str, model: Any, name: str, values: dict[str, Any], data: Any) -> Any:
     """The method's config for a budget such as bytes=0.25."""
-    from vitbench.budget_fit import fit
-    from vitbench.lessons import parse_setting
+    from vitbench.run.combinations import fit_budget
+    from vitbench.run.lessons import parse_setting
 
     cost, target = parse_setting(budget)
     if not isinstance(target, int | float):
         raise InputError(f"--budget {budget}: {target!r} is not a number; give for example bytes=0.25")
-    return fit(model, name, data, cost=cost, target=target, settings=values)
+    return fit_budget(model, name, data, cost=cost, target=target, settings=values)
 
 
 def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    from vitbench.lessons import parse_setting
+    from vitbench.run.lessons import parse_setting
 
     values: dict[str, dict[str, Any]] = {name: {} for name in options.method}
     if len(values) < len(options.method):

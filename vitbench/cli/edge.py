@@ -45,7 +45,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _bundle(options: argparse.Namespace) -> int:
-    from vitbench.base.folders import check_target
+    from vitbench.base.files import check_target
     from vitbench.edge.bundle import KIND, make_bundle
 
     check_target(options.out, KIND)
@@ -69,14 +69,13 @@ def _adopt(options: argparse.Namespace) -> int:
 
 def _edge(options: argparse.Namespace) -> int:
     from vitbench.edge import rows
-    from vitbench.edge.model import Setting
-    from vitbench.edge.profiles import load_profiles
-    from vitbench.runs import Run
+    from vitbench.edge.model import Setting, load_profiles
+    from vitbench.rows.runs import Run
 
     profiles = load_profiles(options.profiles)
     setting = Setting(first=options.first, memory=options.memory, storage=options.storage, energy=options.energy)
     run = Run(options.folder)
     made = rows.modelled(run.rows(), profiles, options.devices, options.links, setting)
     run.append(made)
-    print(rows.table(made))
+    print(rows.modelled_table(made))
     return 0

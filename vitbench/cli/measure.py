@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from vitbench.cli.common import add_images, data_of, print_results
-from vitbench.records import DEVICE_GROUPS, GROUPS
+from vitbench.rows.records import DEVICE_GROUPS, GROUPS
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -58,9 +58,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from vitbench import artifact, backends
-    from vitbench.measurement import measure
-    from vitbench.runs import Run
+    from vitbench.measurement import backends
+    from vitbench.measurement.measuring import measure
+    from vitbench.model import artifact
+    from vitbench.rows.runs import Run
 
     for backend in (options.backend, *options.versus_backend):
         backends.available(backend or options.backend)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from vitbench.base.errors import InputError
 from vitbench.cli.common import SET, print_results
-from vitbench.errors import InputError
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -78,9 +78,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from vitbench import lessons, paths, suite
+    from vitbench.base import paths
     from vitbench.cli import sweep
-    from vitbench.sweep.grid import sweep_values
+    from vitbench.run import lessons, suite
+    from vitbench.run.sweep.grid import sweep_values
 
     if options.workers < 1:
         raise InputError(f"--workers {options.workers}: give a whole number of 1 or more")
@@ -108,10 +109,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from vitbench import lessons
-    from vitbench.edge.profiles import load_profiles
-    from vitbench.methods import METHODS
+    from vitbench.edge.model import load_profiles
+    from vitbench.methods.registry import METHODS
     from vitbench.model.names import model_names
+    from vitbench.run import lessons
 
     if options.what in (None, "notebooks"):
         print("notebooks:")
@@ -133,7 +134,7 @@ def _list(options: argparse.Namespace) -> int:
             for name, profile in group.items():
                 print(f"  {name:24} {profile.title}")
     if options.what == "figures":
-        from vitbench.gallery import GALLERY
+        from vitbench.figures.gallery import GALLERY
 
         for name, (title, _) in GALLERY.items():
             print(f"{name:24} {title}")
@@ -143,14 +144,14 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from vitbench.report import write_report
+    from vitbench.figures.report import write_report
 
     print(write_report(*options.folders, out=options.out))
     return 0
 
 
 def _figure(options: argparse.Namespace) -> int:
-    from vitbench.gallery import draw, rows_of
+    from vitbench.figures.gallery import draw, rows_of
 
     others = draw(options.name, rows_of(options.rows), options.out, batch=options.batch, look=options.style)
     print(options.out + (f" ({others} rows of other models or images are not in it)" if others else ""))

@@ -6,8 +6,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from vitbench.base.errors import InputError
 from vitbench.cli.common import put
-from vitbench.errors import InputError
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -19,12 +19,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace, values: dict[str, Any], out: Path) -> int:
     """Run the sweep that `values` of its file describe, or with --dry-run say what it would take."""
-    from vitbench.lessons import parse_setting
-    from vitbench.runs import Run
-    from vitbench.sweep.drive import plan, run_sweep
-    from vitbench.sweep.executors import check_scheduler
-    from vitbench.sweep.grid import sweep_of
-    from vitbench.sweep.outlook import outlook
+    from vitbench.rows.runs import Run
+    from vitbench.run.lessons import parse_setting
+    from vitbench.run.sweep.drive import outlook, plan, run_sweep
+    from vitbench.run.sweep.executors import check_scheduler
+    from vitbench.run.sweep.grid import sweep_of
 
     if options.only:
         raise InputError("--only is for notebooks; leave models, methods or seeds out of the sweep's file instead")
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace, values: dict[str, Any], out: Path) -> int:
 
 
 def _print_failed(folder: Any) -> None:
-    from vitbench.sweep.drive import latest
+    from vitbench.run.sweep.drive import latest
 
     for row in latest(folder.records):
         if row.status == "failed":
@@ -70,7 +69,7 @@ def _print_failed(folder: Any) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from vitbench.sweep.outlook import progress_of
+    from vitbench.run.sweep.drive import progress_of
 
     print(progress_of(Path(options.folder)))
     return 0

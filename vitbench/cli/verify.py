@@ -25,8 +25,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from vitbench.row_table import load_records
-    from vitbench.verify import METRICS, verify
+    from vitbench.rows.row_table import load_records
+    from vitbench.run.verification import METRICS, verify
 
     checks = verify(
         load_records(options.folder),

@@ -1,1 +1,9 @@
-"""Other devices: a bundle that measures models there, and a model of what they cost where nobody measured."""
+"""The model of devices and links, bundles that are measured on another device, and what comes of both.
+
+The rooms `run` and `cli` import it, and notebooks.
+A new device or link is an entry of `profiles.yaml`, with its source.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,20 +10,18 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from vitbench import artifact, backends, progress, standalone
-from vitbench.base import plain
-from vitbench.base.digest import digest
-from vitbench.base.files import write_array, write_bytes, write_text
-from vitbench.base.folders import Kind, atomic_folder, check_target
-from vitbench.batches import eval_batches
-from vitbench.configs import Config
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.measurement import timing
+from vitbench.base import configs, progress, standalone
+from vitbench.base.configs import Config, digest
+from vitbench.base.errors import InputError
+from vitbench.base.files import Kind, atomic_folder, check_target, write_array, write_bytes, write_text
+from vitbench.data.batches import eval_batches
+from vitbench.data.splits import ImageData
+from vitbench.measurement import backends, timing
+from vitbench.measurement.cost import Value, about
 from vitbench.measurement.fresh import MEMORY, STARTUP
-from vitbench.measurement.value import Value, about
-from vitbench.records import Row, append_rows, read_rows, records_file
-from vitbench.runs import Run
+from vitbench.model import artifact
+from vitbench.rows.records import Row, append_rows, read_rows, records_file
+from vitbench.rows.runs import Run
 
 SCHEMA_VERSION = 1  # as in on_device.py, which imports nothing of vitbench
 MANIFEST, ANSWERS, ROWS = "bundle.json", "answers.json", "rows.jsonl"
@@ -229,7 +227,7 @@ def adopt(bundle: str | Path, out: str | Path, device: str = "") -> int:
 def _read(path: Path, kind: type[Config]) -> Any:
     if not path.is_file():
         raise InputError(f"no {path.name} in {str(path.parent)!r}; run {SCRIPT} on the device and copy {ANSWERS} back")
-    content = plain.read_json(path, "file")
+    content = configs.read_json(path, "file")
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(

@@ -11,12 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from vitbench.comparison import MEGA, subject, value
-from vitbench.edge.model import PARTS, transfer_energy
-from vitbench.edge.profiles import Device, Link, Profiles
+from vitbench.base.errors import InputError
+from vitbench.edge.model import PARTS, Device, Link, Profiles, transfer_energy
 from vitbench.edge.rows import place
-from vitbench.errors import InputError
-from vitbench.figures import COLOURS, heading, note, style, wrapped
+from vitbench.figures.drawing import COLOURS, heading, note, style, wrapped
+from vitbench.rows.comparison_table import MEGA, subject, value
 
 # where the weights come from, darker is dearer
 PLACES = {"memory": "#FFFFFF", "storage": "#BFD7EA", "server": "#E8A27C"}

@@ -1,15 +1,25 @@
-"""top1 and top5 on the test split, with 95 % Wilson intervals, and the cross-entropy, image by image."""
+"""top1 and top5 on the test split, with 95 % Wilson intervals, and the cross-entropy, image by image.
+
+How far the answers of a compressed model's layers are from the original's, and what is left of each layer.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from vitbench import artifact, backends
-from vitbench.data import ImageData
-from vitbench.measurement.value import Value
-from vitbench.statistics import mean_interval, pack_hits, wilson
-from vitbench.training import SCORING_BATCH, evaluate, pick_device
+from vitbench.base import progress
+from vitbench.calibration.moments import BATCH, watching
+from vitbench.data.batches import eval_batches
+from vitbench.data.splits import ImageData
+from vitbench.measurement import backends
+from vitbench.measurement.cost import Value, count_params
+from vitbench.model import artifact, vit
+from vitbench.model.recipe import Recipe
+from vitbench.rows.statistics import mean_interval, pack_hits, wilson
+from vitbench.training.loop import SCORING_BATCH, evaluate, pick_device
 
 
 def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str, backend: str) -> Iterator[Value]:
@@ -30,3 +40,66 @@ def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str, b
         low, high = wilson(hits.sum(), len(hits))
         how = "measured: test images, Wilson 95 %"
         yield Value(metric, float(hits.mean()), how, low, high, hits=pack_hits(hits))
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """Names of the blocks' linear layers, whatever stands in their places, in the order of the forward pass."""
+    return [name for name, _ in model.named_modules() if vit.layer_type(name) == name.rpartition(".")[-1] != ""]
+
+
+def comparable(own: Recipe, other: Recipe) -> bool:
+    """Whether two models have the same blocks, so that their layers can be compared one by one."""
+    first, second = (vit.skeleton(recipe.architecture) for recipe in (own, other))
+    return first.embed_dim == second.embed_dim and len(first.blocks) == len(second.blocks)
+
+
+def outputs(path: Path, versus: Path, data: ImageData, names: list[str]) -> Iterator[Value]:
+    """For each of the layers `names`, as samples: the error of its outputs, its rank, and the share of weights left.
+
+    The error is E||y' - y||^2 / E||y - mean y||^2 over the tokens of the calibration images, each layer with the inputs
+    that its own model gives it, so errors of earlier layers count. The rank of a dense layer is the smaller side of its
+    weight, that of a split layer the sum over its parts. A factor that several layers share counts for none of them.
+    """
+    own, other = artifact.load(path), artifact.load(versus)
+    errors = output_errors(own, other, data, names)
+    how = "measured: calibration images, own inputs; mean over layers"
+    yield Value("output_error", sum(errors) / len(errors), how, samples=errors)
+    pairs = [(own.get_submodule(name), other.get_submodule(name)) for name in names]
+    ranks = [float(_rank(new)) for new, _ in pairs]
+    yield Value("layer_rank", sum(ranks), "measured: sum over layers of the loaded file", samples=ranks)
+    counts = [(count_params(new), count_params(old)) for new, old in pairs]
+    left = sum(new for new, _ in counts) / sum(old for _, old in counts)
+    shares = [new / old for new, old in counts]
+    yield Value("layer_keep", left, "measured: weights of the loaded file over the original's", samples=shares)
+
+
+@torch.inference_mode()
+def output_errors(model: nn.Module, original: nn.Module, data: ImageData, names: list[str]) -> list[float]:
+    """The relative squared error of each layer's outputs, as `outputs` says."""
+    split, answers = data.needs("calibration"), {}
+    lost, power, tokens = (dict.fromkeys(names, 0.0) for _ in range(3))
+    total: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
+
+    def keep(name: str, x: Tensor, y: Tensor) -> None:
+        answers[name] = y
+
+    def compare(name: str, x: Tensor, y: Tensor) -> None:
+        y, wanted = y.flatten(0, -2).double(), answers.pop(name).flatten(0, -2).double()
+        lost[name] += float((y - wanted).square().sum())
+        power[name] += float(wanted.square().sum())
+        total[name] = total[name] + wanted.sum(0)
+        tokens[name] += len(wanted)
+
+    batches = eval_batches(split, original.recipe.preprocess, BATCH)
+    for x, _ in progress.bar(batches, "errors of outputs", total=-(-len(split) // BATCH), unit="batch"):
+        for each, see in ((original, keep), (model, compare)):
+            with watching({name: each.get_submodule(name) for name in names}, see):
+                each(x)
+    spreads = {name: power[name] - float(total[name].square().sum()) / tokens[name] for name in names}
+    return [lost[name] / spreads[name] if spreads[name] > 0 else 0.0 for name in names]
+
+
+def _rank(module: nn.Module) -> int:
+    if hasattr(module, "parts"):
+        return sum(_rank(part) for part in module.parts)
+    return getattr(module, "rank", min(module.in_features, module.out_features))

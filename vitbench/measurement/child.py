@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from vitbench import standalone
+from vitbench.base import standalone
 from vitbench.base.forks import CAN_FORK, ForkServer
 from vitbench.base.processes import Channel, ProcessError, Started, environment
 
@@ -68,7 +68,7 @@ def _forked(order: dict[str, Any]) -> dict[str, Any]:
 def _ready(threads: int) -> ForkServer:
     global _server
     if _server is None or not _server.alive():
-        _server = ForkServer(["torch", "vitbench.measurement"], environment(threads))
+        _server = ForkServer(["torch", "vitbench.measurement.measuring"], environment(threads))
     return _server
 
 
@@ -87,7 +87,7 @@ def _started(order: dict[str, Any]) -> dict[str, Any]:
 
 def main(channel: Channel) -> None:
     """The side of a process that was started for one job."""
-    import vitbench.measurement  # noqa: F401  (all jobs are registered)
+    import vitbench.measurement.measuring  # noqa: F401  (all jobs are registered)
 
     channel.send(work(**channel.receive()))
 

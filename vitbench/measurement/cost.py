@@ -1,17 +1,65 @@
-"""Counts: weights, multiply-accumulates, bytes on disk, and the bytes that the bits per weight predict."""
+"""One measured number, before it is a row, and what a row says of its model.
 
-from collections.abc import Iterator
+Counts: weights, multiply-accumulates, bytes on disk, and the bytes that the bits per weight predict.
+
+How far the weights of a compressed model are from those it was made from.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitbench import artifact
-from vitbench.layers import flop_formulas
-from vitbench.measurement.value import Value
-from vitbench.vit import set_fused_attention
+from vitbench.data.splits import ImageData
+from vitbench.model import artifact, vit
+from vitbench.model.layers import RUNTIME_LAYERS, flop_formulas
+from vitbench.model.layers.registry import matrix
+from vitbench.model.recipe import Recipe
+from vitbench.model.vit import set_fused_attention
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric's value in the unit of its group, how it was had, and its interval and raw samples where there are some."""
+
+    metric: str
+    value: float
+    source: str
+    low: float | None = None
+    high: float | None = None
+    samples: Sequence[float] | None = None
+    hits: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        """What goes into the row."""
+        return {key: value for key, value in asdict(self).items() if key != "metric"}
+
+
+def about(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
+    """What a row says of the model and the images."""
+    return {
+        "model": recipe.original or recipe.architecture.name,
+        "dataset": data.name if data else "none",
+        "data_fingerprint": data.fingerprint if data else "",
+        "method": recipe.method,
+        "config": {"origin": recipe.origin, "methods": [step.to_dict() for step in recipe.methods]},
+        "seed": recipe.origin.get("train", {}).get("seed", 0),
+    }
+
+
+def scored_in(recipe: Recipe, batch: int) -> dict[str, int]:
+    """What a row says of the batches in which a model was scored, where its answers hang on them."""
+    layers = {spec["layer"] for spec in recipe.layers.values()}
+    return {"scoring_batch": batch} if any(_sees_batch(name) for name in layers) else {}
+
+
+def _sees_batch(name: str) -> bool:
+    return getattr(RUNTIME_LAYERS.get(name), "sees_batch", False)
 
 
 def cost(path: Path) -> Iterator[Value]:
@@ -71,3 +119,22 @@ def macs_of(module: nn.Module, x: Tensor) -> int:
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         functional_call(module, fixed, (x,))
     return counter.get_total_flops() // 2
+
+
+def coded_layers(recipe: Recipe) -> list[str]:
+    """Names of the blocks' linear layers that something stands in for, block by block."""
+    return [name for name in recipe.layers if vit.layer_type(name) == name.rpartition(".")[-1]]
+
+
+@torch.inference_mode()
+def weight_error(path: Path, versus: Path, names: list[str]) -> Iterator[Value]:
+    """||W' - W|| / ||W|| over the named layers together; the samples are those of each layer."""
+    own, other = artifact.load(path), artifact.load(versus)
+    errors, norms = [], []
+    for name in names:
+        new, old = matrix(own.get_submodule(name)), matrix(other.get_submodule(name))
+        errors.append(float((new - old).square().sum()))
+        norms.append(float(old.square().sum()))
+    each = [(error / norm) ** 0.5 if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
+    overall = (sum(errors) / sum(norms)) ** 0.5
+    yield Value("weight_error", overall, "measured: Frobenius norms of the loaded weights", samples=each)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vitbench.measurement.child import in_child, job
+from vitbench.measurement.cost import Value
 from vitbench.measurement.timing import locked
-from vitbench.measurement.value import Value
 
 POWERCAP = Path("/sys/class/powercap")
 SECONDS = 5.0  # counters move about every millisecond, so that answers of some ms are counted over many of them
@@ -116,7 +116,8 @@ def count_joules(path: str, backend: str) -> dict[str, Any]:
     """Joules, seconds and answers of a model that answers one image after another."""
     import torch
 
-    from vitbench import artifact, backends
+    from vitbench.measurement import backends
+    from vitbench.model import artifact
 
     model = artifact.load(path)
     size = model.recipe.preprocess.size

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitbench import artifact, backends, standalone
+from vitbench.base import standalone
 from vitbench.base.files import write_array
 from vitbench.base.processes import PYTHON, environment
-from vitbench.measurement import limits
+from vitbench.measurement import backends, limits
 from vitbench.measurement.child import ChildError
-from vitbench.measurement.memory import peak_tensors
+from vitbench.measurement.cost import Value
+from vitbench.measurement.limits import peak_tensors
 from vitbench.measurement.timing import locked
-from vitbench.measurement.value import Value
+from vitbench.model import artifact
 
 MEMORY = {"peak_rss": "bytes", "import_rss": "bytes"}
 STARTUP = {"cold_start": "s", "load_time": "s"}

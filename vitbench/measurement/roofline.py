@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitbench.measurement.child import in_child, job
-from vitbench.measurement.value import Value
+from vitbench.measurement.cost import Value
 
 SIZES = (384, 768, 1536, 3072)  # sides of the matrices multiplied: which are fastest depends on the caches
 REPEATS = 8  # tries of each, of which the best counts
@@ -21,9 +21,9 @@ BYTES = 256 * 2**20  # of the buffer that is read, several times a processor's c
 
 def roofline(path: Path, batches: Sequence[int], threads: int) -> Iterator[Value]:
     """The least milliseconds of a call at each batch size; the samples are the peaks, as `peaks` gives them."""
-    from vitbench import artifact
     from vitbench.measurement.cost import count_int8_macs, count_macs
     from vitbench.measurement.timing import locked
+    from vitbench.model import artifact
 
     model, most = artifact.load(path), peaks(threads)
     int8 = count_int8_macs(model)
@@ -65,7 +65,7 @@ def measure_peaks() -> dict[str, Any]:
     """The best of some tries of each: what the machine can, not what it does when others use it."""
     import torch
 
-    from vitbench.layers import DynamicInt8Linear
+    from vitbench.model.layers import DynamicInt8Linear
 
     found = {"float_macs": 0.0, "int8_macs": 0.0}
     with torch.inference_mode():
@@ -86,7 +86,7 @@ def time_products(path: str, batch: int) -> dict[str, Any]:
     """Milliseconds of all products of a batch with weight matrices of these sizes, one after the other."""
     import torch
 
-    from vitbench import artifact
+    from vitbench.model import artifact
 
     model, sizes = artifact.load(path), Counter()
 

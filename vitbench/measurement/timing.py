@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from vitbench.base import locks
+from vitbench.base.paths import model_cache, writable_folder
+from vitbench.base.standalone import turns
 from vitbench.measurement.child import ChildError, in_child, job
-from vitbench.measurement.value import Value
-from vitbench.paths import model_cache, writable_folder
-from vitbench.standalone import turns
-from vitbench.statistics import quiet_ratio
+from vitbench.measurement.cost import Value
+from vitbench.rows.statistics import quiet_ratio
 
 PERCENTILES = (50, 90, 95, 99)
 KEPT = " (malloc told to keep freed memory)"  # see `standalone.keep_memory`
@@ -149,7 +149,8 @@ def _ready(path: str, backend: str, batch: int, stem: Path) -> tuple[Callable[[]
     """A call of the model with a batch in the backend, and its distance from eager and the one allowed; or why there is none."""
     import torch
 
-    from vitbench import artifact, backends
+    from vitbench.measurement import backends
+    from vitbench.model import artifact
 
     try:
         model = artifact.load(path)

@@ -21,14 +21,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import vit
-from vitbench.coded import CodedModel, Coder, Coding, RowCoder, ends, train_codes
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.methods import register
-from vitbench.training import TrainConfig
-from vitbench.tuning import find_teacher
-from vitbench.vit import LINEAR_TYPES
+from vitbench.base.errors import InputError
+from vitbench.calibration.coders import Coder, RowCoder, ends
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model import vit
+from vitbench.model.vit import LINEAR_TYPES
+from vitbench.training.coded import CodedModel, Coding, train_codes
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import find_teacher
 
 LEAST, MOST = 2, 8  # bits
 SPEED = 10.0  # of the logits behind the bits, so that they move with the weights' learning rate

@@ -1,6 +1,6 @@
 """Distillation: a smaller student learns from the labels and from what a teacher says of the same images.
 
-What the teacher gives (`train`, see `vitbench.train_config`): its softened answers (Hinton et al. 2015), its first class (DeiT,
+What the teacher gives (`train`, see `vitbench.training.config`): its softened answers (Hinton et al. 2015), its first class (DeiT,
 Touvron et al. 2021), and what its blocks hold (hints, Romero et al. 2015; attention transfer, Zagoruyko & Komodakis 2017).
 As Beyer et al. 2022 have it, both see the very same view of an image. The survey's (Chen et al. 2024, arXiv 2404.10407)
 distillation rows are DeiTs that were fine-tuned without a teacher.
@@ -15,12 +15,12 @@ from pathlib import Path
 from pydantic import Field
 from torch import nn
 
-from vitbench import artifact, blocks, vit
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.methods import register
-from vitbench.training import TrainConfig
-from vitbench.tuning import Tuning, find_teacher, tune
+from vitbench.base.errors import InputError
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model import artifact, blocks, vit
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import Tuning, find_teacher, tune
 
 
 class Distillation(Tuning):

@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vitbench.configs import Config
-from vitbench.data import ImageData
-from vitbench.layers import DynamicInt8Linear
-from vitbench.methods import register
-from vitbench.vit import LINEAR_TYPES, linears, replace_module
+from vitbench.base.configs import Config
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model.layers import DynamicInt8Linear
+from vitbench.model.vit import LINEAR_TYPES, linears, replace_module
 
 
 class DynamicInt8(Config):

@@ -1,4 +1,4 @@
-"""Linear attention as a control: softmax is replaced by a product of feature maps (`vitbench.layers.LinearAttention`).
+"""Linear attention as a control: softmax is replaced by a product of feature maps (`vitbench.model.layers.LinearAttention`).
 
 Katharopoulos et al. 2020 (arXiv 2006.16236). It approximates nothing of what softmax had learned, so that it has to be
 trained; its multiply-accumulates grow with the number of tokens, not with its square.
@@ -6,12 +6,12 @@ trained; its multiply-accumulates grow with the number of tokens, not with its s
 
 from torch import nn
 
-from vitbench import blocks
-from vitbench.data import ImageData
-from vitbench.layers import LinearAttention as Layer
-from vitbench.methods import register
-from vitbench.training import TrainConfig
-from vitbench.tuning import Tuning, find_teacher, tune
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model import blocks
+from vitbench.model.layers import LinearAttention as Layer
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import Tuning, find_teacher, tune
 
 TRAIN = TrainConfig(epochs=5, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 

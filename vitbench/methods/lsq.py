@@ -16,14 +16,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from vitbench import ranges, vit
-from vitbench.coded import CodedModel, Coding, RoundingLinear, RowCoder, ends, train_codes
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.methods import register
-from vitbench.training import TrainConfig
-from vitbench.tuning import find_teacher
-from vitbench.vit import LINEAR_TYPES
+from vitbench.base.errors import InputError
+from vitbench.calibration import quantizers
+from vitbench.calibration.coders import RoundingLinear, RowCoder, ends
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model import vit
+from vitbench.model.vit import LINEAR_TYPES
+from vitbench.training.coded import CodedModel, Coding, train_codes
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import find_teacher
 
 
 class LSQ(Coding):
@@ -52,8 +54,8 @@ def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
     torch.manual_seed(config.train.seed)
     if layers:
         split = data.needs("calibration")
-        seen = ranges.channels(model, layers, split)
-        found = ranges.ranges(model, layers, seen, split, bits=config.activation_bits)
+        seen = quantizers.channels(model, layers, split)
+        found = quantizers.ranges(model, layers, seen, split, bits=config.activation_bits)
         for name, layer in layers.items():
             vit.replace_module(model, name, RoundingLinear(layer, config.activation_bits, *found[name]))
     coders = [RowCoder(name, layer, config.weight_bits) for name, layer in layers.items()]

@@ -3,11 +3,11 @@
 Azizi, Nazemi and Pedram (2024, arXiv 2402.06004) state three stages; no code of theirs is public, so the formulas are
 ours:
 
-1. W ~ A B with the least error of the outputs on calibration images (`vitbench.low_rank`), the mean of what is lost
+1. W ~ A B with the least error of the outputs on calibration images (`vitbench.calibration.factors`), the mean of what is lost
    going into the bias: b' = b + (W - A B) mean(x).
-2. Ranks by greedy allocation (`vitbench.allocation`). Losses of different layers are compared by the second order of the
+2. Ranks by greedy allocation (`vitbench.calibration.allocation`). Losses of different layers are compared by the second order of the
    model's loss, tr(Gamma dW C dW^T) ~ mean(diag Gamma) E||dW x||^2 with Gamma the second moments of the loss's gradient.
-3. Compensation (`vitbench.compensation`), layer by layer on the inputs that the compressed layers before produce.
+3. Compensation (`vitbench.calibration.compensation`), layer by layer on the inputs that the compressed layers before produce.
 
 All three are free of training. A short distillation may follow (`train`); it is another setting, never the same number.
 """
@@ -22,19 +22,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import blocks, progress, vit
-from vitbench import moments as moments_module
-from vitbench.allocation import Layer, greedy, uniform
-from vitbench.compensation import Mismatch, learned, mismatches
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.layers import LowRankLinear
-from vitbench.low_rank import factorise
-from vitbench.methods import register
-from vitbench.moments import Moments
-from vitbench.training import TrainConfig
-from vitbench.tuning import Tuning, find_teacher, tune
-from vitbench.vit import LINEAR_TYPES
+from vitbench.base import progress
+from vitbench.base.errors import InputError
+from vitbench.calibration import moments as moments_module
+from vitbench.calibration.allocation import Layer, greedy, uniform
+from vitbench.calibration.compensation import Mismatch, learned, mismatches
+from vitbench.calibration.factors import factorise
+from vitbench.calibration.moments import Moments
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model import blocks, vit
+from vitbench.model.layers import LowRankLinear
+from vitbench.model.vit import LINEAR_TYPES
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import Tuning, find_teacher, tune
 
 TOKENS_PER_INPUT = 10  # calibration tokens for each input feature below which a covariance is called unstable
 

@@ -17,20 +17,21 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import artifact, training, vit
+from vitbench.base.errors import InputError
 from vitbench.base.store import Store, work_key
-from vitbench.batches import eval_batches
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.methods import register
-from vitbench.removal import Removal, Remover, cut
-from vitbench.removal.latency_table import LatencyTable
+from vitbench.data.batches import eval_batches
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model import artifact, vit
+from vitbench.model.tokens import TokenBlocks
+from vitbench.removal import cut
 from vitbench.removal.policy import PAPER, Space, budget, describe, mac_cost, one_ratio
+from vitbench.removal.remover import Removal, Remover
 from vitbench.removal.scores import Scores, choose
-from vitbench.removal.search import Cost, Found, SearchConfig, search
-from vitbench.tokens import TokenBlocks
-from vitbench.training import TrainConfig
-from vitbench.tuning import find_teacher, tune
+from vitbench.removal.search import Cost, Found, LatencyTable, SearchConfig, search
+from vitbench.training import loop
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import find_teacher, tune
 
 
 class MultiDimensional(Removal):
@@ -113,18 +114,18 @@ class Task:
             search=config, train=TrainConfig(), teacher="none"
         ).to_dict()  # training comes later
         facts = {"model": artifact.model_digest(self.remover.model), "data": self.data.fingerprint, "settings": decides}
-        key = work_key(__name__, facts, training.pick_device(), packages=("scipy", "sklearn"))
+        key = work_key("methods", facts, loop.pick_device(), packages=("scipy", "sklearn"))
         return search(self.space, self.cost, self.limits, self.evaluate, config, Store("searches").notes(key))
 
     def evaluate(self, policy: np.ndarray) -> float:
         """The score on the val split of the model cut by `policy` (3 L + 1,); higher is better."""
         small = self.remover.cut(self.space.counts(policy))
-        return _score(small.to(training.pick_device()), self._batches(), self.config.objective)
+        return _score(small.to(loop.pick_device()), self._batches(), self.config.objective)
 
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """The val images, prepared once if they fit into a gigabyte."""
         preprocess = self.remover.model.recipe.preprocess
-        batches = eval_batches(self.val, preprocess, device=training.pick_device())
+        batches = eval_batches(self.val, preprocess, device=loop.pick_device())
         if self._prepared is None and 12 * len(self.val) * preprocess.size**2 < 2**30:
             self._prepared = list(batches)
         return batches if self._prepared is None else self._prepared
@@ -150,7 +151,7 @@ class Task:
             self.remover.reduce_tokens(shared, [None] * self.space.depth)
         teacher = find_teacher(model, self.config, self.data)
         masks = _Masks(shared, self.remover.scores, self.space, pool, self.config.sharing.seed)
-        training.train(shared, self.data, self.config.sharing, teacher=teacher, title="sharing weights")
+        loop.train(shared, self.data, self.config.sharing, teacher=teacher, title="sharing weights")
         masks.remove()
         if isinstance(shared.blocks, TokenBlocks):
             shared.blocks = nn.Sequential(*shared.blocks)

@@ -1,4 +1,4 @@
-"""Nystroem attention: each block's attention goes through a few landmarks (`vitbench.layers.nystroem`).
+"""Nystroem attention: each block's attention goes through a few landmarks (`vitbench.model.layers.attention`).
 
 The survey (Chen et al. 2024, arXiv 2404.10407) puts it into a trained ViT and trains nothing, with two iterations of the
 pseudo-inverse and the class token averaged into the first landmark. That is `iterations=2, class_token="averaged"` here.
@@ -10,13 +10,13 @@ from typing import Literal
 from pydantic import Field, field_validator
 from torch import nn
 
-from vitbench import blocks, vit
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.layers import ExactNystroemAttention, NystroemAttention
-from vitbench.methods import register
-from vitbench.training import TrainConfig
-from vitbench.tuning import Tuning, find_teacher, tune
+from vitbench.base.errors import InputError
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model import blocks, vit
+from vitbench.model.layers import ExactNystroemAttention, NystroemAttention
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import Tuning, find_teacher, tune
 
 USUAL, SHARE = 32, 4  # landmarks, and tokens for each at least
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)

@@ -12,13 +12,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.methods import register
-from vitbench.removal import Removal, Remover
+from vitbench.base.errors import InputError
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
 from vitbench.removal.policy import DIMENSIONS, Space
+from vitbench.removal.remover import Removal, Remover
 from vitbench.removal.scores import Scores
-from vitbench.tuning import find_teacher, tune
+from vitbench.training.tuning import find_teacher, tune
 
 
 class Pruning(Removal):

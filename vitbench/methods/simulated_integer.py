@@ -21,15 +21,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench import blocks, ranges, vit
-from vitbench.coded import CodedModel, RowCoder, ends
-from vitbench.configs import Config
-from vitbench.data import ImageData, Split
-from vitbench.errors import InputError
-from vitbench.layers import Log2Rounded, Rounded, RoundedNorm
-from vitbench.methods import register
-from vitbench.second_order import round_in_turn
-from vitbench.vit import LINEAR_TYPES, replace_module
+from vitbench.base.configs import Config
+from vitbench.base.errors import InputError
+from vitbench.calibration import quantizers
+from vitbench.calibration.coders import RowCoder, ends
+from vitbench.calibration.gptq import round_in_turn
+from vitbench.data.splits import ImageData, Split
+from vitbench.methods.method import register
+from vitbench.model import blocks, vit
+from vitbench.model.layers import Log2Rounded, Rounded, RoundedNorm
+from vitbench.model.vit import LINEAR_TYPES, replace_module
+from vitbench.training.coded import CodedModel
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)  # of the range of LayerNorm's inputs that a channel's codes may span
 OCTAVES, BINS = 24, 960  # of the histogram of softmax's shares, on a logarithmic axis
@@ -49,7 +51,7 @@ class SimulatedInteger(Config):
             its inputs in floating point; "plain" does neither.
         range: "mse", the range whose rounding has the least squared error, or "minmax", all that was seen.
         rounding: of the weights: "nearest", or "second_order", where each layer is also fitted to what the rounded layers
-            before it give it, by its own input's codes (`vitbench.second_order`, `vitbench.compensation`).
+            before it give it, by its own input's codes (`vitbench.calibration.gptq`, `vitbench.calibration.compensation`).
         ridge: of that fit, in units of the inputs' mean variance.
         ends_bits: weights of the patch embedding and the head, and the head's inputs; None leaves them as they are.
         rest: how all that has no codes is stored.
@@ -118,10 +120,10 @@ def _check(model: nn.Module, config: SimulatedInteger) -> None:
 def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: SimulatedInteger) -> dict[str, Rounded]:
     """Roundings with one step and one zero point for what the modules in `widths` (name -> bits) are given."""
     modules, found = {name: model.get_submodule(name) for name in widths}, {}
-    seen = ranges.channels(model, modules, split)
+    seen = quantizers.channels(model, modules, split)
     for bits in sorted(set(widths.values())):
         own = {name: module for name, module in modules.items() if widths[name] == bits}
-        spans = ranges.ranges(model, own, {name: seen[name] for name in own}, split, config.range, bits)
+        spans = quantizers.ranges(model, own, {name: seen[name] for name in own}, split, config.range, bits)
         found |= {name: Rounded(bits).over(*span) for name, span in spans.items()}
     return found
 
@@ -147,7 +149,7 @@ def _powers(model: nn.Module, names: Sequence[str], split: Split, bits: int) -> 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         counts[name] += torch.histc(-x.float().log2().clamp(-OCTAVES, 0), BINS, 0, OCTAVES).double()
 
-    ranges.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of attention")
+    quantizers.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of attention")
     return {name: Log2Rounded(bits, 2**0.5).fit(counts[name], OCTAVES) for name in names}
 
 
@@ -161,7 +163,7 @@ def _factors(model: nn.Module, split: Split, bits: int) -> dict[str, Rounded]:
     names += [name for name in ("norm", "fc_norm") if isinstance(model.get_submodule(name), nn.LayerNorm)]
     for name in names:
         replace_module(model, name, RoundedNorm.like(model.get_submodule(name)))
-    seen = ranges.channels(model, {name: model.get_submodule(name) for name in names}, split)
+    seen = quantizers.channels(model, {name: model.get_submodule(name) for name in names}, split)
     ends = {name: (min(0.0, float(c.low.min())), max(1e-6, float(c.high.max()))) for name, c in seen.items()}
     lost = {name: torch.zeros(len(FACTORS), len(c.low), dtype=torch.float64) for name, c in seen.items()}
 
@@ -170,7 +172,7 @@ def _factors(model: nn.Module, split: Split, bits: int) -> dict[str, Rounded]:
             tried = Rounded(bits).over(*(factor * end for end in ends[name]))
             errors += (tried(x) - x).flatten(0, -2).square().sum(0).double()
 
-    ranges.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "factors of two")
+    quantizers.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "factors of two")
     found = {}
     for name in names:
         factors = torch.tensor(FACTORS)[lost[name].argmin(0)]
@@ -221,7 +223,7 @@ def _each_channel(model: nn.Module, names: Sequence[str], split: Split, config: 
 
     No channel's range is less than a hundredth of the mean one, so that constant channels do no harm.
     """
-    seen = ranges.channels(model, {name: model.get_submodule(name) for name in names}, split)
+    seen = quantizers.channels(model, {name: model.get_submodule(name) for name in names}, split)
     spans = {name: (c.low, c.high.maximum(c.low + 0.01 * (c.high - c.low).mean())) for name, c in seen.items()}
     found = {name: Rounded(config.activation_bits, len(low)).over(low, high) for name, (low, high) in spans.items()}
     if config.range == "minmax":
@@ -235,7 +237,7 @@ def _each_channel(model: nn.Module, names: Sequence[str], split: Split, config: 
         place += bins * torch.arange(len(low))  # of all channels in a row
         counts[name] += torch.bincount(place.flatten(), minlength=counts[name].numel()).view(-1, bins)
 
-    ranges.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of channels")
+    quantizers.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of channels")
     return {name: found[name].fit(counts[name], *spans[name]) for name in names}
 
 

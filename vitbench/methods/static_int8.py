@@ -16,15 +16,17 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from vitbench import blocks, compensation, progress, ranges, vit
-from vitbench.configs import Config
-from vitbench.data import ImageData, Split
-from vitbench.errors import InputError
-from vitbench.layers import StaticInt8Linear, StaticInt8Rounding
-from vitbench.methods import register
+from vitbench.base import progress
+from vitbench.base.configs import Config
+from vitbench.base.errors import InputError
+from vitbench.calibration import compensation, quantizers
+from vitbench.calibration.quantizers import Channels
+from vitbench.data.splits import ImageData, Split
 from vitbench.methods.dynamic_int8 import quantize_rows
-from vitbench.ranges import Channels
-from vitbench.vit import LINEAR_TYPES, replace_module
+from vitbench.methods.method import register
+from vitbench.model import blocks, vit
+from vitbench.model.layers import StaticInt8Linear, StaticInt8Rounding
+from vitbench.model.vit import LINEAR_TYPES, replace_module
 
 
 class StaticInt8(Config):
@@ -33,7 +35,7 @@ class StaticInt8(Config):
     Attributes:
         range: "mse", the range whose rounding has the least squared error, or "minmax", all that was seen.
         equalise: how much of the channels' unevenness after LayerNorm goes into the weights, 0 to 1.
-        compensation: fit each layer to what the quantized layers before it produce (`vitbench.compensation`).
+        compensation: fit each layer to what the quantized layers before it produce (`vitbench.calibration.compensation`).
         ridge: of the compensation, in units of the inputs' mean variance.
         attention: round queries, keys, values and softmax's shares too, so that no matrix product of a block is left in
             floating point. Plain attention only.
@@ -58,10 +60,10 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
         raise InputError("static_int8 fixes ranges on calibration images and no data set was given; give one")
     split = data.needs("calibration")
     places = blocks.round_attention(model) if config.attention else {}
-    seen = ranges.channels(model, layers, split)
+    seen = quantizers.channels(model, layers, split)
     if config.equalise:
         _equalise(model, layers, seen, config.equalise)
-    found = ranges.ranges(model, layers, seen, split, config.range)
+    found = quantizers.ranges(model, layers, seen, split, config.range)
     given = copy.deepcopy(model) if config.compensation else None
     if places:
         _round_attention(model, places, split, config.range)
@@ -89,7 +91,7 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
 def _round_attention(model: nn.Module, places: Mapping[str, list[str]], split: Split, rule: str) -> None:
     """Put roundings into every block's attention, in place."""
     modules = {name: model.get_submodule(name) for names in places.values() for name in names}
-    found = ranges.ranges(model, modules, ranges.channels(model, modules, split), split, rule)
+    found = quantizers.ranges(model, modules, quantizers.channels(model, modules, split), split, rule)
     for name, (low, high) in found.items():
         about_zero = name not in places["softmax"]
         step, zero = (max(-low, high) / 127, 128) if about_zero else (high / 255, 0)

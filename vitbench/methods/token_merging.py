@@ -2,7 +2,7 @@
 
 Between attention and MLP the tokens are split in two by turns, each of one half looks for the most similar of the other,
 by the cosine of the mean keys, and the r best pairs are averaged by size; from then on attention counts a token as often as
-it has tokens in it (`vitbench.tokens`). Nothing has to be trained. It saves time and multiply-accumulates, and no bytes.
+it has tokens in it (`vitbench.model.tokens`). Nothing has to be trained. It saves time and multiply-accumulates, and no bytes.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from vitbench import blocks, vit
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.methods import register
-from vitbench.tokens import TokenBlocks, most_merged
-from vitbench.training import TrainConfig
-from vitbench.tuning import Tuning, find_teacher, tune
+from vitbench.base.errors import InputError
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model import blocks, vit
+from vitbench.model.tokens import TokenBlocks, most_merged
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import Tuning, find_teacher, tune
 
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 Pairs = Annotated[int, Field(ge=0)]

@@ -20,16 +20,18 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from vitbench import progress, vit
-from vitbench.coded import CodedModel, Coding, ends, train_codes
-from vitbench.data import ImageData
-from vitbench.errors import InputError
-from vitbench.factors import Encoder, FactorCoder, Free, closed_form, output_grams, stacked
-from vitbench.layers.factored import Order, factored_layers
-from vitbench.methods import register
-from vitbench.training import TrainConfig
-from vitbench.tuning import find_teacher
-from vitbench.vit import LINEAR_TYPES, dense_layers
+from vitbench.base import progress
+from vitbench.base.errors import InputError
+from vitbench.calibration.coders import ends
+from vitbench.calibration.factors import Encoder, FactorCoder, Free, closed_form, output_grams, stacked
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import register
+from vitbench.model import vit
+from vitbench.model.layers.factored import Order, factored_layers
+from vitbench.model.vit import LINEAR_TYPES, dense_layers
+from vitbench.training.coded import CodedModel, Coding, train_codes
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import find_teacher
 
 HIDDEN = {"qkv": 2, "proj": 1, "fc1": 2, "fc2": 1}  # the encoder's hidden width in widths of the ViT, by type
 
@@ -71,7 +73,7 @@ class UCT(Coding):
 # The official code's choices: its encoder, its quantizers' start on the untrained encoder, a head that really has 4 bits
 # where 8 were meant, one learning rate, weights 1 : 1 : 3 of the three losses, no clipping. The last epoch is kept, where
 # the official code keeps the best one on its test images.
-OFFICIAL = UCT(
+OFFICIAL_UCT = UCT(
     form="encoder",
     steps_rule="lsq",
     steps_first=True,

@@ -3,9 +3,9 @@
     W_ij ~ s_ig q_ij,    q_ij in [-2^(b-1), 2^(b-1) - 1]
 
 and x in floating point. The codes are the nearest ones, with the steps that round with the least squared error, or those
-that keep the layers' outputs on calibration images (`vitbench.second_order`), each layer fitted to the inputs that the
-rounded layers before it produce (`vitbench.compensation`); either can then be fitted block by block
-(`vitbench.reconstruction`), and trained together with the steps (LSQ, Esser et al. 2020) under cross-entropy and
+that keep the layers' outputs on calibration images (`vitbench.calibration.gptq`), each layer fitted to the inputs that the
+rounded layers before it produce (`vitbench.calibration.compensation`); either can then be fitted block by block
+(`vitbench.calibration.reconstruction`), and trained together with the steps (LSQ, Esser et al. 2020) under cross-entropy and
 distillation. It is also what a factorisation has to beat at the same number of bytes.
 """
 
@@ -17,21 +17,24 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from vitbench import moments, progress, vit
-from vitbench.allocation import OutOfReach, spend
-from vitbench.artifact import model_digest
+from vitbench.base import progress
+from vitbench.base.errors import InputError
 from vitbench.base.store import Kept, Store, work_key
-from vitbench.coded import CodedModel, Coding, RowCoder, ends, train_codes
-from vitbench.data import ImageData, Split
-from vitbench.errors import InputError
-from vitbench.layers.packed import packed_bytes
-from vitbench.methods import register
-from vitbench.quantizers import best_step, to_codes
-from vitbench.reconstruction import reconstruct
-from vitbench.second_order import round_in_turn
-from vitbench.training import TrainConfig
-from vitbench.tuning import find_teacher
-from vitbench.vit import LINEAR_TYPES
+from vitbench.calibration import moments
+from vitbench.calibration.allocation import OutOfReach, spend
+from vitbench.calibration.coders import RowCoder, ends
+from vitbench.calibration.gptq import round_in_turn
+from vitbench.calibration.quantizers import best_step, to_codes
+from vitbench.calibration.reconstruction import reconstruct
+from vitbench.data.splits import ImageData, Split
+from vitbench.methods.method import register
+from vitbench.model import vit
+from vitbench.model.artifact import model_digest
+from vitbench.model.layers.packed import packed_bytes
+from vitbench.model.vit import LINEAR_TYPES
+from vitbench.training.coded import CodedModel, Coding, train_codes
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import find_teacher
 
 LEAST, MOST = 2, 8  # bits
 
@@ -48,7 +51,7 @@ class WeightOnly(Coding):
         damping: of the second order, on the covariance's diagonal, in units of its mean.
         ridge: of the correction for what the layers before have lost, in the same units.
         reconstruction: steps for each block in which its codes are fitted together afterwards
-            (`vitbench.reconstruction`), which needs calibration images; 0: none.
+            (`vitbench.calibration.reconstruction`), which needs calibration images; 0: none.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -87,7 +90,7 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
     if config.reconstruction and coders:
         split = _calibration(data, "reconstruction", "0")
         facts = {"model": model_digest(given), "data": data.fingerprint, "settings": config.to_dict()}
-        key = work_key(__name__, facts)
+        key = work_key("methods", facts)
         files = [Store("reconstructions").file(f"{key}-{index}") for index in range(len(model.blocks))]
         reconstruct(model, given, coders, split, config.reconstruction, kept=files.__getitem__)
     every = [*coders.values(), *ends(model, config.ends_bits)]

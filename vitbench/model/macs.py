@@ -9,8 +9,8 @@ from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitbench import blocks
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
+from vitbench.model import blocks
 
 
 def analytic_macs(model: VisionTransformer) -> int:

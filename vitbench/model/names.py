@@ -9,10 +9,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitbench import blocks
 from vitbench.base import hub
-from vitbench.errors import InputError
-from vitbench.t2t import T2T_VITS, TokensToToken, sinusoids
+from vitbench.base.errors import InputError
+from vitbench.model import blocks
+from vitbench.model.t2t import T2T_VITS, TokensToToken, sinusoids
 
 # Small Vision Transformers for small images; the same timm class, so that every method applies to them unchanged.
 SMALL_VITS = {

@@ -13,16 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitbench import progress, training, vit
-from vitbench.artifact import model_digest
+from vitbench.base import progress
+from vitbench.base.errors import InputError
 from vitbench.base.store import Store, work_key
-from vitbench.batches import eval_batches
-from vitbench.data import ImageData, Split
-from vitbench.errors import InputError
-from vitbench.moments import BATCH, watching
-from vitbench.removal import unit_dependence
+from vitbench.calibration.moments import BATCH, watching
+from vitbench.data.batches import eval_batches
+from vitbench.data.splits import ImageData, Split
+from vitbench.model import vit
+from vitbench.model.artifact import model_digest
+from vitbench.removal import dependence
 from vitbench.removal.cut import check_prunable
 from vitbench.removal.scores import Criterion, Scores, by_head, seen_by
+from vitbench.training import loop
 
 LEAST_SAMPLES = 8  # fewer tell nothing about dependence
 
@@ -51,8 +53,8 @@ def score(model: nn.Module, data: ImageData | None, criterion: Criterion) -> lis
     if criterion.name == "magnitude":
         return magnitude(model, data, criterion)
     facts = {"model": model_digest(model), "data": data.fingerprint, "criterion": criterion.to_dict()}
-    device = training.pick_device() if criterion.name == "gates" else "cpu"
-    tensors = Store("scores").tensors(work_key(__name__, facts, device), make)
+    device = loop.pick_device() if criterion.name == "gates" else "cpu"
+    tensors = Store("scores").tensors(work_key("removal", facts, device), make)
     fields = [field.name for field in dataclasses.fields(Scores)]
     return [Scores(**{field: tensors[f"{i}:{field}"] for field in fields}) for i in range(len(model.blocks))]
 
@@ -153,7 +155,7 @@ def gates(model: nn.Module, data: ImageData, settings: Criterion) -> list[Scores
     does. Its masks are then discarded or kept as masks; here the scores choose what is removed.
     """
     copied = copy.deepcopy(model).requires_grad_(True)
-    device = training.pick_device()
+    device = loop.pick_device()
     inner = [nn.Parameter(torch.ones(block.attn.attn_dim, device=device)) for block in copied.blocks]
     hidden = [nn.Parameter(torch.ones(block.mlp.fc1.out_features, device=device)) for block in copied.blocks]
     for block, gate, neurons in zip(copied.blocks, inner, hidden, strict=True):
@@ -163,7 +165,7 @@ def gates(model: nn.Module, data: ImageData, settings: Criterion) -> list[Scores
         {"params": list(copied.parameters()), "lr_scale": 0.1},
         {"params": [*inner, *hidden], "lr_scale": 1.0, "weight_decay": 0.0},
     ]
-    training.train(copied, data, settings.gates, groups=groups, title="training gates")
+    loop.train(copied, data, settings.gates, groups=groups, title="training gates")
     found = []
     for block, gate, neurons in zip(model.blocks, inner, hidden, strict=True):
         v = by_head(gate.detach().abs().cpu(), block)
@@ -176,5 +178,5 @@ CRITERIA = {
     "activation": activation,
     "taylor": taylor,
     "gates": gates,
-    "hsic": unit_dependence.hsic,
+    "hsic": dependence.unit_hsic,
 }

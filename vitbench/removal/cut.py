@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitbench import blocks
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
+from vitbench.model import blocks
 
 
 @dataclass(frozen=True)

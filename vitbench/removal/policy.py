@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitbench import blocks
-from vitbench.errors import InputError
+from vitbench.base.errors import InputError
+from vitbench.model import blocks
 
 DIMENSIONS = ("neurons", "heads", "head_dims", "tokens")
 PAPER = ("neurons", "heads", "tokens")

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench.configs import Config
-from vitbench.data import ImageData, Split
+from vitbench.base.configs import Config
+from vitbench.data.splits import ImageData, Split
 from vitbench.removal.cut import Kept
-from vitbench.training import TrainConfig
+from vitbench.training.config import TrainConfig
 
 
 class Criterion(Config):
@@ -34,7 +34,7 @@ class Criterion(Config):
     gates: TrainConfig = TrainConfig(epochs=1, lr=1e-3, warmup_epochs=0, mixup=0.0, label_smoothing=0.0)
 
 
-OFFICIAL = Criterion(name="hsic", samples=128, normalise="official", blend=0.1)  # the public code's choices
+OFFICIAL_CRITERION = Criterion(name="hsic", samples=128, normalise="official", blend=0.1)  # the public code's choices
 
 
 @dataclass(frozen=True)

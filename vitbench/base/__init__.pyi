@@ -1,0 +1,22 @@
+from .configs import (
+    Config as Config,
+    digest as digest,
+)
+from .errors import (
+    InputError as InputError,
+    one_of as one_of,
+)
+from .files import (
+    PART as PART,
+    write_bytes as write_bytes,
+    write_text as write_text,
+)
+from .paths import (
+    home as home,
+    writable_folder as writable_folder,
+)
+from .progress import bar as bar
+from .standalone import (
+    thread_environment as thread_environment,
+    turns as turns,
+)

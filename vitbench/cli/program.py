@@ -1,0 +1,68 @@
+"""The command line: parse, call one function, print."""
+
+import argparse
+import atexit
+import contextlib
+import os
+import sys
+import warnings
+
+from vitbench.base import progress
+from vitbench.base.errors import InputError
+from vitbench.base.files import UNWRITABLE
+from vitbench.base.processes import open_streams
+from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
+from vitbench.cli.interrupts import TEXT, Interrupted, end, interruptible
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns 0, or 1 where a notebook failed; a wrong input prints one line and returns 2.
+
+    130, 143 and 141 are a shell's words for what was interrupted, for what was asked to end, and for what nobody reads on.
+    """
+    open_streams()
+    progress.lenient(sys.stdout, sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        with interruptible(), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"vitbench: warning: {message}", file=sys.stderr)
+            status = options.command(options)
+            sys.stdout.flush()
+            return status
+    except InputError as error:
+        if options.debug:
+            raise
+        print(f"vitbench: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if options.debug or error.errno not in UNWRITABLE:
+            raise
+        print(
+            f"vitbench: {error.filename or 'a file'} cannot be written ({error.strerror}); give a folder with free space "
+            "that you own; what was finished is kept",
+            file=sys.stderr,
+        )
+        return 2
+    except Interrupted as stop:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        atexit._run_exitfuncs()  # temporary folders go
+        end(stop.status)
+    except KeyboardInterrupt:  # where signals are not handled by `interruptible`
+        print(TEXT, file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vitbench", description="Compress Vision Transformers, measure what it really costs, and compare."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for module in (run, sweep, compress, combine, measure, verify, edge):
+        module.add(commands)
+    return parser

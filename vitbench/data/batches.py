@@ -1,0 +1,253 @@
+"""Batches of model input: images resized, augmented and normalised, in a fixed order for a fixed seed.
+
+How many worker processes may load images here, and random draws that leave a process's own state alone.
+"""
+
+import contextlib
+import multiprocessing
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from vitbench.base.errors import InputError
+from vitbench.base.forks import CAN_FORK
+from vitbench.data.splits import Split
+from vitbench.model.recipe import Preprocess
+
+FLOAT_BYTES = 4
+Augment = Literal["none", "shift", "shift-flip", "timm"]
+LONGEST = 200  # how many times longer than the other one side of an image may be
+
+
+def eval_batches(
+    split: Split, preprocess: Preprocess, batch_size: int = 128, device: str | torch.device = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in order: x (B, 3, size, size) float32, normalised, and labels (B,) int64.
+
+    Small images held in memory are resized in batches by torch; all others go through timm's own eval transform.
+    """
+    if split.array is not None:
+        images = torch.from_numpy(split.array)
+        for start in range(0, len(split), batch_size):
+            x = _to_input(images[start : start + batch_size].to(device), preprocess)
+            yield x, torch.from_numpy(split.labels[start : start + batch_size]).to(device)
+        return
+    for x, y in _pil_loader(split, _timm_eval_transform(preprocess), preprocess.size, batch_size, order=None, seed=0):
+        yield x.to(device), y.to(device)
+
+
+def epoch_order(count: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
+    """The places in the split of each batch's images, (B,) each: an epoch's order, the last incomplete batch dropped."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[: max(1, count // batch_size) * batch_size].split(batch_size)
+
+
+def train_batches(
+    split: Split,
+    preprocess: Preprocess,
+    batch_size: int,
+    augment: Augment,
+    seed: int,
+    device: str | torch.device = "cpu",
+    view: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in the order `epoch_order` draws from `seed`; shapes as `eval_batches`.
+
+    augment: "shift" moves each image by up to an eighth of its side, filling with black; "shift-flip" also mirrors
+    half of them; "timm" is timm's training transform (random resized crop, flip, RandAugment, random erasing).
+    view: a seed; an image is then augmented as (view, its place in the split) say, whatever the order of the epoch.
+    """
+    order = epoch_order(len(split), batch_size, seed)
+    yield from _augmented(split, preprocess, order, augment, seed, view, device)
+
+
+def view_batches(
+    split: Split,
+    preprocess: Preprocess,
+    batch_size: int,
+    augment: Augment,
+    view: int,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image in order, augmented as `train_batches` does it for that `view`; shapes as `eval_batches`."""
+    yield from _augmented(split, preprocess, torch.arange(len(split)).split(batch_size), augment, view, view, device)
+
+
+def _augmented(
+    split: Split,
+    preprocess: Preprocess,
+    order: Sequence[Tensor],
+    augment: Augment,
+    seed: int,
+    view: int | None,
+    device: str | torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if augment == "timm" or split.array is None:
+        transform = _timm_train_transform(preprocess) if augment == "timm" else _timm_eval_transform(preprocess)
+        places, draws = torch.cat(tuple(order)).tolist(), seed if view is None else view
+        for x, y in _pil_loader(split, transform, preprocess.size, len(order[0]), order=places, seed=draws):
+            yield x.to(device), y.to(device)
+        return
+    generator = torch.Generator().manual_seed((seed if view is None else view) + 1)
+    images, labels = torch.from_numpy(split.array).to(device), torch.from_numpy(split.labels).to(device)
+    of_all = None if view is None else _draw(len(split), images.shape[1], augment, generator)
+    for chosen in order:
+        x = images[chosen.to(device)]
+        own = of_all[chosen] if of_all is not None else _draw(len(x), images.shape[1], augment, generator)
+        if augment != "none":
+            x = _shift(x, own[:, :2].T)
+        if augment == "shift-flip":
+            x = torch.where(own[:, 2].bool().to(device)[:, None, None, None], x.flip(2), x)
+        yield _to_input(x, preprocess), labels[chosen.to(device)]
+
+
+def _draw(count: int, height: int, augment: Augment, generator: torch.Generator) -> Tensor:
+    """Of `count` images, (count, 3): rows and columns to move by, from 0 to twice the reach, and whether to mirror."""
+    moves, flips = torch.zeros(2, count, dtype=torch.int64), torch.zeros(count)
+    if augment != "none":
+        moves = torch.randint(0, 2 * _reach(height) + 1, (2, count), generator=generator)
+    if augment == "shift-flip":
+        flips = torch.rand(count, generator=generator).lt(0.5)
+    return torch.stack([*moves, flips.long()], dim=1)
+
+
+def _to_input(images: Tensor, preprocess: Preprocess) -> Tensor:
+    """uint8 (B, H, W, 3) -> float (B, 3, size, size), normalised."""
+    x = images.permute(0, 3, 1, 2).float() / 255
+    if x.shape[-2:] != (preprocess.size, preprocess.size):
+        mode = preprocess.interpolation
+        smooth = {} if mode == "nearest" else {"antialias": True, "align_corners": False}
+        x = F.interpolate(x, size=(preprocess.size, preprocess.size), mode=mode, **smooth).clamp(0, 1)
+    mean, std = (torch.tensor(value, device=x.device)[:, None, None] for value in (preprocess.mean, preprocess.std))
+    return (x - mean) / std
+
+
+def _reach(height: int) -> int:
+    return max(1, height // 8)
+
+
+def _shift(images: Tensor, offsets: Tensor) -> Tensor:
+    """Move each of (B, H, W, 3) by its own `offsets` (2, B), whole pixels counted from the reach, filling with zeros."""
+    batch, height, width, _ = images.shape
+    reach, offsets = _reach(height), offsets[:, :, None].to(images.device)
+    padded = F.pad(images, (0, 0, reach, reach, reach, reach))
+    rows = offsets[0] + torch.arange(height, device=images.device)
+    columns = offsets[1] + torch.arange(width, device=images.device)
+    which = torch.arange(batch, device=images.device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]]
+
+
+def _timm_eval_transform(preprocess: Preprocess):
+    from timm.data import create_transform
+
+    return create_transform(
+        input_size=preprocess.size,
+        interpolation=preprocess.interpolation,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        crop_pct=preprocess.crop_pct,
+    )
+
+
+def _timm_train_transform(preprocess: Preprocess):
+    from timm.data import create_transform
+
+    return create_transform(
+        input_size=preprocess.size,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        re_prob=0.25,
+        interpolation=preprocess.interpolation,
+        mean=preprocess.mean,
+        std=preprocess.std,
+    )
+
+
+class _Transformed:
+    """A split with a transform, as a DataLoader wants it; each image's random draws come from (seed, position)."""
+
+    def __init__(self, split: Split, transform, seed: int):
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int] | InputError:
+        try:
+            image, label = self.split[i]
+            self._check_shape(image, i)
+        except InputError as error:  # raised again in the process that asked, where no worker's traceback is around it
+            return error
+        draw = (self.seed * 1_000_003 + i) % 2**32
+        with own_draws(draw):
+            return self.transform(image), label
+
+    def _check_shape(self, image: Image.Image, i: int) -> None:
+        """A long thin image grows beyond all memory when its shorter side is brought to the input's size."""
+        if max(image.size) > LONGEST * min(image.size):
+            raise InputError(
+                f"{self.split.source.where(int(self.split.indices[i]))}: the image is {image.size[0]} x {image.size[1]} pixels; "
+                f"allowed: one side up to {LONGEST} times the other; crop it or take it out"
+            )
+
+
+def _pil_loader(
+    split: Split, transform, side: int, batch_size: int, order: list[int] | None, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    count = workers(batch_size * 3 * side * side * FLOAT_BYTES)
+    loader = DataLoader(
+        _Transformed(split, transform, seed),
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=count,
+        multiprocessing_context=METHOD if count else None,
+        collate_fn=_collate,
+    )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def _collate(items: list[tuple[Tensor, int] | InputError]) -> list[Tensor] | InputError:
+    """A batch, or the first error among its images."""
+    return next((item for item in items if isinstance(item, InputError)), None) or default_collate(items)
+
+
+SHARED_MEMORY = Path("/dev/shm")  # batches come from the workers through it
+MOST_WORKERS, BATCHES_EACH = 2, 3  # what a worker has loaded ahead of its turn, and what is being used
+METHOD = "fork" if CAN_FORK else None  # a process that is not forked would run the user's script again
+
+
+def workers(batch_bytes: int) -> int:
+    """How many may load batches of so many bytes: 0 where they cannot be forked, or have no room for their batches."""
+    if not CAN_FORK or multiprocessing.current_process().daemon:
+        return 0
+    with contextlib.suppress(OSError):
+        room = shutil.disk_usage(SHARED_MEMORY).free // (BATCHES_EACH * batch_bytes)
+        return min(MOST_WORKERS, room)
+    return 0
+
+
+@contextlib.contextmanager
+def own_draws(seed: int) -> Iterator[None]:
+    """Within the block Python, NumPy and PyTorch draw from `seed`; afterwards they go on as if nothing had been drawn."""
+    python, array = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)

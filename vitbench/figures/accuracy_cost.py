@@ -1,0 +1,268 @@
+"""Accuracy against what it costs, one point a method: the names stand where they cover nothing.
+
+Small multiples: accuracy against a cost, a panel a method, each against all the others in grey.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+from matplotlib.transforms import Bbox
+
+from vitbench.base.errors import InputError, one_of
+from vitbench.figures.drawing import COLOURS, SMALL, heading, look, note, style, wrapped
+from vitbench.rows.budgets import SHARES, scored
+from vitbench.rows.comparison_table import MEGA, methods, subject, value
+from vitbench.rows.statistics import pareto_front
+
+COSTS = {  # cost -> what the title calls it, the axis label, and the scale of the axis
+    "bytes": ("size", "size on disk (MB)", 1 / MEGA),
+    "latency_ratio": ("time", "median latency / baseline's, batch {batch}, timed in turn", 1.0),
+    "macs": ("work", "multiply-accumulates for one image (M)", 1 / MEGA),
+    "energy": ("energy", "energy for one image (J)", 1.0),
+}
+Place = tuple[float, float]
+Stroke = tuple[float, float, float, float]  # x0, y0, x1, y1
+FEW = 8  # so many points have their names beside them; of more, only those that matter most
+
+
+class Point(NamedTuple):
+    """A method's cost and its accuracy in per cent, each with the ends of its interval."""
+
+    name: str
+    x: float
+    left: float
+    right: float
+    y: float
+    low: float
+    high: float
+
+    @property
+    def family(self) -> str:
+        """The method without its settings."""
+        return self.name.partition(" (")[0]
+
+
+def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[Figure, pd.DataFrame]:
+    """Accuracy against a cost ("bytes", "latency_ratio", "macs" or "energy"), with 95 % intervals and the Pareto front.
+
+    Of many methods only the baseline and those on the front are named, where there is room; the others are lighter, and
+    a legend tells all by the method without its settings. A point far below all those stands on a grey strip at the edge.
+
+    Returns the figure and the rows that it shows.
+    """
+    word, label, _ = COSTS[one_of("cost", cost, COSTS)]
+    rows = subject(rows)
+    points, shown = _points(rows, cost, batch)
+    if not points:
+        raise InputError(
+            f"no model has both an accuracy and {'an' if word[0] in 'aeiou' else 'a'} {word} among these rows; measure both first"
+        )
+    front = [points[place] for place in pareto_front([point.x for point in points], [point.y for point in points])]
+    best = list(dict.fromkeys([*(point for point in points if point.name == "baseline"), *front]))
+    named = best if len(points) > FEW else list(dict.fromkeys([*best, *points]))
+    families = list(dict.fromkeys(point.family for point in points))
+    columns = math.ceil(len(families) / 20) if len(points) > FEW else 0
+    with style():
+        figure, axes = plt.subplots(figsize=(6.6 + 1.9 * columns, 4.6))
+        floor = _limits(axes, points, best)
+        for point in points:
+            _draw_point(axes, point, look(point.family, families), point in named, floor)
+        edge = (axes.get_xlim()[1], front[-1].y)  # to the right, nothing better was found
+        ends = [*((point.x, point.y) for point in front), edge]
+        axes.plot(*zip(*ends, strict=True), color="#777777", lw=1, ls="--", zorder=1, drawstyle="steps-post")
+        axes.set(xlabel=label.format(batch=batch), ylabel="top-1 on test images (%)")
+        axes.set_title(heading(rows, f"accuracy against {word}"))
+        if columns:
+            marks = [Line2D([], [], ls="", label=wrapped(name, 26), **look(name, families)) for name in families]
+            figure.legend(handles=marks, loc="outside right upper", ncols=columns, fontsize=SMALL)
+        had = dict.fromkeys(row["source"].split(":")[0] for row in shown if row["metric"] == "energy")
+        how = f"; energy {' and '.join(had)}" if had else ""
+        note(figure, f"bars: 95 % intervals; dashed: Pareto front; left and up is better{how}" + _below(points, floor))
+        bars = [bar for point in named for bar in _bars(point)]
+        steps = [stroke for (a, b), (c, d) in pairwise(ends) for stroke in ((a, b, c, b), (c, b, c, d))]
+        places = {point.name: (point.x, max(point.y, floor)) for point in (*named, *points)}
+        _name_points(axes, {point.name: places[point.name] for point in named}, places.values(), [*bars, *steps])
+    return figure, pd.DataFrame(shown)
+
+
+def _points(rows: pd.DataFrame, cost: str, batch: int) -> tuple[list[Point], list[pd.Series]]:
+    """The methods with both numbers, and the rows behind them."""
+    points, used, scale = [], [], COSTS[cost][2]
+    for method in methods(rows):
+        gain, price = value(rows, method, "top1"), value(rows, method, cost, batch if cost == "latency_ratio" else None)
+        if gain is None or (price is None and not (cost == "latency_ratio" and method == "baseline")):
+            continue
+        x, *ends = (1.0, None, None) if price is None else (price["value"] * scale, price["low"], price["high"])
+        left, right = (x if pd.isna(end) else end for end in ends)
+        low, high = (gain["value"] if pd.isna(gain[end]) else gain[end] for end in ("low", "high"))
+        points.append(Point(method, x, left, right, 100 * gain["value"], 100 * low, 100 * high))
+        used += [row for row in (gain, price) if row is not None]
+    return points, used
+
+
+def _limits(axes: Axes, points: list[Point], best: list[Point]) -> float:
+    """Set the axes' limits, and return where those stand that are too far below the best for them: on a strip below.
+
+    The baseline and the front have at least a fourth of the axis: a method that failed must not press them together.
+    """
+    top, least = max(point.high for point in points), min(point.low for point in best)
+    inside = [point for point in points if point.y >= least - 3 * (top - least)]
+    bottom = min(point.low for point in inside)
+    margin = 0.04 * (top - bottom)
+    axes.set_xlim(0, 1.1 * max(point.right for point in points))
+    axes.set_ylim(bottom - margin, top + margin)
+    if len(inside) < len(points):
+        axes.set_yticks([tick for tick in axes.get_yticks() if bottom - margin <= tick <= top + margin])
+        axes.set_ylim(bottom - 3 * margin, top + margin)
+        axes.axhspan(bottom - 3 * margin, bottom - margin, color="#EEEEEE", zorder=0)
+    return bottom - 2 * margin
+
+
+def _below(points: list[Point], floor: float) -> str:
+    """What the note says of the points on the strip."""
+    sunk = [point.y for point in points if point.y < floor]
+    ends = dict.fromkeys(f"{end:.1f}" for end in (min(sunk), max(sunk))) if sunk else ()
+    return f"\ngrey strip: points further down, at {' to '.join(ends)} %" if sunk else ""
+
+
+def _draw_point(axes: Axes, point: Point, kind: dict[str, str], named: bool, floor: float) -> None:
+    for x0, y0, x1, y1 in _bars(point) if point.y > floor else ():
+        colour, width = (kind["color"], 1.4) if named else ("#CCCCCC", 0.7)
+        axes.plot([x0, x1], [y0, y1], color=colour, lw=width, zorder=2 + named)
+    strength = {"ms": 8, "alpha": 1, "zorder": 3.5} if named else {"ms": 6, "alpha": 0.55, "zorder": 2.5}
+    axes.plot(point.x, max(point.y, floor), ls="", **kind, **strength)
+
+
+def _bars(point: Point) -> list[Stroke]:
+    """The two intervals."""
+    return [(point.x, point.low, point.x, point.high), (point.left, point.y, point.right, point.y)]
+
+
+def _name_points(axes: Axes, names: Mapping[str, Place], marks: Iterable[Place], strokes: list[Stroke]) -> None:
+    """Write each name as near its point as it covers no mark and no other name; a thin line leads to one further off.
+
+    It stays off the strokes too, where that costs little distance. A name for which no room is left
+    nearby is not written. Comes after all else in the figure, since the layout moves the axes.
+    """
+    axes.figure.draw_without_rendering()
+    to_pixels, frame, dot = axes.transData.transform, axes.get_window_extent(), axes.figure.dpi / 72
+    reach = 6 * dot
+    taken = [np.concatenate([centre - reach, centre + reach]) for centre in to_pixels(list(marks))]
+    lines = np.sort(to_pixels(np.array(strokes).reshape(-1, 2)).reshape(-1, 2, 2), axis=1).reshape(-1, 4)
+    for name, place in names.items():
+        text = axes.annotate(
+            wrapped(name, 26),
+            place,
+            xytext=(0, 0),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=SMALL,
+            arrowprops={"arrowstyle": "-", "color": "#777777", "lw": 0.7, "shrinkA": 0, "shrinkB": 4},
+            bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1},
+            zorder=5,
+        )
+        centre, size = to_pixels(place), np.array(text.get_window_extent().size) + 8 * dot
+        boxes = _boxes(frame, size, 3 * dot)
+        gap = np.linalg.norm(np.maximum(0, np.maximum(boxes[:, :2] - centre, centre - boxes[:, 2:])), axis=1)
+        free = (gap < 60 * dot) & (_overlaps(boxes, np.array(taken)) == 0)
+        boxes, gap = boxes[free], gap[free]
+        if not len(boxes):
+            text.remove()
+            continue
+        off_centre = np.linalg.norm(boxes[:, :2] + size / 2 - centre, axis=1)
+        best = np.argmin(gap + 0.1 * off_centre + 40 * dot * _overlaps(boxes, lines))
+        taken.append(boxes[best])
+        text.set_position((boxes[best, :2] + 4 * dot - centre) / dot)
+        text.arrow_patch.set_visible(bool(gap[best] > 2 * reach))
+
+
+def _boxes(frame: Bbox, size: np.ndarray, step: float) -> np.ndarray:
+    """Places for a box of that size inside the frame: x0, y0, x1, y1 of each."""
+    across, up = np.arange(frame.x0, frame.x1 - size[0], step), np.arange(frame.y0, frame.y1 - size[1], step)
+    corners = np.stack(np.meshgrid(across, up), -1).reshape(-1, 2)
+    return np.concatenate([corners, corners + size], axis=1)
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """With how many of the others each box overlaps."""
+    apart = (boxes[:, None, :2] > others[None, :, 2:]) | (boxes[:, None, 2:] < others[None, :, :2])
+    return (~apart.any(-1)).sum(1)
+
+
+COLUMNS = 4
+TICKS = [digit * 10**power for power in range(-2, 6) for digit in (1, 2, 5)]
+SEEN = {"ls": "", "marker": "o", "ms": 3.5, "color": COLOURS[3], "elinewidth": 1, "zorder": 3}
+SUNK = {"ls": "", "marker": "v", "ms": 4, "color": COLOURS[1], "zorder": 3}
+
+
+def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
+    """Every model's accuracy against its bytes or MACs with 95 % intervals, a panel a method, and the methods' own fronts.
+
+    Vertical lines stand at the budgets of `budgets.SHARES`. What is far below the others stands at the lower edge.
+
+    Returns the figure and the rows that it shows.
+    """
+    word, label, scale = COSTS[one_of("cost", cost, ("bytes", "macs"))]
+    rows = subject(rows)
+    models, base = scored(rows, cost), value(rows, "baseline", cost)
+    families = [family for family in dict.fromkeys(models["family"]) if family != "baseline"]
+    if not families or base is None:
+        raise InputError(
+            f"the rows hold no method with an accuracy and its {cost} beside a baseline; measure both first"
+        )
+    points = pd.DataFrame({key: [100 * row[key] for row in models["top1"]] for key in ("value", "low", "high")})
+    points = points.assign(x=[row["value"] * scale for row in models["cost"]], family=models["family"])
+    front = points.iloc[pareto_front(points["x"], points["value"])]
+    bottom = min(front["low"].min(), points["value"].quantile(0.25)) - 1
+    reference = value(rows, "baseline", "top1")
+    columns = min(COLUMNS, len(families))
+    lines = math.ceil(len(families) / columns)
+    with style():
+        size = (max(7.0, 1 + 2.5 * columns), 1.1 + 2.1 * lines)
+        figure, panels = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axes, family in zip(panels.flat, families, strict=False):
+            for share in SHARES:
+                axes.axvline(share * base["value"] * scale, color="#EEEEEE", lw=1, zorder=0)
+            if reference is not None:
+                axes.axhline(100 * reference["value"], color="#999999", lw=0.8, zorder=0)
+            axes.plot(
+                points["x"], points["value"].clip(lower=bottom), ls="", marker=".", ms=3, color="#BBBBBB", zorder=1
+            )
+            axes.step(front["x"], front["value"], where="post", color="#999999", lw=1, ls="--", zorder=1)
+            _panel(axes, points[points["family"] == family], bottom)
+            axes.set_title(wrapped(family, 24), fontsize=9)
+            axes.set(xscale="log", ylim=(bottom - 0.6, points["high"].max() + 0.6))
+            axes.grid(visible=False, axis="x")
+        for axes in panels.flat[len(families) :]:
+            axes.set_visible(False)
+        ticks = [tick for tick in TICKS if points["x"].min() <= tick <= points["x"].max()]
+        panels[0, 0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panels[0, 0].xaxis.set_minor_locator(NullLocator())
+        for axes in panels[:, 0]:
+            axes.set_ylabel("top-1 (%)", fontsize=SMALL)
+        figure.suptitle(heading(rows, f"accuracy against {word}, method by method"), x=0.01, ha="left")
+        shares = ", ".join(f"1/{1 / share:.0f}" for share in SHARES)
+        marks = (
+            "grey: all models, their front, and the baseline's accuracy; bars: 95 % intervals; triangles: further down"
+        )
+        note(figure, f"{label}; {marks}\nlines at {shares} of the baseline's")
+    return figure, pd.DataFrame([row for column in ("top1", "cost") for row in models[column]])
+
+
+def _panel(axes: Axes, own: pd.DataFrame, bottom: float) -> None:
+    """One method's points with their intervals, those that are too low at the edge, and its front."""
+    seen, sunk = own[own["value"] > bottom], own[own["value"] <= bottom]
+    spread = [(seen["value"] - seen["low"]).clip(lower=0), (seen["high"] - seen["value"]).clip(lower=0)]
+    axes.errorbar(seen["x"], seen["value"], spread, **SEEN)
+    axes.plot(sunk["x"], np.full(len(sunk), bottom), **SUNK)
+    best = own.iloc[pareto_front(own["x"], own["value"])]
+    axes.step(best["x"], best["value"].clip(lower=bottom), where="post", color=COLOURS[3], lw=1.2, zorder=2)

@@ -1,0 +1,146 @@
+"""What efficient attention costs, and where it starts to pay; like all figures, from rows alone."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, style
+from vitbench.rows.comparison_table import subject, value
+
+TITLES = {"attention": "one attention layer", "model": "the whole model, {depth} block{s}"}
+
+
+def variant(config: dict[str, Any]) -> str:
+    """A model's attention in a few words, from the `config` of its row."""
+    if not config["methods"]:
+        return "full attention"
+    step = config["methods"][-1]
+    own = step["config"]
+    if step["method"] == "linear_attention":
+        return "linear"
+    if step["method"] != "nystroem":
+        return step["method"]
+    count = "default" if own["landmarks"] is None else own["landmarks"]
+    how = f"{own['iterations']} iterations" if own["iterations"] else "exact"
+    return f"Nystroem, m = {count}, {how}" + (", class token averaged" if own["class_token"] == "averaged" else "")
+
+
+def curves(rows: pd.DataFrame, metric: str, part: str) -> dict[str, pd.DataFrame]:
+    """Variant -> its rows of a metric and a part in the order of tokens; columns tokens, value, low, high."""
+    rows = rows[(rows["status"] == "ok") & (rows["metric"] == metric)]
+    about = rows["context"].map(lambda context: context["part"] == part)
+    rows = rows[about.astype(bool)]
+    rows = rows.assign(
+        tokens=rows["context"].map(lambda context: context["tokens"]), variant=rows["config"].map(variant)
+    )
+    return {name: own.sort_values("tokens") for name, own in rows.groupby("variant", sort=False)}
+
+
+def crossing(tokens: np.ndarray, ratios: np.ndarray) -> float:
+    """From how many tokens on a variant's ratio to full attention stays below 1, between sizes in straight lines of logarithms.
+
+    The smallest size measured where it is below from the start, infinity where it is not at the largest.
+    """
+    above = np.flatnonzero(np.asarray(ratios) >= 1)
+    if not len(above):
+        return float(tokens[0])
+    last = above[-1]
+    if last == len(tokens) - 1:
+        return float("inf")
+    (x0, x1), (y0, y1) = np.log(tokens[last : last + 2]), np.log(ratios[last : last + 2])
+    return float(np.exp(x0 + (x1 - x0) * y0 / (y0 - y1)))
+
+
+def crossings(rows: pd.DataFrame, part: str) -> dict[str, tuple[float, float]]:
+    """Variant -> the `crossing` of its multiply-accumulates and that of its median time."""
+    macs, times = curves(rows, "macs", part), curves(rows, "latency_ratio", part)
+    full = macs["full attention"].set_index("tokens")["value"]
+    return {
+        name: (
+            crossing(own["tokens"].to_numpy(), (own["value"] / own["tokens"].map(full)).to_numpy()),
+            crossing(times[name]["tokens"].to_numpy(), times[name]["value"].to_numpy()),
+        )
+        for name, own in macs.items()
+        if name != "full attention"
+    }
+
+
+def against_tokens(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Time and multiply-accumulates over full attention's against the number of tokens, with the points where they cross 1."""
+    with style():
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+        for axes, (part, title) in zip(panels, TITLES.items(), strict=True):
+            _panel(axes, rows, part)
+            depth = int(rows["context"].iloc[-1]["depth"])
+            axes.set_title(title.format(depth=depth, s="" if depth == 1 else "s"))
+        panels[0].set_ylabel("over full attention's")
+        panels[0].legend(fontsize=8, loc="lower left")
+        last = rows.iloc[-1]
+        figure.suptitle(
+            f"{last['model']}'s shape, batch {last['batch']}, {last['threads']} threads, eager", fontsize=10
+        )
+        note(
+            figure,
+            "solid: median time, with 95 % intervals; dotted: multiply-accumulates; rings: where the time falls below full attention's",
+        )
+    return figure, rows
+
+
+def _panel(axes: plt.Axes, rows: pd.DataFrame, part: str) -> None:
+    macs, times, found = curves(rows, "macs", part), curves(rows, "latency_ratio", part), crossings(rows, part)
+    full = macs["full attention"].set_index("tokens")["value"]
+    axes.axhline(1, color="black", lw=1)
+    for place, name in enumerate(found, 1):
+        own, kind = times[name], {"color": COLOURS[place % len(COLOURS)]}
+        reach = [own["value"] - own["low"], own["high"] - own["value"]]
+        axes.errorbar(
+            own["tokens"], own["value"], yerr=reach, capsize=2, ms=4, marker=MARKERS[place], label=name, **kind
+        )
+        axes.plot(macs[name]["tokens"], macs[name]["value"] / macs[name]["tokens"].map(full), ls=":", **kind)
+        if np.isfinite(found[name][1]) and found[name][1] > own["tokens"].iloc[0]:
+            axes.plot(found[name][1], 1, marker="o", ms=11, mfc="none", **kind)
+    ticks = list(full.index)
+    axes.set(xscale="log", yscale="log", xlabel="tokens")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(
+        [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+    )
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def speed_for_accuracy(
+    rows: pd.DataFrame, named: dict[str, dict[int, str]], what: str, batches: tuple[int, ...] = (1, 8)
+) -> tuple[Figure, pd.DataFrame]:
+    """Accuracy against the time over the baseline's, a panel a batch size; `named`: family -> r -> the model's label."""
+    rows, shown = subject(rows), []
+    with style():
+        figure, panels = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4), sharey=True, squeeze=False)
+        for axes, batch in zip(panels[0], batches, strict=True):
+            for place, (family, labels) in enumerate(named.items(), 1):
+                top1 = [value(rows, label, "top1") for label in labels.values()]
+                time = [value(rows, label, "latency_ratio", batch) for label in labels.values()]
+                x, y = [row["value"] for row in time], [100 * row["value"] for row in top1]
+                spread = {"xerr": _reach(time), "yerr": 100 * _reach(top1), "capsize": 2, "elinewidth": 0.7}
+                colour = COLOURS[2 * place - 1]
+                axes.errorbar(x, y, **spread, color=colour, marker=MARKERS[place], label=family)
+                beside = {"xytext": (-6, 5), "ha": "right"} if place == 1 else {"xytext": (6, -13)}
+                for r, *point in zip(labels, x, y, strict=True):
+                    if r or place == 1:  # no pairs are the same model in every family
+                        axes.annotate(f"r = {r}", point, textcoords="offset points", fontsize=8, color=colour, **beside)
+                shown += top1 + time
+            axes.axvline(1, color="black", lw=0.8, ls=":")
+            axes.set_xlabel(f"median time over the baseline's, batch {batch}")
+        panels[0, 0].set_ylabel("top-1 (%)")
+        panels[0, 0].set_title(heading(rows, what))
+        panels[0, -1].legend(fontsize=8, loc="lower right")
+        note(figure, "bars: 95 % intervals; left and up is better")
+    return figure, pd.DataFrame(shown).drop_duplicates("key")
+
+
+def _reach(rows: list[pd.Series]) -> np.ndarray:
+    """How far the intervals of rows reach below and above, (2, rows)."""
+    return np.array([[abs(row[end] - row["value"]) for row in rows] for end in ("low", "high")])

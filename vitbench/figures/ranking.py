@@ -1,0 +1,166 @@
+"""Methods at equal budgets over several seeds: each one's accuracy within the same shares of the baseline's cost, with intervals."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vitbench.base.errors import InputError, one_of
+from vitbench.figures.accuracy_cost import COSTS
+from vitbench.figures.drawing import heading, look, note, style, wrapped
+from vitbench.rows.comparison_table import across_seeds
+from vitbench.rows.statistics import mean_interval
+
+SHARES = {
+    "bytes": (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16, 1 / 20),
+    "macs": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),  # work is never saved as far as bytes
+}
+WIDTH = 0.7  # of all methods at one budget, in units of the gap between two
+
+
+def at_budgets(rows: pd.DataFrame, cost: str = "bytes", shares: Sequence[float] = ()) -> pd.DataFrame:
+    """Of each method the setting that fits a share of the baseline's cost most closely, and its accuracy over the seeds.
+
+    Which setting stands for a method is decided by cost alone, so that no accuracy chooses anything. A combination is a
+    method of its own.
+
+    Args:
+        rows: of any number of seeds; all settings of one model on the same images.
+        cost: "bytes" or "macs".
+        shares: by default `SHARES`.
+
+    Returns:
+        One line a method and share that it can reach, methods in the order they came: share, method, label, cost (the mean
+        over seeds), seeds, top1 (the mean), low, high (its 95 % Student t interval over seeds; NaN for one seed). The baseline's has
+        share 1.
+
+    Raises:
+        InputError: no accuracy beside that cost, or none of the baseline.
+    """
+    shares = shares or SHARES[one_of("cost", cost, SHARES)]
+    top1, spent = (across_seeds(rows, metric).set_index(["label", "seed"])["value"] for metric in ("top1", cost))
+    both = pd.concat([top1, spent], axis=1, join="inner", keys=["top1", "cost"])
+    order = list(dict.fromkeys(both.index.get_level_values("label")))
+    if "baseline" not in order:
+        raise InputError(f"the rows hold no accuracy beside {cost} of the baseline; measure both first")
+    means = both.groupby(level="label", sort=False)["cost"].mean()
+    families: dict[str, list[str]] = {}
+    for label in order:
+        families.setdefault(label.partition(" (")[0], []).append(label)
+    lines = [_line(both, means, "baseline", 1.0)]
+    for family, labels in families.items():
+        for share in sorted(shares, reverse=True) if family != "baseline" else ():
+            within = [label for label in labels if means[label] <= share * means["baseline"]]
+            if within:
+                lines.append(_line(both, means, max(within, key=means.get), share))
+    return pd.DataFrame(lines)
+
+
+def _line(both: pd.DataFrame, means: pd.Series, label: str, share: float) -> dict[str, object]:
+    values = both.loc[label]["top1"]
+    mean, low, high = mean_interval(values)
+    found = {"share": share, "method": label.partition(" (")[0], "label": label, "cost": means[label]}
+    return found | {"seeds": len(values), "top1": mean, "low": low, "high": high}
+
+
+def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
+    """The accuracy of every method within each share of the baseline's cost: means over seeds and their 95 % intervals.
+
+    Returns the figure and the rows that it shows.
+    """
+    word, found = _reached(rows, cost)
+    dense, lines = found.iloc[0], found.iloc[1:]
+    families = list(dict.fromkeys(lines["method"]))
+    shares = sorted(set(lines["share"]), reverse=True)
+    bottom = 100 * max(lines["top1"].min(), dense["top1"] - 0.35) - 1
+    with style():
+        figure, axes = plt.subplots(figsize=(8.6, 4.6))
+        axes.axhline(100 * dense["top1"], color="#777777", lw=1, zorder=1)
+        if dense["high"] > dense["low"]:
+            axes.axhspan(100 * dense["low"], 100 * dense["high"], color="#EEEEEE", zorder=0)
+        for place, family in enumerate(families):
+            own = lines[lines["method"] == family]
+            shift = WIDTH * ((place + 0.5) / len(families) - 0.5)
+            x = np.array([shares.index(share) for share in own["share"]]) + shift
+            y = 100 * own["top1"].to_numpy()
+            kind, sunk = look(family, families), y < bottom
+            spread = [np.nan_to_num(100 * (own["top1"] - own["low"])), np.nan_to_num(100 * (own["high"] - own["top1"]))]
+            spread = np.where(sunk, 0, spread)
+            shown = np.maximum(y, bottom)
+            axes.errorbar(x, shown, spread, ls="", lw=1, ecolor=kind["color"], **kind, ms=6, label=wrapped(family, 26))
+            for at, value in zip(x[sunk], y[sunk], strict=True):
+                axes.annotate(
+                    f"{value:.0f}",
+                    (at, bottom),
+                    xytext=(0, -4),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top",
+                    fontsize=7,
+                )
+        axes.set_xticks(range(len(shares)), _names(shares, cost))
+        axes.set(xlabel=f"budget: share of the baseline's {word}", ylabel="top-1 on test images (%)")
+        axes.set_xlim(-0.5, len(shares) - 0.5)
+        tops = found[["top1", "high"]].max(axis=1).max()
+        axes.set_ylim(bottom - 2, min(100.0, 100 * tops) + 0.6)
+        axes.grid(visible=False, axis="x")
+        for edge in np.arange(0.5, len(shares) - 1):
+            axes.axvline(edge, color="#EEEEEE", lw=1, zorder=0)
+        figure.legend(loc="outside right upper", fontsize=8)
+        axes.set_title(heading(rows, f"accuracy at equal {word}"))
+        seeds = sorted(set(found["seeds"]))
+        over = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+        note(
+            figure,
+            f"means over {over} of baseline and method, bars: their 95 % t intervals; line and band: the baseline's\n"
+            "each method at its setting that fills the budget most; numbers at the edge: further down",
+        )
+    return figure, _behind(rows, found, cost)
+
+
+def ranks(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
+    """Which method is how good within each share of the baseline's cost: ranks by mean accuracy, the accuracies beside them.
+
+    A method that is out of reach of a share has no rank there. Returns the figure and the rows that it shows.
+    """
+    word, found = _reached(rows, cost)
+    accuracy = found.iloc[1:].pivot(index="method", columns="share", values="top1").sort_index(axis=1, ascending=False)
+    place = accuracy.rank(ascending=False, method="min")
+    order = place.mean(axis=1).sort_values(kind="stable").index
+    accuracy, place = accuracy.loc[order], place.loc[order]
+    with style():
+        figure, axes = plt.subplots(figsize=(2.6 + 0.9 * accuracy.shape[1], 1.5 + 0.34 * len(order)))
+        axes.imshow(place, cmap="Greys_r", vmin=-0.5, vmax=1.6 * len(order), aspect="auto")
+        for (i, j), mean in np.ndenumerate(accuracy.to_numpy()):
+            if not np.isnan(mean):
+                rank = int(place.iloc[i, j])
+                light = rank < 0.35 * len(order)
+                text = f"{rank}   {100 * mean:.1f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
+        axes.set_xticks(range(accuracy.shape[1]), _names(accuracy.columns, cost))
+        axes.set_yticks(range(len(order)), order)
+        axes.set_xlabel(f"budget: share of the baseline's {word}")
+        axes.grid(visible=False)
+        axes.set_title(heading(rows, f"rank and top-1 (%) at equal {word}"))
+        note(figure, "means over seeds; neighbours may not be told apart: see the intervals; empty: out of reach")
+    return figure, _behind(rows, found, cost)
+
+
+def _reached(rows: pd.DataFrame, cost: str) -> tuple[str, pd.DataFrame]:
+    """What a figure calls the cost, and `at_budgets` with a method in it."""
+    found, word = at_budgets(rows, cost), COSTS[cost][0]
+    if len(found) < 2:
+        raise InputError(f"no method is within {SHARES[cost][0]:g} of the baseline's {word}; measure smaller models")
+    return word, found
+
+
+def _names(shares: Sequence[float], cost: str) -> list[str]:
+    return [f"1/{1 / share:.0f}" if cost == "bytes" else f"{share:g}" for share in shares]
+
+
+def _behind(rows: pd.DataFrame, found: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """The rows of accuracy and cost of the models that lines of `at_budgets` are about."""
+    both = pd.concat([across_seeds(rows, metric) for metric in ("top1", cost)])
+    return rows[rows["key"].isin(both["key"][both["label"].isin(found["label"])])]

@@ -1,0 +1,103 @@
+"""Figures of searches for a policy and of the policies found; from rows alone."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vitbench.figures.drawing import COLOURS, heading, look, note, style
+from vitbench.rows.comparison_table import subject, value
+
+POLICY = {
+    "policy_neurons": "neurons",
+    "policy_heads": "heads",
+    "policy_head_dims": "dimensions of a head",
+    "policy_tokens": "tokens",
+}
+
+
+def _line(place: int) -> dict[str, str]:
+    """Colour and stroke of the line at this place."""
+    return {
+        "color": COLOURS[(3, 1, 5, 4, 6, 0)[place % 6]],
+        "ls": ("-", "--", ":", "-.", (0, (6, 3)), (0, (1, 3)))[place % 6],
+    }
+
+
+def search_progress(rows: pd.DataFrame, named: dict[str, list[str]]) -> tuple[Figure, pd.DataFrame]:
+    """The best score so far against the policies scored; name -> labels of the searches (one a seed): mean and range."""
+    rows = subject(rows)
+    shown = rows[
+        (rows["metric"] == "search_score") & rows["label"].isin([label for each in named.values() for label in each])
+    ]
+    with style():
+        figure, axes = plt.subplots(figsize=(7.2, 3.8))
+        for place, (name, labels) in enumerate(named.items()):
+            best = np.array([np.maximum.accumulate(row) for row in shown["samples"][shown["label"].isin(labels)]])
+            x, line = 1 + np.arange(best.shape[1]), _line(place)
+            axes.plot(x, best.mean(0), **line, label=name)
+            axes.fill_between(x, best.min(0), best.max(0), color=line["color"], alpha=0.2, lw=0)
+        late = np.stack([np.maximum.accumulate(row) for row in shown["samples"]])[
+            :, shown["samples"].map(len).min() // 4 :
+        ]
+        axes.set_ylim(late.min() - 0.1 * np.ptp(late), late.max() + 0.1 * np.ptp(late))  # the first steps are far below
+        nats = (shown["unit"] == "nats").all()
+        axes.set(
+            xlabel="policies scored", ylabel="best so far: " + ("-cross-entropy on val" if nats else "top-1 on val")
+        )
+        axes.set_title(heading(rows, "search for a policy"))
+        axes.legend(fontsize=8, loc="lower right")
+        seeds = min(len(labels) for labels in named.values())
+        note(figure, f"line: mean of {seeds} seeds; band: the worst and the best of them")
+    return figure, shown
+
+
+def policies(rows: pd.DataFrame, named: dict[str, str]) -> tuple[Figure, pd.DataFrame]:
+    """What the best policy of each search leaves of every block, over depth; label -> name."""
+    rows = subject(rows)
+    shown = rows[rows["metric"].isin(POLICY) & rows["label"].isin(named)]
+    with style():
+        cut = {metric: what for metric, what in POLICY.items() if _differs(shown[shown["metric"] == metric])}
+        figure, panels = plt.subplots(1, len(cut), figsize=(10.4, 3.1), squeeze=False)
+        for axes, (metric, what) in zip(panels[0], cut.items(), strict=True):
+            for place, (label, name) in enumerate(named.items()):
+                left = shown["samples"][(shown["metric"] == metric) & (shown["label"] == label)].iloc[-1]
+                axes.step(range(len(left)), left, where="mid", **_line(place), label=name)
+            axes.set(xlabel="block", ylabel=f"{what} left")
+            axes.set_ylim(bottom=0)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        panels[0, -1].legend(fontsize=8, loc="lower left")
+        figure.suptitle(heading(rows, "what the policy leaves"), fontsize=10)
+    return figure, shown
+
+
+def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]]) -> tuple[Figure, pd.DataFrame]:
+    """Top-1 against the multiply-accumulates left, a line for each kind of policy, a panel for each name.
+
+    `panels`: name -> {(budget, kind): label}.
+    """
+    rows, shown = subject(rows), []
+    dense, whole = value(rows, "baseline", "macs"), value(rows, "baseline", "top1")
+    with style():
+        figure, drawn = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), sharey=True, squeeze=False)
+        for axes, (name, labels) in zip(drawn[0], panels.items(), strict=True):
+            kinds = list(dict.fromkeys(kind for _, kind in labels))
+            axes.axhline(100 * whole["value"], color="black", lw=1, ls=":", label="baseline")
+            for kind in kinds:
+                own = [label for (_, other), label in labels.items() if other == kind]
+                macs, top1 = ([value(rows, label, metric) for label in own] for metric in ("macs", "top1"))
+                shown += [*macs, *top1]
+                x, y = [row["value"] / dense["value"] for row in macs], [100 * row["value"] for row in top1]
+                reach = [[100 * abs(row[end] - row["value"]) for row in top1] for end in ("low", "high")]
+                axes.errorbar(x, y, yerr=reach, capsize=2, label=kind, **look(kind, kinds))
+            axes.set(xlabel="multiply-accumulates left, of the baseline's", title=name)
+        drawn[0, 0].set_ylabel("top-1 (%)")
+        drawn[0, -1].legend(fontsize=8)
+        figure.suptitle(heading(rows, "one kind of unit, or all of them"), fontsize=10)
+        note(figure, "bars: 95 % intervals; a kind that is missing could not reach the budget")
+    return figure, pd.DataFrame([dense, whole, *shown])
+
+
+def _differs(rows: pd.DataFrame) -> bool:
+    """Whether any policy leaves another count in any block than elsewhere: what none of them cuts needs no panel."""
+    return len(rows) > 0 and np.unique(np.concatenate(rows["samples"].tolist())).size > 1

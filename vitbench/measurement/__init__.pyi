@@ -1,0 +1,27 @@
+from .backends import (
+    BACKENDS as BACKENDS,
+    Call as Call,
+    Prepared as Prepared,
+    available as available,
+    checked as checked,
+    make_call as make_call,
+    obstacle as obstacle,
+    onnx_call as onnx_call,
+    onnx_file as onnx_file,
+    openvino_call as openvino_call,
+    openvino_model as openvino_model,
+)
+from .cost import (
+    Value as Value,
+    about as about,
+    count_macs as count_macs,
+    count_params as count_params,
+)
+from .measuring import measure as measure
+from .timing import (
+    race as race,
+    shared_rounds as shared_rounds,
+    slots as slots,
+    values as values,
+)
+from .token_scaling import scaling as scaling

@@ -1,0 +1,62 @@
+"""All compression methods: the files of this folder, found by themselves, and what is done with any of them."""
+
+import copy
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitbench.base.configs import Config
+from vitbench.base.errors import InputError, one_of
+from vitbench.data.splits import ImageData
+from vitbench.methods.method import METHODS, Method
+from vitbench.model.recipe import Step
+
+
+def method_of(config: Config) -> Method:
+    """The method that a config belongs to."""
+    for method in METHODS.values():
+        if type(config) is method.config:
+            return method
+    kinds = ", ".join(method.config.__name__ for method in METHODS.values())
+    raise InputError(f"{type(config).__name__} is not a method's config; allowed: {kinds}")
+
+
+def make_config(name: str, values: dict[str, Any] | None = None) -> Config:
+    """The config of the method `name` with `values` in place of its defaults, inside nested configs too."""
+    config = METHODS[one_of("method", name, METHODS)].config
+    defaults, values = config().to_dict(), dict(values or {})
+    for key, given in values.items():
+        if isinstance(given, dict) and isinstance(defaults.get(key), dict):
+            values[key] = {**defaults[key], **given}
+    return config(**values)
+
+
+def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageData | None = None) -> nn.Module:
+    """Apply one method, or several in order, to a copy of `model`.
+
+    Args:
+        model: a Vision Transformer made by vitbench; it is not changed.
+        configs: one method's config, or a list of them (a combination).
+        data: images for the methods that calibrate or train; never its test split.
+
+    Returns:
+        The compressed model; one that a method trained has a `history`, as `vitbench.training.train` returns it.
+    """
+    result = copy.deepcopy(model)
+    for config in [configs] if isinstance(configs, Config) else configs:
+        method = method_of(config)
+        result = method.handler(result, config, data)
+        steps = (*result.recipe.methods, Step(method=method.name, config=config.to_dict()))
+        result.recipe = result.recipe.having(methods=steps)
+    return result.requires_grad_(False).eval()
+
+
+for _module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    importlib.import_module(f"vitbench.methods.{_module.name}")
+_by_file = sorted(METHODS.items(), key=lambda item: item[1].handler.__module__)  # whichever was imported first
+METHODS.clear()
+METHODS.update(_by_file)

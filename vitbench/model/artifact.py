@@ -1,0 +1,209 @@
+"""A model on disk: a folder with `model.safetensors` and `recipe.json`, and nothing that could be executed."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from vitbench.base.configs import Config, digest
+from vitbench.base.errors import InputError, one_of
+from vitbench.base.files import Kind, atomic_folder, write_tensors, write_text
+from vitbench.model import vit
+from vitbench.model.layers import RUNTIME_LAYERS
+from vitbench.model.recipe import Recipe
+
+WEIGHTS, RECIPE, SHARED = "model.safetensors", "recipe.json", "shared."
+KIND = Kind("a saved model", RECIPE, frozenset({"recipe", "sha256"}), lambda _: [WEIGHTS])
+
+
+class Manifest(Config):
+    """The content of recipe.json: the recipe, the SHA-256 of the weights file beside it, and the start of that of both.
+
+    Files of before there was the last do not have it.
+    """
+
+    recipe: Recipe
+    sha256: str
+    check: str = ""
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The model's recipe with its present structure filled in.
+
+    Raises:
+        InputError: the model was not made by vitbench, so that nothing says how to rebuild it.
+    """
+    if not isinstance(getattr(model, "recipe", None), Recipe):
+        raise InputError(
+            f"this {type(model).__name__} has no recipe to rebuild it from; "
+            "make the model with vitbench.create_model, vitbench.baseline or vitbench.load"
+        )
+    specs = {
+        name: {"layer": type(module).__name__, **module.spec()}
+        for name, module in model.named_modules()
+        if type(module).__name__ in RUNTIME_LAYERS
+    }
+    shared = {name.removeprefix(SHARED): spec for name, spec in specs.items() if name.startswith(SHARED)}
+    layers = {name: spec for name, spec in specs.items() if not name.startswith(SHARED)}
+    return model.recipe.having(layers=layers, shared=shared)
+
+
+def save(model: nn.Module, path: str | Path) -> Path:
+    """Write the model to the folder `path`, which appears whole or not at all. Same model, same bytes.
+
+    Raises:
+        InputError: the folder holds something else than a saved model, or cannot be written.
+    """
+    path, recipe = Path(path).expanduser(), recipe_of(model)
+    stored = getattr(torch, recipe.storage)
+    tensors = {
+        key: (value.to(stored) if value.is_floating_point() else value).detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+    }
+    try:
+        with atomic_folder(path, KIND) as fresh:
+            write_tensors(fresh / WEIGHTS, tensors)
+            content = Manifest(recipe=recipe, sha256=_sha256(fresh / WEIGHTS)).to_dict()
+            content["check"] = _check(content)
+            write_text(fresh / RECIPE, json.dumps(content, sort_keys=True, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"the model could not be written to {str(path)!r} ({error.strerror}); free some space or choose another folder"
+        ) from error
+    return path
+
+
+def load(path: str | Path) -> nn.Module:
+    """Read a model that `save` wrote. Nothing in the folder is executed; sizes, names and the checksum are checked.
+
+    Raises:
+        InputError: not such a folder, a damaged file, or tensors that do not fit the recipe.
+    """
+    path = Path(path).expanduser()
+    manifest = read_manifest(path)
+    recipe = manifest.recipe
+    if _sha256(path / WEIGHTS) != manifest.sha256:
+        raise InputError(
+            f"{str(path / WEIGHTS)!r} is damaged (its checksum is not the recipe's); make or copy it again"
+        )
+    model = _structure(path, recipe)
+    try:
+        tensors = load_file(path / WEIGHTS)
+        model.load_state_dict(
+            {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()},
+            assign=True,
+        )
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the tensors in {str(path)!r} do not fit its recipe: {reason}") from None
+    model.recipe = recipe
+    return model.requires_grad_(False).eval()
+
+
+def _structure(path: Path, recipe: Recipe) -> nn.Module:
+    """The model that a recipe describes, on the meta device: timm's structure with runtime layers in their places."""
+    model = vit.skeleton(recipe.architecture)
+    for name in recipe.shared:
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise InputError(f"the recipe of {str(path)!r} has a shared module {name!r}; allowed are plain names")
+    if recipe.shared:
+        model.shared = nn.ModuleDict({name: _empty_layer(path, spec) for name, spec in recipe.shared.items()})
+    for name, spec in sorted(recipe.layers.items()):  # a layer comes before the layers inside it
+        one_of("layer in the recipe", name, dict(model.named_modules()))
+        layer = _empty_layer(path, spec)
+        vit.replace_module(model, name, layer)
+        if hasattr(layer, "connect"):
+            one_of("shared module in the recipe", layer.shared, recipe.shared)
+            layer.connect(model.shared)
+    return model
+
+
+def _empty_layer(path: Path, spec: dict[str, Any]) -> nn.Module:
+    layer = RUNTIME_LAYERS[one_of("runtime layer", spec.get("layer"), RUNTIME_LAYERS)]
+    try:
+        with torch.device("meta"):
+            return layer(**{key: value for key, value in spec.items() if key != "layer"})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the recipe of {str(path)!r} does not fit {layer.__name__} ({error})") from None
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The recipe of a saved model and its checksum, without reading the weights."""
+    path = Path(path).expanduser()
+    if not (path / RECIPE).is_file() or not (path / WEIGHTS).is_file():
+        raise InputError(f"{str(path)!r} is not a saved model; give a folder with {WEIGHTS} and {RECIPE}")
+    try:
+        content = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+        manifest = Manifest(**content)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{str(path / RECIPE)!r} is damaged ({error}); make or copy the model again") from None
+    if manifest.check and manifest.check != _check(content):
+        raise InputError(f"{str(path / RECIPE)!r} is damaged (its checksum is another); make or copy the model again")
+    return manifest
+
+
+def _check(content: dict[str, Any]) -> str:
+    """The start of the SHA-256 of all that recipe.json holds, but of this."""
+    facts = {key: value for key, value in content.items() if key != "check"}
+    return digest(facts)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of the model's tensors as they are in memory."""
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """16 hex digits of all that decides what a model answers: its recipe, its modules with their settings, its tensors.
+
+    Models of one set of tensors and other attention, fewer tokens or other wrappers around them have other digests.
+    """
+    modules = [
+        [name, f"{type(module).__module__}.{type(module).__qualname__}", _settings(module)]
+        for name, module in model.named_modules()
+    ]
+    return digest([model.recipe.to_dict(), modules, weights_hash(model)])
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """What a module says of itself; addresses in memory, which change with every process, are left out."""
+    return [re.sub(r"0x[0-9a-f]+", "", module.extra_repr()), module.spec() if hasattr(module, "spec") else None]
+
+
+def size_on_disk(path: str | Path) -> int:
+    """Bytes of the model's files."""
+    return sum((Path(path) / name).stat().st_size for name in (WEIGHTS, RECIPE))
+
+
+def parts(path: str | Path) -> dict[str, int]:
+    """Bytes on disk by what they hold; their sum is `size_on_disk`."""
+    held = dict.fromkeys(
+        ("block weights", "shared factors", "patch embedding and head", "norms, biases, embeddings"), 0
+    )
+    for key, tensor in load_file(Path(path) / WEIGHTS).items():
+        parent, _, last = key.rpartition(".")
+        if key.startswith(SHARED):
+            part = "shared factors"
+        elif parent in vit.ENDS and last != "bias":
+            part = "patch embedding and head"
+        elif vit.layer_type(parent) and last != "bias":
+            part = "block weights"
+        else:
+            part = "norms, biases, embeddings"
+        held[part] += tensor.numel() * tensor.element_size()
+    return {**held, "names and recipe": size_on_disk(path) - sum(held.values())}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

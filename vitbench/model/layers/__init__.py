@@ -1,0 +1,36 @@
+"""Runtime layers: what stands in a compressed model in the place of a dense layer or of attention.
+
+A runtime layer can be built empty from its `spec`, so that a file needs no code of the method that made it; codes are
+buffers, so that they are saved as they are.
+"""
+
+from vitbench.model.layers.attention import ExactNystroemAttention, LinearAttention, NystroemAttention, RoundedAttention
+from vitbench.model.layers.factored import FactoredLinear, LowRankLinear, SharedFactor, SplitLinear
+from vitbench.model.layers.int8 import DynamicInt8Linear, StaticInt8Linear, StaticInt8Rounding, flop_formulas
+from vitbench.model.layers.packed import PackedConv2d, PackedLinear, pack, unpack
+from vitbench.model.layers.registry import RUNTIME_LAYERS
+from vitbench.model.layers.rounded import Log2Rounded, Rounded, RoundedNorm, rounded
+
+__all__ = [
+    "RUNTIME_LAYERS",
+    "DynamicInt8Linear",
+    "ExactNystroemAttention",
+    "FactoredLinear",
+    "LinearAttention",
+    "Log2Rounded",
+    "LowRankLinear",
+    "NystroemAttention",
+    "PackedConv2d",
+    "PackedLinear",
+    "Rounded",
+    "RoundedAttention",
+    "RoundedNorm",
+    "SharedFactor",
+    "SplitLinear",
+    "StaticInt8Linear",
+    "StaticInt8Rounding",
+    "flop_formulas",
+    "pack",
+    "rounded",
+    "unpack",
+]

@@ -1,0 +1,86 @@
+"""What a model is, in words that a file can keep: enough to rebuild its structure and to say where it came from."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from vitbench.base.configs import Config
+
+Reduction = Literal["cls_attention", "hsic", "hsic_cls", "merge"]  # see `vitbench.model.tokens`
+
+
+class BlockShape(Config):
+    """The sizes of one block: heads, dimensions of each head, hidden neurons, and tokens left after its attention.
+
+    `tokens` counts class and fused tokens; None leaves as many as came in.
+    """
+
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    neurons: int = Field(ge=1)
+    tokens: int | None = Field(default=None, ge=2)
+
+
+class Architecture(Config):
+    """A timm (or vitbench) Vision Transformer by name, with what was changed from the name's defaults.
+
+    `blocks` holds the sizes of the blocks where something was removed, else nothing; `reduction` how tokens are chosen;
+    `distillation_token` whether a second class token with a head of its own was added (DeiT); `global_pool` what the head
+    reads where that is not the name's own ("avg": the mean of the patch tokens, as a fine-tuned MAE).
+    """
+
+    name: str
+    num_classes: int = Field(ge=1)
+    img_size: int = Field(ge=1)
+    depth: int | None = Field(default=None, ge=1)
+    blocks: tuple[BlockShape, ...] = ()
+    reduction: Reduction | None = None
+    distillation_token: bool = False
+    global_pool: Literal["avg"] | None = None
+
+
+class Preprocess(Config):
+    """How an image becomes the model's input: resize, centre crop, scale to [0, 1], subtract `mean`, divide by `std`.
+
+    The shorter side is resized to floor(size / crop_pct) pixels before a crop of size x size; crop_pct = 1 with a
+    square image is a plain resize.
+    """
+
+    size: int = Field(ge=1)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
+    crop_pct: float = Field(default=1.0, gt=0, le=1)
+
+
+class Step(Config):
+    """One compression method that was applied, with its config."""
+
+    method: str
+    config: dict[str, Any]
+
+
+class Recipe(Config):
+    """The description that travels with a model: structure, input, origin, and the methods applied in order.
+
+    `layers` maps a module's name to the runtime layer that stands in its place (see `vitbench.model.layers`), and `shared`
+    names the modules that several layers share. `storage` is how floating-point tensors lie on disk; in memory they are
+    float32.
+    `origin` says how the weights were made: training config, data, seed, starting weights. A student of another
+    architecture than the model that it was distilled from keeps that one's origin, and its name as `original`.
+    """
+
+    format: Literal[1] = 1
+    architecture: Architecture
+    preprocess: Preprocess
+    origin: dict[str, Any] = {}
+    original: str = ""
+    methods: tuple[Step, ...] = ()
+    layers: dict[str, dict[str, Any]] = {}
+    shared: dict[str, dict[str, Any]] = {}
+    storage: Literal["float32", "float16"] = "float32"
+
+    @property
+    def method(self) -> str:
+        """`baseline`, or the names of the methods in the order they were applied, joined by `+`."""
+        return "+".join(step.method for step in self.methods) or "baseline"

@@ -1,0 +1,165 @@
+"""T2T-ViT's embedding: overlapping windows and two narrow attention layers in the place of one convolution.
+
+Yuan et al. 2021, "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet" (arXiv:2101.11986),
+section 3. This is the variant with the ordinary softmax attention (T2T-ViT_t), not the one with Performer. The blocks
+behind it are timm's, so that whatever applies to a ViT's blocks applies to T2T-ViT's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm, Mlp
+from torch import Tensor, nn
+
+from vitbench.base.errors import InputError
+
+SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride and padding of each soft split
+REDUCTION = 16  # pixels of the image on a token's side: the product of the strides
+WIDTH = 64  # of the tokens between two splits
+
+T2T_VITS = {
+    "t2t_vit_t_14": {"embed_dim": 384, "depth": 14, "num_heads": 6},
+    "t2t_vit_t_19": {"embed_dim": 448, "depth": 19, "num_heads": 7},
+    "t2t_vit_t_24": {"embed_dim": 512, "depth": 24, "num_heads": 8},
+}
+
+
+class TokenAttention(nn.Module):
+    """Attention of one head from `dim` to `width` features; as the widths differ, the values are the skip connection."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.scale, self.fused_attn = width**-0.5, True
+        self.qkv = nn.Linear(dim, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, dim) -> (B, N, width)."""
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, width) each: the fused kernel wants heads
+        if self.fused_attn:
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            mixed = (self.scale * q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return (v + self.proj(mixed)).squeeze(1)
+
+
+class TokenLayer(nn.Module):
+    """One layer between two splits: attention and an MLP of ratio 1, each behind a norm."""
+
+    def __init__(self, dim: int, width: int = WIDTH):
+        super().__init__()
+        self.norm1, self.attn = LayerNorm(dim), TokenAttention(dim, width)
+        self.norm2, self.mlp = LayerNorm(width), Mlp(width, hidden_features=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, dim) -> (B, N, width)."""
+        x = self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-accumulates for one image: q, k, v and the two products of attention, then three square layers."""
+        dim, width = self.norm1.normalized_shape[0], self.norm2.normalized_shape[0]
+        return tokens * 3 * dim * width + 2 * tokens**2 * width + 3 * tokens * width**2
+
+
+class TokensToToken(nn.Module):
+    """The embedding of T2T-ViT, for timm's `VisionTransformer(embed_layer=TokensToToken)`.
+
+    A soft split makes one token of all pixels in a window; windows overlap. Two layers mix the tokens, and after each
+    the tokens, laid out as an image again, are split anew. `proj` takes the last tokens to the width of the blocks.
+    The first layer attends over (size / 4)^2 tokens: 3136 at 224 pixels, 39 MB for an image where it is written out.
+
+    Args:
+        img_size: height and width in pixels.
+        patch_size: the splits fix it; 16 alone is allowed.
+        dynamic_img_pad: not supported.
+
+    Raises:
+        InputError: images smaller than the splits can take, another patch size, padding.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = REDUCTION,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        dynamic_img_pad: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if patch_size != REDUCTION or dynamic_img_pad:
+            raise InputError(
+                f"T2T-ViT was given patch_size={patch_size} and dynamic_img_pad={dynamic_img_pad}; its splits allow "
+                f"patch_size={REDUCTION} and no padding: leave both out and set img_size"
+            )
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.patch_size, self.grids = (REDUCTION, REDUCTION), _grids(self.img_size)
+        self.grid_size = self.grids[-1]
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        widths = [channels * kernel**2 for channels, (kernel, _, _) in zip((in_chans, WIDTH, WIDTH), SPLITS)]
+        self.layers = nn.ModuleList(TokenLayer(width) for width in widths[:-1])
+        self.proj = nn.Linear(widths[-1], embed_dim, bias=bias)
+        self.to(device=device, dtype=dtype)
+
+    def unseen(self) -> int:
+        """Rows and columns of pixels at the end that no window of the first split has in it; later splits see all."""
+        kernel, stride, padding = SPLITS[0]
+        return max(0, (self.img_size[0] + 2 * padding - kernel) % stride - padding)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels on a token's side, as timm asks for it."""
+        return REDUCTION if as_scalar else self.patch_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> tokens (B, N, embed_dim).
+
+        Raises:
+            InputError: images of another size than the model's.
+        """
+        if tuple(x.shape[-2:]) != self.img_size:
+            given, own = ("x".join(str(pixels) for pixels in size) for size in (x.shape[-2:], self.img_size))
+            raise InputError(f"images of {given} pixels were given to a model for {own}; resize them, or set img_size")
+        x = _soft_split(x, *SPLITS[0])
+        for layer, grid, split in zip(self.layers, self.grids, SPLITS[1:]):
+            x = _soft_split(layer(x).transpose(1, 2).unflatten(2, grid), *split)
+        return self.proj(x)
+
+    def macs(self) -> int:
+        """Multiply-accumulates for one image, from shapes alone; a split moves values and counts as nothing."""
+        tokens = [height * width for height, width in self.grids]
+        inner = sum(layer.macs(n) for layer, n in zip(self.layers, tokens))
+        return inner + tokens[-1] * self.proj.in_features * self.proj.out_features
+
+
+def sinusoids(positions: int, width: int) -> Tensor:
+    """Position codes (positions, width): sines in even columns, cosines in odd (Vaswani et al. 2017, section 3.5).
+
+    T2T-ViT keeps them fixed; here they are what timm's learned position embedding starts from.
+    """
+    place, pair = torch.arange(positions)[:, None], torch.arange(width) // 2
+    angle = place / 10000 ** (2 * pair / width)
+    return torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
+
+
+def _soft_split(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """(B, C, H, W) -> one token (C * kernel^2 values) for each window, (B, N, C * kernel^2)."""
+    return F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)
+
+
+def _grids(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Tokens down and across after each split."""
+    grids, sides = [], size
+    for kernel, stride, padding in SPLITS:
+        sides = tuple((side + 2 * padding - kernel) // stride + 1 for side in sides)
+        grids.append(sides)
+    if min(min(sides) for sides in grids) < 1:
+        kernel, _, padding = SPLITS[0]
+        raise InputError(
+            f"an image size of {min(size)} pixels is too small for the splits of T2T-ViT; "
+            f"allowed: {kernel - 2 * padding} pixels or more, {REDUCTION} for each token on a side"
+        )
+    return grids

@@ -1,0 +1,205 @@
+"""What knows timm's Vision Transformers: names, preprocessing, layer types; their blocks inside are blocks.py's."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vitbench.base.errors import InputError
+from vitbench.model import blocks, checkpoints, names
+from vitbench.model.macs import analytic_macs as analytic_macs
+from vitbench.model.recipe import Architecture, Preprocess, Recipe
+from vitbench.model.t2t import T2T_VITS
+
+LINEAR_TYPES = ("qkv", "proj", "fc1", "fc2")
+ENDS = ("patch_embed.proj", "head", "head_dist")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    depth: int | None = None,
+    pretrained: bool = False,
+    checkpoint: str | Path = "",
+    ema: bool = True,
+    new_head: bool = False,
+    seed: int = 0,
+) -> VisionTransformer:
+    """Make a Vision Transformer with a `recipe` attribute. What was done to make a checkpoint fit is printed, in one line.
+
+    Args:
+        name: one of vitbench's own (`names.SMALL_VITS`, `t2t.T2T_VITS`) or any timm name whose class is VisionTransformer.
+        num_classes: outputs of the head; None keeps the name's own.
+        img_size: input height and width in pixels, a multiple of the patch's; None keeps the name's own.
+        depth: how many blocks; None keeps the name's own.
+        pretrained: load timm's weights (needs the network once).
+        checkpoint: weights for this model: a .safetensors file or one that torch.save wrote, in the names of timm or
+            transformers (`vitbench.model.checkpoints`), loaded without executing anything in it.
+        ema: where the checkpoint also has weights averaged over training, take those.
+        new_head: where the weights have no head for `num_classes`, start a random one; it has to be trained before it is
+            worth measuring.
+        seed: of the random start.
+
+    Raises:
+        InputError: unknown name, another kind of model, a size that its patches do not cover, weights that do not fit.
+    """
+    names.check_name(name)
+    for what, value in (("num_classes", num_classes), ("img_size", img_size), ("depth", depth)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{what} = {value!r}: give a whole number from 1 up (images are square)")
+    if pretrained and (name in names.OWN_VITS or not timm.is_model_pretrained(name)):
+        raise InputError(
+            f"there are no pretrained weights for {name!r}; set pretrained=False and train it, or give a checkpoint"
+        )
+    if pretrained and checkpoint:
+        raise InputError("both pretrained=True and a checkpoint were given; give one of them")
+    weights = checkpoints.read(checkpoint, averaged=ema) if checkpoint else None
+    changes, pool = {"num_classes": num_classes, "img_size": img_size, "depth": depth}, None
+    model = names.made(name, pretrained, seed, **changes)
+    if weights and checkpoints.pools_tokens(weights, model):
+        pool = "avg"
+        model = names.made(name, False, seed, global_pool=pool, **changes)
+    if model.num_classes < 1:
+        raise InputError(
+            f"{name!r} has no classes of its own; say how many: num_classes=10, or --classes 10 in a command"
+        )
+    names.check_size(model, name)
+    size = model.patch_embed.img_size[0]
+    architecture = Architecture(name=name, num_classes=model.num_classes, img_size=size, depth=depth, global_pool=pool)
+    origin, said, lacking = {"start": "random", "head": "random"}, (), ""
+    if pretrained:
+        known = model.pretrained_cfg["num_classes"]
+        lacking = "" if model.num_classes == known else f"they are for {known}"
+        start = f"timm:{name.split('.')[0]}.{model.pretrained_cfg.get('tag', '')}".rstrip(".")
+        origin = {"start": start, "head": "random" if lacking else "same"}
+    if weights:
+        done, lacking = checkpoints.load(model, weights)
+        said = (*weights.said, *(["tokens averaged before the norm"] if pool else []), *done)
+        said += (f"new random head for {model.num_classes} classes ({lacking})",) if lacking else ()
+        origin = {"start": weights.start, "head": "random" if lacking else "same"}
+        origin |= {"taken": "; ".join(said)} if said else {}
+    if lacking and not new_head:
+        raise InputError(
+            f"the weights of {weights.file if weights else name} have no head for {model.num_classes} classes ({lacking}), "
+            "and a random one answers by chance: give the number of classes that they have, train (train.epochs above 0), "
+            "or give new_head=True and train the model yourself"
+        )
+    if said:
+        print(f"took {weights.file}: {'; '.join(said)}")
+    model.recipe = Recipe(architecture=architecture, preprocess=_preprocess(model, name), origin=origin)
+    return model.eval()
+
+
+def skeleton(architecture: Architecture) -> VisionTransformer:
+    """The structure of `architecture` without memory behind it (on the meta device)."""
+    names.check_name(architecture.name)
+    with torch.device("meta"):
+        changes = {key: getattr(architecture, key) for key in ("num_classes", "img_size", "depth", "global_pool")}
+        model = names.construct(architecture.name, False, weight_init="skip", **changes)
+        if architecture.distillation_token:
+            add_distillation_token(model)
+        blocks.build(model, architecture)
+        return model
+
+
+def add_distillation_token(model: VisionTransformer) -> None:
+    """Make `model` timm's VisionTransformerDistilled, in place: a second class token with a head of its own.
+
+    (DeiT, Touvron et al. 2021, section 4.) Both start as copies of the first. The answer is the mean of both heads'.
+    """
+    if isinstance(model, VisionTransformerDistilled):
+        return
+    if model.num_prefix_tokens != 1 or model.global_pool != "token" or isinstance(model.blocks, blocks.TokenBlocks):
+        raise InputError(
+            "a distillation token needs a model with one class token, which it reads, and no fewer tokens on the way"
+        )
+    model.__class__ = VisionTransformerDistilled  # they differ in the second token and in the reading of both alone
+    model.num_prefix_tokens, model.distilled_training = 2, False
+    model.dist_token = nn.Parameter(model.cls_token.detach().clone())
+    if not model.no_embed_class:
+        place = model.pos_embed.detach()
+        model.pos_embed = nn.Parameter(torch.cat([place[:, :1], place], dim=1))
+    model.head_dist = copy.deepcopy(model.head)
+
+
+def _preprocess(model: VisionTransformer, name: str) -> Preprocess:
+    size = model.patch_embed.img_size[0]
+    if name in names.SMALL_VITS:
+        return Preprocess(size=size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
+    # what is not said here is timm's default: bicubic, with ImageNet's mean and deviation
+    config = timm.data.resolve_model_data_config(model, pretrained_cfg={"crop_pct": 0.9} if name in T2T_VITS else None)
+    return Preprocess(
+        size=size,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+    )
+
+
+def layer_type(name: str) -> str:
+    """Which of `LINEAR_TYPES` the module called `name` is or is a part of; "" for all else."""
+    parts = name.split(".")
+    return next((part for part in parts if part in LINEAR_TYPES), "") if parts[0] == "blocks" else ""
+
+
+def linears(model: nn.Module, types: tuple[str, ...] = LINEAR_TYPES) -> dict[str, nn.Linear]:
+    """The dense linear layers of the blocks by name, those inside a layer that was factored or split included."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if layer_type(name) in types and isinstance(module, nn.Linear)
+    }
+
+
+def ends(model: nn.Module) -> dict[str, nn.Module]:
+    """The dense layers at the two ends by name: the patch embedding's projection and the classifier (or both of them)."""
+    found = {name: model.get_submodule(name) for name in ENDS if hasattr(model, name.partition(".")[0])}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module called `name`, in place."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def dense_layers(model: nn.Module, types: Sequence[str]) -> dict[str, dict[str, nn.Linear]]:
+    """Type -> the dense linear layers of that type by name, at least one in each block.
+
+    Raises:
+        InputError: some blocks have no dense layer of a type.
+    """
+    found = {kind: linears(model, (kind,)) for kind in types}
+    for kind, layers in found.items():
+        blocks = {name.split(".")[1] for name in layers}
+        if len(blocks) < len(model.blocks):
+            raise InputError(
+                f"{model.recipe.architecture.name} has a dense {kind} layer in {len(blocks)} of {len(model.blocks)} blocks "
+                f"(compressed already, or of another design); give the uncompressed model, or layers without {kind}"
+            )
+    return found
+
+
+def embedded(model: VisionTransformer, x: Tensor) -> Tensor:
+    """The tokens (B, N, d) that the first block gets for images x (B, 3, H, W)."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+
+
+def token_count(model: VisionTransformer) -> int:
+    """Tokens in the blocks for one image: patches and class or register tokens."""
+    return model.patch_embed.num_patches + model.num_prefix_tokens
+
+
+def set_fused_attention(model: nn.Module, fused: bool) -> None:
+    """Choose between torch's fused attention kernel and the written-out softmax, in place."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused

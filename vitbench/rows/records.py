@@ -1,0 +1,209 @@
+"""The one row schema and its append-only store, `records.jsonl`: one JSON object a metric.
+
+A row that exists is complete; one that was interrupted does not exist. The `key` says what was measured, so work
+whose key is there already is not done again.
+"""
+
+import math
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+from pydantic import Field, model_validator
+
+from vitbench.base.configs import Config, digest, explain
+from vitbench.base.errors import InputError
+from vitbench.base.files import append_bytes
+from vitbench.base.locks import locked
+
+SCHEMA_VERSION = 1
+SOURCES = ("measured", "modelled", "estimated")  # what a source begins with
+IDENTITY = ("model", "dataset", "data_fingerprint", "method", "config", "seed", "metric", "context")
+GROUPS = ("accuracy", "size", "weights", "outputs", "latency", "memory")  # of metrics, as `measure` takes them
+DEVICE_GROUPS = ("startup", "limit", "energy", "roofline")  # only if asked for
+
+
+class Row(Config):
+    """One metric of one model.
+
+    Attributes:
+        key: hash of what was measured: model, data, method, config, seed, metric and context.
+        time: when, in UTC.
+        status: ok, failed (then `error` says why), or skipped (then `error` says why it cannot be had).
+        dataset, data_fingerprint: the image set and the hash of its content and splits.
+        method: `baseline` for the uncompressed model; names joined by + for a combination.
+        config: where the weights came from and each method's config.
+        value, unit: top1 and top5 are fractions, latency is in ms, bytes and peak_rss in bytes.
+        source: `measured`, `modelled` or `estimated`, and by what.
+        low, high: 95 % interval, where there is one.
+        context: backend, batch, threads, device, artifact (the start of the weights file's SHA-256), ...
+        samples: raw values, where there are some.
+        hits: of an accuracy, which images were answered right, in the split's order (see `statistics.pack_hits`).
+        env_id: names a file in `environments/` beside the records.
+        commit: of this package's source.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    key: str = ""
+    time: str = ""
+    status: Literal["ok", "failed", "skipped"] = "ok"
+    error: str = ""
+    model: str
+    dataset: str
+    data_fingerprint: str
+    method: str
+    config: dict[str, Any] = {}
+    seed: int = 0
+    metric: str
+    value: float | None = Field(default=None, strict=True)
+    unit: str = ""
+    source: str = ""
+    low: float | None = Field(default=None, strict=True)
+    high: float | None = Field(default=None, strict=True)
+    context: dict[str, Any] = {}
+    samples: list[float] | None = None
+    hits: str = Field(default="", pattern=r"^[0-9a-f]*$")
+    env_id: str = Field(default="", pattern=r"^[0-9a-f]*$")
+    commit: str = ""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.status == "ok" and (self.value is None or not math.isfinite(self.value)):
+            raise ValueError(f"an ok row needs a finite value, {self.metric} has {self.value}")
+        if self.status == "ok" and not self.source.startswith(SOURCES):
+            raise ValueError(f"source = {self.source!r}: it starts with measured, modelled or estimated")
+        if self.status != "ok" and not self.error:
+            raise ValueError(f"a {self.status} row needs an error")
+        return self
+
+    def stamped(self, env_id: str = "", commit: str = "") -> "Row":
+        """The row with its key, the time, and where it was made."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return self.having(key=self.identity(), time=now, env_id=env_id or self.env_id, commit=commit or self.commit)
+
+    def identity(self) -> str:
+        """The key of this row: 16 hex digits of the hash of what it is about."""
+        facts = self.model_dump(mode="json", include=set(IDENTITY))
+        return digest(facts)
+
+
+def append_rows(path: str | Path, rows: Iterable[Row]) -> int:
+    """Add rows to a records file, all of them or none; a row whose key is there as ok already is left out.
+
+    Several processes may write at once. What a writer that was killed left of a line is moved to `records.jsonl.torn`.
+    Returns how many rows were added.
+
+    Raises:
+        InputError: the file cannot be written; the rows before stay as they were.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(f"{path}.lock"):
+            done = _done(path)
+            new = [row if row.key else row.stamped() for row in rows]
+            new = [row for row in new if row.key.encode() not in done]
+            append_bytes(path, b"".join(map(_line, new)))
+    except OSError as error:
+        raise InputError(
+            f"records {str(path)!r} cannot be written ({error.strerror}); give a folder with free space that you own"
+        ) from None
+    return len(new)
+
+
+_read: dict[
+    Path, tuple[int, bytes, set[bytes]]
+] = {}  # how far this process read a file, its end there, keys of ok rows
+
+
+def _done(path: Path) -> set[bytes]:
+    """The keys of a file's ok rows; of a file that grew only the rest is read."""
+    place, end, done = _read.get(path.absolute(), (0, b"", set()))
+    if not path.exists():
+        return set()
+    with open(path, "rb") as file:
+        file.seek(max(0, place - len(end)))
+        if file.read(len(end)) != end:  # it is another file by now
+            place, done = 0, set()
+            file.seek(0)
+        text = file.read()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        append_bytes(f"{path}.torn", text[whole:] + b"\n")
+        os.truncate(path, place + whole)
+    if whole:
+        end = text[max(0, whole - 100) : whole]
+    done |= set(re.findall(rb'"key":"([0-9a-f]+)"[^\n]*?"status":"ok"', text[:whole]))
+    _read[path.absolute()] = place + whole, end, done
+    return done
+
+
+def _line(row: Row) -> bytes:
+    """A row as its line, with a checksum of what is before it, so that a damaged one is not taken for another number."""
+    text = row.model_dump_json().encode()[:-1]
+    return text + b',"check":"%08x"}\n' % zlib.crc32(text)
+
+
+def read_rows(path: str | Path, having: str = "") -> list[Row]:
+    """All rows of a records file, or of the `records.jsonl` in a folder; every line is checked against the schema.
+
+    having: only lines with this text in them.
+    """
+    path = records_file(path)
+    return [_row(path, number, line) for number, line in lines_of(path) if having.encode() in line]
+
+
+def lines_of(path: Path, after: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The lines of a records file `after` its first so many bytes and their numbers, from 1; a last one that was not
+    written to its end is no line.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"no records at {str(path)!r}; give a results folder or its records.jsonl (`vitbench run` makes one)"
+        )
+    with open(path, "rb") as lines:
+        lines.seek(after)
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                warnings.warn(
+                    f"the last line of {str(path)!r} was not written to its end and is left out", stacklevel=2
+                )
+                return
+            yield number, line
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    text, apart = split_check(line)
+    if apart:
+        raise InputError(_torn(path, number, "its checksum is another: it was changed"))
+    try:
+        return Row.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        raise InputError(_torn(path, number, explain(error, Row))) from None
+
+
+def split_check(line: bytes) -> tuple[bytes, bool]:
+    """A line without its checksum, and whether the two are apart; older lines have none."""
+    text, mark, check = line.rstrip().rpartition(b',"check":"')
+    if not mark or len(check) != 10:
+        return line, False
+    return text + b"}", check[:8] != b"%08x" % zlib.crc32(text)
+
+
+def records_file(path: str | Path) -> Path:
+    """The records file of a results folder; a file stands for itself."""
+    path = Path(path).expanduser()
+    return path / "records.jsonl" if path.is_dir() else path
+
+
+def _torn(path: Path, number: int, why: str) -> str:
+    return (
+        f"line {number} of {str(path)!r} is not a whole row ({why[:200]}); the {number - 1} rows before it are good: "
+        f"keep them with `head -n {number - 1}` into a new file, or take that line out"
+    )

@@ -1,0 +1,180 @@
+"""A results folder: records.jsonl, environments/, models/, figures/, notebooks/ and report.html.
+
+What a row was made on: machine, versions, source. Captured once a process, kept once by its hash.
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+
+from vitbench.base import paths
+from vitbench.base.configs import digest
+from vitbench.base.errors import InputError
+from vitbench.base.files import write_text
+from vitbench.rows.records import Row, append_rows
+from vitbench.rows.row_table import load_records
+from vitbench.version import __version__
+
+MARKS = ("records.jsonl", "environments", "searches", "suite.lock", "sweep.lock")  # what a results folder is known by
+# what results would write over, or be taken for, where somebody else's lies in a folder
+TAKEN = (
+    "notebooks",
+    "figures",
+    "errors",
+    "report.html",
+    "sweep.json",
+    "recipe.json",
+    "model.safetensors",
+    "bundle.json",
+)
+
+
+class Run:
+    """A results folder to add rows, models and figures to.
+
+    Args:
+        folder: an existing or new folder; "" means `results/runs/quick` in the project.
+
+    Raises:
+        InputError: the folder cannot be written, or is none of results and holds what results would write over.
+    """
+
+    def __init__(self, folder: str | Path = ""):
+        folder = Path(folder or paths.home() / "results" / "runs" / "quick").expanduser()
+        _refuse_others(folder)
+        self.folder = paths.writable_folder(folder, "results folder")
+        (self.folder / "environments").mkdir(exist_ok=True)  # from now on it is known as a results folder
+        self.records = self.folder / "records.jsonl"
+        self.models = self.folder / "models"
+        self.figures = self.folder / "figures"
+        self.notebooks = self.folder / "notebooks"
+
+    def append(self, rows: Iterable[Row], facts: dict | None = None) -> None:
+        """Add rows with the environment, this process's or another device's `facts`, and the commit they were made with.
+
+        Rows that have a key already, of another process, stay as they are; `keep_environment` keeps what they name.
+        """
+        env_id = self.keep_environment(facts)
+        append_rows(self.records, [row if row.key else row.stamped(env_id, commit()) for row in rows])
+
+    def keep_environment(self, facts: dict | None = None) -> str:
+        """Keep an environment, by default this process's; returns its name."""
+        return write_environment(self.folder / "environments", facts)
+
+    def done(self) -> set[str]:
+        """Keys of the rows that are there as ok or skipped."""
+        if not self.records.exists():
+            return set()
+        rows = load_records(self.records, latest=False)
+        return set(rows["key"][rows["status"] != "failed"])
+
+    def rows(self) -> pd.DataFrame:
+        """All rows, the latest about each thing."""
+        return load_records(self.records)
+
+
+def _refuse_others(folder: Path) -> None:
+    taken = [name for name in TAKEN if (folder / name).exists()]
+    if taken and not any((folder / name).exists() for name in MARKS):
+        raise InputError(
+            f"{str(folder)!r} holds {taken[0]!r} and no results, so it is left alone; give a new folder or one of results"
+        )
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(backend: str = "") -> str:
+    """What runs a backend: the graphics card or the processor, by name."""
+    return f"cuda: {torch.cuda.get_device_name()}" if backend == "cuda" else f"cpu: {cpu_name()}"
+
+
+@functools.cache
+def environment() -> dict:
+    """Machine and versions; no host name, user or path."""
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    packages = {
+        dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]
+    }
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "int8_engine": torch.backends.quantized.engine,
+        "vnni": torch.cpu._is_vnni_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "gpus": gpus,
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def write_environment(folder: Path, facts: dict | None = None) -> str:
+    """Keep the environment, this process's or another device's `facts`, as `folder`/<id>.json; returns the id, its hash."""
+    facts = environment() if facts is None else facts
+    name = digest(facts, 12)
+    target = folder / f"{name}.json"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(target, json.dumps(facts, indent=1) + "\n")
+    return name
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this package's own source, with "-dirty" if files differ from it; else its version.
+
+    The source has a commit only where the package lies in its own checkout and git tracks it there. A package that is
+    installed or copied into somebody else's project has none, whatever repository is around it.
+    """
+    return commit_of(Path(__file__).resolve().parents[1])
+
+
+def commit_of(package: Path) -> str:
+    """`commit` of the package in that folder."""
+    checkout = package.parent
+    if not (checkout / ".git").exists() or _project(checkout) != package.name:
+        return f"version {__version__}"
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(checkout), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=own).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "--", str(package / "__init__.py"))
+        changed = git("status", "--porcelain", "--", str(package))
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):  # no git, a slow disk, a repository of another user
+        return f"version {__version__}"
+
+
+def _project(checkout: Path) -> str:
+    """The name of the project that a folder holds, or nothing."""
+    try:
+        return tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
+    except (OSError, ValueError, KeyError):
+        return ""

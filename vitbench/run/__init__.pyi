@@ -1,0 +1,33 @@
+from .bench import Bench as Bench
+from .cache import (
+    Made as Made,
+    baseline as baseline,
+    compressed as compressed,
+)
+from .combinations import (
+    CombinationSearch as CombinationSearch,
+    fit_budget as fit_budget,
+    orders as orders,
+    search_combinations as search_combinations,
+    trial_rows as trial_rows,
+)
+from .history import (
+    search_rows as search_rows,
+    training_rows as training_rows,
+)
+from .lessons import (
+    find_lessons as find_lessons,
+    lesson as lesson,
+    parse_setting as parse_setting,
+    read_profile as read_profile,
+)
+from .suite import open_data as open_data
+from .sweep.drive import (
+    METRIC as METRIC,
+    STATE as STATE,
+    latest as latest,
+)
+from .verification import (
+    remake as remake,
+    verify as verify,
+)

@@ -1,0 +1,73 @@
+"""What lessons measure on: a baseline, its images and a results folder; what is made of it is looked up by its label."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from vitbench.base.configs import Config
+from vitbench.data.splits import ImageData
+from vitbench.measurement.measuring import measure
+from vitbench.rows import comparison_table
+from vitbench.rows.runs import Run
+from vitbench.run.cache import Made, compressed
+from vitbench.run.history import search_rows
+
+
+class Bench:
+    """Makes models of one baseline, measures their files against its file, and looks rows up.
+
+    Args:
+        base: the baseline, as `baseline` gives it.
+        data: accuracy is that of its test split; methods train on its train split and choose on the others.
+        run: where the rows go.
+        threads, rounds: of timings (see `measure`).
+    """
+
+    def __init__(self, base: Made, data: ImageData, run: Run, *, threads: int = 2, rounds: int = 60):
+        self.base, self.data, self.run = base, data, run
+        self.timing = {"threads": threads, "rounds": rounds}
+
+    def measured(self, *configs: Config, what: Sequence[str] = ("accuracy", "size"), **how: Any) -> str:
+        """The label of the model that the configs make of the baseline, one after the other, once its file was measured.
+
+        None at all is the baseline itself. The policies that a search tried become rows too. What was made or measured
+        before is not done again, nor what two combinations begin with.
+
+        Args:
+            what: the groups of metrics (see `measure`), as is `how`.
+
+        Raises:
+            InputError: a config that does not fit the model; a group that cannot be measured.
+        """
+        made = self.base
+        for config in configs:
+            made = compressed(made, config, self.data)
+        if made.search:
+            self.run.append(search_rows(self.base.path, self.data, configs[-1], made.search))
+        versus = self.base.path if configs else ""
+        rows = measure(made.path, self.data, self.run, versus=versus, what=what, **self.timing, **how)
+        return comparison_table.label_of(self.run.rows(), rows)
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The baseline's rows and those of what was made of it, with their labels (see `comparison.subject`)."""
+        return comparison_table.subject(self.run.rows())
+
+    def value(
+        self, label: str, metric: str, batch: int | None = None, backend: str = comparison_table.EAGER
+    ) -> pd.Series | None:
+        """The row of a metric (see `comparison.value`), or None."""
+        return comparison_table.value(self.rows, label, metric, batch, backend)
+
+    def percent(self, label: str, backend: str = comparison_table.EAGER) -> str:
+        """Top-1 in per cent with its 95 % interval."""
+        return comparison_table.percent(self.rows, label, backend)
+
+    def points(self, first: str, second: str) -> str:
+        """By how many points of top-1 the first is better than the second, on the same images, with 95 % interval and p."""
+        return comparison_table.points(self.rows, first, second)
+
+    def nats(self, first: str, second: str) -> str:
+        """By how many nats the first's cross-entropy is above the second's, on the same images, likewise."""
+        return comparison_table.nats(self.rows, first, second)

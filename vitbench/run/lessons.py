@@ -1,0 +1,207 @@
+"""The notebooks as data: their order, their parameters, and the profiles that set them.
+
+What a notebook needs of its kernel: parameters of the declared types, and figures that appear under its cells.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from vitbench.base import configs, paths
+from vitbench.base.errors import InputError, one_of
+
+STAGES = ("baseline", "method", "comparison")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A notebook.
+
+    `stage` says when it runs, `minutes` how long its quick run takes, `parameters` name -> type name, and `needs` which
+    splits of the data must hold images.
+    """
+
+    path: Path
+    title: str
+    stage: str
+    minutes: float
+    parameters: dict[str, str]
+    cells: int
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+def lessons_folder(given: str | Path = "") -> Path:
+    """The folder `given`, or the project's own notebooks beside the package; no other folder is looked at.
+
+    Raises:
+        InputError: no such folder, or an installation without notebooks.
+    """
+    if given:
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"--notebooks {str(given)!r} is not a folder; give one that holds notebooks")
+        return folder
+    if (own := paths.checkout()) is None:
+        raise InputError(
+            "this installation of vitbench has no notebooks; get a checkout of the project, or name a folder of "
+            "notebooks that you trust with --notebooks DIR"
+        )
+    return own / "notebooks"
+
+
+def find_lessons(folder: str | Path = "") -> list[Lesson]:
+    """All lessons of a folder (see `lessons_folder`), in the order in which they run.
+
+    Raises:
+        InputError: no such folder, a file that is not a notebook, or one whose metadata are of another form.
+    """
+    lessons = [_lesson(path) for path in sorted(lessons_folder(folder).glob("[0-9]*.ipynb"))]
+    return sorted(lessons, key=lambda lesson: (STAGES.index(lesson.stage), lesson.name))
+
+
+def _lesson(path: Path) -> Lesson:
+    import papermill
+
+    content = configs.read_json(path, "notebook")
+    if not isinstance(content, dict) or content.get("nbformat") != 4:
+        raise InputError(f"{str(path)!r} is not a notebook of format 4; take it out of the folder")
+    try:
+        nbformat.validate(content)
+    except nbformat.ValidationError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{str(path)!r} is not a notebook ({reason}); take it out of the folder") from None
+    notebook = nbformat.read(path, as_version=4)
+    about = notebook.metadata.get("vitbench", {})
+    first = notebook.cells[0].source.partition("\n")[0].lstrip("# ") if notebook.cells else path.stem
+    return Lesson(
+        path=path,
+        title=first,
+        stage=one_of(f"stage of {path.name}", about.get("stage", "method"), STAGES),
+        minutes=float(about.get("minutes", 1)),
+        parameters={name: known["inferred_type_name"] for name, known in papermill.inspect_notebook(path).items()},
+        cells=sum(cell.cell_type == "code" for cell in notebook.cells),
+        needs=tuple(about.get("needs", ())),
+    )
+
+
+def choose(lessons: list[Lesson], only: list[str]) -> list[Lesson]:
+    """The lessons named in `only`, by name or number; all of them if it is empty."""
+    by_name = {lesson.name: lesson.name for lesson in lessons} | {
+        lesson.name.split("_")[0]: lesson.name for lesson in lessons
+    }
+    wanted = {by_name[one_of("notebook", name.removesuffix(".ipynb"), by_name)] for name in only}
+    return [lesson for lesson in lessons if not only or lesson.name in wanted]
+
+
+def profiles(folder: str | Path = "") -> dict[str, Path]:
+    """Profile name -> papermill parameter file, of the folder's `profiles/` (see `lessons_folder`)."""
+    found = {path.stem: path for path in (lessons_folder(folder) / "profiles").glob("*.yaml")}
+    return dict(sorted(found.items()))
+
+
+def read_profile(name: str, settings: list[str], lessons: list[Lesson], folder: str | Path = "") -> dict[str, Any]:
+    """The parameters of a profile (a name, or a path to a YAML file) with `key=value` settings on top.
+
+    A dotted key reaches into a parameter that is a mapping: train.epochs=5.
+
+    Raises:
+        InputError: unknown profile or key, or a value of another type than the notebooks declare.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+    else:
+        known = profiles(folder)
+        path = known[one_of("profile", name, known)]
+    values = configs.read_yaml(path, "profile")
+    if not isinstance(values, dict):
+        raise InputError(f"profile {path.name!r} is not a mapping of parameter names to values")
+    for setting in settings:
+        key, value = parse_setting(setting)
+        outer, _, inner = key.partition(".")
+        if inner:
+            held = values.get(outer, {})
+            if not isinstance(held, dict):
+                raise InputError(f"--set {key}: {outer} is not a mapping, so it has no {inner!r}")
+            values[outer] = {**held, inner: value}
+        else:
+            values[outer] = value
+    return _of_declared_types(values, lessons)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """ "key=value" as the key and the value read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"setting {text!r}: give key=value, for example train.epochs=5")
+    return key, configs.yaml_value(value, f"setting {key}") if value.strip() else ""
+
+
+def _of_declared_types(values: dict[str, Any], lessons: list[Lesson]) -> dict[str, Any]:
+    declared: dict[str, str] = {}
+    for lesson in lessons:
+        declared |= lesson.parameters
+    return {key: as_declared(key, value, declared[one_of("parameter", key, declared)]) for key, value in values.items()}
+
+
+KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
+_TEXT_OF_BOOLS = {"true": True, "false": False}
+
+
+def lesson(names: dict[str, Any]) -> None:
+    """Set a notebook up: `vb.lesson(globals())` after its parameters.
+
+    Parameters are given their declared types in place: papermill's `-p pretrained false` gives the text 'false', which
+    would count as true. Figures are drawn inline whatever MPLBACKEND says, with matplotlib's defaults whatever a
+    matplotlibrc says.
+
+    Args:
+        names: the notebook's global names, with the annotations of its parameters.
+
+    Raises:
+        InputError: a parameter of another type than the notebook declares.
+    """
+    declared = names.get("__annotations__") or {}
+    if (
+        not declared and "__annotate__" in names
+    ):  # from Python 3.14 on, annotations are computed when they are asked for
+        declared = names["__annotate__"](1)
+    for name, kind in declared.items():
+        if name in names:
+            names[name] = as_declared(name, names[name], getattr(kind, "__name__", str(kind)))
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if hasattr(shell, "kernel"):
+        import matplotlib as mpl
+
+        shell.run_line_magic("matplotlib", "inline")
+        mpl.rcdefaults()
+
+
+def as_declared(name: str, value: Any, kind: str) -> Any:
+    """The value of a parameter that a notebook declares as `kind`; "true" and "false" are read where that is bool.
+
+    Raises:
+        InputError: a value of another type.
+    """
+    if kind not in KINDS:
+        return value
+    if kind == "bool" and isinstance(value, str) and value.lower() in _TEXT_OF_BOOLS:
+        return _TEXT_OF_BOOLS[value.lower()]
+    if isinstance(value, KINDS[kind]) and not (isinstance(value, bool) and kind in ("int", "float")):
+        return value
+    given = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
+    hint = ""
+    if isinstance(value, str) and kind in ("dict", "list"):
+        example = "{epochs: 1}" if kind == "dict" else "[1, 2]"
+        hint = f'; with papermill write -y "{name}: {example}", since -p gives text'
+    elif kind == "str" and isinstance(value, bool | int | float):
+        hint = f"; with papermill write -r {name} {value}, since -p reads numbers"
+    raise InputError(
+        f"parameter {name} = {given} is a {type(value).__name__}; the notebooks declare it as {kind}{hint}"
+    )

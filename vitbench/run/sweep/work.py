@@ -1,0 +1,85 @@
+"""What a cell is: make the baseline or take it from the cache, compress it likewise, measure the saved model."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitbench.base.errors import InputError
+from vitbench.data.splits import ImageData
+from vitbench.measurement.measuring import measure
+from vitbench.methods.registry import make_config
+from vitbench.rows.records import read_rows
+from vitbench.rows.runs import Run
+from vitbench.run import cache, suite
+from vitbench.run.sweep.grid import Cell, DataChoice
+
+
+def open_images(cell: Cell) -> ImageData:
+    """The images of a cell; a worker that goes on with the same ones does not read them again."""
+    return _images(json.dumps(cell.data.to_dict()))
+
+
+@functools.lru_cache(maxsize=1)
+def _images(choice: str) -> ImageData:
+    data = DataChoice(**json.loads(choice))
+    return suite.open_data(data.dataset, data.name, data.splits)
+
+
+def make_base(values: dict[str, Any]) -> dict[str, Any]:
+    """Make the cell's baseline, or find it in the cache."""
+    cell = _cell(values)
+    _base(cell, open_images(cell))
+    return {}
+
+
+def compress_and_measure(values: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a cell.
+
+    Raises:
+        InputError: settings that do not fit the model, or images that are not those that the sweep was checked with.
+    """
+    cell = _cell(values)
+    data = open_images(cell)
+    if data.fingerprint != cell.fingerprint:
+        raise InputError(
+            f"the images of {data.name} are not those that the sweep was started with; give all workers the same"
+        )
+    made = base = _base(cell, data)
+    if cell.steps:
+        made = cache.compressed(base, [make_config(step.method, step.config) for step in cell.steps], data)
+    measures = cell.measures
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(folder)
+        measure(
+            made.path,
+            data,
+            run,
+            versus=base.path if cell.steps else "",
+            what=measures.what,
+            batches=measures.batches,
+            rounds=measures.rounds,
+            starts=measures.starts,
+            threads=measures.threads,
+            backend=measures.backend,
+            versus_backend=measures.versus_backend or measures.backend,
+        )
+        rows = read_rows(run.records)
+        environments = {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in Path(folder, "environments").glob("*.json")
+        }
+    return {"rows": [row.model_dump(mode="json") for row in rows], "environments": environments}
+
+
+def _cell(values: dict[str, Any]) -> Cell:
+    cell = Cell(**values)
+    torch.set_num_threads(cell.measures.threads)
+    return cell
+
+
+def _base(cell: Cell, data: ImageData) -> cache.Made:
+    return cache.baseline(cell.model.name, data, cell.train, **cell.model.start())

@@ -1,0 +1,124 @@
+"""Rows made again: whether the numbers of a results folder come out here too, from what the rows say of themselves."""
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vitbench.base.errors import InputError, one_of
+from vitbench.data.splits import ImageData
+from vitbench.measurement.measuring import measure
+from vitbench.methods.registry import make_config
+from vitbench.rows.runs import Run
+from vitbench.run import cache
+from vitbench.training.config import TrainConfig
+
+METRICS = {  # what can be made again, and how near it has to come
+    "top1": "inside the row's 95 % interval",
+    "macs": "the same",
+    "params": "the same",
+    "bytes": "within 0.1 % and 512 bytes",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A row and what came out here."""
+
+    row: pd.Series
+    found: float
+
+    @property
+    def within(self) -> bool:
+        """Whether `found` is within the metric's tolerance (`METRICS`)."""
+        wanted = self.row["value"]
+        if self.row["metric"] == "top1":
+            return self.row["low"] - 1e-12 <= self.found <= self.row["high"] + 1e-12
+        slack = 512 + 0.001 * wanted if self.row["metric"] == "bytes" else 0
+        return abs(self.found - wanted) <= slack
+
+
+def verify(
+    rows: pd.DataFrame,
+    data: ImageData,
+    *,
+    only: Sequence[str] = (),
+    models: int = 4,
+    metrics: Sequence[str] = tuple(METRICS),
+    checkpoint: str | Path = "",
+    img_size: int | None = None,
+) -> list[Check]:
+    """Make some of the models that rows are about again, by the configs in the rows, and measure them.
+
+    Args:
+        rows: as `load_records` gives them; those on other images than `data` are left out.
+        only: methods; none for all.
+        models: how many, spread evenly over those in the rows, in their order; 0 for all.
+        metrics: of `METRICS`.
+        checkpoint, img_size: what the baselines start from, if not at random and at the name's own size.
+
+    Returns:
+        A check for each row of those models with one of the metrics.
+
+    Raises:
+        InputError: no such rows on these images, or a start that is not the rows'.
+    """
+    for metric in metrics:
+        one_of("metric", metric, METRICS)
+    good = rows[
+        (rows["status"] == "ok") & rows["metric"].isin(metrics) & (rows["data_fingerprint"] == data.fingerprint)
+    ]
+    good = good[good["backend"].isna() | (good["backend"] == "eager")]
+    for method in only:
+        one_of("method among the rows", method, dict.fromkeys(good["method"]))
+    good = good[good["method"].isin(only)] if only else good
+    if not len(good):
+        raise InputError(
+            f"no row of {', '.join(metrics)} is on these images ({data.name}, fingerprint {data.fingerprint}); give the "
+            "dataset and splits that the rows were made with"
+        )
+    texts = [json.dumps([row.model, row.config], sort_keys=True) for row in good.itertuples()]
+    groups = [group for _, group in good.groupby(texts, sort=False)]
+    if models and len(groups) > models:
+        groups = [groups[round(i * (len(groups) - 1) / max(1, models - 1))] for i in range(models)]
+    return [check for group in groups for check in _again(group, data, checkpoint, img_size)]
+
+
+def _again(group: pd.DataFrame, data: ImageData, checkpoint: str | Path, img_size: int | None) -> list[Check]:
+    first = group.iloc[0]
+    made = remake(first["model"], first["config"], data, checkpoint, img_size)
+    what = [
+        name
+        for name, metrics in {"accuracy": {"top1"}, "size": set(METRICS) - {"top1"}}.items()
+        if metrics & set(group["metric"])
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(made.path, data, Run(folder), what=what).set_index("metric")["value"]
+    return [
+        Check(row, float(found[row["metric"]])) for _, row in group.iterrows() if not math.isnan(found[row["metric"]])
+    ]
+
+
+def remake(
+    model: str, config: dict[str, Any], data: ImageData, checkpoint: str | Path = "", img_size: int | None = None
+) -> cache.Made:
+    """Make the model of a row again, from the row's `model` and `config`.
+
+    Raises:
+        InputError: the baseline does not start from the row's weights.
+    """
+    origin = config.get("origin", {})
+    train = TrainConfig(**origin.get("train", {"epochs": 0}))
+    start = cache.prepare(model, data, train, checkpoint=checkpoint, img_size=img_size).recipe.origin["start"]
+    if start != origin.get("start", "random"):
+        raise InputError(
+            f"the rows' {model} starts from {origin.get('start')}, and this one from {start}; give that checkpoint"
+        )
+    base = cache.baseline(model, data, train, checkpoint=checkpoint, img_size=img_size)
+    steps = [make_config(step["method"], step["config"]) for step in config.get("methods", [])]
+    return cache.compressed(base, steps, data) if steps else base

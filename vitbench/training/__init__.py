@@ -1,0 +1,9 @@
+"""The one training loop with its config, teachers, the fine-tuning that follows a compression, and training through codes.
+
+Removal, methods and everything above import `train`, `evaluate`, `TrainConfig` and `tune` from here.
+A new term of the loss or a new schedule is a field of `TrainConfig` and a few lines of the loop.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,11 @@
+from . import loop as loop
+from .config import TrainConfig as TrainConfig
+from .distilling import load_teacher as load_teacher
+from .loop import (
+    evaluate as evaluate,
+    train as train,
+)
+from .tuning import (
+    Tuning as Tuning,
+    tune as tune,
+)
