@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from vitbench.comparison import accuracy_text, paired_loss, paired_rows, subject
-from vitbench.row_table import load_records
+
+from vitbench.rows.comparison_table import accuracy_text, paired_loss, paired_rows, subject
+from vitbench.rows.row_table import load_records
 
 BATCHES = (1, 8)
 
@@ -49,7 +50,7 @@ class Results:
 
     Attributes:
         name: of the folder, or of all.
-        rows: as `vitbench.comparison.subject` gives them, with a label for each model.
+        rows: as `vitbench.rows.comparison_table.subject` gives them, with a label for each model.
         every: the rows of all models, seeds and statuses, the last about each thing.
         measured: all rows, those that were measured again later too.
     """

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
-from vitbench.budgets import scored, winners
-from vitbench.comparison import accuracy_text, across_seeds, methods
-from vitbench.equal_budgets import at_budgets
-from vitbench.statistics import mean_interval
 
 from docs.results import BATCHES, Difference, MissingRow, Results, points
-from vitbench import attention_figures
-from vitbench.edge import backend_table
+from vitbench.edge.rows import backend_table, fastest
+from vitbench.figures import attention
+from vitbench.figures.ranking import at_budgets
+from vitbench.rows.budgets import scored, winners
+from vitbench.rows.comparison_table import accuracy_text, across_seeds, methods
+from vitbench.rows.statistics import mean_interval
 
 TABLES: dict[str, Callable[..., Any]] = {}
 Cells = Sequence[object]
@@ -161,7 +161,7 @@ def shapes(runs: Sequence[Results]) -> Iterator[Cells]:
 @known
 def all_backends(results: Results) -> str:
     """The table of all models in all backends."""
-    return backend_table.table(results.every)
+    return backend_table(results.every)
 
 
 @table
@@ -197,7 +197,7 @@ def floors(runs: Sequence[Results]) -> Iterator[Cells]:
     for results in runs:
         rows, shape = results.rows, results.name.rpartition("-")[2]
         for batch in BATCHES:
-            found = {name: backend_table.fastest(rows, name, batch) for name in methods(rows)}
+            found = {name: fastest(rows, name, batch) for name in methods(rows)}
             best, least = found["baseline"], results.value("baseline", "latency_floor", batch)
             products = results.value("baseline", "products_time", batch) / least
             worst = max(found, key=lambda name: found[name][1])
@@ -807,14 +807,14 @@ def won_back(results: Results) -> dict[str, float]:
 @known
 def attention_times(results: Results, part: str) -> dict[str, dict[int, float]]:
     """Kind of attention -> tokens -> its time over full attention's, of one layer or of the whole model."""
-    curves = attention_figures.curves(results.every, "latency_ratio", part)
+    curves = attention.curves(results.every, "latency_ratio", part)
     return {name: dict(zip(own["tokens"], own["value"])) for name, own in curves.items() if name != "full attention"}
 
 
 @known
 def pays_from(results: Results, part: str) -> dict[str, tuple[float, float]]:
     """Kind of attention -> the tokens from which on its multiply-accumulates and its time are below full attention's."""
-    return attention_figures.crossings(results.every, part)
+    return attention.crossings(results.every, part)
 
 
 @known
