@@ -10,6 +10,7 @@ a time. It goes on where it stopped. Times are left alone: they are a machine's,
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import vitbench as vb
@@ -24,9 +25,17 @@ def steps_of(row: vb.Row) -> dict[str, dict]:
 
 
 def place(row: vb.Row) -> str:
-    """What a row and its later twin have in common: all but the hashes of the models' files."""
+    """What a row and its later twin have in common: all but the hashes of the models' files, with settings added since."""
+    steps = [
+        {**step, "config": vb.make_config(step["method"], step["config"]).to_dict()}
+        for step in row.config.get("methods", ())
+    ]
+    origin = dict(row.config.get("origin", {}))
+    if "train" in origin:
+        origin["train"] = vb.TrainConfig(**origin["train"]).to_dict()
+    config = {"origin": origin, "methods": steps}
     context = {key: value for key, value in row.context.items() if key not in ("artifact", "versus")}
-    return json.dumps([row.model, row.config, row.seed, row.metric, context], sort_keys=True)
+    return json.dumps([row.model, config, row.seed, row.metric, context], sort_keys=True)
 
 
 def make(options: argparse.Namespace, rows: list[vb.Row], data: vb.ImageData) -> int:
@@ -55,31 +64,32 @@ def make(options: argparse.Namespace, rows: list[vb.Row], data: vb.ImageData) ->
 
 
 def merge(folder: Path, again: Path) -> int:
-    """Put the new rows in the place of the old ones, and print how far each accuracy and error moved."""
+    """Put the new rows in the place of the old ones, and print how far each accuracy and error moved.
+
+    A new row keeps the old one's config: settings added since, at their defaults, would part it from its times.
+    """
     new = {place(row): row for row in vb.rows.read_rows(again) if row.status == "ok"}
     lines, moved = [], 0
-    for line in (folder / "records.jsonl").read_bytes().splitlines(keepends=True):
-        old = vb.Row.model_validate_json(vb.rows.split_check(line)[0])
-        twin = new.pop(place(old), None)
-        if twin is None or old.status != "ok":
+    with tempfile.TemporaryDirectory() as scratch:
+        for line in (folder / "records.jsonl").read_bytes().splitlines(keepends=True):
+            old = vb.Row.model_validate_json(vb.rows.split_check(line)[0])
+            twin = new.pop(place(old), None)
+            if twin is not None and old.status == "ok":
+                twin = twin.having(config=old.config)
+                file = Path(scratch, f"{moved}.jsonl")
+                vb.rows.append_rows(file, [twin.having(key=twin.identity())])
+                line, moved = file.read_bytes(), moved + 1
+                if old.metric in METRICS:
+                    print(
+                        f"{old.metric:13} {old.value:.5f} -> {twin.value:.5f}  {', '.join(steps_of(old)) or 'baseline'}"
+                    )
             lines.append(line)
-            continue
-        lines.append(line_of(again, twin.key))
-        moved += 1
-        if old.metric in METRICS:
-            print(f"{old.metric:13} {old.value:.5f} -> {twin.value:.5f}  {', '.join(steps_of(old)) or 'baseline'}")
     vb.base.write_bytes(folder / "records.jsonl", b"".join(lines))
     (folder / "environments").mkdir(exist_ok=True)
     for file in (again / "environments").iterdir():
         vb.base.write_bytes(folder / "environments" / file.name, file.read_bytes())
     print(f"{moved} rows made anew")
     return 0
-
-
-def line_of(folder: Path, key: str) -> bytes:
-    """The line of a row as it stands in its file."""
-    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
-    return next(line for line in lines if f'"key":"{key}"'.encode() in line)
 
 
 def main() -> int:
