@@ -1,19 +1,26 @@
 # make run   creates the environment if need be and runs the quick suite (PROFILE=cifar10 for another, ARGS for options)
+# make check  runs the linters and the tests that are not marked slow: under 3 minutes on two cores
 # make test  creates the environment if need be and passes the tests
 PYTHON ?= python3
 PROFILE ?= quick
 BIN := .venv/bin
 
-.PHONY: run test setup api format audit reference figures pages
+.PHONY: run lint check test setup api format audit reference figures pages
 
 run: setup
 	$(BIN)/vitbench run $(PROFILE) $(ARGS)
 
-test: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/lint-imports
+	$(BIN)/python docs/rooms.py --check
+
+check: lint
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow" tests $(ARGS)
+
+test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile tests --ignore tests/test_notebooks.py $(ARGS)
 	home=$$(mktemp -d) && trap 'rm -rf '$$home EXIT && export VITBENCH_TEST_HOME=$$home && \
 	$(BIN)/pytest tests/test_notebooks.py $(ARGS) && $(BIN)/pytest --nbmake --numprocesses 2 notebooks $(ARGS)

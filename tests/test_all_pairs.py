@@ -8,6 +8,8 @@ import torch
 from vitbench.base.errors import InputError
 from vitbench.methods.registry import METHODS, compress, make_config
 
+pytestmark = pytest.mark.slow
+
 ONE_EPOCH = {"epochs": 1, "batch_size": 32, "warmup_epochs": 0, "mixup": 0.0}
 SMALL = {
     "diffq": {"train": ONE_EPOCH},

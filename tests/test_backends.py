@@ -68,6 +68,7 @@ def test_onnxruntime_multiplies_in_integers(small, tmp_path, name):
     backends.prepare("onnxruntime", small[name], x)
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_onnxruntime_multiplies_in_integers_in_attention_too(base, digits, tmp_path):
     whole = compress(base.model, make_config("static_int8", {"attention": True}), digits)
@@ -75,6 +76,7 @@ def test_onnxruntime_multiplies_in_integers_in_attention_too(base, digits, tmp_p
     assert sum(found[kind] for kind in INTEGER_KERNELS) == 16 + 2 * 4
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 48), (2, 7, 48), (2, 3, 7, 48)])
@@ -127,6 +129,7 @@ def same(model, x, within=1e-5):
     return answer.shape == wanted.shape and backends.distance(answer, wanted) < within
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("group", [None, 8, 24, 32])
@@ -136,6 +139,7 @@ def test_packed_codes_are_multiplied_in_onnxruntime(bits, group):
     assert same(torch.nn.Sequential(layer), torch.randn((5, 96) if bits > 5 else (2, 7, 96)))
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_rounded_inputs_and_patches_too():
     torch.manual_seed(0)
@@ -145,6 +149,7 @@ def test_rounded_inputs_and_patches_too():
     assert same(torch.nn.Sequential(conv), torch.randn(2, 3, 13, 20)), "what is left of an image is cut off"
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("order", ["reordered", "decode_first", "cheapest"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -175,6 +180,7 @@ def packed(base):
     return {name: compress(base.model, make_config(name, values)) for name, values in configs.items()}
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize(("name", "products"), [("weight_only", 18), ("uct", 34)])
 def test_codes_are_small_in_the_onnx_file(packed, tmp_path, name, products):
@@ -192,6 +198,7 @@ def test_codes_are_small_in_the_onnx_file(packed, tmp_path, name, products):
     assert backends.distance(backends.prepare("onnxruntime", small, x)(x), small(x)) < 1e-5
 
 
+@pytest.mark.slow
 @needs_openvino
 @pytest.mark.parametrize("name", ["weight_only", "uct"])
 def test_codes_are_small_in_openvino_too(packed, name):
@@ -202,6 +209,7 @@ def test_codes_are_small_in_openvino_too(packed, name):
     assert backends.distance(backends.prepare("openvino", small, x)(x), small(x)) < 1e-5
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize(
     ("name", "values"),
@@ -215,6 +223,7 @@ def test_every_method_with_packed_codes_runs_in_other_backends(base, digits, nam
             backends.prepare(backend, small, torch.randn(8, 3, 8, 8))
 
 
+@pytest.mark.slow
 @needs_executorch
 def test_executorch_answers_again_and_again_with_torch_s_threads(base):
     """Its program must not go while its method is in use: that ended the process."""
@@ -229,6 +238,7 @@ def test_executorch_answers_again_and_again_with_torch_s_threads(base):
     assert portable_lib._threadpool_get_thread_count() == torch.get_num_threads()
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_dynamic_int8_is_scored_in_onnxruntime(base, small, digits, tmp_path):
     path = artifact.save(small["dynamic_int8"], tmp_path / "small")
@@ -240,6 +250,7 @@ def test_dynamic_int8_is_scored_in_onnxruntime(base, small, digits, tmp_path):
     assert other.loc["top1", "value"] == pytest.approx(eager.loc["top1", "value"], abs=0.01)
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("name", ["dynamic_int8", "static_int8"])
 def test_several_batch_sizes_are_timed_one_after_the_other(base, small, digits, tmp_path, name):
@@ -249,6 +260,7 @@ def test_several_batch_sizes_are_timed_one_after_the_other(base, small, digits, 
     assert set(rows["batch"]) == {1, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     [
@@ -265,6 +277,7 @@ def test_a_file_that_was_exported_already_is_run_and_not_written_again(base, tmp
     assert torch.equal(backends.make_call(backend, base.model, x, tmp_path / "0")(x), first)
 
 
+@pytest.mark.slow
 @needs_bf16
 def test_openvino_in_bf16_is_near_and_not_the_same(base, small):
     x = torch.randn(8, 3, 8, 8)

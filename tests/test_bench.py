@@ -6,6 +6,8 @@ from vitbench import Bench, Run
 from vitbench.base.errors import InputError
 from vitbench.methods.registry import make_config
 
+pytestmark = pytest.mark.slow
+
 
 def test_models_go_by_their_labels(base, digits, tmp_path):
     bench = Bench(base, digits, Run(tmp_path))

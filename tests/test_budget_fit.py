@@ -13,6 +13,7 @@ ABLE = [name for name, method in METHODS.items() if method.ladder]
 QUICK = {"train": {"epochs": 0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABLE)
 def test_a_ladder_goes_down(name, base, digits, tmp_path):
     """What a budget costs by is measured, so that a rung may save nothing more; none may save less than the one before."""
@@ -31,6 +32,7 @@ def test_a_ladder_goes_down(name, base, digits, tmp_path):
     assert spent[0] > spent[1] > spent[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "share"),
     [("uct", 0.1), ("mixed_rank", 0.6), ("pruning", 0.3), ("weight_only", 0.15), ("distillation", 0.6)],
@@ -55,6 +57,7 @@ def test_macs_as_a_share_or_a_number(base, digits):
         assert 0.5 * dense < count_macs(small) <= 0.7 * dense
 
 
+@pytest.mark.slow
 def test_latency_in_turn_with_the_model_itself(base, digits):
     config = fit_budget(base.model, "distillation", digits, cost="latency", target=0.6, settings=QUICK, rounds=10)
     assert 1 <= config.depth < len(base.model.blocks)
@@ -81,6 +84,7 @@ def test_what_the_budget_finds_cannot_be_set(base, digits):
         fit_budget(base.model, "mixed_rank", digits, target=0.5, settings={"keep": 0.5})
 
 
+@pytest.mark.slow
 def test_from_the_command_line(base, tmp_path, capsys):
     out = tmp_path / "small"
     given = ["compress", str(base.path), "--method", "weight_only", "--out", str(out)]

@@ -141,7 +141,7 @@ NEEDS_MORE = {
 
 
 @pytest.mark.parametrize("name", GALLERY)
-@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("kind", ["png", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("svg", "pdf"))])
 def test_every_figure_is_drawn_again_as_it_was(folder, tmp_path, name, kind):
     rows = load_records(folder)
     if name in NEEDS_MORE:

@@ -285,6 +285,7 @@ def mutated(state, rng):
     return f"{name}: {key}", *values[name]
 
 
+@pytest.mark.slow
 def test_mutated_states_load_right_or_are_refused_in_one_line(state, loads):
     rng = torch.Generator().manual_seed(0)
     for _ in range(70):

@@ -39,6 +39,7 @@ def test_python_m_answers_as_the_command_does(arguments, capsys, monkeypatch):
     assert status == (0 if arguments == ["--help"] else 2)
 
 
+@pytest.mark.slow
 def test_list(capsys):
     assert cli.main(["list"]) == 0
     said = capsys.readouterr().out
@@ -57,6 +58,7 @@ def test_help_does_not_wait_for_pytorch():
     assert not done.stderr.strip()
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_enough_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)  # before anything is written, so that it does not hang on who is faster
@@ -66,6 +68,7 @@ def test_a_reader_who_has_enough_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_from_weights_to_a_report(tmp_path, capsys):
     state = vit.create_model("vit_mini_patch2_8", seed=3).state_dict()
     torch.save(state, tmp_path / "weights.pth")
@@ -189,12 +192,14 @@ def test_every_refusal_is_tried(tmp_path):
     assert sorted(refuse(tmp_path)) == sorted(CASES)
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(tmp_path):
     done = run("--debug", "report", tmp_path)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o555)
@@ -229,6 +234,7 @@ def test_a_missing_extra_says_how_to_install_it(tmp_path, capsys, monkeypatch, b
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_compress_on_a_part_of_the_images_keeps_its_time_in_a_row(base, tmp_path):
     results = tmp_path / "results"
     command = ["compress", base.path, "--method", "mixed_rank", "--set", "keep=0.5", "--dataset", "digits"]
@@ -253,6 +259,7 @@ def test_another_depth(tmp_path, capsys):
     assert "depth" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_stranger_runs_nothing(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()

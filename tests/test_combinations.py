@@ -21,6 +21,7 @@ def found(base, digits, tmp_path_factory):
     return folder, search_combinations(base.model, digits, SMALL, folder)
 
 
+@pytest.mark.slow
 def test_the_best_is_within_the_budget_and_what_it_says(found, base, digits, tmp_path):
     _, searched = found
     assert len(searched.trials) == SMALL.trials
@@ -36,6 +37,7 @@ def test_the_best_is_within_the_budget_and_what_it_says(found, base, digits, tmp
         assert bool(trial.error) == (trial.cost is None)
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was(found, base, digits):
     folder, searched = found
     again = search_combinations(base.model, digits, SMALL, folder)
@@ -47,6 +49,7 @@ def test_a_search_goes_on_where_it_was(found, base, digits):
     assert len(longer.trials) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["torn", "one bit"])
 def test_a_search_whose_notes_are_damaged_says_so_and_finds_the_same(found, base, digits, tmp_path, capsys, harm):
     folder, searched = found
@@ -58,10 +61,12 @@ def test_a_search_whose_notes_are_damaged_says_so_and_finds_the_same(found, base
     assert ("1 of the notes" in capsys.readouterr().out) == (harm == "one bit")
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same(found, base, digits, tmp_path):
     assert search_combinations(base.model, digits, SMALL, tmp_path).trials == found[1].trials
 
 
+@pytest.mark.slow
 def test_trials_are_rows(found, base, digits):
     rows = list(trial_rows(base.path, digits, SMALL, found[1]))
     within = [trial for trial in found[1].trials if trial.val_top1 is not None]
@@ -69,6 +74,7 @@ def test_trials_are_rows(found, base, digits):
     assert {row.context["split"] for row in rows} == {"val"}
 
 
+@pytest.mark.slow
 def test_every_order_is_tried_and_what_cannot_be_says_why(base, digits):
     made = {}
     for configs in orders(["pruning", "mixed_rank", "dynamic_int8"]):
@@ -104,12 +110,14 @@ def test_steps_that_do_not_fit_together_are_trials_that_say_so(base, digits, tmp
     assert not list(trial_rows(base.path, digits, alone, found))
 
 
+@pytest.mark.slow
 def test_no_trial_within_the_budget(base, digits, tmp_path):
     found = search_combinations(base.model, digits, SMALL.having(target=0.001, trials=2), tmp_path)
     assert found.best is None
     assert len(found.trials) == 2
 
 
+@pytest.mark.slow
 def test_from_the_command_line(base, tmp_path, capsys):
     out, record = tmp_path / "best", tmp_path / "run"
     given = ["combine", str(base.path), "--dataset", "digits", "--out", str(out), "--record", str(record)]

@@ -54,18 +54,21 @@ def test_the_commands_of_the_page_are_the_ones_tried_here():
     ]
 
 
+@pytest.mark.slow
 def test_the_command_line_lists_it(checkout):
     assert (
         "Round all floating-point numbers to half precision." in run(checkout, "vitbench.cli", "list", "methods").stdout
     )
 
 
+@pytest.mark.slow
 def test_the_registrys_tests_cover_it(checkout):
     done = run(checkout, "pytest", "tests/test_methods.py", "-k", "half", "-q", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 7
 
 
+@pytest.mark.slow
 def test_the_suite_the_comparison_and_the_report_have_it(checkout):
     out = checkout / "results" / "runs" / "quick"
     done = run(checkout, "vitbench.cli", "run", "quick", "--only", "01", "50", "--out", str(out))

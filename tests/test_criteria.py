@@ -16,7 +16,7 @@ from vitbench.removal import criteria, dependence
 from vitbench.removal.dependence import positions
 from vitbench.removal.scores import OFFICIAL_CRITERION, Criterion, Scores, choose
 
-EVERY = ["magnitude", "activation", "taylor", "gates", "hsic"]
+EVERY = ["magnitude", "activation", "taylor", pytest.param("gates", marks=pytest.mark.slow), "hsic"]
 GATES = {"gates": {"epochs": 2, "lr": 0.01, "warmup_epochs": 0, "mixup": 0.0}}
 
 
@@ -93,6 +93,7 @@ def test_units_that_do_nothing_go_first(name, lame, digits):
             assert int(found.heads.argmin()) == 0
 
 
+@pytest.mark.slow
 def test_gates_are_learned_by_plain_training_and_move_little(base, digits):
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     scores = criteria.score(base.model, digits, Criterion(name="gates", **GATES))
@@ -114,6 +115,7 @@ def test_scores_are_kept_and_the_same_again(name, base, digits, monkeypatch):
         assert all(torch.equal(value, getattr(other, key)) for key, value in vars(one).items())
 
 
+@pytest.mark.slow
 def test_the_official_blend_is_mostly_size(base, digits):
     size, pure, blend = (
         criteria.score(base.model, digits, criterion)[0].neurons
@@ -126,6 +128,7 @@ def test_the_official_blend_is_mostly_size(base, digits):
     assert alike(blend, size) > 0.9 > alike(pure, size)
 
 
+@pytest.mark.slow
 def test_a_head_that_repeats_another_loses_for_it(base, digits):
     model = copy.deepcopy(base.model)
     attn = model.blocks[1].attn
@@ -168,6 +171,7 @@ def test_too_few_images_and_none_are_refused(base, digits):
         Criterion(samples=1)
 
 
+@pytest.mark.slow
 def test_512_images_on_deit_base_fit_in_8_gib(monkeypatch):
     """Blocks are scored one after the other and let go; tensors of the meta device have sizes and no content to compute."""
     images, data = 512, load_data("digits", calibration=512)  # only their number counts

@@ -19,6 +19,7 @@ HOLD = "held = bytearray({}); held[::4096] = b'1' * len(held[::4096])"
 needs_limits = pytest.mark.skipif(bool(limits.obstacle()), reason="no limit of memory can be set here")
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_without_pytorch_a_process_is_smaller_and_sooner(base, digits, tmp_path):
     run = Run(tmp_path)
@@ -34,11 +35,13 @@ def test_without_pytorch_a_process_is_smaller_and_sooner(base, digits, tmp_path)
     assert 3 <= len(eager.loc["cold_start", "samples"]) <= 5  # each of these takes seconds
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(ChildError, match="InputError"):
         fresh.answer([sys.executable, "-m", "vitbench.measurement.fresh", str(tmp_path), "eager", "1"], 1)
 
 
+@pytest.mark.slow
 @needs_limits
 def test_the_smallest_limit_is_about_what_a_process_holds():
     command = [sys.executable, "-c", HOLD.format(60_000_000)]
@@ -56,6 +59,7 @@ def test_limits_that_mean_nothing_are_refused():
         limits.smallest([sys.executable, "-c", "raise SystemExit(1)"], 1_000_000, dict(os.environ))
 
 
+@pytest.mark.slow
 @needs_limits
 @needs_onnx
 def test_whether_a_model_answers_within_a_stated_limit(base, digits, tmp_path):
@@ -141,6 +145,7 @@ def test_products_of_codes_are_counted(base, digits):
     assert count_int8_macs(small) == 4 * tokens * 12 * width**2 < count_macs(small)
 
 
+@pytest.mark.slow
 def test_measured_peaks_are_a_floor(base, digits, tmp_path):
     rows = measure(base.path, digits, Run(tmp_path), what=("latency", "roofline"), batches=[8], rounds=10, threads=1)
     values = rows.drop_duplicates("metric", keep="last").set_index("metric")["value"]

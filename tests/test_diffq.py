@@ -50,6 +50,7 @@ def test_where_rounding_hurts_more_there_are_more_bits():
     assert wanted[0].whole > wanted[1].whole
 
 
+@pytest.mark.slow
 def test_the_model_keeps_to_the_bits_it_was_given(base, digits):
     small = compress(base.model, make_config("diffq", {"bits": 2.5, "train": {"epochs": 2}}), digits)
     layers = {name: small.get_submodule(name) for name in vit.linears(base.model)}

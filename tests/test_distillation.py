@@ -223,6 +223,7 @@ def test_a_compressed_model_recovers_and_keeps_its_recipe(few, teacher):
     assert not torch.equal(weights(back), weights(cut))
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_kind_and_size_answers_from_disk(teacher, tmp_path):
     some = load_data("digits", train=64, val=10)
     net = timm.create_model("resnet10t", num_classes=10)

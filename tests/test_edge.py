@@ -85,6 +85,7 @@ def test_an_answer_by_hand():
     assert cost(bound, PI, LTE, PROFILES.operations).seconds == pytest.approx(1.0), "every byte comes from memory once"
 
 
+@pytest.mark.slow
 def test_a_transfer_takes_what_the_model_says_over_three_orders_of_magnitude():
     link = PROFILES.link("wifi")
     for count in (10_000, 100_000, 1_000_000, 10_000_000):
@@ -107,6 +108,7 @@ def measured(base, digits, tmp_path_factory):
     return run, small
 
 
+@pytest.mark.slow
 def test_modelled_rows_follow_from_measured_ones(measured, capsys):
     run, _ = measured
     made = edge_rows.modelled(run.rows(), PROFILES, ["raspberry_pi_5"], ["lte"], Setting(memory=4e5, storage=0))
@@ -125,6 +127,7 @@ def test_modelled_rows_follow_from_measured_ones(measured, capsys):
     assert cli.main(["edge", folder, "--profiles", "/nowhere.yaml"]) == 2
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_bundle_goes_to_a_device_and_its_answers_come_back(measured, base, digits, tmp_path):
     run, small = measured
@@ -160,6 +163,7 @@ def test_a_bundle_goes_to_a_device_and_its_answers_come_back(measured, base, dig
             adopt(bundle, tmp_path / "other")
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_damaged_bundle_is_refused_on_the_device(measured, base, tmp_path):
     bundle = make_bundle([base.path], tmp_path / "bundle")

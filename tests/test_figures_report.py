@@ -233,7 +233,7 @@ def drawn_texts(figure):
     return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in beyond]
 
 
-@pytest.mark.parametrize("count", [1, 2, 8, 31, 60])
+@pytest.mark.parametrize("count", [1, 2, 8, *(pytest.param(count, marks=pytest.mark.slow) for count in (31, 60))])
 @pytest.mark.parametrize("make", [drawing.predicted_beside_measured, drawing.latencies, tradeoff])
 def test_figures_are_readable_with_few_methods_and_with_many(tmp_path, make, count):
     append_rows(tmp_path / "records.jsonl", rows_of(count))

@@ -262,6 +262,7 @@ for name, write in WRITERS.items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="files are limited in size as Linux does it")
 def test_a_writer_that_gets_no_space_names_its_file_and_leaves_what_was_there(tmp_path):
     for name in WRITERS:

@@ -23,6 +23,8 @@ from vitbench.run.lessons import find_lessons, read_profile
 from vitbench.run.suite import preflight
 from vitbench.run.sweep.grid import cells, sweep_of, sweep_values
 
+pytestmark = pytest.mark.slow
+
 TIMES = 50  # of each kind
 SECONDS = 10
 ODD = [

@@ -18,7 +18,7 @@ from vitbench.measurement import backends
 from vitbench.model import artifact, vit
 from vitbench.run.sweep import drive
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of this kind are not there")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals of this kind are not there")]
 
 SECONDS = 5.0
 MICRO = "vit_micro_patch2_8"

@@ -14,7 +14,10 @@ from tests.test_report_browser import CHROMIUM
 from vitbench.run import lessons
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt-get install chromium)"),
+]
 NOTEBOOKS = sorted(path.name for path in lessons.lessons_folder().glob("*.ipynb"))
 LIMIT = 600_000  # ms, of a notebook
 

@@ -11,7 +11,7 @@ import pytest
 from vitbench.base.processes import ProcessError
 from vitbench.run.kernels import Kernels
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")]
 
 FIRST = "import os, sys\nprint('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
 FIGURE = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])"

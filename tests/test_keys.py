@@ -68,6 +68,7 @@ def test_a_method_changes_no_baseline():
     assert all(digest_after_a_change("training", file) == OWN.digest("training") for file in methods)
 
 
+@pytest.mark.slow
 def test_every_module_that_python_imports_is_in_a_room_of_the_closure():
     code = "import json, sys, vitbench.methods.registry; print(json.dumps(list(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

@@ -54,6 +54,7 @@ def test_the_file_answers_as_the_trained_model_did(base, digits, tmp_path):
     assert layer.input.bits == 4
 
 
+@pytest.mark.slow
 def test_training_makes_up_for_what_two_bits_lose(base, digits):
     config = {"weight_bits": 2, "activation_bits": 2}
     rounded = compress(base.model, make_config("lsq", {**config, "train": {"epochs": 0}}), digits)

@@ -28,6 +28,7 @@ def one_of_each_kind():
     return list(kinds.values())
 
 
+@pytest.mark.slow
 def test_the_formula_counts_what_runs_in_every_kind_of_model(one_of_each_kind):
     assert len(one_of_each_kind) > 20
     for name in one_of_each_kind:
@@ -43,6 +44,7 @@ def test_the_formula_counts_what_runs_in_every_kind_of_model(one_of_each_kind):
         assert vit.analytic_macs(model) == pytest.approx(counted, rel=0.01), name
 
 
+@pytest.mark.slow
 def test_listed_names_are_those_that_can_be_made():
     listed = names.model_names()
     assert {"vit_mini_patch2_8", "t2t_vit_t_14", "deit_tiny_patch16_224", "vit_giant_patch14_dinov2"} <= set(listed)

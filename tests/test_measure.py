@@ -36,6 +36,7 @@ def measured(base, digits, tmp_path_factory):
     return run, path, rows
 
 
+@pytest.mark.slow
 def test_every_metric_has_its_row(measured):
     _, _, rows = measured
     assert set(rows["status"]) == {"ok"}
@@ -45,6 +46,7 @@ def test_every_metric_has_its_row(measured):
     assert set(rows["batch"].dropna()) == {1, 8}
 
 
+@pytest.mark.slow
 def test_values_make_sense(measured, base):
     _, path, rows = measured
     value = rows.set_index("metric")["value"]
@@ -59,6 +61,7 @@ def test_values_make_sense(measured, base):
     assert timed.value == pytest.approx(np.median(timed.samples))
 
 
+@pytest.mark.slow
 def test_the_cross_entropy_is_kept_image_by_image(measured, base, digits):
     rows = subject(measured[0].rows())
     own = value(rows, "baseline", "cross_entropy")
@@ -82,6 +85,7 @@ def test_answers_that_are_no_numbers_are_a_failed_row(base, digits, tmp_path):
     assert rows["error"].str.contains("answers are not finite numbers").all()
 
 
+@pytest.mark.slow
 def test_the_same_again_measures_nothing(measured, base, digits, monkeypatch):
     run, path, rows = measured
     before = run.records.read_bytes()
@@ -91,6 +95,7 @@ def test_the_same_again_measures_nothing(measured, base, digits, monkeypatch):
     assert list(again["key"]) == list(rows["key"])
 
 
+@pytest.mark.slow
 def test_rows_name_their_environment_and_source(measured):
     run, _, rows = measured
     assert (run.folder / "environments" / f"{rows.iloc[0]['env_id']}.json").is_file()
@@ -103,6 +108,7 @@ def test_training_curves_are_rows(base, digits):
     assert rows["train_loss"].value == base.history[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_parts_and_errors_of_a_compressed_model(measured, base):
     _, path, rows = measured
     held = rows[rows.metric == "part_bytes"]
@@ -132,6 +138,7 @@ def test_the_mean_over_seeds_and_its_interval():
     assert np.isnan(statistics.mean_interval([1.0])[1])
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_becomes_failed_rows(base, digits, tmp_path, monkeypatch):
     run = Run(tmp_path)
     monkeypatch.setattr(child, "TIME_LIMIT", 0.01)
@@ -145,11 +152,13 @@ def test_a_job_that_fails_becomes_failed_rows(base, digits, tmp_path, monkeypatc
     assert set(rows["status"]) == {"ok"}
 
 
+@pytest.mark.slow
 def test_the_child_says_why_it_failed():
     with pytest.raises(child.ChildError, match="not a saved model"):
         child.in_child("count_joules", 1, path="/nowhere", backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["_forked", "_started"])
 def test_a_job_s_process_is_forked_or_started(base, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(child, "_forked", getattr(child, kind))
@@ -159,6 +168,7 @@ def test_a_job_s_process_is_forked_or_started(base, tmp_path, monkeypatch, kind)
         assert len(found["timed"][0]["times"]) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
 def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone():
     def run():
@@ -174,6 +184,7 @@ def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone():
     assert child._server is not first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked here")
 def test_who_asks_and_is_killed_leaves_no_process_behind(base):
     """Nor does an interrupt from the keyboard, which goes to all of its group, print anything."""
@@ -209,6 +220,7 @@ def test_wrong_settings(base, digits, tmp_path):
         measure(other, digits, Run(tmp_path))
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_what_is_held():
     """In a fresh process: this one's peak may lie far above what it holds now, and then nothing would be seen."""
     code = """
@@ -263,6 +275,7 @@ def test_what_moves_a_whole_process_widens_the_interval_only_if_processes_are_to
     assert widths[1] < 0.02 < 0.08 < widths[4]
 
 
+@pytest.mark.slow
 def test_rounds_are_shared_by_several_processes(base, digits, tmp_path):
     run = Run(tmp_path)
     rows = measure(base.path, digits, run, versus=base.path, what=("latency",), batches=[1], rounds=10, starts=3)
@@ -314,6 +327,7 @@ def test_paired_answers_against_mcnemar_by_hand():
         statistics.paired(first, second[:5])
 
 
+@pytest.mark.slow
 def test_accuracy_rows_hold_every_answer(measured, digits, base):
     _, _, rows = measured
     row = rows[rows["metric"] == "top1"].iloc[-1]
@@ -321,6 +335,7 @@ def test_accuracy_rows_hold_every_answer(measured, digits, base):
     assert hits.mean() == pytest.approx(row["value"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_another_backend_answers_the_same_and_stands_in_columns_of_its_own(base, digits, tmp_path, backend):
     for module in backends.BACKENDS[backend].needs:
@@ -331,6 +346,7 @@ def test_another_backend_answers_the_same_and_stands_in_columns_of_its_own(base,
     assert f"p50 ms b1 {backend}" in comparison(run.rows())
 
 
+@pytest.mark.slow
 def test_errors_of_outputs_layer_by_layer(base, digits, tmp_path):
     small = artifact.save(compress(base.model, make_config("mixed_rank", {"keep": 0.5}), digits), tmp_path / "s")
     run = Run(tmp_path)
@@ -345,6 +361,7 @@ def test_errors_of_outputs_layer_by_layer(base, digits, tmp_path):
     assert same.loc["layer_keep", "samples"] == [1.0] * 16
 
 
+@pytest.mark.slow
 def test_a_backend_that_cannot_run_a_model_says_why_in_its_row(measured, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(backends, "require", lambda *_: None)
     rows = measure(measured[1], digits, Run(tmp_path), what=("latency",), batches=(1,), rounds=10, backend="openvino")

@@ -16,6 +16,18 @@ from vitbench.training.loop import evaluate
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 
+def costly(name):
+    """Whether a method trains or searches in its defaults."""
+    config = make_config(name).to_dict()
+    return bool(config.get("train", {}).get("epochs")) or "search" in config
+
+
+# for tests that compress by the defaults: what takes long is marked
+MADE = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if costly(name) else name for name in METHODS]
+)
+
+
 @pytest.fixture(scope="module")
 def usual(base, digits):
     """The model compressed by a method's defaults, made once."""
@@ -41,7 +53,7 @@ def test_identity_changes_nothing(name, base, digits):
     assert torch.allclose(same(x), base.model(x), atol=1e-5)
 
 
-@EVERY
+@MADE
 def test_the_given_model_stays_as_it_is(name, base, usual):
     before = artifact.load(base.path).state_dict()
     usual(name)
@@ -50,7 +62,7 @@ def test_the_given_model_stays_as_it_is(name, base, usual):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@EVERY
+@MADE
 def test_saved_and_loaded_it_answers_the_same_and_saves_what_it_promises(name, base, usual, tmp_path):
     small = usual(name)
     path = artifact.save(small, tmp_path / name)
@@ -65,7 +77,7 @@ def test_saved_and_loaded_it_answers_the_same_and_saves_what_it_promises(name, b
     assert promised(path) < promised(base.path)
 
 
-@EVERY
+@MADE
 def test_fused_and_written_out_attention_agree(name, usual):
     small = copy.deepcopy(usual(name))
     x = torch.randn(4, 3, 8, 8)
@@ -74,14 +86,14 @@ def test_fused_and_written_out_attention_agree(name, usual):
     assert torch.allclose(small(x), fused, atol=2e-2 * fused.abs().max())
 
 
-@EVERY
+@MADE
 def test_it_is_deterministic(name, base, digits, tmp_path):
     made = [compress(base.model, shortened(name), digits) for _ in range(2)]
     paths = [artifact.save(small, tmp_path / str(i)) for i, small in enumerate(made)]
     assert artifact.read_manifest(paths[0]) == artifact.read_manifest(paths[1])
 
 
-@EVERY
+@MADE
 def test_accuracy_stays_far_from_chance(name, digits, usual):
     assert evaluate(usual(name), digits.val).top1.mean() > 0.5
 
@@ -94,6 +106,7 @@ def test_the_config_goes_through_json_and_refuses_unknown_keys(name):
         make_config(name, {"surprise": 1})
 
 
+@pytest.mark.slow
 def test_a_list_of_configs_is_a_combination(base, digits):
     name = next(iter(METHODS))
     twice = compress(base.model, [METHODS[name].identity, shortened(name)], digits)

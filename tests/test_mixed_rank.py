@@ -74,6 +74,7 @@ def test_a_layer_stays_dense_where_a_rank_would_not_save(base, digits):
             assert layer.rank * (layer.in_features + layer.out_features) < layer.in_features * layer.out_features
 
 
+@pytest.mark.slow
 def test_each_stage_brings_the_answers_nearer(base, digits):
     far = divergence(compress(base.model, STAGE1.having(decomposition="svd", keep=0.5), digits), base, digits)
     one = divergence(compress(base.model, STAGE1.having(keep=0.5), digits), base, digits)
@@ -82,6 +83,7 @@ def test_each_stage_brings_the_answers_nearer(base, digits):
     assert far > one > two > three
 
 
+@pytest.mark.slow
 def test_without_propagated_inputs_compensation_changes_nothing(base, digits):
     """Eckart-Young: on its own inputs the closed form is already the best of its rank."""
     config = MixedRank(keep=0.5, propagate=False)
@@ -105,6 +107,7 @@ def test_without_propagated_inputs_compensation_changes_nothing(base, digits):
         assert lost[0] >= lost[1] * (1 - 1e-6)
 
 
+@pytest.mark.slow
 def test_the_learned_residual_lowers_the_error_and_keeps_the_rank(base, digits):
     names = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
     model = compress(base.model, MixedRank(keep=1.0))
@@ -126,6 +129,7 @@ def test_the_learned_residual_lowers_the_error_and_keeps_the_rank(base, digits):
             assert loss(*new) < loss(left, right)
 
 
+@pytest.mark.slow
 def test_a_short_distillation_pays_and_is_another_setting(base, digits):
     config = MixedRank(keep=0.25, rank_step=2)
     tuned = config.having(train=config.train.having(epochs=2, lr=1e-3))
@@ -234,6 +238,7 @@ def test_layers_that_are_not_linear_any_more_are_refused(base, digits):
         compress(small, MixedRank(), digits)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (WEIGHTS.exists() and IMAGENET.exists()), reason="needs DeiT-Tiny and an ImageNet sample in ../shared"
 )

@@ -123,6 +123,7 @@ def test_wrong_settings(setting, message):
         read_profile("quick", [setting], find_lessons())
 
 
+@pytest.mark.slow
 def test_a_lesson_that_trains_is_left_out_where_there_is_nothing_to_train_on(tmp_path, base):
     weights = base.path / "model.safetensors"
     settings = ["splits.test=1.0", "train.epochs=0", f"checkpoint={weights}", "rounds=10"]
@@ -165,6 +166,7 @@ def killed_then_finished(home):
     return out, suite()
 
 
+@pytest.mark.slow
 def test_the_suite_finishes_after_two_kills(killed_then_finished):
     out, done = killed_then_finished
     assert done.returncode == 0, done.stdout + done.stderr
@@ -175,6 +177,7 @@ def test_the_suite_finishes_after_two_kills(killed_then_finished):
     assert "dynamic_int8" in done.stdout
 
 
+@pytest.mark.slow
 def test_no_row_twice_and_none_lost(killed_then_finished):
     out, _ = killed_then_finished
     rows = read_rows(out)
@@ -187,6 +190,7 @@ def test_no_row_twice_and_none_lost(killed_then_finished):
         assert metrics.count("top1") >= timed
 
 
+@pytest.mark.slow
 def test_the_quick_numbers(killed_then_finished):
     out, _ = killed_then_finished
     rows = subject(load_records(out))
@@ -198,6 +202,7 @@ def test_the_quick_numbers(killed_then_finished):
     assert value["uct", "top1"] >= value["baseline", "top1"] - 0.015
 
 
+@pytest.mark.slow
 def test_a_second_run_skips_everything(killed_then_finished):
     out, _ = killed_then_finished
     before = {path: path.stat().st_mtime_ns for path in (out / "notebooks").iterdir()}
@@ -209,6 +214,7 @@ def test_a_second_run_skips_everything(killed_then_finished):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_executed_copies_say_what_made_them(killed_then_finished):
     out, _ = killed_then_finished
     copy = json.loads((out / "notebooks" / "01_baseline.ipynb").read_text())
@@ -219,6 +225,7 @@ def test_executed_copies_say_what_made_them(killed_then_finished):
     assert not any(output.get("name") == "stderr" for cell in copy["cells"] for output in cell.get("outputs", []))
 
 
+@pytest.mark.slow
 @FORM
 def test_every_figure_is_seen_in_the_executed_notebook(path, killed_then_finished):
     out, _ = killed_then_finished
@@ -229,6 +236,7 @@ def test_every_figure_is_seen_in_the_executed_notebook(path, killed_then_finishe
             assert "image/png" in kinds or knob, cell.source
 
 
+@pytest.mark.slow
 @FORM
 def test_outputs_are_short_and_name_no_path(path, killed_then_finished):
     out, _ = killed_then_finished
@@ -241,6 +249,7 @@ def test_outputs_are_short_and_name_no_path(path, killed_then_finished):
             assert str(out) not in "".join(texts), cell.source
 
 
+@pytest.mark.slow
 def test_a_notebook_that_fails_is_named_with_its_cell_and_stops_no_other(tmp_path):
     folder = tmp_path / "notebooks"
     (folder / "profiles").mkdir(parents=True)

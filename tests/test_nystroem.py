@@ -168,6 +168,7 @@ def test_methods_that_come_after_find_the_linear_layers(base, digits, tmp_path):
     assert apart(artifact.load(artifact.save(small, tmp_path / "small")), small, 8) < 2e-2
 
 
+@pytest.mark.slow
 def test_training_wins_back_what_it_lost(base, digits):
     from vitbench.training.loop import evaluate
 
@@ -236,6 +237,7 @@ def test_what_exports_says_so(model):
         assert found == ["", "", f"{backend} has no form of ExactNystroemAttention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
     "config", [Nystroem(residual=3), Linear(train=TrainConfig(epochs=0))], ids=["nystroem", "linear"]

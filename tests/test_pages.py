@@ -44,6 +44,7 @@ def other_rows(tmp_path):
     return pages
 
 
+@pytest.mark.slow
 def test_a_changed_row_changes_the_page(other_rows):
     def larger(row):
         return row | {"value": row["value"] + 1e6} if row["metric"] == "bytes" and row["method"] == "uct" else row
@@ -61,6 +62,7 @@ def test_a_claim_gives_its_text_only_where_its_condition_holds():
         claim([], caller=lambda: "some are faster")
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_bear_a_sentence_out_stop_the_page(other_rows):
     def worse(row):
         return row | {"value": 0.5, "low": 0.49, "high": 0.51} if row["method"] == "weight_only" else row
@@ -69,6 +71,7 @@ def test_rows_that_do_not_bear_a_sentence_out_stop_the_page(other_rows):
         other_rows("cifar10-deit", worse).render("results/papers.md")
 
 
+@pytest.mark.slow
 def test_a_row_that_is_not_there_stops_the_page(other_rows):
     def failed(row):
         return row | {"status": "failed", "error": "x"} if row["method"] == "dynamic_int8" else row
@@ -82,6 +85,7 @@ def test_another_backends_row_does_not_stand_in():
         PAGES.rows("digits-quick").value("uct", "latency_p50", 1, "torch_compile")
 
 
+@pytest.mark.slow
 def test_a_folder_without_its_command_stops_the_page(other_rows):
     pages = other_rows("digits-quick", lambda row: row)
     (pages.reference / "digits-quick" / "command.md").unlink()

@@ -100,15 +100,18 @@ def by_papermill(tmp_path_factory):
     return nbformat.read(folder / "out.ipynb", as_version=4).cells
 
 
+@pytest.mark.slow
 def test_papermills_false_is_false(by_papermill):
     assert by_papermill[-2].outputs[-1].text.strip() == "[False, 0.5]"
 
 
+@pytest.mark.slow
 def test_figures_are_there_whatever_matplotlib_was_told(by_papermill):
     kinds = [kind for output in by_papermill[-1].outputs for kind in output.get("data", {})]
     assert "image/png" in kinds
 
 
+@pytest.mark.slow
 def test_no_figure_of_the_gallery_asks_for_latex():
     rows = gallery.rows_of(
         [ROOT / "results" / "reference" / "edge-deit-tiny", ROOT / "results" / "reference" / "digits-quick"]

@@ -84,6 +84,7 @@ SITES = {
 CLOSED = (">&-", "2>&-", "<&- >&- 2>&-")  # standard streams, in a shell's words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("site", "closed"), [("", ""), *((site, "") for site in SITES), *(("", each) for each in CLOSED)]
 )
@@ -107,6 +108,7 @@ def test_what_a_child_inherits_does_not_reach_its_answer(tmp_path, jobs, site, c
         assert not {str(here), ""} & set(found["path"])
 
 
+@pytest.mark.slow
 def test_a_job_runs_nothing_of_the_current_folder(tmp_path, monkeypatch):
     for name in ("vitbench", "torch"):
         (tmp_path / f"{name}.py").write_text(HOSTILE.format(str(tmp_path / "ran")))

@@ -62,6 +62,14 @@ def test_the_lock_is_within_the_ranges(project):
         assert requirement.specifier.contains(locked[requirement.name.lower()].removeprefix("==")), line
 
 
+def test_every_linter_of_make_is_a_hook():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    (lines,) = re.findall(r"^lint: setup\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    for line in re.findall(r"\$\(BIN\)/(.+)", lines):
+        command = " ".join(word for word in line.split() if word[0] not in "-.")
+        assert [hook for hook in hooks if hook["entry"].startswith(command)], command
+
+
 def test_the_citation_is_of_this_version(project):
     from vitbench import __version__
 
@@ -145,12 +153,14 @@ def test_only_the_room_of_the_model_knows_timms_models_inside():
             assert "timm.models" not in file.read_text(), f"{file}: only model/ knows timm's models inside"
 
 
+@pytest.mark.slow
 def test_imports_keep_to_the_contract():
     """`lint-imports` says which import breaks it."""
     done = subprocess.run([LINT], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PATH})
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_figure_that_imports_a_model_breaks_the_contract(tmp_path):
     shutil.copytree(ROOT / "vitbench", tmp_path / "vitbench", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -78,6 +78,7 @@ def test_the_mean_alone_keeps_the_mean_of_the_outputs(base, digits):
     assert max(apart["mean"], apart["ridge"]) < 1e-4 < 1e-2 < apart["none"]
 
 
+@pytest.mark.slow
 def test_the_same_code_prunes_t2t_vit(digits):
     model = vit.create_model("t2t_vit_t_14", img_size=64, depth=4, num_classes=10)
     config = Pruning(neurons=0.3, heads=0.3, tokens=0.3, criterion=Criterion(samples=16))
@@ -101,6 +102,7 @@ def test_a_layer_without_bias_gets_none_and_is_refused_nothing():
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
+@pytest.mark.slow
 def test_recovery_by_training_and_its_control(base, digits):
     train = TrainConfig(epochs=2, lr=1e-3, warmup_epochs=0, mixup=0.0)
     hard = BARE.having(neurons=0.8, heads=0.5)
@@ -163,6 +165,7 @@ def found(base, digits):
     return compressed(base, QUICK, digits)
 
 
+@pytest.mark.slow
 def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, digits, tmp_path):
     assert count_macs(found.model) / count_macs(base.model) == pytest.approx(0.5, rel=0.025)
     assert len(found.search) == 6
@@ -190,6 +193,7 @@ def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, 
         assert figure.axes
 
 
+@pytest.mark.slow
 def test_the_search_never_sees_the_test_images(base, digits, monkeypatch):
     import dataclasses
 
@@ -198,6 +202,7 @@ def test_the_search_never_sees_the_test_images(base, digits, monkeypatch):
     assert artifact.weights_hash(same) == artifact.weights_hash(other)
 
 
+@pytest.mark.slow
 def test_one_dimension_alone_leaves_the_others(base, digits):
     fields = {"neurons": "neurons", "head_dims": "head_dim", "tokens": "tokens"}
     for name, field in fields.items():
@@ -217,6 +222,7 @@ def test_what_the_search_cannot_do_says_why(base, digits):
         MultiDimensional(keep=0)
 
 
+@pytest.mark.slow
 def test_weights_shared_over_policies_suit_them_better(base, digits):
     """The same policies, cut without compensation: after training under random ones their cross-entropy is lower."""
     hard = QUICK.having(keep=0.4, compensation="none", dimensions=DIMENSIONS)
@@ -230,6 +236,7 @@ def test_weights_shared_over_policies_suit_them_better(base, digits):
     assert tasks[1].remover.model.state_dict().keys() == base.model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_a_latency_table_grows_with_units_and_is_met(base, digits):
     table = LatencyTable(
         tokens=np.array([1, 17]),

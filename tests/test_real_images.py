@@ -10,6 +10,8 @@ from vitbench.run.cache import baseline
 from vitbench.training.config import TrainConfig
 from vitbench.training.loop import evaluate
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = SHARED / "weights" / "deit_tiny_patch16_224.safetensors"
 IMAGENET = SHARED / "data" / "imagenet-1k-sample"
 CIFAR = SHARED / "data" / "cifar10"

@@ -15,6 +15,7 @@ from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, vit
 
 
+@pytest.mark.slow
 def test_each_block_answers_more_like_the_given_one(base, digits):
     x = torch.cat([batch for batch, _ in eval_batches(digits.calibration, base.model.recipe.preprocess)])
     lost = {}
@@ -29,6 +30,7 @@ def test_each_block_answers_more_like_the_given_one(base, digits):
     assert lost[40] < 0.5 * lost[0]
 
 
+@pytest.mark.slow
 def test_it_is_part_of_weight_only_and_goes_through_the_file(base, digits, tmp_path):
     x, config = torch.randn(20, 3, 8, 8), {"bits": 2, "group": 32, "rounding": "second_order", "rest": "float32"}
     small = compress(base.model, make_config("weight_only", {**config, "reconstruction": 30}), digits)

@@ -14,6 +14,8 @@ from vitbench.rows.records import read_rows
 from vitbench.rows.row_table import load_records
 from vitbench.rows.statistics import quiet_ratio
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = ROOT / "results" / "reference"
 FOLDERS = sorted(file.parent.name for file in REFERENCE.glob("*/records.jsonl"))
 FOUND = sorted(file.parent.name for file in REFERENCE.glob("*/found.json"))

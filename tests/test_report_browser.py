@@ -11,7 +11,10 @@ from vitbench.figures.report import write_report
 from vitbench.rows.records import append_rows
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt-get install chromium)"),
+]
 METHODS = ("baseline", "uct", "dynamic_int8", "lsq")
 
 

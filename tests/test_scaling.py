@@ -27,6 +27,7 @@ def rows(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_every_variant_part_and_size_has_its_rows(rows):
     good = rows[rows["status"] == "ok"]
     assert set(good["metric"]) == {"macs", "latency_p50", "latency_ratio"}
@@ -37,6 +38,7 @@ def test_every_variant_part_and_size_has_its_rows(rows):
     assert (good["value"] > 0).all()
 
 
+@pytest.mark.slow
 def test_what_does_not_suit_a_size_is_skipped_with_the_reason(rows):
     skipped = rows[rows["status"] != "ok"]
     assert set(skipped["status"]) == {"skipped"}
@@ -44,6 +46,7 @@ def test_what_does_not_suit_a_size_is_skipped_with_the_reason(rows):
     assert skipped["error"].str.contains("landmarks = 8: vit_mini_patch2_8 has 5 tokens").all()
 
 
+@pytest.mark.slow
 def test_multiply_accumulates_of_the_layer_are_the_formula(rows):
     full = attention.curves(rows, "macs", "attention")["full attention"]
     assert full["value"].tolist() == [4 * n * 64 * 64 + 2 * n * n * 64 for n in (5, 65)]
@@ -65,6 +68,7 @@ def test_the_crossing_is_where_the_ratio_stays_below_one(ratios, wanted):
     assert attention.crossing(np.array([10, 100, 1000]), np.array(ratios)) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_the_figure_and_its_crossings_come_from_the_rows(rows):
     figure, shown = attention.against_tokens(rows)
     assert len(figure.axes) == 2

@@ -74,6 +74,7 @@ def test_expected_improvement_equals_its_integral_and_is_maximised():
     assert wide > narrow
 
 
+@pytest.mark.slow
 def test_the_search_beats_chance_at_equal_evaluations():
     best = {
         how: [
@@ -131,6 +132,7 @@ def test_a_killed_search_goes_on_without_scoring_again(tmp_path):
     assert np.array_equal(found.scores, whole.scores)
 
 
+@pytest.mark.slow
 def test_a_note_with_one_flipped_bit_is_named_and_scored_again(tmp_path, capsys):
     config, memory = SearchConfig(evaluations=8, first=4), Notes(tmp_path / "search.jsonl", "searches")
     whole = search.search(SPACE, COST, LIMITS, toy_score, config, memory)

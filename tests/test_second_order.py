@@ -110,6 +110,7 @@ def test_weights_are_unpacked_by_blocks_of_rows():
         assert torch.equal(layer.dense(256, 512), layer.dense()[256:512])
 
 
+@pytest.mark.slow
 def test_second_order_keeps_more_of_the_answers_than_nearest(base, digits):
     wanted, apart = evaluate(base.model, digits.test).top1.mean(), {}
     x = torch.cat([batch for batch, _ in eval_batches(digits.test, base.model.recipe.preprocess)])
@@ -125,6 +126,7 @@ def test_second_order_keeps_more_of_the_answers_than_nearest(base, digits):
     assert evaluate(small, digits.test).top1.mean() > wanted - 0.05
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_second_order_codes(base, digits):
     config = make_config("weight_only", {"bits": 2, "group": 16, "rounding": "second_order", "train": {"epochs": 1}})
     small = compress(base.model, config, digits)
@@ -132,6 +134,7 @@ def test_training_goes_on_from_second_order_codes(base, digits):
     assert small.blocks[0].mlp.fc1.step.shape == (256, 4)
 
 
+@pytest.mark.slow
 def test_bits_by_layer_meet_a_target_of_bytes(base, digits, tmp_path):
     """At the bytes of 3 bits everywhere: the target is met to a layer's bits, and the answers change less."""
     x = torch.cat([batch for batch, _ in eval_batches(digits.test, base.model.recipe.preprocess)])

@@ -93,6 +93,7 @@ def test_reparameterised_norms_change_no_answer_and_round_each_channel():
         assert (apart < 1e-3).float().mean() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"softmax": "log_sqrt2", "norms": "reparameterised", "attention_bits": 8, "range": "mse"}]
 )
@@ -104,6 +105,7 @@ def test_eight_bits_keep_the_answers(base, digits, images, changes):
     assert evaluate(small, digits.test).top1.mean() > evaluate(base.model, digits.test).top1.mean() - 0.02
 
 
+@pytest.mark.slow
 def test_reparameterised_norms_help_where_a_channel_is_large(base, digits, images):
     model = copy.deepcopy(base.model)
     with torch.no_grad():
@@ -119,6 +121,7 @@ def test_reparameterised_norms_help_where_a_channel_is_large(base, digits, image
     assert apart["reparameterised"] < 0.7 * apart["plain"]
 
 
+@pytest.mark.slow
 def test_second_order_weights_answer_better(base, digits, images):
     apart = {}
     for rounding in ("nearest", "second_order"):

@@ -30,6 +30,7 @@ def slurm(tmp_path, monkeypatch):
     subprocess.run([*script, "stop", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_on_slurm(slurm, tmp_path):
     import dask
 

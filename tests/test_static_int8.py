@@ -83,6 +83,7 @@ def test_evening_out_channels_changes_no_answer(base, digits):
     assert now.max() / now.median() < 0.6 * reach[name].max() / reach[name].median()
 
 
+@pytest.mark.slow
 def test_answers_stay_and_compensation_helps(base, digits, small):
     wanted = evaluate(base.model, digits.test).top1.mean()
     assert evaluate(small, digits.test).top1.mean() > wanted - 0.01
@@ -161,6 +162,7 @@ def with_query_norms(model):
     return model
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_openvino_scores_and_times_against_eager(base, small, digits, tmp_path):
     path, run = artifact.save(small, tmp_path / "small"), Run(tmp_path / "run")

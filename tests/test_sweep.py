@@ -125,6 +125,7 @@ def done(tmp_path_factory):
     return swept(tmp_path_factory.mktemp("sweep"), workers=2)
 
 
+@pytest.mark.slow
 def test_every_cell_has_its_rows(done):
     outcome, run = done
     assert dict(outcome) == {"finished before": 0, "done": 4}
@@ -136,6 +137,7 @@ def test_every_cell_has_its_rows(done):
     assert {row.env_id for row in rows} == {path.stem for path in (run.folder / "environments").glob("*.json")}
 
 
+@pytest.mark.slow
 def test_a_finished_cell_is_not_run_again_and_what_is_left_is_told(done, tmp_path):
     _, run = done
     again = drive.plan(sweep_of(SMALL), run)
@@ -149,6 +151,7 @@ def test_a_finished_cell_is_not_run_again_and_what_is_left_is_told(done, tmp_pat
     assert progress_of(run.folder).startswith("4 cells: 4 done, 0 failed, 0 left\nno run is at work here")
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_a_row_and_does_not_stop_the_others(tmp_path):
     sweep = SMALL | {"methods": [{"uct": {"rank": 10_000, "start": "weights", "train": {"epochs": 0}}}, "baseline"]}
     outcome, run = swept(tmp_path, sweep)
@@ -158,12 +161,14 @@ def test_a_cell_that_fails_is_a_row_and_does_not_stop_the_others(tmp_path):
     assert "Traceback" in (run.folder / "errors" / f"{failed.context['cell']}.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_baseline_that_fails_fails_its_cells(tmp_path):
     outcome, run = swept(tmp_path, SMALL | {"train": {"epochs": 1, "batch_size": 4096}})
     assert dict(outcome) == {"finished before": 0, "failed": 4}
     assert all("its baseline: InputError: batch_size = 4096" in row.error for row in drive.latest(run.records))
 
 
+@pytest.mark.slow
 def test_a_cell_that_hangs_is_stopped_and_its_neighbours_are_done(tmp_path, monkeypatch):
     usual = worker.Worker.run
 
@@ -189,6 +194,7 @@ def sweep_workers():
     return found
 
 
+@pytest.mark.slow
 def test_killed_workers_lose_and_double_nothing(tmp_path):
     run, killed, stop = Run(tmp_path / "rows"), [], threading.Event()
     found = drive.plan(sweep_of(SMALL | {"retries": 20, "seeds": [0, 1]}), run)
@@ -219,6 +225,7 @@ def test_a_cell_whose_worker_always_dies_fails_in_the_end(tmp_path, monkeypatch)
     assert all("out of memory?); tried 2 times" in row.error for row in drive.latest(run.records))
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path):
     file = tmp_path / "ä sweep's.yaml"
     file.write_text(yaml.safe_dump(SMALL))
@@ -250,6 +257,7 @@ def test_two_sweeps_in_one_folder(tmp_path):
         drive.run_sweep(found, run)
 
 
+@pytest.mark.slow
 def test_a_worker_answers_in_one_process_until_it_dies():
     own = worker.Worker()
     order = {"what": "base", "cell": {"no": "cell"}, "threads": 1}
@@ -273,6 +281,7 @@ def test_room_for_workers():
         open_workers("", 1, {"TPU": 1})
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(SMALL | {"methods": ["baseline"]}))
@@ -303,6 +312,7 @@ def test_the_benchmarks_sweep_has_200_cells():
     assert len(cells(sweep_of(yaml.safe_load((ROOT / "benchmarks" / "sweep_digits.yaml").read_text())))) == 200
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_does_the_same(tmp_path):
     pytest.importorskip("distributed", reason="the dask extra is not installed")
     outcome, run = swept(tmp_path, SMALL, workers=1, scheduler="dask")
@@ -339,6 +349,7 @@ def cluster(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_killed_and_comes_back(cluster, tmp_path):
     first, run = cluster("scheduler"), Run(tmp_path / "rows")
     cluster("worker")
@@ -360,6 +371,7 @@ def test_a_scheduler_that_is_killed_and_comes_back(cluster, tmp_path):
     assert len([row for row in read_rows(run.records) if row.metric == drive.METRIC]) == 8
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     file, out = tmp_path / "sweep.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(SMALL))
@@ -393,6 +405,7 @@ def test_a_clock_that_goes_back_changes_nothing(tmp_path):
     assert list(run.rows()["value"]) == [0.5]
 
 
+@pytest.mark.slow
 def test_nothing_is_written_beside_the_sources(tmp_path):
     """Rows, models and caches go below the results folder and `VITBENCH_HOME`, and nothing beside the sources."""
     before = {
@@ -405,6 +418,7 @@ def test_nothing_is_written_beside_the_sources(tmp_path):
     assert before == after
 
 
+@pytest.mark.slow
 def test_the_same_sweep_in_another_place_gives_the_same_files_and_accuracies(tmp_path):
     sweep = SMALL | {
         "methods": [{"weight_only": {"bits": 2, "rounding": "second_order", "train": {"epochs": 1, "batch_size": 64}}}]

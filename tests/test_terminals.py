@@ -42,6 +42,7 @@ def test_bars_and_names_print_in_any_encoding(encoding, monkeypatch):
     assert ("\u2588" in written) == (encoding in ("utf-8", "cp437")) or encoding == "cp437"
 
 
+@pytest.mark.slow
 def test_a_poor_environment_still_makes_and_measures_a_model(tmp_path):
     """No HOME, a locale and streams without UTF-8, and names that are not ASCII."""
     poor = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
@@ -98,6 +99,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", CHOICES)
 def test_a_report_is_made_of_whatever_was_measured(chosen, tmp_path):
     groups = groups_of(read_rows(ROOT / "results" / "reference" / "digits-quick"))

@@ -153,6 +153,7 @@ def test_it_comes_after_quantization(base, digits, tmp_path):
     assert type(loaded.blocks[0].attn.qkv).__name__ == "DynamicInt8Linear"
 
 
+@pytest.mark.slow
 def test_it_is_trained_if_asked_to(base, digits):
     config = make_config("token_merging", {"r": 4, "train": {"epochs": 1}})
     small = compress(base.model, config, digits)

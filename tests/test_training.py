@@ -31,6 +31,7 @@ def short_run(data, config=SHORT, **options):
     return weights(model), history
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights_and_another_seed_others(digits):
     first, history = short_run(digits)
     again, same_history = short_run(digits)
@@ -41,6 +42,7 @@ def test_same_seed_same_weights_and_another_seed_others(digits):
     assert history[-1]["loss"] < history[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixup", [0.0, 0.4])
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(digits, tmp_path, stopped, mixup):
     config = SHORT.having(mixup=mixup)
@@ -61,6 +63,7 @@ def halfway(digits, tmp_path_factory):
     return file.read_bytes(), short_run(digits)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 9, 200, 5_003, 20_011, 0.5, -3])
 def test_a_checkpoint_with_one_flipped_bit_is_named_and_not_used(digits, tmp_path, capsys, halfway, place):
     content, whole = bytearray(halfway[0]), halfway[1]
@@ -72,6 +75,7 @@ def test_a_checkpoint_with_one_flipped_bit_is_named_and_not_used(digits, tmp_pat
     assert f"'{file}' is damaged" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["torn", "of older versions", "another seed", "another model"])
 def test_a_checkpoint_that_is_not_this_runs_is_named_and_not_used(digits, tmp_path, capsys, halfway, other):
     file = tmp_path / "run.safetensors"
@@ -89,6 +93,7 @@ def test_a_checkpoint_that_is_not_this_runs_is_named_and_not_used(digits, tmp_pa
     assert f"'{file}' is" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_during_training(tmp_path, home):
     code = (
         f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
@@ -129,6 +134,7 @@ def test_a_trained_baseline_is_far_from_chance(base, digits):
     assert evaluate(base.model, digits.val).top1.mean() > 0.6
 
 
+@pytest.mark.slow
 def test_a_teacher_that_answers_one_class_is_followed(digits):
     class Teacher(torch.nn.Module):
         def forward(self, x):
@@ -159,6 +165,7 @@ def test_evaluate_counts_right_answers(digits):
     assert found.top1.dtype == np.bool_
 
 
+@pytest.mark.slow
 def test_bf16_training_learns_too(digits):
     _, history = short_run(digits, SHORT.having(precision="bf16", ema=0.0))
     assert history[-1]["loss"] < history[0]["loss"]

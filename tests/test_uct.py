@@ -48,6 +48,7 @@ def published(request, tmp_path_factory):
     return dense, small, *paths, mebibytes, ratio, rank
 
 
+@pytest.mark.slow
 def test_published_shapes_fit_the_published_sizes(published):
     _, small, dense_path, path, mebibytes, ratio, _ = published
     size = artifact.size_on_disk(path)
@@ -59,6 +60,7 @@ def test_published_shapes_fit_the_published_sizes(published):
         assert torch.allclose(artifact.load(path)(x), small(x), atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_both_orders_agree_on_published_shapes(published):
     _, small, *_ = published
@@ -68,6 +70,7 @@ def test_both_orders_agree_on_published_shapes(published):
         assert (set_order(small, order)(x) - first).abs().max() <= 1e-4 * first.abs().max()
 
 
+@pytest.mark.slow
 def test_multiply_accumulates_of_published_shapes(published):
     dense, small, *_, rank = published
     tokens, d = 197, dense.embed_dim
@@ -90,6 +93,7 @@ class Shapes(TorchDispatchMode):
         self.seen = set()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_reordered_inference_never_holds_a_decoded_matrix(published):
     _, small, *_ = published
@@ -133,6 +137,7 @@ def test_full_rank_and_eight_bits_lose_almost_nothing(base, digits):
     assert (small(x) - base.model(x)).abs().max() < 0.03 * base.model(x).abs().max()
 
 
+@pytest.mark.slow
 def test_training_the_codes_pays_and_is_small(base, digits, tmp_path):
     rounded, trained = compress(base.model, ROUNDED, digits), compress(base.model, SHORT, digits)
     sizes = [artifact.size_on_disk(artifact.save(m, tmp_path / str(i))) for i, m in enumerate((rounded, trained))]
@@ -142,6 +147,7 @@ def test_training_the_codes_pays_and_is_small(base, digits, tmp_path):
     assert not torch.equal(trained.blocks[0].norm1.weight, rounded.blocks[0].norm1.weight), "the rest is trained too"
 
 
+@pytest.mark.slow
 def test_the_encoder_form_fits_the_weights_and_leaves_no_encoder(base, digits, tmp_path):
     config = SHORT.having(form="encoder", warm_steps=60, train=SHORT.train.having(epochs=1, lr=1e-4))
     small = compress(base.model, config, digits)
@@ -165,6 +171,7 @@ def test_official_choices_are_kept_apart(base, digits):
     assert (ours.head.bits, ours.patch_embed.proj.bits) == (8, 8)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(base, digits, monkeypatch, stopped):
     whole = compress(base.model, SHORT, digits)
     with stopped(1):
@@ -179,6 +186,7 @@ def test_a_killed_training_goes_on(base, digits, monkeypatch, stopped):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits, monkeypatch, home):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     steps = len(digits.train) // 128
@@ -237,6 +245,7 @@ def test_a_teacher_of_other_classes_is_refused(base, digits, tmp_path):
         compress(base.model, SHORT.having(teacher=str(other)), digits)
 
 
+@pytest.mark.slow
 def test_another_teacher_gives_another_student(base, digits, tmp_path):
     path = artifact.save(vit.create_model("vit_mini_patch2_8", seed=3), tmp_path / "untrained")
     own, odd = (compress(base.model, SHORT.having(teacher=teacher), digits) for teacher in ("original", str(path)))

@@ -14,6 +14,8 @@ from vitbench.rows.row_table import load_records
 from vitbench.run.suite import open_data
 from vitbench.run.verification import verify
 
+pytestmark = pytest.mark.slow
+
 SPLITS = [f"{key}={value}" for key, value in SMALL["datasets"][0]["splits"].items()]
 
 

@@ -30,12 +30,14 @@ def test_the_weights_are_whole_steps(base):
     assert (int(codes.min()), int(codes.max())) == (-4, 3)
 
 
+@pytest.mark.slow
 def test_trained_two_bit_weights_beat_rounded_ones(base, digits):
     rounded = compress(base.model, make_config("weight_only", {"bits": 2}))
     trained = compress(base.model, make_config("weight_only", {"bits": 2, "train": {"epochs": 2}}), digits)
     assert evaluate(trained, digits.val).top1.mean() > evaluate(rounded, digits.val).top1.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("group", [None, 64])
 def test_the_file_is_as_large_as_its_bits_say(bits, group, tmp_path):
