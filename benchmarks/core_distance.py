@@ -83,7 +83,7 @@ def measured(models: list[Path], names: list[str], seconds: float) -> tuple[list
         for path, name, threads in itertools.product(models, names, (1, 2)):
             torch.set_num_threads(threads)
             model = vb.load(path)
-            if not vb.measurement.obstacle(name, model.recipe):
+            if not vb.measurement.unsupported_reason(name, model.recipe):
                 size = model.recipe.preprocess.size
                 x = torch.randn(1, 3, size, size)
                 calls[path, name, threads] = (vb.measurement.checked(name, model, x)[0], x)

@@ -102,7 +102,7 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
     done = run.done()
     if all(row.identity() in done for rows in slots.values() for row in rows):
         return
-    able = {path: vb.measurement.obstacle(backend, vb.model.read_manifest(path).recipe) for path in slots}
+    able = {path: vb.measurement.unsupported_reason(backend, vb.model.read_manifest(path).recipe) for path in slots}
     racing = [path for path, why in able.items() if not why]
     entries = [*((str(base), reference) for reference in references), *((str(path), backend) for path in racing)]
     (found,) = vb.measurement.race(entries, [batch], options.threads, options.rounds, options.starts)
@@ -112,7 +112,7 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
         own = timings.get(path, able[path])
         if isinstance(own, str):
             status = {"status": "skipped" if able[path] else "failed", "error": own, "value": None, "source": ""}
-            run.append(row.having(**status) for row in rows)
+            run.append(row.replace(**status) for row in rows)
         else:
             run.append(_filled(rows, vb.measurement.values(backend, own, others, starts=options.starts)))
 
@@ -126,7 +126,7 @@ def _slots(path: Path, data: vb.ImageData, timed: dict[str, Any], references: li
 
 def _filled(rows: list[vb.Row], values: Iterator[vb.measurement.Value]) -> Iterator[vb.Row]:
     for row, value in zip(rows, values, strict=True):
-        yield row.having(**value.fields())
+        yield row.replace(**value.fields())
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def compare(args: argparse.Namespace) -> None:
         if any(VARIANTS[name].file == file for name in args.only):
             config = config | ({"compensation": not args.random} if method == "static_int8" else {})
             files[file] = vb.save(vb.compress(base, vb.make_config(method, config), seen), run.models / file)
-    images = torch.cat([x for x, _ in vb.data.eval_batches(seen.needs("calibration"), base.recipe.preprocess)])
+    images = torch.cat([x for x, _ in vb.data.eval_batches(seen.require_split("calibration"), base.recipe.preprocess)])
     images = images[: len(images) // max(args.batches) * max(args.batches)].contiguous()
     with tempfile.TemporaryDirectory() as folder:
         calibration = Path(folder, "calibration.safetensors")
@@ -202,10 +202,10 @@ def _measured(name: str, rows: list[vb.Row], file: Path, threads: int, order: di
             status, error = "failed", str(failure)
     if error:
         print(f"{name:28} {status}: {error}", flush=True)
-        return [row.having(status=status, error=error, value=None, source="") for row in rows]
+        return [row.replace(status=status, error=error, value=None, source="") for row in rows]
     found["bytes"] = found["bytes"] or vb.size_on_disk(file)
     print(f"{name:28} {_line(order['batches'], found)}", flush=True)
-    return [row.having(**fields) for row, fields in zip(rows, _values(found), strict=True)]
+    return [row.replace(**fields) for row, fields in zip(rows, _values(found), strict=True)]
 
 
 def _missing(variant: Variant) -> str:

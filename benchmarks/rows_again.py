@@ -75,9 +75,9 @@ def merge(folder: Path, again: Path) -> int:
             old = vb.Row.model_validate_json(vb.rows.split_check(line)[0])
             twin = new.pop(place(old), None)
             if twin is not None and old.status == "ok":
-                twin = twin.having(config=old.config)
+                twin = twin.replace(config=old.config)
                 file = Path(scratch, f"{moved}.jsonl")
-                vb.rows.append_rows(file, [twin.having(key=twin.identity())])
+                vb.rows.append_rows(file, [twin.replace(key=twin.identity())])
                 line, moved = file.read_bytes(), moved + 1
                 if old.metric in METRICS:
                     print(

@@ -60,12 +60,12 @@ def ratio_for(base: torch.nn.Module, keep: float) -> float:
     for _ in range(30):
         middle = (low + high) / 2
         smaller = tuple(
-            shape.having(
+            shape.replace(
                 neurons=max(1, int(shape.neurons * (1 - middle))), head_dim=max(1, int(shape.head_dim * (1 - middle)))
             )
             for shape in shapes
         )
-        left = vb.model.analytic_macs(vb.model.skeleton(base.recipe.architecture.having(blocks=smaller))) / whole
+        left = vb.model.analytic_macs(vb.model.skeleton(base.recipe.architecture.replace(blocks=smaller))) / whole
         low, high = (middle, high) if left > keep else (low, middle)
     return (low + high) / 2
 
@@ -98,7 +98,7 @@ def compare(values: dict, keep: float, out: str) -> None:
     base = vb.baseline(values["model"], data, vb.TrainConfig(**values["train"]), **start)
     vb.measure(base.path, data, run)
     ratio = ratio_for(base.model, keep)
-    train = vb.removal.TRAIN.having(**values.get("tuned", {"epochs": 5}), seed=values["train"].get("seed", 0))
+    train = vb.removal.TRAIN.replace(**values.get("tuned", {"epochs": 5}), seed=values["train"].get("seed", 0))
     taylor = {"heads": 0.0, "neurons": ratio, "head_dims": ratio, "criterion": vb.removal.Criterion(name="taylor")}
     search = vb.removal.SearchConfig(evaluations=values.get("evaluations", 40))
     joint = vb.methods.MultiDimensional(
@@ -113,12 +113,12 @@ def compare(values: dict, keep: float, out: str) -> None:
         step = vb.model.Step(
             method="torch_pruning", config={"ratio": round(ratio, 4), "train": tuned["train"].to_dict()}
         )
-        model.recipe = model.recipe.having(methods=(step,))
+        model.recipe = model.recipe.replace(methods=(step,))
         paths = [vb.save(model.requires_grad_(False), run.models / f"torch-pruning-{epochs}")]
         for config in (
             vb.methods.Pruning(**taylor, compensation="none", **tuned),
             vb.methods.Pruning(**taylor, **tuned),
-            joint.having(**tuned),
+            joint.replace(**tuned),
         ):
             paths.append(vb.compressed(base, config, data).path)
         for path in paths:

@@ -218,7 +218,7 @@ def test_codes_are_small_in_openvino_too(packed, name):
 def test_every_method_with_packed_codes_runs_in_other_backends(base, digits, name, values):
     small = compress(base.model, make_config(name, values), digits)
     for backend in ("onnxruntime", "openvino"):
-        assert backends.obstacle(backend, artifact.recipe_of(small)) == ""
+        assert backends.unsupported_reason(backend, artifact.recipe_of(small)) == ""
         if installed(backend):
             backends.prepare(backend, small, torch.randn(8, 3, 8, 8))
 
@@ -299,10 +299,13 @@ def test_without_bf16_instructions_there_is_no_bf16(monkeypatch):
 
 def test_each_layer_says_what_can_run_it(small):
     recipes = {name: artifact.recipe_of(model) for name, model in small.items()}
-    assert all(backends.obstacle(backend, recipes["static_int8"]) == "" for backend in backends.BACKENDS)
-    assert backends.obstacle("onnxruntime", recipes["dynamic_int8"]) == ""
+    assert all(backends.unsupported_reason(backend, recipes["static_int8"]) == "" for backend in backends.BACKENDS)
+    assert backends.unsupported_reason("onnxruntime", recipes["dynamic_int8"]) == ""
     for backend in ("openvino", "openvino_bf16", "torch_compile", "executorch"):
-        assert backends.obstacle(backend, recipes["dynamic_int8"]) == f"{backend} has no form of DynamicInt8Linear"
+        assert (
+            backends.unsupported_reason(backend, recipes["dynamic_int8"])
+            == f"{backend} has no form of DynamicInt8Linear"
+        )
 
 
 def test_the_command_line_names_every_backend(capsys):

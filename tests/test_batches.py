@@ -51,6 +51,6 @@ def test_an_epoch_is_decided_by_its_seed(digits, augment):
 
 
 def test_images_are_enlarged_to_the_models_input(digits):
-    x, _ = next(eval_batches(digits.test, PLAIN.having(size=32, interpolation="bicubic"), batch_size=2))
+    x, _ = next(eval_batches(digits.test, PLAIN.replace(size=32, interpolation="bicubic"), batch_size=2))
     assert x.shape == (2, 3, 32, 32)
     assert np.abs(x.numpy()).max() <= 1.0

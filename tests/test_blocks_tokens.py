@@ -181,7 +181,7 @@ def test_the_policys_cost_is_the_models(deit):
         BlockShape(heads=h, head_dim=w, neurons=n, tokens=m)
         for (n, h, w), m in zip(counts.left(), counts.after[0].tolist(), strict=True)
     ]
-    model = vit.skeleton(deit.recipe.architecture.having(blocks=tuple(shapes), reduction="cls_attention"))
+    model = vit.skeleton(deit.recipe.architecture.replace(blocks=tuple(shapes), reduction="cls_attention"))
     ends = model.patch_embed.proj.weight.numel() * 16 + 1920
     assert cost == vit.analytic_macs(model) - ends
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_pruned_says_why(base, deit):
     int8 = compress(base.model, make_config("dynamic_int8"))
     with pytest.raises(InputError, match="is a DynamicInt8Linear, not a plain linear layer; prune first"):
         cut.check_prunable(int8)
-    one = deit.recipe.architecture.having(blocks=blocks.shapes(deit)[:1])
+    one = deit.recipe.architecture.replace(blocks=blocks.shapes(deit)[:1])
     with pytest.raises(InputError, match="sizes of 1 blocks were given and deit_tiny_patch16_224 has 4"):
         vit.skeleton(one)
     normed = copy.deepcopy(deit)

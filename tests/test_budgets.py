@@ -42,7 +42,7 @@ def folder(tmp_path):
         for row in make_rows(("baseline", method), (0.9, 0.9), (800_000, size))[6 if method != "baseline" else 0 :]:
             if row.method == method:
                 test = {"context": row.context | {"images": IMAGES}, **own} if row.metric == "top1" else {}
-                rows.append(row.having(**test))
+                rows.append(row.replace(**test))
     append_rows(tmp_path / "records.jsonl", rows)
     return tmp_path
 
@@ -201,19 +201,19 @@ def in_another_backend(rows):
             continue
         there = row.context | {"backend": "onnxruntime", "artifact": row.method}
         if row.method == "uct":
-            yield row.having(context=there, status="skipped", value=None, error="no form of it", source="")
+            yield row.replace(context=there, status="skipped", value=None, error="no form of it", source="")
         else:
-            yield row.having(context=there)
+            yield row.replace(context=there)
             if row.metric == "latency_ratio":
-                yield row.having(context=there | {"versus_backend": "eager"}, value=0.25, low=0.2, high=0.3)
+                yield row.replace(context=there | {"versus_backend": "eager"}, value=0.25, low=0.2, high=0.3)
         if row.metric == "latency_p50":
             context = {"batch": row.context["batch"], "threads": 2, "artifact": row.method}
-            yield row.having(metric="latency_floor", value=0.5, context=context, samples=None)
+            yield row.replace(metric="latency_floor", value=0.5, context=context, samples=None)
 
 
 def test_the_table_of_backends_has_both_baselines_the_reasons_and_the_floor(folder, tmp_path):
     rows = [*make_rows(), *make_rows(("baseline", "uct"))[6:]]
-    rows = [row.having(context=row.context | {"artifact": row.method}) for row in rows]
+    rows = [row.replace(context=row.context | {"artifact": row.method}) for row in rows]
     append_rows(tmp_path / "more" / "records.jsonl", in_another_backend(rows))
     text = backend_table.backend_table(load_records(tmp_path / "more"))
     lines = {

@@ -44,7 +44,7 @@ def test_a_search_goes_on_where_it_was(found, base, digits):
     assert [(trial.name, trial.cost) for trial in again.trials] == [
         (trial.name, trial.cost) for trial in searched.trials
     ]
-    longer = search_combinations(base.model, digits, SMALL.having(trials=8), folder)
+    longer = search_combinations(base.model, digits, SMALL.replace(trials=8), folder)
     assert longer.trials[:6] == searched.trials
     assert len(longer.trials) == 8
 
@@ -103,7 +103,7 @@ def test_a_wrong_search(values, message, base, digits, tmp_path):
 
 def test_steps_that_do_not_fit_together_are_trials_that_say_so(base, digits, tmp_path):
     rows = {"weight_only": {"group": 7}}
-    alone = SMALL.having(structures=("none",), codes=("weight_only",), settings=rows, choices={}, trials=2)
+    alone = SMALL.replace(structures=("none",), codes=("weight_only",), settings=rows, choices={}, trials=2)
     found = search_combinations(base.model, digits, alone, tmp_path)
     assert found.best is None
     assert all("group = 7 does not divide" in trial.error for trial in found.trials)
@@ -112,7 +112,7 @@ def test_steps_that_do_not_fit_together_are_trials_that_say_so(base, digits, tmp
 
 @pytest.mark.slow
 def test_no_trial_within_the_budget(base, digits, tmp_path):
-    found = search_combinations(base.model, digits, SMALL.having(target=0.001, trials=2), tmp_path)
+    found = search_combinations(base.model, digits, SMALL.replace(target=0.001, trials=2), tmp_path)
     assert found.best is None
     assert len(found.trials) == 2
 
@@ -144,7 +144,7 @@ def test_settings_reach_into_what_is_usual():
     )
     config, usual = combine._config(options), CombinationSearch()
     assert config.settings["weight_only"] == usual.settings["weight_only"] | {"ridge": 2}
-    assert config.train == usual.train.having(epochs=1)
+    assert config.train == usual.train.replace(epochs=1)
 
 
 def test_only_whole_blocks_can_come_before_uct(base, digits):

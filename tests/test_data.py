@@ -80,7 +80,7 @@ def test_every_image_can_be_a_test_image(image_folder):
     data = load_data(image_folder(), test=1.0)
     assert len(data.test) == 30
     with pytest.raises(InputError, match="no train images"):
-        data.needs("train")
+        data.require_split("train")
 
 
 def test_parquet_with_the_finer_of_two_labels_and_withheld_test_labels(image_folder, tmp_path):

@@ -16,7 +16,7 @@ from vitbench.methods.registry import compress, make_config
 from vitbench.rows.runs import Run
 
 HOLD = "held = bytearray({}); held[::4096] = b'1' * len(held[::4096])"
-needs_limits = pytest.mark.skipif(bool(limits.obstacle()), reason="no limit of memory can be set here")
+needs_limits = pytest.mark.skipif(bool(limits.unsupported_reason()), reason="no limit of memory can be set here")
 
 
 @pytest.mark.slow
@@ -86,8 +86,8 @@ def zone(folder, name, kind, joules, whole=1000.0):
 def test_rapl_counts_packages_once_and_wraps_around(tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     assert energy.meter("eager") is None
-    assert "no energy counter" in energy.obstacle("eager", 0)
-    assert energy.obstacle("eager", 5) == ""
+    assert "no energy counter" in energy.unsupported_reason("eager", 0)
+    assert energy.unsupported_reason("eager", 5) == ""
     for name, kind, joules in (
         ("intel-rapl:0", "package-0", 10),
         ("intel-rapl:1", "package-1", 999),

@@ -35,8 +35,8 @@ def teacher(base):
 
 
 def distilled(model, data, **changes):
-    train = SHORT.having(**changes.pop("train", {}))
-    return compress(model, make_config("distillation", {**MICRO, **changes}).having(train=train), data)
+    train = SHORT.replace(**changes.pop("train", {}))
+    return compress(model, make_config("distillation", {**MICRO, **changes}).replace(train=train), data)
 
 
 def weights(model):
@@ -78,7 +78,7 @@ def test_the_teacher_answers_each_view_once(few, teacher):
             return self.model(x)
 
     counted = Counted(teacher)
-    config = SHORT.having(seed=11)
+    config = SHORT.replace(seed=11)
     for _ in range(2):
         loop.train(vit.create_model("vit_micro_patch2_8"), few, config, teacher=counted)
     assert counted.images == 2 * len(few.train)
@@ -95,7 +95,7 @@ def test_an_image_looks_the_same_in_every_epoch_of_a_view(few):
         for places, (x, y) in zip(order, epoch, strict=True):
             assert torch.equal(x, whole[places])
             assert np.array_equal(y, few.train.labels[places])
-    larger = preprocess.having(size=16, interpolation="nearest")
+    larger = preprocess.replace(size=16, interpolation="nearest")
     double = torch.cat([x for x, _ in batches.view_batches(few.train, larger, 256, "shift-flip", 5)])
     assert torch.equal(double[:, :, ::2, ::2], whole)
 
@@ -264,7 +264,7 @@ def test_teachers_that_do_not_fit(few, teacher, tmp_path):
     with pytest.raises(InputError, match="answers 7 classes and the student 10"):
         distilled(teacher, few, teacher=str(seven))
     large = vit.create_model("vit_mini_patch2_8", img_size=16)
-    large.recipe = large.recipe.having(preprocess=teacher.recipe.preprocess)
+    large.recipe = large.recipe.replace(preprocess=teacher.recipe.preprocess)
     other = artifact.save(large, tmp_path / "large")
     with pytest.raises(InputError, match="the student has 16 and the teacher 64 of them"):
         distilled(teacher, few, teacher=str(other), train={"feature_weight": 1.0})

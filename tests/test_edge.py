@@ -117,7 +117,7 @@ def test_modelled_rows_follow_from_measured_ones(measured, capsys):
     assert "weights from memory" in found["dynamic_int8", "edge_time"].source
     assert all(row.value == pytest.approx(sum(row.samples)) and row.source.startswith("modelled") for row in made)
     assert edge_rows.works(run.rows())["dynamic_int8"].int8_macs > 0
-    other = PROFILES.having(links={"lte": LTE.having(latency=LTE.latency.having(value=9.0)).to_dict()})
+    other = PROFILES.replace(links={"lte": LTE.replace(latency=LTE.latency.replace(value=9.0)).to_dict()})
     again = edge_rows.modelled(run.rows(), other, ["raspberry_pi_5"], ["lte"], Setting(memory=4e5, storage=0))
     assert {row.identity() for row in made}.isdisjoint(row.identity() for row in again), "other constants, other rows"
     folder = str(run.folder)

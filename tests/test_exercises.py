@@ -67,7 +67,7 @@ def test_02_break_even_and_a_shared_factor():
 def test_03_rank_and_correction(base, digits):
     assert f"{768 * 192 / (768 + 192):g}" in answers("03")[0]
     own = make_config("mixed_rank", {"keep": 0.4, "propagate": False})
-    bare = own.having(compensation="none")
+    bare = own.replace(compensation="none")
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     models = [compress(base.model, config, digits) for config in (own, bare)]
     with torch.inference_mode():

@@ -76,7 +76,7 @@ def test_the_sentence_says_whether_intervals_overlap(folder, tmp_path):
 def test_another_training_is_another_subject(folder):
     other = make_rows(methods=("baseline",))
     for row in other:
-        changed = row.having(config={"origin": {"start": "random", "train": {"epochs": 9}}, "methods": []})
+        changed = row.replace(config={"origin": {"start": "random", "train": {"epochs": 9}}, "methods": []})
         append_rows(folder / "records.jsonl", [changed])
     assert list(comparison(load_records(folder)).index) == ["baseline"]
 
@@ -84,7 +84,7 @@ def test_another_training_is_another_subject(folder):
 def test_another_setting_is_named_by_what_differs_from_the_first(folder):
     for row in make_rows()[-5:]:
         steps = [{"method": "dynamic_int8", "config": {"bits": 4, "train": {"epochs": 3}}}]
-        append_rows(folder / "records.jsonl", [row.having(config={"origin": {"start": "random"}, "methods": steps})])
+        append_rows(folder / "records.jsonl", [row.replace(config={"origin": {"start": "random"}, "methods": steps})])
     rows = load_records(folder)
     assert list(comparison(rows).index) == ["baseline", "dynamic_int8", "dynamic_int8 (bits=4)"]
     assert label_of(rows, rows.tail(1)) == "dynamic_int8 (bits=4)"
@@ -93,7 +93,7 @@ def test_another_setting_is_named_by_what_differs_from_the_first(folder):
 def test_rows_that_have_labels_keep_them(folder):
     steps = [{"method": "dynamic_int8", "config": {"bits": bits}} for bits in (2, 3)]
     for step in steps:
-        row = make_rows()[6].having(config={"origin": {"start": "random"}, "methods": [step]})
+        row = make_rows()[6].replace(config={"origin": {"start": "random"}, "methods": [step]})
         append_rows(folder / "records.jsonl", [row])
     rows = subject(load_records(folder))
     last = rows[rows["label"] == "dynamic_int8 (bits=3)"]
@@ -102,7 +102,7 @@ def test_rows_that_have_labels_keep_them(folder):
 
 def test_what_was_not_timed_is_left_to_its_own_figures(folder):
     steps = [{"method": "dynamic_int8", "config": {"bits": 2}}]
-    row = make_rows()[6].having(config={"origin": {"start": "random"}, "methods": steps})
+    row = make_rows()[6].replace(config={"origin": {"start": "random"}, "methods": steps})
     append_rows(folder / "records.jsonl", [row])
     rows = load_records(folder)
     assert "dynamic_int8 (bits=2)" in set(subject(rows)["label"])
@@ -114,7 +114,7 @@ def seeded_rows(seed, top1):
     for row in make_rows(top1=top1):
         steps = [{**step, "config": {"bits": 8, "train": {"seed": seed}}} for step in row.config["methods"]]
         config = {"origin": {"train": {"seed": seed}}, "methods": steps}
-        rows.append(row.having(config=config, seed=seed))
+        rows.append(row.replace(config=config, seed=seed))
     return rows
 
 
@@ -139,10 +139,10 @@ CLOSEUPS = {
 def test_closeups_show_rows_under_the_names_given(folder, tmp_path, name):
     about = make_rows()[6]
     curve = {"value": 0.9, "samples": [0.5, 0.9], "context": {"steps_per_epoch": 10}, "unit": "fraction"}
-    extra = [about.having(metric="val_top1", low=None, high=None, **curve)]
+    extra = [about.replace(metric="val_top1", low=None, high=None, **curve)]
     for method, part in ((make_rows()[0], "block weights"), (about, "block weights"), (about, "shared factors")):
         size = {"metric": "part_bytes", "value": 1000.0, "unit": "bytes", "context": {"part": part}}
-        extra.append(method.having(low=None, high=None, **size))
+        extra.append(method.replace(low=None, high=None, **size))
     layers = {"layers": ["blocks.0.attn.qkv", "blocks.0.mlp.fc1"]}
     error = {
         "metric": "weight_error",
@@ -152,7 +152,7 @@ def test_closeups_show_rows_under_the_names_given(folder, tmp_path, name):
         "low": None,
         "high": None,
     }
-    append_rows(folder / "records.jsonl", [*extra, about.having(**error)])
+    append_rows(folder / "records.jsonl", [*extra, about.replace(**error)])
     rows = load_records(folder)
     figure, shown = getattr(one_model, name)(rows, CLOSEUPS[name])
     drawing.save_figure(figure, tmp_path, name, shown)
@@ -207,7 +207,7 @@ def rows_of(count):
         steps = [{"method": method, "config": own}] if i else []
         made = make_rows(("baseline", method), (top1, top1), (800_000, 800_000 - 9_000 * i))
         made = made[6:] if i else make_rows(("baseline",))
-        rows += [row.having(config={"origin": {"start": "random"}, "methods": steps}) for row in made]
+        rows += [row.replace(config={"origin": {"start": "random"}, "methods": steps}) for row in made]
     return rows
 
 
@@ -289,7 +289,7 @@ def test_the_report_escapes_what_comes_from_data(tmp_path):
 
 
 def test_failures_are_told(folder):
-    failed = make_rows()[-1].having(status="failed", value=None, error="no kernel", metric="energy")
+    failed = make_rows()[-1].replace(status="failed", value=None, error="no kernel", metric="energy")
     append_rows(folder / "records.jsonl", [failed])
     assert "no kernel" in write_report(folder).read_text()
 
@@ -297,7 +297,7 @@ def test_failures_are_told(folder):
 def test_nothing_to_report(tmp_path):
     with pytest.raises(InputError, match="no records at"):
         write_report(tmp_path)
-    failed = make_rows()[0].having(status="failed", value=None, error="broken")
+    failed = make_rows()[0].replace(status="failed", value=None, error="broken")
     append_rows(tmp_path / "records.jsonl", [failed])
     with pytest.raises(InputError, match="no ok row"):
         subject(load_records(tmp_path))
@@ -313,7 +313,7 @@ def test_a_model_timed_against_a_baseline_without_rows_of_its_own(tmp_path):
 def test_a_model_scored_in_eager_mode_and_timed_elsewhere_has_a_report(tmp_path):
     rows = [row for row in make_rows() if not (row.method == "baseline" and row.metric.startswith("latency"))]
     moved = [
-        row.having(context={**row.context, "backend": "openvino"}) if row.metric.startswith("latency") else row
+        row.replace(context={**row.context, "backend": "openvino"}) if row.metric.startswith("latency") else row
         for row in rows
     ]
     append_rows(tmp_path / "records.jsonl", moved)

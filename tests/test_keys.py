@@ -203,7 +203,7 @@ def test_tensors_and_recipe_are_in_the_digest(micro, changed):
     if changed == "a tensor":
         other.head.bias.data[3] += 1e-7
     else:
-        other.recipe = other.recipe.having(preprocess=other.recipe.preprocess.having(mean=(0.5, 0.5, 0.1)))
+        other.recipe = other.recipe.replace(preprocess=other.recipe.preprocess.replace(mean=(0.5, 0.5, 0.1)))
     assert artifact.model_digest(other) != artifact.model_digest(micro)
 
 

@@ -70,7 +70,7 @@ def test_low_rank_loses_what_the_best_of_its_rank_loses(model, few):
     values = np.linalg.eigvalsh(y.T @ y / len(y))[::-1]
     rank = small.get_submodule(FIRST).rank
     assert lost(model, small, few) == pytest.approx(values[rank:].sum(), rel=1e-3)
-    whole = compress(model, config.having(mean_correction=False), few)
+    whole = compress(model, config.replace(mean_correction=False), few)
     assert lost(model, whole, few) == pytest.approx(values[rank:].sum(), rel=1e-3)
 
 

@@ -32,11 +32,11 @@ QUICK = MultiDimensional(keep=0.5, objective="cross_entropy", search=SearchConfi
 def test_every_dimension_makes_the_model_smaller(base, digits):
     whole = count_macs(base.model)
     for config, share in (
-        (BARE.having(neurons=0.5), 0.70),
-        (BARE.having(heads=0.5), 0.84),
-        (BARE.having(head_dims=0.5), 0.84),
-        (BARE.having(tokens=0.3), 0.75),
-        (BARE.having(tokens=0.3, reduction="merge"), 0.75),
+        (BARE.replace(neurons=0.5), 0.70),
+        (BARE.replace(heads=0.5), 0.84),
+        (BARE.replace(head_dims=0.5), 0.84),
+        (BARE.replace(tokens=0.3), 0.75),
+        (BARE.replace(tokens=0.3, reduction="merge"), 0.75),
     ):
         small = compress(base.model, config, digits)
         assert count_macs(small) / whole < share, config
@@ -59,12 +59,12 @@ def first_mlp(model, data):
 
 def test_the_ridge_is_the_least_squares_solution(base, digits):
     """On the calibration images no other weights of fc2 for the kept neurons do better."""
-    config = BARE.having(neurons=0.5, compensation="ridge", ridge=0.0, criterion=Criterion(name="magnitude"))
+    config = BARE.replace(neurons=0.5, compensation="ridge", ridge=0.0, criterion=Criterion(name="magnitude"))
     _, wanted = first_mlp(base.model, digits)
     z, given = first_mlp(compress(base.model, config, digits), digits)
     inputs = torch.cat([z, torch.ones(len(z), 1)], 1)
     least = (inputs @ torch.linalg.lstsq(inputs, wanted).solution - wanted).square().mean()
-    bare = compress(base.model, config.having(compensation="none"), digits)
+    bare = compress(base.model, config.replace(compensation="none"), digits)
     assert (given - wanted).square().mean() == pytest.approx(float(least), rel=1e-3)
     assert (first_mlp(bare, digits)[1] - wanted).square().mean() > 1.5 * least
 
@@ -73,7 +73,7 @@ def test_the_mean_alone_keeps_the_mean_of_the_outputs(base, digits):
     wanted = first_mlp(base.model, digits)[1].mean(0)
     apart = {}
     for how in ("none", "mean", "ridge"):
-        small = compress(base.model, BARE.having(neurons=0.7, compensation=how), digits)
+        small = compress(base.model, BARE.replace(neurons=0.7, compensation=how), digits)
         apart[how] = float((first_mlp(small, digits)[1].mean(0) - wanted).abs().max())
     assert max(apart["mean"], apart["ridge"]) < 1e-4 < 1e-2 < apart["none"]
 
@@ -85,7 +85,7 @@ def test_the_same_code_prunes_t2t_vit(digits):
     small = compress(model, config, digits)
     assert [shape.heads for shape in blocks.shapes(small)] == [4] * 4
     assert vit.analytic_macs(small) == pytest.approx(count_macs(small), rel=0.01)
-    found = compress(model, QUICK.having(keep=0.8, criterion=Criterion(name="magnitude"), compensation="none"), digits)
+    found = compress(model, QUICK.replace(keep=0.8, criterion=Criterion(name="magnitude"), compensation="none"), digits)
     assert vit.analytic_macs(found) / vit.analytic_macs(model) == pytest.approx(0.8, rel=0.025)
 
 
@@ -105,19 +105,19 @@ def test_a_layer_without_bias_gets_none_and_is_refused_nothing():
 @pytest.mark.slow
 def test_recovery_by_training_and_its_control(base, digits):
     train = TrainConfig(epochs=2, lr=1e-3, warmup_epochs=0, mixup=0.0)
-    hard = BARE.having(neurons=0.8, heads=0.5)
-    small, trained = (compress(base.model, hard.having(train=t), digits) for t in (Pruning().train, train))
+    hard = BARE.replace(neurons=0.8, heads=0.5)
+    small, trained = (compress(base.model, hard.replace(train=t), digits) for t in (Pruning().train, train))
     assert len(trained.history) == 2
     assert evaluate(trained, digits.val).top1.mean() > evaluate(small, digits.val).top1.mean()
-    control = compress(base.model, BARE.having(train=train), digits)  # the dense model trained as much longer
+    control = compress(base.model, BARE.replace(train=train), digits)  # the dense model trained as much longer
     assert count_macs(control) == count_macs(base.model)
     assert not torch.equal(control.head.weight, base.model.head.weight)
 
 
 def test_ranking_across_blocks_keeps_as_many_units_and_one_in_each(base, digits):
-    config = BARE.having(neurons=0.6, heads=0.5, criterion=Criterion(name="magnitude"))
+    config = BARE.replace(neurons=0.6, heads=0.5, criterion=Criterion(name="magnitude"))
     within, across = (
-        blocks.shapes(compress(base.model, config.having(scope=scope), digits)) for scope in ("block", "global")
+        blocks.shapes(compress(base.model, config.replace(scope=scope), digits)) for scope in ("block", "global")
     )
     assert sum(shape.neurons for shape in across) == pytest.approx(sum(shape.neurons for shape in within), rel=0.01)
     assert len({shape.neurons for shape in across}) > 1
@@ -145,14 +145,14 @@ def test_a_model_without_class_token_is_told_what_to_take(digits):
     model = vit.create_model("vit_mini_patch2_8")
     model.cls_token = None
     with pytest.raises(InputError, match="has no class token.*take reduction=merge or hsic"):
-        compress(model, BARE.having(tokens=0.3), digits)
+        compress(model, BARE.replace(tokens=0.3), digits)
 
 
 def test_tokens_are_reduced_once(base, digits):
-    small = compress(base.model, BARE.having(tokens=0.3), digits)
+    small = compress(base.model, BARE.replace(tokens=0.3), digits)
     with pytest.raises(InputError, match="tokens of this vit_mini_patch2_8 are reduced already"):
-        compress(small, BARE.having(tokens=0.3), digits)
-    again = compress(small, BARE.having(neurons=0.3), digits)  # other units may still go
+        compress(small, BARE.replace(tokens=0.3), digits)
+    again = compress(small, BARE.replace(neurons=0.3), digits)  # other units may still go
     assert blocks.shapes(again)[-1].tokens == blocks.shapes(small)[-1].tokens
     assert count_macs(again) < count_macs(small)
 
@@ -206,7 +206,7 @@ def test_the_search_never_sees_the_test_images(base, digits, monkeypatch):
 def test_one_dimension_alone_leaves_the_others(base, digits):
     fields = {"neurons": "neurons", "head_dims": "head_dim", "tokens": "tokens"}
     for name, field in fields.items():
-        config = QUICK.having(keep=0.8, dimensions=(name,), most=0.9)
+        config = QUICK.replace(keep=0.8, dimensions=(name,), most=0.9)
         shapes, whole = blocks.shapes(compress(base.model, config, digits)), blocks.shapes(base.model)
         for other in ("heads", *fields.values()):
             same = [getattr(shape, other) for shape in shapes] == [getattr(shape, other) for shape in whole]
@@ -215,7 +215,7 @@ def test_one_dimension_alone_leaves_the_others(base, digits):
 
 def test_what_the_search_cannot_do_says_why(base, digits):
     with pytest.raises(InputError, match="no policy keeps 0.1 of the cost"):
-        compress(base.model, QUICK.having(keep=0.1), digits)
+        compress(base.model, QUICK.replace(keep=0.1), digits)
     with pytest.raises(InputError, match="scores policies on images and no data set was given"):
         compress(base.model, QUICK)
     with pytest.raises(InputError, match="keep = 0"):
@@ -225,8 +225,8 @@ def test_what_the_search_cannot_do_says_why(base, digits):
 @pytest.mark.slow
 def test_weights_shared_over_policies_suit_them_better(base, digits):
     """The same policies, cut without compensation: after training under random ones their cross-entropy is lower."""
-    hard = QUICK.having(keep=0.4, compensation="none", dimensions=DIMENSIONS)
-    shared = hard.having(sharing=TrainConfig(epochs=6, lr=1e-3, warmup_epochs=0, mixup=0.0))
+    hard = QUICK.replace(keep=0.4, compensation="none", dimensions=DIMENSIONS)
+    shared = hard.replace(sharing=TrainConfig(epochs=6, lr=1e-3, warmup_epochs=0, mixup=0.0))
     tasks = [Task(base.model, config, digits) for config in (hard, shared)]
     rng = np.random.default_rng(0)
     policies = tasks[0].space.fitted(tasks[0].space.sample(rng, 20), tasks[0].cost, *tasks[0].limits)[:5]
@@ -247,7 +247,7 @@ def test_a_latency_table_grows_with_units_and_is_met(base, digits):
         mlp=np.array([[1.0, 2], [2, 4]]),
         rest=1.0,
     )
-    task = Task(base.model, QUICK.having(keep=0.7, most=0.7), digits)
+    task = Task(base.model, QUICK.replace(keep=0.7, most=0.7), digits)
     whole = task.space.counts(np.zeros(13))
     assert table(whole)[0] == pytest.approx(1 + 4 * (5 + 4))
     half = task.space.counts(np.array([0.5] * 8 + [0.0] * 5))

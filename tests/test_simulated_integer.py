@@ -98,7 +98,7 @@ def test_reparameterised_norms_change_no_answer_and_round_each_channel():
     "changes", [{}, {"softmax": "log_sqrt2", "norms": "reparameterised", "attention_bits": 8, "range": "mse"}]
 )
 def test_eight_bits_keep_the_answers(base, digits, images, changes):
-    small = compress(base.model, FQ_VIT.having(**changes), digits)
+    small = compress(base.model, FQ_VIT.replace(**changes), digits)
     with torch.inference_mode():
         wanted = base.model(images)
         assert (small(images) - wanted).norm() < 0.15 * wanted.norm()
@@ -117,7 +117,7 @@ def test_reparameterised_norms_help_where_a_channel_is_large(base, digits, image
         assert torch.allclose(model(images), wanted, atol=1e-3)
         apart = {}
         for norms in ("reparameterised", "plain"):
-            apart[norms] = float((compress(model, REPQ_VIT.having(norms=norms), digits)(images) - wanted).norm())
+            apart[norms] = float((compress(model, REPQ_VIT.replace(norms=norms), digits)(images) - wanted).norm())
     assert apart["reparameterised"] < 0.7 * apart["plain"]
 
 
@@ -125,14 +125,14 @@ def test_reparameterised_norms_help_where_a_channel_is_large(base, digits, image
 def test_second_order_weights_answer_better(base, digits, images):
     apart = {}
     for rounding in ("nearest", "second_order"):
-        small = compress(base.model, REPQ_VIT.having(rounding=rounding), digits)
+        small = compress(base.model, REPQ_VIT.replace(rounding=rounding), digits)
         with torch.inference_mode():
             apart[rounding] = float((small(images) - base.model(images)).norm())
     assert apart["second_order"] < 0.9 * apart["nearest"]
 
 
 def test_the_file_is_small_and_loads_as_it_was(base, digits, images, tmp_path):
-    small = compress(base.model, REPQ_VIT.having(norms="power_of_two"), digits)
+    small = compress(base.model, REPQ_VIT.replace(norms="power_of_two"), digits)
     path, dense = artifact.save(small, tmp_path / "small"), artifact.save(base.model, tmp_path / "base")
     assert artifact.size_on_disk(path) < 0.25 * artifact.size_on_disk(dense)
     loaded = artifact.load(path)
@@ -154,7 +154,7 @@ def test_the_file_is_small_and_loads_as_it_was(base, digits, images, tmp_path):
 def test_pruned_heads_are_fine(base, digits, images):
     config = make_config("pruning", {"heads": 0.25, "head_dims": 0.25, "train": {"epochs": 0}})
     pruned = compress(base.model, config, digits)
-    small = compress(pruned, FQ_VIT.having(attention_bits=8), digits)
+    small = compress(pruned, FQ_VIT.replace(attention_bits=8), digits)
     assert blocks.shapes(small) == blocks.shapes(pruned)
     with torch.inference_mode():
         assert (small(images) - pruned(images)).norm() < 0.2 * pruned(images).norm()

@@ -67,7 +67,7 @@ def test_a_key_is_that_of_the_content():
     assert first.key != second.key
     assert first.base == second.base
     assert first.key == Cell(**first.to_dict()).key
-    assert first.key != first.having(fingerprint="0").key
+    assert first.key != first.replace(fingerprint="0").key
 
 
 BAD = [
@@ -398,10 +398,12 @@ def test_a_clock_that_goes_back_changes_nothing(tmp_path):
     facts = {"model": "m", "dataset": "d", "data_fingerprint": "f", "method": "baseline", "metric": "top1"}
     later = Row(**facts, value=0.5, source="measured: x", context={"artifact": "new"}).stamped()
     earlier = (
-        later.having(value=0.4, context={"artifact": "old"}, key="").stamped().having(time="2031-01-01T00:00:00+00:00")
+        later.replace(value=0.4, context={"artifact": "old"}, key="")
+        .stamped()
+        .replace(time="2031-01-01T00:00:00+00:00")
     )
     run.append([earlier])
-    run.append([later.having(time="2001-01-01T00:00:00+00:00")])
+    run.append([later.replace(time="2001-01-01T00:00:00+00:00")])
     assert list(run.rows()["value"]) == [0.5]
 
 

@@ -35,7 +35,7 @@ def short_run(data, config=SHORT, **options):
 def test_same_seed_same_weights_and_another_seed_others(digits):
     first, history = short_run(digits)
     again, same_history = short_run(digits)
-    other, _ = short_run(digits, SHORT.having(seed=1))
+    other, _ = short_run(digits, SHORT.replace(seed=1))
     assert torch.equal(first, again)
     assert history == same_history
     assert not torch.equal(first, other)
@@ -45,7 +45,7 @@ def test_same_seed_same_weights_and_another_seed_others(digits):
 @pytest.mark.slow
 @pytest.mark.parametrize("mixup", [0.0, 0.4])
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(digits, tmp_path, stopped, mixup):
-    config = SHORT.having(mixup=mixup)
+    config = SHORT.replace(mixup=mixup)
     whole, history = short_run(digits, config)
     with stopped(2):
         short_run(digits, config, checkpoint=tmp_path / "run.pt")
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_is_not_this_runs_is_named_and_not_used(digits, tmp_pa
         torch.save({"config": SHORT.to_dict(), "history": []}, file)
     elif other != "torn":
         file.write_bytes(halfway[0])
-    config, seed = SHORT.having(seed=1) if other == "another seed" else SHORT, 3 if other == "another model" else 0
+    config, seed = SHORT.replace(seed=1) if other == "another seed" else SHORT, 3 if other == "another model" else 0
     whole, again = (
         train(vit.create_model("vit_mini_patch2_8", seed=seed), digits, config, checkpoint=checkpoint)[0]
         for checkpoint in ("", file)
@@ -167,7 +167,7 @@ def test_evaluate_counts_right_answers(digits):
 
 @pytest.mark.slow
 def test_bf16_training_learns_too(digits):
-    _, history = short_run(digits, SHORT.having(precision="bf16", ema=0.0))
+    _, history = short_run(digits, SHORT.replace(precision="bf16", ema=0.0))
     assert history[-1]["loss"] < history[0]["loss"]
 
 

@@ -149,13 +149,13 @@ def test_training_the_codes_pays_and_is_small(base, digits, tmp_path):
 
 @pytest.mark.slow
 def test_the_encoder_form_fits_the_weights_and_leaves_no_encoder(base, digits, tmp_path):
-    config = SHORT.having(form="encoder", warm_steps=60, train=SHORT.train.having(epochs=1, lr=1e-4))
+    config = SHORT.replace(form="encoder", warm_steps=60, train=SHORT.train.replace(epochs=1, lr=1e-4))
     small = compress(base.model, config, digits)
     names = set(artifact.load(artifact.save(small, tmp_path / "a")).state_dict())
     assert names == set(compress(base.model, ROUNDED, digits).state_dict())
     errors = []
     for steps in (0, 60):
-        off = config.having(warm_steps=steps, train=TrainConfig(epochs=0))
+        off = config.replace(warm_steps=steps, train=TrainConfig(epochs=0))
         model = compress(base.model, off, digits)
         layers = factored_layers(model)
         dense = vit.linears(base.model)
@@ -164,7 +164,7 @@ def test_the_encoder_form_fits_the_weights_and_leaves_no_encoder(base, digits, t
 
 
 def test_official_choices_are_kept_apart(base, digits):
-    config = OFFICIAL_UCT.having(warm_steps=5, train=OFFICIAL_UCT.train.having(epochs=0))
+    config = OFFICIAL_UCT.replace(warm_steps=5, train=OFFICIAL_UCT.train.replace(epochs=0))
     small = compress(base.model, config, digits)
     assert (small.head.bits, small.patch_embed.proj.bits) == (4, 8)
     ours = compress(base.model, ROUNDED, digits)
@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits
     unfinished = home / "results" / "cache" / "unfinished"
     before = set(unfinished.glob("*.safetensors"))
     with pytest.raises(InputError, match=f"the loss is nan at step {steps + 3} .epoch 2.: .* is kept"):
-        compress(base.model, SHORT.having(train=SHORT.train.having(seed=5)), digits)
+        compress(base.model, SHORT.replace(train=SHORT.train.replace(seed=5)), digits)
     (kept,) = set(unfinished.glob("*.safetensors")) - before
     assert len(store.read_tree(kept)["history"]) == 1
 
@@ -239,16 +239,16 @@ def test_a_compressed_model_has_no_dense_layers_left(base, digits):
 def test_a_teacher_of_other_classes_is_refused(base, digits, tmp_path):
     path = artifact.save(vit.create_model("vit_mini_patch2_8", num_classes=7), tmp_path / "seven")
     with pytest.raises(InputError, match="answers 7 classes and the student 10"):
-        compress(base.model, SHORT.having(teacher=str(path)), digits)
+        compress(base.model, SHORT.replace(teacher=str(path)), digits)
     other = artifact.save(vit.create_model("vit_mini_patch4_32"), tmp_path / "larger")
     with pytest.raises(InputError, match="prepared in another way"):
-        compress(base.model, SHORT.having(teacher=str(other)), digits)
+        compress(base.model, SHORT.replace(teacher=str(other)), digits)
 
 
 @pytest.mark.slow
 def test_another_teacher_gives_another_student(base, digits, tmp_path):
     path = artifact.save(vit.create_model("vit_mini_patch2_8", seed=3), tmp_path / "untrained")
-    own, odd = (compress(base.model, SHORT.having(teacher=teacher), digits) for teacher in ("original", str(path)))
+    own, odd = (compress(base.model, SHORT.replace(teacher=teacher), digits) for teacher in ("original", str(path)))
     assert evaluate(own, digits.val).top1.mean() > evaluate(odd, digits.val).top1.mean()
 
 

@@ -23,7 +23,7 @@ from .rows.records import Row as Row
 from .rows.row_table import load_records as load_records
 from .rows.runs import Run as Run
 from .run.bench import Bench as Bench
-from .run.cache import Made as Made, baseline as baseline, compressed as compressed
+from .run.cache import CachedModel as CachedModel, baseline as baseline, compressed as compressed
 from .run.lessons import lesson as lesson
 from .training.config import TrainConfig as TrainConfig
 from .training.loop import evaluate as evaluate, train as train

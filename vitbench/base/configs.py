@@ -36,7 +36,7 @@ class Config(pydantic.BaseModel):
         """The values as JSON types."""
         return self.model_dump(mode="json")
 
-    def having(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """A checked copy with some fields replaced."""
         return type(self)(**{**{key: getattr(self, key) for key in type(self).model_fields}, **changes})
 

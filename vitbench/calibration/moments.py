@@ -93,7 +93,7 @@ def collect(
         gradients: whether to fill `gradient`, which takes a backward pass.
         seed: of the classes drawn for the gradients.
     """
-    split = data.needs("calibration")
+    split = data.require_split("calibration")
 
     def make() -> dict[str, Tensor]:
         found = _Sums(model, layers, gradients, seed).over(split)

@@ -73,7 +73,7 @@ class ImageData:
     image_size: tuple[int, int] = (0, 0)
     recognised: str = ""
 
-    def needs(self, split: str) -> Split:
+    def require_split(self, split: str) -> Split:
         """The named split, or `InputError` if this set was cut so that it is empty."""
         found: Split = getattr(self, split)
         if len(found) == 0:

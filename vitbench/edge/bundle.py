@@ -156,7 +156,7 @@ def _export(folder: Path, number: int, path: Path, backend: str, batch: int, dat
     recipe, sha = model.recipe, artifact.read_manifest(path).sha256[:12]
     stem = f"{number:02}-{recipe.method.replace('+', '-')}-{backend}-b{batch}"
     facts = {"name": stem, "backend": backend, "batch": batch, "about": about(recipe, data), "artifact": sha}
-    if why := backends.obstacle(backend, recipe):
+    if why := backends.unsupported_reason(backend, recipe):
         return Entry(**facts, error=why)
     x = _images(recipe.preprocess, batch, data)
     images, logits = folder / f"{stem}.images.npy", folder / f"{stem}.logits.npy"
@@ -184,7 +184,7 @@ def _against(entry: Entry, entries: list[Entry]) -> Entry:
     for other in entries:
         same = (other.backend, other.batch) == (entry.backend, entry.batch)
         if same and other.about["method"] == "baseline" and not other.error and other.name != entry.name:
-            return entry.having(versus=other.name, versus_artifact=other.artifact)
+            return entry.replace(versus=other.name, versus_artifact=other.artifact)
     return entry
 
 
@@ -266,10 +266,10 @@ def _rows(entry: Entry, result: Result | None, machine: dict[str, Any]) -> Itera
     ]
     if why := entry.error or _lacks(entry, result):
         status = "skipped" if entry.error else "failed"
-        yield from (row.having(status=status, error=why, value=None, source="") for row in rows)
+        yield from (row.replace(status=status, error=why, value=None, source="") for row in rows)
     else:
         values = _values(entry, result)
-        yield from (row.having(**value.fields()) for row, value in zip(rows, values, strict=True))
+        yield from (row.replace(**value.fields()) for row, value in zip(rows, values, strict=True))
 
 
 def _lacks(entry: Entry, result: Result | None) -> str:

@@ -5,11 +5,11 @@ from .backends import (
     available as available,
     checked as checked,
     make_call as make_call,
-    obstacle as obstacle,
     onnx_call as onnx_call,
     onnx_file as onnx_file,
     openvino_call as openvino_call,
     openvino_model as openvino_model,
+    unsupported_reason as unsupported_reason,
 )
 from .cost import (
     Value as Value,

@@ -76,7 +76,7 @@ def outputs(path: Path, versus: Path, data: ImageData, names: list[str]) -> Iter
 @torch.inference_mode()
 def output_errors(model: nn.Module, original: nn.Module, data: ImageData, names: list[str]) -> list[float]:
     """The relative squared error of each layer's outputs, as `outputs` says."""
-    split, answers = data.needs("calibration"), {}
+    split, answers = data.require_split("calibration"), {}
     lost, power, tokens = (dict.fromkeys(names, 0.0) for _ in range(3))
     total: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
 

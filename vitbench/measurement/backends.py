@@ -275,7 +275,7 @@ def _compiler() -> str:
         return ""
 
 
-def obstacle(backend: str, recipe: Recipe) -> str:
+def unsupported_reason(backend: str, recipe: Recipe) -> str:
     """Why `backend` cannot run a model with this recipe; "" if it can."""
     names = {spec["layer"] for spec in recipe.layers.values()}
     layers = sorted(name for name in names if not _runs(backend, RUNTIME_LAYERS.get(name)))

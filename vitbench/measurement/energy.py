@@ -88,7 +88,7 @@ def _nvml() -> Nvml | None:
     return None
 
 
-def obstacle(backend: str, power: float) -> str:
+def unsupported_reason(backend: str, power: float) -> str:
     """Why there is no energy to be had; "" if it can be counted or estimated."""
     if power > 0 or meter(backend):
         return ""

@@ -32,7 +32,7 @@ def kind() -> str:
     return "ulimit -d (heap and private pages)" if os.name == "posix" and sys.platform != "darwin" else ""
 
 
-def obstacle() -> str:
+def unsupported_reason() -> str:
     """Why no limit can be set; "" if one can."""
     return "" if kind() else f"{sys.platform} has neither memory cgroups nor a limit of data that holds"
 

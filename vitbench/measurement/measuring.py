@@ -42,7 +42,7 @@ class _Group:
     title: str
     slots: list[tuple[str, str, dict[str, Any]]]
     work: Callable[[], Iterable[Value]]
-    obstacle: Callable[[], str] = str  # why it cannot be had, "" if it can
+    unsupported_reason: Callable[[], str] = str  # why it cannot be had, "" if it can
 
 
 def measure(
@@ -139,28 +139,28 @@ def measure(
 
 
 def _measured(group: _Group, rows: list[Row]) -> list[Row]:
-    if why := group.obstacle():
-        return [row.having(status="skipped", error=why, value=None, source="") for row in rows]
+    if why := group.unsupported_reason():
+        return [row.replace(status="skipped", error=why, value=None, source="") for row in rows]
     try:
         values = list(group.work())
     except (ChildError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         print(f"{group.title} could not be measured: {reason}")
-        return [row.having(status="failed", error=reason, value=None, source="") for row in rows]
-    return [row.having(metric=value.metric, **value.fields()) for row, value in zip(rows, values, strict=True)]
+        return [row.replace(status="failed", error=reason, value=None, source="") for row in rows]
+    return [row.replace(metric=value.metric, **value.fields()) for row, value in zip(rows, values, strict=True)]
 
 
 def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]:
     """What is true of a model wherever it runs."""
-    test = data.needs("test")
+    test = data.require_split("test")
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
     context |= {} if backend == "eager" else {"backend": backend}
     context |= scored_in(artifact.read_manifest(path).recipe, SCORING_BATCH)
     metrics = ["top1", *(["top5"] if len(data.classes) > 5 else []), "cross_entropy"]
     slots = [(metric, "nats" if metric == "cross_entropy" else "fraction", context) for metric in metrics]
     own = artifact.read_manifest(path).recipe
-    obstacle = functools.partial(backends.obstacle, backend, own)
-    yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device, backend), obstacle)
+    unsupported_reason = functools.partial(backends.unsupported_reason, backend, own)
+    yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device, backend), unsupported_reason)
 
     units = {"params": "weights", "macs": "MACs", "int8_macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
     slots = [(metric, unit, {}) for metric, unit in units.items()]
@@ -186,29 +186,29 @@ def _device_groups(
     path, versus, batches, threads, rounds, starts, backend, versus_backends, power, within
 ) -> Iterable[_Group]:
     """What a model costs on this device."""
-    obstacle = functools.partial(backends.obstacle, backend, artifact.read_manifest(path).recipe)
+    unsupported_reason = functools.partial(backends.unsupported_reason, backend, artifact.read_manifest(path).recipe)
     machine = {"threads": threads, "device": runs.device_name(backend), "backend": backend}
     slots = [(metric, unit, machine) for metric, unit in fresh.memory_metrics(backend).items()]
-    yield _Group("memory", slots, functools.partial(fresh.memory, path, backend, threads), obstacle)
+    yield _Group("memory", slots, functools.partial(fresh.memory, path, backend, threads), unsupported_reason)
     timed = {**machine, **timing.shared_rounds(rounds, starts), **_against(versus)}
     slots = [slot for batch in batches for slot in timing.slots({**timed, "batch": batch}, versus_backends)]
     yield _Group(
         "latency",
         slots,
         lambda: timing.latency(path, versus, batches, threads, rounds, starts, backend, versus_backends),
-        obstacle,
+        unsupported_reason,
     )
     slots = [(metric, unit, machine) for metric, unit in fresh.STARTUP.items()]
-    yield _Group("startup", slots, functools.partial(fresh.startup, path, backend, threads), obstacle)
+    yield _Group("startup", slots, functools.partial(fresh.startup, path, backend, threads), unsupported_reason)
     work = functools.partial(fresh.memory_limit, path, backend, threads)
     slots = [("memory_limit", "bytes", machine)]
     if within:
         work = functools.partial(fresh.answers_within, path, backend, threads, within)
         slots = [("answers_within", "1 or 0", {**machine, "limit": within})]
-    yield _Group("limit", slots, work, lambda: obstacle() or limits.obstacle())
+    yield _Group("limit", slots, work, lambda: unsupported_reason() or limits.unsupported_reason())
     slots = [("energy", "J", machine | ({"power": power} if power else {}))]
     work = functools.partial(energy.energy, path, backend, threads, power)
-    yield _Group("energy", slots, work, lambda: obstacle() or energy.obstacle(backend, power))
+    yield _Group("energy", slots, work, lambda: unsupported_reason() or energy.unsupported_reason(backend, power))
     bare = {key: value for key, value in machine.items() if key != "backend"}
     slots = [
         (metric, "ms", {**bare, "batch": batch}) for metric in ("latency_floor", "products_time") for batch in batches

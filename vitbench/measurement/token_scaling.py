@@ -76,7 +76,7 @@ def scaling(
             found = in_child(
                 "time_scaling", threads, model=model, steps=steps, side=side, depth=depth, batch=batch, rounds=rounds
             )
-        run.append([row.having(**fields) for row, fields in zip(rows, _values(found["variants"]), strict=True)])
+        run.append([row.replace(**fields) for row, fields in zip(rows, _values(found["variants"]), strict=True)])
     frame = run.rows()
     return frame[frame["key"].isin(wanted)].reset_index(drop=True)
 

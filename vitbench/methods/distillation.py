@@ -75,7 +75,9 @@ def _student(model: nn.Module, config: Distillation) -> nn.Module:
     if config.token:
         student = copy.deepcopy(student)
         vit.add_distillation_token(student)
-        student.recipe = student.recipe.having(architecture=student.recipe.architecture.having(distillation_token=True))
+        student.recipe = student.recipe.replace(
+            architecture=student.recipe.architecture.replace(distillation_token=True)
+        )
     return student
 
 
@@ -93,7 +95,7 @@ def _another(model: nn.Module, config: Distillation) -> nn.Module:
         student = vit.create_model(
             config.student, num_classes=classes, img_size=size, depth=depth, seed=config.train.seed
         )
-        own = student.recipe.having(preprocess=given.preprocess.having(size=size))
+        own = student.recipe.replace(preprocess=given.preprocess.replace(size=size))
     original = given.original or given.architecture.name
-    student.recipe = own.having(origin=given.origin, original=original, methods=given.methods)
+    student.recipe = own.replace(origin=given.origin, original=original, methods=given.methods)
     return student

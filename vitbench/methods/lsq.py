@@ -53,7 +53,7 @@ def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
         raise InputError("lsq starts from ranges on calibration images and no data set was given; give one")
     torch.manual_seed(config.train.seed)
     if layers:
-        split = data.needs("calibration")
+        split = data.require_split("calibration")
         seen = quantizers.channels(model, layers, split)
         found = quantizers.ranges(model, layers, seen, split, bits=config.activation_bits)
         for name, layer in layers.items():

@@ -87,7 +87,7 @@ class Task:
     """
 
     def __init__(self, model: nn.Module, config: MultiDimensional, data: ImageData):
-        self.config, self.data, self.val = config, data, data.needs("val")
+        self.config, self.data, self.val = config, data, data.require_split("val")
         self.remover = Remover(model, config, data, tokens="tokens" in config.dimensions)
         self.space = self.remover.space(config.dimensions, config.most)
         self.cost = self._cost(model)
@@ -110,7 +110,7 @@ class Task:
         if config.how == "one_ratio":
             best = one_ratio(self.space, self.cost, *self.limits)
             return Found(best[None], np.array([self.evaluate(best)]))
-        decides = self.config.having(
+        decides = self.config.replace(
             search=config, train=TrainConfig(), teacher="none"
         ).to_dict()  # training comes later
         facts = {"model": artifact.model_digest(self.remover.model), "data": self.data.fingerprint, "settings": decides}

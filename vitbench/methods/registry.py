@@ -51,7 +51,7 @@ def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageDa
         method = method_of(config)
         result = method.handler(result, config, data)
         steps = (*result.recipe.methods, Step(method=method.name, config=config.to_dict()))
-        result.recipe = result.recipe.having(methods=steps)
+        result.recipe = result.recipe.replace(methods=steps)
     return result.requires_grad_(False).eval()
 
 

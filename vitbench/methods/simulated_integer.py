@@ -84,7 +84,7 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
         return model
     if data is None:
         raise InputError("simulated_integer fixes ranges on calibration images and no data set was given; give one")
-    split, inputs, inside = data.needs("calibration"), {}, {}
+    split, inputs, inside = data.require_split("calibration"), {}, {}
     if layers and config.norms == "reparameterised":
         inputs = _reparameterised(model, layers, split, config)
     given = copy.deepcopy(model)

@@ -58,7 +58,7 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
         return model
     if data is None:
         raise InputError("static_int8 fixes ranges on calibration images and no data set was given; give one")
-    split = data.needs("calibration")
+    split = data.require_split("calibration")
     places = blocks.round_attention(model) if config.attention else {}
     seen = quantizers.channels(model, layers, split)
     if config.equalise:

@@ -142,10 +142,10 @@ def set_order(model: nn.Module, order: Order) -> nn.Module:
     for layer in factored_layers(model).values():
         layer.order = order
     steps = [
-        step.having(config={**step.config, "order": order}) if step.method == "uct" else step
+        step.replace(config={**step.config, "order": order}) if step.method == "uct" else step
         for step in model.recipe.methods
     ]
-    model.recipe = model.recipe.having(methods=tuple(steps))
+    model.recipe = model.recipe.replace(methods=tuple(steps))
     return model
 
 
@@ -156,7 +156,7 @@ def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) ->
             raise InputError(
                 "start=activations needs calibration images and no data set was given; give one, or start=weights"
             )
-        grams = output_grams(model, vit.linears(model, config.layers), data.needs("calibration"))
+        grams = output_grams(model, vit.linears(model, config.layers), data.require_split("calibration"))
     coders = []
     for kind in config.layers:
         layers = vit.linears(model, (kind,))

@@ -105,7 +105,7 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
 def _calibration(data: ImageData | None, what: str, instead: str) -> Split:
     if data is None:
         raise InputError(f"{what} needs calibration images and no data set was given; give one, or {instead}")
-    return data.needs("calibration")
+    return data.require_split("calibration")
 
 
 def _check_group(layers: Mapping[str, nn.Linear], group: int | None) -> None:

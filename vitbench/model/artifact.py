@@ -51,7 +51,7 @@ def recipe_of(model: nn.Module) -> Recipe:
     }
     shared = {name.removeprefix(SHARED): spec for name, spec in specs.items() if name.startswith(SHARED)}
     layers = {name: spec for name, spec in specs.items() if not name.startswith(SHARED)}
-    return model.recipe.having(layers=layers, shared=shared)
+    return model.recipe.replace(layers=layers, shared=shared)
 
 
 def save(model: nn.Module, path: str | Path) -> Path:

@@ -85,7 +85,7 @@ def keep_blocks(model: nn.Module, places: Sequence[int]) -> None:
     model.blocks = nn.Sequential(*(model.blocks[place] for place in places))
     architecture = model.recipe.architecture
     sizes = tuple(architecture.blocks[place] for place in places) if architecture.blocks else ()
-    model.recipe = model.recipe.having(architecture=architecture.having(depth=len(places), blocks=sizes))
+    model.recipe = model.recipe.replace(architecture=architecture.replace(depth=len(places), blocks=sizes))
 
 
 def norms_before(model: nn.Module) -> dict[str, nn.Module]:
@@ -224,8 +224,8 @@ def check_attention(model: nn.Module, index: int) -> None:
 def note_shapes(model: nn.Module) -> None:
     """Write the blocks' present sizes into the model's recipe."""
     reduction = model.blocks.reduction if isinstance(model.blocks, TokenBlocks) else None
-    changed = model.recipe.architecture.having(blocks=shapes(model), reduction=reduction)
-    model.recipe = model.recipe.having(architecture=changed)
+    changed = model.recipe.architecture.replace(blocks=shapes(model), reduction=reduction)
+    model.recipe = model.recipe.replace(architecture=changed)
 
 
 def tokens_through(wanted: Sequence[BlockShape], tokens: int) -> tuple[list[int], list[int]]:

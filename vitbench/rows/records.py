@@ -85,7 +85,7 @@ class Row(Config):
     def stamped(self, env_id: str = "", commit: str = "") -> "Row":
         """The row with its key, the time, and where it was made."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return self.having(key=self.identity(), time=now, env_id=env_id or self.env_id, commit=commit or self.commit)
+        return self.replace(key=self.identity(), time=now, env_id=env_id or self.env_id, commit=commit or self.commit)
 
     def identity(self) -> str:
         """The key of this row: 16 hex digits of the hash of what it is about."""
@@ -150,13 +150,13 @@ def _line(row: Row) -> bytes:
     return text + b',"check":"%08x"}\n' % zlib.crc32(text)
 
 
-def read_rows(path: str | Path, having: str = "") -> list[Row]:
+def read_rows(path: str | Path, containing: str = "") -> list[Row]:
     """All rows of a records file, or of the `records.jsonl` in a folder; every line is checked against the schema.
 
-    having: only lines with this text in them.
+    containing: only lines with this text in them.
     """
     path = records_file(path)
-    return [_row(path, number, line) for number, line in lines_of(path) if having.encode() in line]
+    return [_row(path, number, line) for number, line in lines_of(path) if containing.encode() in line]
 
 
 def lines_of(path: Path, after: int = 0) -> Iterator[tuple[int, bytes]]:

@@ -1,6 +1,6 @@
 from .bench import Bench as Bench
 from .cache import (
-    Made as Made,
+    CachedModel as CachedModel,
     baseline as baseline,
     compressed as compressed,
 )

@@ -10,7 +10,7 @@ from vitbench.data.splits import ImageData
 from vitbench.measurement.measuring import measure
 from vitbench.rows import comparison_table
 from vitbench.rows.runs import Run
-from vitbench.run.cache import Made, compressed
+from vitbench.run.cache import CachedModel, compressed
 from vitbench.run.history import search_rows
 
 
@@ -24,7 +24,7 @@ class Bench:
         threads, rounds: of timings (see `measure`).
     """
 
-    def __init__(self, base: Made, data: ImageData, run: Run, *, threads: int = 2, rounds: int = 60):
+    def __init__(self, base: CachedModel, data: ImageData, run: Run, *, threads: int = 2, rounds: int = 60):
         self.base, self.data, self.run = base, data, run
         self.timing = {"threads": threads, "rounds": rounds}
 

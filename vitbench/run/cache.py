@@ -26,7 +26,7 @@ CHECKPOINT = "training.safetensors"
 
 
 @dataclass(frozen=True)
-class Made:
+class CachedModel:
     """A model that took work to make: loaded, as `model`, from the folder `path`.
 
     `history` is that of its training, `search` the policies that were scored for it; empty where there was none.
@@ -47,7 +47,7 @@ def baseline(
     checkpoint: str | Path = "",
     img_size: int | None = None,
     device: str = "auto",
-) -> Made:
+) -> CachedModel:
     """Make, or take from the cache, the model `model` trained on `data`, for images of `img_size` pixels a side.
 
     With `train.epochs` = 0 the pretrained or checkpoint weights are taken as they are, for the classes they know.
@@ -74,7 +74,7 @@ def baseline(
     return _kept(folder, make)
 
 
-def compressed(base: Made, configs: Config | Sequence[Config], data: ImageData | None = None) -> Made:
+def compressed(base: CachedModel, configs: Config | Sequence[Config], data: ImageData | None = None) -> CachedModel:
     """`compress` the model of `base`, save the result, and load it; or take it from the cache.
 
     The cache's key is the hash of the model of `base`, the configs, the data's fingerprint, the code of all methods with
@@ -92,7 +92,7 @@ def compressed(base: Made, configs: Config | Sequence[Config], data: ImageData |
     return _kept(folder, lambda _: compress(base.model, configs, data))
 
 
-def _kept(folder: Path, make: Callable[[Path], nn.Module]) -> Made:
+def _kept(folder: Path, make: Callable[[Path], nn.Module]) -> CachedModel:
     """What `folder` holds, after making it if need be; two processes that ask for one thing make it once."""
     if found := _found(folder):
         return found
@@ -107,7 +107,7 @@ def _kept(folder: Path, make: Callable[[Path], nn.Module]) -> Made:
     return _read(folder)
 
 
-def _found(folder: Path) -> Made | None:
+def _found(folder: Path) -> CachedModel | None:
     """What a finished folder holds; None if it is not finished, or damaged, so that it is to be made anew."""
     if not (folder / HISTORY).is_file():
         return None
@@ -120,8 +120,8 @@ def _found(folder: Path) -> Made | None:
         return None
 
 
-def _read(folder: Path) -> Made:
-    return Made(artifact.load(folder / "model"), folder / "model", **store.read_json(folder / HISTORY))
+def _read(folder: Path) -> CachedModel:
+    return CachedModel(artifact.load(folder / "model"), folder / "model", **store.read_json(folder / HISTORY))
 
 
 def prepare(
@@ -158,9 +158,9 @@ def prepare(
         )
     recipe = start.recipe
     if max(data.image_size) < recipe.preprocess.size:  # nothing to crop away in an image smaller than the input
-        recipe = recipe.having(preprocess=recipe.preprocess.having(crop_pct=1.0))
+        recipe = recipe.replace(preprocess=recipe.preprocess.replace(crop_pct=1.0))
     if train.epochs:
-        recipe = recipe.having(
+        recipe = recipe.replace(
             origin={
                 **recipe.origin,
                 "dataset": data.name,

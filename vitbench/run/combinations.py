@@ -97,11 +97,11 @@ def search_combinations(model: nn.Module, data: ImageData, config: CombinationSe
     import optuna
 
     _check(config)
-    data.needs("val")
+    data.require_split("val")
     folder = writable_folder(folder, "folder of searches")
     # a longer search of the same kind goes on with what a shorter one found
     facts = {"model": artifact.model_digest(model), "data": data.fingerprint}
-    facts["search"] = config.having(trials=1).to_dict()
+    facts["search"] = config.replace(trials=1).to_dict()
     key = work_key("run", facts, pick_device(), packages=("optuna",))
     notes = Notes(folder / f"{key}.jsonl", "a search of combinations")
     known = notes.read()

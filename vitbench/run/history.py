@@ -12,7 +12,7 @@ from vitbench.measurement.cost import about
 from vitbench.model import artifact, vit
 from vitbench.rows import runs
 from vitbench.rows.records import Row
-from vitbench.run.cache import Made
+from vitbench.run.cache import CachedModel
 
 
 def seconds_row(path: Path, data: ImageData | None, seconds: float) -> Row:
@@ -27,7 +27,7 @@ def seconds_row(path: Path, data: ImageData | None, seconds: float) -> Row:
     )
 
 
-def training_rows(made: Made, data: ImageData) -> list[Row]:
+def training_rows(made: CachedModel, data: ImageData) -> list[Row]:
     """The training curves of a model as rows: the last value, and one sample an epoch. None for an untrained one."""
     if not made.history:
         return []

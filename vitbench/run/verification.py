@@ -106,7 +106,7 @@ def _again(group: pd.DataFrame, data: ImageData, checkpoint: str | Path, img_siz
 
 def remake(
     model: str, config: dict[str, Any], data: ImageData, checkpoint: str | Path = "", img_size: int | None = None
-) -> cache.Made:
+) -> cache.CachedModel:
     """Make the model of a row again, from the row's `model` and `config`.
 
     Raises:

@@ -92,7 +92,7 @@ class CodedModel(nn.Module):
                 module.connect(model.shared)
         if rest == "float16":
             round_to_half(model)
-        model.recipe = model.recipe.having(storage=rest)
+        model.recipe = model.recipe.replace(storage=rest)
         return model
 
 

@@ -199,7 +199,7 @@ def kept_answers(
     precision; a file that is torn or damaged is made again. The teacher gets the raw images through its own
     preprocessing, which need not be the student's.
     """
-    split, recipe = data.needs("train"), teacher.recipe
+    split, recipe = data.require_split("train"), teacher.recipe
 
     def answer() -> dict[str, Tensor]:
         made, found = batches.view_batches(split, recipe.preprocess, BATCH, config.augment, view, device), []

@@ -122,7 +122,7 @@ def train(
         InputError: fewer images than a batch, a teacher that cannot teach like that (see `distilling.Teaching`), or a
             loss that is no longer finite; the last checkpoint is kept.
     """
-    split, target = data.needs("train"), pick_device(device)
+    split, target = data.require_split("train"), pick_device(device)
     key = training_key(model, data, config, teacher, device) if checkpoint else ""
     if len(split) < config.batch_size:
         raise InputError(

@@ -82,7 +82,7 @@ def latest(records: Path) -> list[Row]:
     """The rows that say what became of each cell, the last of each."""
     if not records.exists():
         return []
-    rows = [row for row in read_rows(records, having=f'"metric":"{METRIC}"') if row.metric == METRIC]
+    rows = [row for row in read_rows(records, containing=f'"metric":"{METRIC}"') if row.metric == METRIC]
     return list({row.context["cell"]: row for row in rows}.values())
 
 

@@ -105,7 +105,7 @@ class Cell(Config):
     @property
     def base(self) -> str:
         """Likewise of the model that is compressed; cells with the same one share it."""
-        return digest(self.having(steps=(), measures=Measures(threads=self.measures.threads)).to_dict())
+        return digest(self.replace(steps=(), measures=Measures(threads=self.measures.threads)).to_dict())
 
     @property
     def method(self) -> str:
@@ -163,7 +163,7 @@ def cells(sweep: Sweep) -> list[Cell]:
 
 def checked(cell: Cell, data: ImageData, start: Recipe) -> Cell:
     """The cell with the hashes of its images and of the model before training."""
-    return cell.having(fingerprint=data.fingerprint, start=digest(start.to_dict()))
+    return cell.replace(fingerprint=data.fingerprint, start=digest(start.to_dict()))
 
 
 def _steps(given: Any, seed: int) -> Iterator[tuple[Step, ...]]:

@@ -81,5 +81,5 @@ def _cell(values: dict[str, Any]) -> Cell:
     return cell
 
 
-def _base(cell: Cell, data: ImageData) -> cache.Made:
+def _base(cell: Cell, data: ImageData) -> cache.CachedModel:
     return cache.baseline(cell.model.name, data, cell.train, **cell.model.start())
