@@ -133,7 +133,7 @@ def test_a_lesson_that_trains_is_left_out_where_there_is_nothing_to_train_on(tmp
     assert "done     01_baseline" in done.stdout
 
 
-RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick", "--workers", "2"]  # no test looks at a time
+RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]
 
 
 def suite(*arguments, **options):
