@@ -22,8 +22,7 @@ check: lint
 
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile tests --ignore tests/test_notebooks.py $(ARGS)
-	home=$$(mktemp -d) && trap 'rm -rf '$$home EXIT && export VITBENCH_TEST_HOME=$$home && \
-	$(BIN)/pytest tests/test_notebooks.py $(ARGS) && $(BIN)/pytest --nbmake --numprocesses 2 notebooks $(ARGS)
+	$(BIN)/pytest --nbmake tests/test_notebooks.py notebooks $(ARGS)
 
 setup: .venv/.done
 

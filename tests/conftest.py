@@ -12,12 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
-# set before any import, for the kernels of notebooks too; `make test` gives one to the lessons' two commands, which share rows
-_own_home = tempfile.TemporaryDirectory(prefix="vitbench-tests-")
-HOME = Path(os.environ.get("VITBENCH_TEST_HOME") or _own_home.name)
-if not (HOME / "notebooks").exists():
-    (HOME / "notebooks").symlink_to(ROOT / "notebooks")
-os.environ["VITBENCH_HOME"] = str(HOME)
+_home = tempfile.TemporaryDirectory(prefix="vitbench-tests-")  # set before any import, for the kernels of notebooks too
+(Path(_home.name) / "notebooks").symlink_to(ROOT / "notebooks")
+os.environ["VITBENCH_HOME"] = _home.name
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 THREADS = 2
@@ -40,7 +37,7 @@ mpl.use("Agg")  # here only: a kernel shows its figures in the notebook
 
 @pytest.fixture(scope="session")
 def home() -> Path:
-    return HOME
+    return Path(_home.name)
 
 
 @pytest.fixture(scope="session")
