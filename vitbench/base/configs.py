@@ -1,11 +1,8 @@
-"""The base of every config: frozen, checked when it is made, with a one-line message when it is wrong.
+"""Configs and plain data: settings that check themselves, files that can hold nothing but data, and the one digest of both.
 
-Settings and manifests as plain data: text, numbers, true, false, null, lists, and mappings with text keys.
-
-Nothing else leaves a file that is read here: no date, no bytes, no set, no object. Sizes are bounded before anything is
-built, aliases by what they stand for, so that a small file cannot become a large value.
-
-The one digest: what names rows, cells, environments and kept work by what they are about.
+A config is frozen and checked when it is made; its error is one line. A file that is read here yields text, numbers, true, false,
+null, lists, and mappings with text keys: no date, no bytes, no object. Sizes are bounded before anything is built, aliases by
+what they stand for, so that a small file cannot become a large value. The digest names rows, cells and stored work by content.
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""Files that appear whole or not at all, and lines that are added to a file whole or not at all.
-
-Folders that this project writes: what may lie at their place, and how they come to lie there whole.
-"""
+"""Atomic files, appended lines and folders: each appears complete or not at all, and nothing that vitbench did not write is replaced."""
 
 import contextlib
 import errno

@@ -1,10 +1,9 @@
-"""Factors with one side shared over depth: W_l^T ~ Z_l D for all blocks l, in closed form and as trainable codes.
+"""Low-rank factors of weight matrices in closed form: of one matrix, and with one factor that all blocks share.
 
-Low-rank forms of one weight matrix, W (out x in) ~ A B, nested: the first r columns and rows are the form of rank r.
-
-`activation` is the closed form of the best one for the layer's outputs (lesson 03). With C the covariance of the inputs,
-G = W C W^T = U diag(s^2) U^T and W_r = U_r U_r^T W: its squared error of the outputs, the mean over tokens of
-||(W - W_r) x||^2, is the sum of the discarded s_i^2. The others are published rivals.
+Of one matrix W (out x in) ~ A B, nested: the first r columns and rows are the form of rank r. `activation` is the best form for
+the layer's outputs (lesson 03). With C the covariance of the inputs, G = W C W^T = U diag(s^2) U^T and W_r = U_r U_r^T W: its
+squared error of the outputs, the mean over tokens of ||(W - W_r) x||^2, is the sum of the discarded s_i^2. The other forms are
+published rivals. With a shared factor, W_l^T ~ Z_l D for all blocks l, also as trainable codes (`vitbench.methods.uct`).
 """
 
 from dataclasses import dataclass

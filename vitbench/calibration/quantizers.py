@@ -1,8 +1,6 @@
-"""Rounding to a few bits: steps that lose least, and steps that are learned with the weights (LSQ).
+"""Uniform quantizers: steps of least squared error, learned steps (LSQ), and ranges of activations on calibration images.
 
 A code is a whole number q in [-2^(b-1), 2^(b-1) - 1]; it stands for s (q - z), with step s and zero point z.
-
-Ranges of activations: what passes through layers on calibration images, and which part of it the codes should cover.
 """
 
 from collections.abc import Callable, Mapping

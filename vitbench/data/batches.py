@@ -1,6 +1,6 @@
 """Batches of model input: images resized, augmented and normalised, in a fixed order for a fixed seed.
 
-How many worker processes may load images here, and random draws that leave a process's own state alone.
+Random draws leave the process's own generators alone. As many worker processes load images as the machine and its memory allow.
 """
 
 import contextlib

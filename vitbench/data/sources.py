@@ -1,7 +1,4 @@
-"""Sequences of RGB images: in memory, as files, or as bytes in a table.
-
-Where images come from: scikit-learn's digits, or a set by hub name or local folder, opened as parts with labels.
-"""
+"""Images from scikit-learn's digits, a hub name or a local folder, as parts with labels: in memory, as files, or as table bytes."""
 
 import glob
 import hashlib

@@ -1,10 +1,9 @@
-"""Device and link profiles: constants with what each rests on, from a YAML file that can be extended.
+"""Modelled cost of one inference on a device: T = transfer + load + infer, and energy likewise, from device and link profiles.
 
-What an answer costs on a device: T = transfer + load + infer, and E likewise.
-
-A model that fits into the device's memory stays there. One that does not has to come again for every answer: from the device's
-storage if it fits there, else over the link, as in the setting of DeepCompress-ViT (CVPR 2025), whose abstract compares the two.
-All of it is arithmetic on constants that `profiles.yaml` names; `stream` and `roofline` hold two of its parts against this machine.
+A model that fits into the device's memory stays there. Another one is transferred for every inference: from the device's storage
+if it fits there, else over the link, as in the setting of DeepCompress-ViT (CVPR 2025), whose abstract compares the two. All of
+it is arithmetic on the constants in `profiles.yaml` or a user's own file, each with its source. `stream` and `roofline` check two
+parts of it against this machine.
 """
 
 import functools

@@ -1,8 +1,7 @@
-"""From the measured rows of models to modelled rows: what an answer costs on other devices, as `model` says it.
+"""Rows and tables of the edge: modelled cost on other devices, every backend in one table, and a measured transfer.
 
-Every model in every backend as one table: bytes, memory, MACs, times over two baselines, and how far the best is from the floor.
-
-The model's transfer time held against reality: bytes streamed over loopback through a limiter, timed at the receiving end.
+The table has bytes, memory, MACs, times over two baselines, and the distance of the fastest from the floor. The transfer streams
+bytes over loopback through a rate limiter and times them at the receiving end.
 """
 
 import socket

@@ -1,7 +1,4 @@
-"""Accuracy against what it costs, one point a method: the names stand where they cover nothing.
-
-Small multiples: accuracy against a cost, a panel a method, each against all the others in grey.
-"""
+"""Accuracy against cost: one point a method with labels that cover nothing, and small multiples with a panel a method."""
 
 import math
 from collections.abc import Iterable, Mapping

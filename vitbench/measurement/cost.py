@@ -1,8 +1,6 @@
-"""One measured number, before it is a row, and what a row says of its model.
+"""Values without a clock: weights, multiply-accumulates, bytes on disk, predicted bytes, and errors of the weights.
 
-Counts: weights, multiply-accumulates, bytes on disk, and the bytes that the bits per weight predict.
-
-How far the weights of a compressed model are from those it was made from.
+`Value` is one measured number before it is a row; `about` gives the fields that all rows of a model share.
 """
 
 from collections.abc import Iterator, Sequence

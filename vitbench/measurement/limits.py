@@ -1,7 +1,4 @@
-"""Run a command under a real limit of memory, and find the smallest in which it still works.
-
-The largest sum of tensors that are alive at once while a model answers.
-"""
+"""Memory limits: run a command under a real limit, find the smallest that works, and count the tensors alive at once."""
 
 import contextlib
 import functools

@@ -2,9 +2,8 @@
 
 One table of names (`NAMES`) covers timm, facebook's DeiT, DINO and MAE, and transformers' ViT, DeiT and DINOv2 (version
 4's and version 5's). A model is found in a file by those names, however deep it lies and whatever stands before them,
-so that Lightning, DataParallel, torch.compile and training scripts need no rule of their own.
-
-Weights in timm's names put into a model: positions for its grid, a head for its classes, and nothing that does not fit.
+so that Lightning, DataParallel, torch.compile and training scripts need no rule of their own. Position embeddings are resized to
+the model's grid, a head is loaded only for its own classes, and a tensor that does not fit is refused.
 """
 
 import argparse

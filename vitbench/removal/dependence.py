@@ -1,9 +1,7 @@
-"""The Hilbert-Schmidt independence criterion: how much one variable depends on another, from samples of both.
+"""The Hilbert-Schmidt independence criterion (HSIC), and scores of units and positions by it against the model's logits.
 
 Gretton et al. (2005): HSIC = tr(K H L H) / (n - 1)^2 with the kernel matrices K and L of the n samples of each variable
 and H = I - 1 1^T / n. It is zero in the limit exactly when the variables are independent, if the kernels are Gaussian.
-
-Scores of units and of positions by their statistical dependence with the model's answer (`vitbench.removal.dependence`).
 """
 
 import math

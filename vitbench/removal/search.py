@@ -1,6 +1,6 @@
-"""Search for the policy with the highest score within a budget: Gaussian process with expected improvement, or at random.
+"""Search for the policy with the highest score within a budget, of MACs or of latency: Gaussian process with expected improvement, or random.
 
-A table of how long the parts of a block take on this machine, for a search under a budget of latency.
+A budget of latency uses a table of the time that each part of a block takes on this machine.
 """
 
 import copy

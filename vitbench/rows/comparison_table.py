@@ -1,6 +1,6 @@
-"""The comparison table: one line a method, every number from a row.
+"""The comparison table, one line a method with every number from a row, and the labels by which tables and figures name models.
 
-What tables and figures call a row's model: its method, with the settings in which it differs.
+A label is the method with the settings in which it differs from the others.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """A results folder: records.jsonl, environments/, models/, figures/, notebooks/ and report.html.
 
-What a row was made on: machine, versions, source. Captured once a process, kept once by its hash.
+An environment is what a row was made on: machine, versions, source. It is captured once a process and stored once under its hash.
 """
 
 import functools

@@ -1,10 +1,8 @@
-"""Which methods, one after the other and how strongly, are the most accurate within a budget: a search, and what an order does.
+"""Combinations of methods and settings within a budget: one method's setting, the search for the most accurate sequence, and orders.
 
-The optimiser is Optuna's tree-structured Parzen estimator with constraints. A trial is a real model: made, saved, its cost counted, and,
-if it is within the budget, scored on the val split; the test split chooses nothing. What a trial came to is noted, so that a
-stopped search goes on: the optimiser, whose draws come from the seed, is asked anew, and what is noted is not made again.
-
-Ask a method for a budget: it finds the setting of its own that saves least and is within.
+The optimiser is Optuna's tree-structured Parzen estimator with constraints. A trial is a real model: compressed, saved, its cost
+counted, and, if it is within the budget, scored on the val split; the test split chooses nothing. Finished trials are stored, so a
+stopped search resumes: the optimiser draws from the seed again and takes the stored scores.
 """
 
 import itertools

@@ -1,7 +1,4 @@
-"""The notebooks as data: their order, their parameters, and the profiles that set them.
-
-What a notebook needs of its kernel: parameters of the declared types, and figures that appear under its cells.
-"""
+"""The notebooks as data, their order, parameters and profiles, and what a notebook's kernel needs: typed parameters, inline figures."""
 
 import sys
 from dataclasses import dataclass

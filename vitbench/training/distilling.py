@@ -1,9 +1,7 @@
-"""What a teacher adds to the loss of a training: its answers, soft or hard, and what its blocks hold.
+"""Distillation terms of a training's loss, and teachers: soft or hard labels, block features, saved models or any timm classifier.
 
-The teacher either runs beside the student on the very images that the student gets, or, where every epoch shows one of a
-few fixed views of the images (`TrainConfig.views`), answers each view once and is read from disk from then on.
-
-Teachers that are not the model at hand: saved ones, and any of timm's classifiers.
+The teacher runs beside the student on the very images that the student gets, or, where every epoch shows one of a few
+fixed views of the images (`TrainConfig.views`), its logits for each view are computed once and read from disk from then on.
 """
 
 import contextlib

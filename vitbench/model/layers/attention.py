@@ -1,8 +1,6 @@
-"""Attention layers of our own: what stands in the place of a timm attention layer and mixes the tokens in another way.
+"""Attention layers that replace timm's: linear attention, and Nystroem attention through m landmarks.
 
-Nystroem attention: full attention among m landmarks, and every token's attention to them.
-
-Xiong et al. 2021 (arXiv 2102.03902), eq. 13: with Q~, K~ the means of m segments of the queries and keys,
+Nystroem attention (Xiong et al. 2021, arXiv 2102.03902, eq. 13): with Q~, K~ the means of m segments of the queries and keys,
 
     softmax(Q K^T / sqrt c) V ~ softmax(Q K~^T / sqrt c) A^+ (softmax(Q~ K^T / sqrt c) V),    A = softmax(Q~ K~^T / sqrt c)
 """

@@ -1,8 +1,6 @@
-"""Linear layers W^T ~ Z D in packed codes, with one factor D for all blocks.
+"""Factored linear layers: two thin ones, parts side by side, and W^T ~ Z D in packed codes with one D for all blocks.
 
-Linear layers as two thin ones, and linear layers in parts whose outputs stand side by side.
-
-Both are made of ordinary `nn.Linear` modules, so a quantizer finds those and a backend sees nothing new.
+The first two are made of ordinary `nn.Linear` modules, so a quantizer finds those and a backend sees nothing new.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""Run a sweep: what is finished is left alone, what fails is a row, and what dies is tried again.
+"""Run a sweep and report its progress: finished cells are skipped, a failure is a row, a worker that died is replaced.
 
-What a sweep will take, before it runs, and how far it is, while it does.
+An outlook estimates time and bytes before it runs, from rows of earlier cells.
 """
 
 import contextlib
