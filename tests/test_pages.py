@@ -11,6 +11,7 @@ from docs import render
 from docs.render import ClaimError, Pages, claim
 from docs.results import MissingRow
 from tests.conftest import ROOT
+from vitbench.rows.records import split_check
 
 REFERENCE = ROOT / "results" / "reference"
 PAGES = Pages()
@@ -37,7 +38,7 @@ def other_rows(tmp_path):
                 (tmp_path / each.name).symlink_to(each)
         shutil.copytree(REFERENCE / folder, tmp_path / folder)
         file = tmp_path / folder / "records.jsonl"
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [json.loads(split_check(line)[0]) for line in file.read_bytes().splitlines()]
         file.write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
         return Pages(tmp_path)
 
@@ -50,8 +51,10 @@ def test_a_changed_row_changes_the_page(other_rows):
         return row | {"value": row["value"] + 1e6} if row["metric"] == "bytes" and row["method"] == "uct" else row
 
     before, after = (pages.render("REVIEWING.md").splitlines() for pages in (PAGES, other_rows("digits-quick", larger)))
-    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
-    assert changed == [("| uct | 98.61 [96.78, 99.40] | 0.08 |", "| uct | 98.61 [96.78, 99.40] | 1.08 |")]
+    [(old, new)] = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert old.startswith("| uct |")
+    assert old.endswith("| 0.08 |")
+    assert new == old.replace("| 0.08 |", "| 1.08 |")
 
 
 def test_a_claim_gives_its_text_only_where_its_condition_holds():
