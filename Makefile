@@ -21,8 +21,8 @@ check: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow" tests $(ARGS)
 
 test: lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile tests --ignore tests/test_notebooks.py $(ARGS)
-	$(BIN)/pytest --nbmake tests/test_notebooks.py notebooks $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile tests --ignore tests/project/test_notebooks.py $(ARGS)
+	$(BIN)/pytest --nbmake tests/project/test_notebooks.py notebooks $(ARGS)
 
 setup: .venv/.done
 

@@ -3,7 +3,7 @@
     python -m tests.golden.make            writes them all anew
     python -m tests.golden.make recipes    writes one of them
 
-`tests/test_golden.py` compares. Of what a machine, a commit or the day decides nothing is written: no time, no version,
+`tests/project/test_golden.py` compares. Of what a machine, a commit or the day decides nothing is written: no time, no version,
 no hash of weights. What lies in `old/` was written by earlier versions and has to load for ever, so it is never written
 again; a method that has no model there yet gets one.
 """

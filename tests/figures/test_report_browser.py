@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.test_figures_report import make_rows, rows_of
+from tests.figures.test_figures_report import make_rows, rows_of
 from vitbench.figures.report import write_report
 from vitbench.rows.records import append_rows
 

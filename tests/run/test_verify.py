@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.test_sweep import SMALL
+from tests.run.test_sweep import SMALL
 from vitbench.base.errors import InputError
 from vitbench.cli import main
 from vitbench.rows.row_table import load_records

@@ -1,11 +1,12 @@
 """docs/DESIGN.md shows the rooms as they are, and its picture is drawn right for any layout."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+from tests.conftest import ROOT
+
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from tests.test_edge import needs_onnx
+from tests.edge.test_edge import needs_onnx
 from vitbench.base.errors import InputError
 from vitbench.measurement import energy, fresh, limits, roofline
 from vitbench.measurement.child import ChildError

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.test_decoding import encoded, photo
+from tests.data.test_decoding import encoded, photo
 from vitbench.base.errors import InputError
 from vitbench.data.sources import FileImages, open_images
 

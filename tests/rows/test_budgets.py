@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.test_figures_report import assert_readable, make_rows, rows_of
+from tests.figures.test_figures_report import assert_readable, make_rows, rows_of
 from vitbench.base.errors import InputError
 from vitbench.cli import main
 from vitbench.edge import rows as backend_table

@@ -10,7 +10,7 @@ import sys
 import nbformat
 import pytest
 
-from tests.test_report_browser import CHROMIUM
+from tests.figures.test_report_browser import CHROMIUM
 from vitbench.run import lessons
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_notebooks import NOTEBOOKS
+from tests.project.test_notebooks import NOTEBOOKS
 from vitbench.base.errors import InputError
 from vitbench.methods.registry import compress, make_config
 from vitbench.model.layers.factored import reordered_share

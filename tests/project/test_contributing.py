@@ -49,7 +49,7 @@ def test_the_commands_of_the_page_are_the_ones_tried_here():
     (commands,) = re.findall(r"\*\*3\. Look at it\.\*\*\n\n```\n(.+?)```", TEXT, re.S)
     assert commands.splitlines() == [
         "vitbench list methods",
-        "pytest tests/test_methods.py -k half",
+        "pytest tests/methods/test_methods.py -k half",
         "vitbench run quick --only 01 50",
     ]
 
@@ -63,7 +63,7 @@ def test_the_command_line_lists_it(checkout):
 
 @pytest.mark.slow
 def test_the_registrys_tests_cover_it(checkout):
-    done = run(checkout, "pytest", "tests/test_methods.py", "-k", "half", "-q", "-p", "no:cacheprovider")
+    done = run(checkout, "pytest", "tests/methods/test_methods.py", "-k", "half", "-q", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 7
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_sweep import SMALL
+from tests.run.test_sweep import SMALL
 from vitbench.base.errors import InputError
 from vitbench.rows.runs import Run
 from vitbench.run.sweep import drive
@@ -22,7 +22,7 @@ def slurm(tmp_path, monkeypatch):
     if missing or os.geteuid():
         pytest.skip(f"needs root and Slurm (Debian: slurm-wlm munge); missing: {', '.join(missing) or 'root'}")
     folder = tmp_path / "slurm"
-    script = [str(ROOT / "tests" / "slurm_node.sh")]
+    script = [str(ROOT / "tests" / "run" / "slurm_node.sh")]
     started = subprocess.run([*script, "start", str(folder)], capture_output=True, text=True)
     assert started.returncode == 0, started.stderr
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))

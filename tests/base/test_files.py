@@ -250,7 +250,7 @@ WRITERS = {
 }
 SMALL = """
 import resource, signal, sys
-from tests.test_files import WRITERS
+from tests.base.test_files import WRITERS
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
 for name, write in WRITERS.items():

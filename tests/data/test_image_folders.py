@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.test_decoding import encoded, photo
+from tests.data.test_decoding import encoded, photo
 from vitbench.base.errors import InputError
 from vitbench.data.splits import load_data
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_sweep import SMALL
+from tests.run.test_sweep import SMALL
 from vitbench.base.errors import InputError
 from vitbench.model import vit
 from vitbench.run import cache
@@ -21,7 +21,7 @@ PROMISES = re.split(r"^- ", (ROOT / "SECURITY.md").read_text(encoding="utf-8").p
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.partition("**")[2].partition("**")[0])
 def test_every_promise_names_tests_that_exist(promise):
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", promise)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", promise)
     assert named, "it names no test"
     for file, name in named:
         found = ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))

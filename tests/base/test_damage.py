@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from tests.test_sweep import SMALL
+from tests.run.test_sweep import SMALL
 from vitbench.base.errors import InputError
 from vitbench.cli import main
 from vitbench.methods.registry import METHODS, make_config
