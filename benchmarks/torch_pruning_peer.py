@@ -44,19 +44,19 @@ def torch_pruned(base: torch.nn.Module, data: vb.ImageData, ratio: float) -> tor
     pruner.step()
     for block, old in zip(model.blocks, old_scales, strict=True):
         attn = block.attn
-        vb.model.size_attention(attn, attn.num_heads, attn.qkv.out_features // (3 * attn.num_heads))
+        vb.model.set_attention_shape(attn, attn.num_heads, attn.qkv.out_features // (3 * attn.num_heads))
         with torch.no_grad():
             for tensor in attn.qkv.parameters():
                 tensor[: attn.attn_dim] *= old / attn.scale
     model.recipe = base.recipe
-    vb.model.note_shapes(model)
+    vb.model.record_block_shapes(model)
     vb.model.set_fused_attention(model, True)
     return model.requires_grad_(False).eval()
 
 
 def ratio_for(base: torch.nn.Module, keep: float) -> float:
     """The one ratio of neurons and of heads' dimensions that leaves the share `keep` of the multiply-accumulates."""
-    shapes, whole, low, high = vb.model.shapes(base), vb.model.analytic_macs(base), 0.0, 0.99
+    shapes, whole, low, high = vb.model.block_shapes(base), vb.model.analytic_macs(base), 0.0, 0.99
     for _ in range(30):
         middle = (low + high) / 2
         smaller = tuple(
@@ -65,7 +65,7 @@ def ratio_for(base: torch.nn.Module, keep: float) -> float:
             )
             for shape in shapes
         )
-        left = vb.model.analytic_macs(vb.model.skeleton(base.recipe.architecture.replace(blocks=smaller))) / whole
+        left = vb.model.analytic_macs(vb.model.meta_model(base.recipe.architecture.replace(blocks=smaller))) / whole
         low, high = (middle, high) if left > keep else (low, middle)
     return (low + high) / 2
 

@@ -15,16 +15,16 @@ from vitbench.model.layers import LowRankLinear
 
 @pytest.fixture(scope="module")
 def found(base, digits):
-    return collect(base.model, vit.linears(base.model), digits, gradients=True)
+    return collect(base.model, vit.linear_layers(base.model), digits, gradients=True)
 
 
 @pytest.fixture(scope="module")
 def inputs(base, digits):
     """Every token that the layers see on the calibration images, in float64."""
-    seen = {name: [] for name in vit.linears(base.model)}
+    seen = {name: [] for name in vit.linear_layers(base.model)}
     from vitbench.data.batches import eval_batches
 
-    with torch.inference_mode(), watching(vit.linears(base.model), lambda name, x, y: seen[name].append(x)):
+    with torch.inference_mode(), watching(vit.linear_layers(base.model), lambda name, x, y: seen[name].append(x)):
         for x, _ in eval_batches(digits.calibration, base.model.recipe.preprocess):
             base.model(x)
     return {name: torch.cat(parts).flatten(0, -2).double() for name, parts in seen.items()}
@@ -42,15 +42,15 @@ def test_moments_are_those_of_all_tokens(found, inputs):
 
 
 def test_deit_base_fits_in_two_gibibytes():
-    model = vit.skeleton(vit.Architecture(name="deit_base_patch16_224", num_classes=10, img_size=224))
+    model = vit.meta_model(vit.Architecture(name="deit_base_patch16_224", num_classes=10, img_size=224))
     with torch.device("meta"):
-        sums = moments_module._Sums(model, vit.linears(model), gradients=True, seed=0).sums
+        sums = moments_module._Sums(model, vit.linear_layers(model), gradients=True, seed=0).sums
     assert sum(tensor.nbytes for held in sums.values() for tensor in held.values()) <= 2 * 2**30
 
 
 def test_moments_are_collected_once(base, digits, found, monkeypatch):
     monkeypatch.setattr(moments_module._Sums, "over", lambda *_: pytest.fail("collected again"))
-    again = collect(base.model, vit.linears(base.model), digits, gradients=True)
+    again = collect(base.model, vit.linear_layers(base.model), digits, gradients=True)
     assert all(torch.equal(again[name].gradient, found[name].gradient) for name in found)
 
 
@@ -81,7 +81,7 @@ def test_the_gradient_moments_predict_the_loss(base, digits, found):
 
 @pytest.mark.parametrize("rank", [4, 24, 60])
 def test_the_closed_form_loses_what_it_says_and_no_rival_loses_less(base, found, inputs, rank):
-    for name, layer in vit.linears(base.model).items():
+    for name, layer in vit.linear_layers(base.model).items():
         moments, weight = found[name], layer.weight.detach().double()
         x = inputs[name] - inputs[name].mean(0)
         lost = {}
@@ -135,7 +135,7 @@ def test_inputs_that_are_not_finite(base, digits):
     broken = copy.deepcopy(base.model)
     broken.blocks[0].norm1.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="blocks.0.attn.qkv are not finite"):
-        collect(broken, vit.linears(broken), digits)
+        collect(broken, vit.linear_layers(broken), digits)
 
 
 def test_greedy_is_the_best_split_of_a_budget():
@@ -184,7 +184,7 @@ def test_budgets_that_cannot_be_met():
 
 
 def test_before_anything_is_compressed_there_is_no_mismatch(base, digits):
-    names = list(vit.linears(base.model))
+    names = list(vit.linear_layers(base.model))
     for name, mismatch in mismatches(base.model, base.model, names, digits.calibration):
         assert mismatch.power < 1e-9, name
         assert mismatch.correction(0.1).abs().max() < 1e-6
@@ -221,6 +221,6 @@ def test_layers_of_two_thin_matrices_and_in_parts():
     model = vit.create_model("vit_mini_patch2_8")
     images = torch.randn(2, 3, 8, 8)
     before = model(images)
-    rows = blocks.split_heads(model)
+    rows = blocks.split_qkv_by_head(model)
     assert len(rows) == 4 * 3 * 4
     assert torch.allclose(model(images), before, atol=1e-5)

@@ -21,11 +21,11 @@ def test_each_block_answers_more_like_the_given_one(base, digits):
     lost = {}
     for steps in (0, 40):
         model = copy.deepcopy(base.model)
-        coders = {name: RowCoder(name, layer, 2) for name, layer in vit.linears(model).items()}
+        coders = {name: RowCoder(name, layer, 2) for name, layer in vit.linear_layers(model).items()}
         reconstruct(model, base.model, coders, digits.calibration, steps)
         with torch.no_grad():
             lost[steps] = float((model(x) - base.model(x)).square().mean())
-            for name, layer in vit.linears(model).items():
+            for name, layer in vit.linear_layers(model).items():
                 assert torch.equal(layer.weight, coders[name].decode()[name])
     assert lost[40] < 0.5 * lost[0]
 

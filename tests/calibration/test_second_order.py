@@ -90,11 +90,11 @@ def test_a_file_is_bits_times_weights_and_steps(base, tmp_path, bits, group):
     small = compress(base.model, make_config("weight_only", {"bits": bits, "group": group}))
     path = artifact.save(small, tmp_path / "small")
     predicted = 0
-    for name, dense in vit.linears(base.model).items():
+    for name, dense in vit.linear_layers(base.model).items():
         layer, count = small.get_submodule(name), dense.weight.numel()
         assert layer.codes.numel() == packed_bytes(count, bits)
         predicted += count * bits / 8 + 2 * (count // group if group else dense.out_features)  # steps take 16 bits
-    assert artifact.parts(path)["block weights"] == pytest.approx(predicted, rel=1e-6)
+    assert artifact.bytes_by_part(path)["block weights"] == pytest.approx(predicted, rel=1e-6)
     x, loaded = torch.randn(3, 3, 8, 8), artifact.load(path)
     assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in small.state_dict().items())
     assert torch.allclose(loaded(x), small(x), atol=1e-4)  # kernels may differ in the last bit
@@ -141,10 +141,10 @@ def test_bits_by_layer_meet_a_target_of_bytes(base, digits, tmp_path):
     same = compress(base.model, make_config("weight_only", {"bits": 3}))
     target = sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in same.state_dict().values())
     small = compress(base.model, make_config("weight_only", {"target_bytes": target}), digits)
-    held = artifact.parts(artifact.save(small, tmp_path / "small"))
+    held = artifact.bytes_by_part(artifact.save(small, tmp_path / "small"))
     held = sum(held.values()) - held["names and recipe"]
     assert 0.97 * target < held <= target
-    bits = {small.get_submodule(name).bits for name in vit.linears(base.model)}
+    bits = {small.get_submodule(name).bits for name in vit.linear_layers(base.model)}
     assert len(bits) > 1
     assert bits <= set(range(2, 9))
     with torch.inference_mode():

@@ -46,7 +46,7 @@ def test_products_of_codes_are_counted(model, few, tmp_path, attention):
 
 def test_a_product_counts_only_if_both_sides_are_codes(model):
     rounded = copy.deepcopy(model)
-    blocks.round_attention(rounded)
+    blocks.make_attention_quantizable(rounded)
     assert count_int8_macs(rounded) == 0
     attn = rounded.blocks[1].attn
     attn.q, attn.v, attn.softmax = StaticInt8Rounding(0.1, 128), StaticInt8Rounding(0.1, 128), Rounded(8)

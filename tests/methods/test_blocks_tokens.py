@@ -25,7 +25,7 @@ def random_kept(model, seed, head_dims=True):
         return torch.randperm(of, generator=generator)[:count].sort().values
 
     kept = []
-    for shape in blocks.shapes(model):
+    for shape in blocks.block_shapes(model):
         width = shape.head_dim - 5
         inside = {name: torch.stack([some(width, shape.head_dim) for _ in range(shape.heads)]) for name in ("qk", "v")}
         heads = some(int(torch.randint(1, shape.heads + 1, (1,), generator=generator)), shape.heads)
@@ -73,12 +73,14 @@ def test_a_masked_model_is_back_to_itself_afterwards(deit):
 def test_fewer_tokens_saved_counted_and_fused(reduction, deit, tmp_path):
     small = copy.deepcopy(deit)
     blocks.reduce_tokens(small, reduction, [None, 12, None, 7])
-    blocks.note_shapes(small)
+    blocks.record_block_shapes(small)
     if reduction.startswith("hsic"):
         small.blocks.scores.copy_(torch.rand(17))
     loaded, x = artifact.load(artifact.save(small, tmp_path / "small")), torch.randn(2, 3, 64, 64)
     assert torch.allclose(loaded(x), small(x), atol=1e-5)
-    states = loaded.blocks.states(tokens.State(vit.embedded(loaded, x), source=torch.arange(17).expand(2, -1)))
+    states = loaded.blocks.states(
+        tokens.TokenState(vit.embed_patches(loaded, x), source=torch.arange(17).expand(2, -1))
+    )
     assert [state.x.shape[1] for state in states] == [17, 17, 12, 12, 7]
     assert (states[-1].source[:, 0] == 0).all()
     assert states[-1].source.max() == 6
@@ -101,14 +103,14 @@ def test_attention_of_equal_keys_counts_merged_tokens_as_often_as_they_are(deit)
     attn, x = deit.blocks[0].attn, torch.randn(1, 5, 192)
     double = torch.cat([x, x[:, -1:]], dim=1)
     sizes = torch.tensor([[1.0, 1, 1, 1, 2]])
-    assert torch.allclose(tokens.attend(attn, x, sizes)[0], attn(double)[:, :5], atol=1e-5)
-    assert torch.allclose(tokens.attend(attn, x)[0], attn(x), atol=1e-5)
+    assert torch.allclose(tokens.attention_with_qk(attn, x, sizes)[0], attn(double)[:, :5], atol=1e-5)
+    assert torch.allclose(tokens.attention_with_qk(attn, x)[0], attn(x), atol=1e-5)
 
 
 def test_kept_tokens_are_the_best_in_order_and_the_rest_is_their_mean():
     x = torch.arange(7.0).reshape(1, 7, 1)
     scores = torch.tensor([[0.0, 5, 1, 4, 0, 3, 2]])
-    state = tokens.keep_and_fuse(tokens.State(x, source=torch.arange(7)[None]), scores, 5, prefix=1)
+    state = tokens.keep_and_fuse(tokens.TokenState(x, source=torch.arange(7)[None]), scores, 5, prefix=1)
     assert state.x.flatten().tolist() == [0, 1, 3, 5, (2 + 4 + 6) / 3]
     assert state.source.tolist() == [[0, 1, 4, 2, 4, 3, 4]]
 
@@ -117,14 +119,14 @@ def test_merging_averages_by_size_and_spares_the_class_token():
     keys = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 2, 3])).float()[None, None]
     x = torch.tensor([1.0, 2, 3, 4, 5, 6]).reshape(1, 6, 1)
     sizes = torch.tensor([[1.0, 1, 3, 1, 1, 1]])
-    state = tokens.merge(tokens.State(x, sizes, source=torch.arange(6)[None]), keys, 1, prefix=1)
+    state = tokens.bipartite_soft_matching(tokens.TokenState(x, sizes, source=torch.arange(6)[None]), keys, 1, prefix=1)
     assert state.x.flatten().tolist() == pytest.approx([1, 5, 2, (3 * 3 + 4) / 4, 6])
     assert state.sizes.tolist() == [[1, 1, 1, 4, 1]]
     assert state.source.tolist() == [[0, 2, 3, 3, 1, 4]]
 
 
 def dense(name):
-    return vit.skeleton(vit.Architecture(name=name, num_classes=1000, img_size=224))
+    return vit.meta_model(vit.Architecture(name=name, num_classes=1000, img_size=224))
 
 
 @pytest.mark.parametrize(("name", "giga"), [("deit_small_patch16_224", 4.541), ("deit_base_patch16_224", 17.447)])
@@ -149,7 +151,7 @@ BASE_HEADS = [9, 6, 7, 6, 10, 11, 9, 11, 10, 10, 11, 7]
 
 def test_macs_of_the_released_policy_of_deit_small():
     """The policy in searched_policy.py of the paper's public code: 1.863 G."""
-    found = blocks.macs(np.array(SMALL_HEADS), 64, np.array(SMALL_NEURONS), *paper_tokens(0.488), 384)
+    found = blocks.block_macs(np.array(SMALL_HEADS), 64, np.array(SMALL_NEURONS), *paper_tokens(0.488), 384)
     assert found / 1e9 == pytest.approx(1.863, rel=0.005)
 
 
@@ -168,7 +170,7 @@ def test_macs_of_the_released_policy_of_deit_base():
         for index in order:
             counts[index] += min(left, 1536.0)
             left -= counts[index] - 1536.0
-        found = blocks.macs(np.array(BASE_HEADS), 64, counts.astype(int), before, after, 768) / 1e9
+        found = blocks.block_macs(np.array(BASE_HEADS), 64, counts.astype(int), before, after, 768) / 1e9
         assert (found > 6.938) == (order[0] == np.argsort(after)[::-1][0])
 
 
@@ -181,7 +183,7 @@ def test_the_policys_cost_is_the_models(deit):
         BlockShape(heads=h, head_dim=w, neurons=n, tokens=m)
         for (n, h, w), m in zip(counts.left(), counts.after[0].tolist(), strict=True)
     ]
-    model = vit.skeleton(deit.recipe.architecture.replace(blocks=tuple(shapes), reduction="cls_attention"))
+    model = vit.meta_model(deit.recipe.architecture.replace(blocks=tuple(shapes), reduction="cls_attention"))
     ends = model.patch_embed.proj.weight.numel() * 16 + 1920
     assert cost == vit.analytic_macs(model) - ends
 
@@ -190,9 +192,9 @@ def test_what_cannot_be_pruned_says_why(base, deit):
     int8 = compress(base.model, make_config("dynamic_int8"))
     with pytest.raises(InputError, match="is a DynamicInt8Linear, not a plain linear layer; prune first"):
         cut.check_prunable(int8)
-    one = deit.recipe.architecture.replace(blocks=blocks.shapes(deit)[:1])
+    one = deit.recipe.architecture.replace(blocks=blocks.block_shapes(deit)[:1])
     with pytest.raises(InputError, match="sizes of 1 blocks were given and deit_tiny_patch16_224 has 4"):
-        vit.skeleton(one)
+        vit.meta_model(one)
     normed = copy.deepcopy(deit)
     normed.blocks[0].attn.q_norm = torch.nn.LayerNorm(64)
     with pytest.raises(InputError, match="normalises queries over a head's 64 dimensions"):

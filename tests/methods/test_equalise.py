@@ -59,8 +59,8 @@ def few(digits):
 def test_the_float_models_answers_stay(kind, few):
     changes, expected = KINDS[kind]
     model, x = make(**changes), torch.randn(4, 3, 8, 8)
-    assert {name.split(".", 2)[2] for name in blocks.norms_before(model)} == expected
-    layers = vit.linears(model)
+    assert {name.split(".", 2)[2] for name in blocks.preceding_norms(model)} == expected
+    layers = vit.linear_layers(model)
     before, weights = model(x), {name: layer.weight.clone() for name, layer in layers.items()}
     _equalise(model, layers, quantizers.channels(model, layers, few.calibration), 0.5)
     assert float((model(x) - before).abs().max()) <= 1e-4 * float(before.abs().max()), kind

@@ -36,7 +36,7 @@ def test_what_is_cut_off_widens_the_range_and_gets_no_gradient():
 
 def test_the_file_answers_as_the_trained_model_did(base, digits, tmp_path):
     model, x = artifact.load(base.path), torch.randn(6, 3, 8, 8)
-    layers = vit.linears(model)
+    layers = vit.linear_layers(model)
     seen = quantizers.channels(model, layers, digits.calibration)
     found = quantizers.ranges(model, layers, seen, digits.calibration, bits=4)
     for name, layer in layers.items():

@@ -30,7 +30,7 @@ IMAGENET = SHARED / "data" / "imagenet-1k-sample"
 
 
 def block_weights(model):
-    return sum(layer.weight.numel() for layer in vit.linears(model).values())
+    return sum(layer.weight.numel() for layer in vit.linear_layers(model).values())
 
 
 def divergence(small, base, digits):
@@ -66,7 +66,7 @@ def test_the_budgets_of_multiply_accumulates_and_bytes(base, digits):
 
 def test_a_layer_stays_dense_where_a_rank_would_not_save(base, digits):
     small = compress(base.model, STAGE2.replace(keep=0.9), digits)
-    kinds = {type(small.get_submodule(name)) for name in vit.linears(base.model)}
+    kinds = {type(small.get_submodule(name)) for name in vit.linear_layers(base.model)}
     assert torch.nn.Linear in kinds, "some layers stay dense at 0.9"
     for layer in small.modules():
         if isinstance(layer, LowRankLinear):
@@ -93,7 +93,7 @@ def test_without_propagated_inputs_compensation_changes_nothing(base, digits):
     assert torch.allclose(alone(x), plain(x), atol=1e-3)
     learned = compress(base.model, config.replace(compensation="gradient", gradient_weight=0), digits)
     fixed = compress(base.model, STAGE2.replace(keep=0.5, gradient_weight=0), digits)
-    found = collect(base.model, vit.linears(base.model, ("fc1",)), digits)
+    found = collect(base.model, vit.linear_layers(base.model, ("fc1",)), digits)
     factored = [name for name in found if isinstance(fixed.get_submodule(name), LowRankLinear)]
     assert factored
     for name in factored:
@@ -113,7 +113,7 @@ def test_the_learned_residual_lowers_the_error_and_keeps_the_rank(base, digits):
     model = compress(base.model, MixedRank(keep=1.0))
     for name, mismatch in compensation.mismatches(model, base.model, names, digits.calibration):
         layer = base.model.get_submodule(name)
-        moments = collect(base.model, vit.linears(base.model), digits)[name]
+        moments = collect(base.model, vit.linear_layers(base.model), digits)[name]
         left, right = factorise(layer.weight, moments, mismatch.covariance).at(16)
 
         def loss(left, right, layer=layer, mismatch=mismatch):
@@ -147,7 +147,7 @@ def test_a_short_distillation_pays_and_is_another_setting(base, digits):
 def test_it_composes_with_quantizers(base, digits, tmp_path, other, kind):
     alone = compress(base.model, STAGE2, digits)
     both = compress(base.model, [STAGE2, make_config(other)], digits)
-    assert not vit.linears(both), "no dense layer is left in the blocks"
+    assert not vit.linear_layers(both), "no dense layer is left in the blocks"
     assert isinstance(both.blocks[1].mlp.fc1, LowRankLinear)
     assert isinstance(both.blocks[1].mlp.fc1.down, kind)
     loaded = artifact.load(artifact.save(both, tmp_path / "both"))
@@ -246,7 +246,7 @@ def test_stage_one_on_real_weights_and_photographs():
     """Measured output error = the discarded eigenvalues to 1e-5 on every layer, and no rival has less at equal rank."""
     data = load_data(IMAGENET, test=744, val=0, calibration=64)
     base = baseline("deit_tiny_patch16_224", data, TrainConfig(epochs=0), checkpoint=WEIGHTS)
-    layers = vit.linears(base.model)
+    layers = vit.linear_layers(base.model)
     found = collect(base.model, layers, data)
     formed, errors = {}, {}
     for name, layer in layers.items():

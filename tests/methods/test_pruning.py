@@ -83,7 +83,7 @@ def test_the_same_code_prunes_t2t_vit(digits):
     model = vit.create_model("t2t_vit_t_14", img_size=64, depth=4, num_classes=10)
     config = Pruning(neurons=0.3, heads=0.3, tokens=0.3, criterion=Criterion(samples=16))
     small = compress(model, config, digits)
-    assert [shape.heads for shape in blocks.shapes(small)] == [4] * 4
+    assert [shape.heads for shape in blocks.block_shapes(small)] == [4] * 4
     assert vit.analytic_macs(small) == pytest.approx(count_macs(small), rel=0.01)
     found = compress(model, QUICK.replace(keep=0.8, criterion=Criterion(name="magnitude"), compensation="none"), digits)
     assert vit.analytic_macs(found) / vit.analytic_macs(model) == pytest.approx(0.8, rel=0.025)
@@ -117,7 +117,7 @@ def test_recovery_by_training_and_its_control(base, digits):
 def test_ranking_across_blocks_keeps_as_many_units_and_one_in_each(base, digits):
     config = BARE.replace(neurons=0.6, heads=0.5, criterion=Criterion(name="magnitude"))
     within, across = (
-        blocks.shapes(compress(base.model, config.replace(scope=scope), digits)) for scope in ("block", "global")
+        blocks.block_shapes(compress(base.model, config.replace(scope=scope), digits)) for scope in ("block", "global")
     )
     assert sum(shape.neurons for shape in across) == pytest.approx(sum(shape.neurons for shape in within), rel=0.01)
     assert len({shape.neurons for shape in across}) > 1
@@ -153,7 +153,7 @@ def test_tokens_are_reduced_once(base, digits):
     with pytest.raises(InputError, match="tokens of this vit_mini_patch2_8 are reduced already"):
         compress(small, BARE.replace(tokens=0.3), digits)
     again = compress(small, BARE.replace(neurons=0.3), digits)  # other units may still go
-    assert blocks.shapes(again)[-1].tokens == blocks.shapes(small)[-1].tokens
+    assert blocks.block_shapes(again)[-1].tokens == blocks.block_shapes(small)[-1].tokens
     assert count_macs(again) < count_macs(small)
 
 
@@ -170,9 +170,9 @@ def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, 
     assert count_macs(found.model) / count_macs(base.model) == pytest.approx(0.5, rel=0.025)
     assert len(found.search) == 6
     best = max(found.search, key=lambda step: step["score"])
-    assert [shape.neurons for shape in blocks.shapes(found.model)] == best["neurons"]
-    assert [shape.heads for shape in blocks.shapes(found.model)] == best["heads"]
-    assert blocks.tokens_through(blocks.shapes(found.model), 17)[1] == best["after"]
+    assert [shape.neurons for shape in blocks.block_shapes(found.model)] == best["neurons"]
+    assert [shape.heads for shape in blocks.block_shapes(found.model)] == best["heads"]
+    assert blocks.tokens_per_block(blocks.block_shapes(found.model), 17)[1] == best["after"]
     assert best["cost"] == pytest.approx(count_macs(found.model), rel=0.01)
     run = Run(tmp_path)
     measure(base.path, digits, run, what=("accuracy", "size"))
@@ -207,7 +207,7 @@ def test_one_dimension_alone_leaves_the_others(base, digits):
     fields = {"neurons": "neurons", "head_dims": "head_dim", "tokens": "tokens"}
     for name, field in fields.items():
         config = QUICK.replace(keep=0.8, dimensions=(name,), most=0.9)
-        shapes, whole = blocks.shapes(compress(base.model, config, digits)), blocks.shapes(base.model)
+        shapes, whole = blocks.block_shapes(compress(base.model, config, digits)), blocks.block_shapes(base.model)
         for other in ("heads", *fields.values()):
             same = [getattr(shape, other) for shape in shapes] == [getattr(shape, other) for shape in whole]
             assert same == (other != field), (name, other)

@@ -109,7 +109,7 @@ def test_eight_bits_keep_the_answers(base, digits, images, changes):
 def test_reparameterised_norms_help_where_a_channel_is_large(base, digits, images):
     model = copy.deepcopy(base.model)
     with torch.no_grad():
-        for name, norm in blocks.norms_before(model).items():  # one channel far above the others; no answer changes
+        for name, norm in blocks.preceding_norms(model).items():  # one channel far above the others; no answer changes
             norm.weight[3] *= 30
             norm.bias[3] *= 30
             model.get_submodule(name).weight[:, 3] /= 30
@@ -155,7 +155,7 @@ def test_pruned_heads_are_fine(base, digits, images):
     config = make_config("pruning", {"heads": 0.25, "head_dims": 0.25, "train": {"epochs": 0}})
     pruned = compress(base.model, config, digits)
     small = compress(pruned, FQ_VIT.replace(attention_bits=8), digits)
-    assert blocks.shapes(small) == blocks.shapes(pruned)
+    assert blocks.block_shapes(small) == blocks.block_shapes(pruned)
     with torch.inference_mode():
         assert (small(images) - pruned(images)).norm() < 0.2 * pruned(images).norm()
 

@@ -70,7 +70,7 @@ def test_evening_out_channels_changes_no_answer(base, digits):
     model = copy.deepcopy(base.model)
     with torch.no_grad():
         model.blocks[0].norm1.weight[3] *= 30  # one channel far above the others
-    layers, x = vit.linears(model), torch.randn(4, 3, 8, 8)
+    layers, x = vit.linear_layers(model), torch.randn(4, 3, 8, 8)
     before, seen = model(x), channels(model, layers, digits.calibration)
     reach = {name: torch.maximum(c.low.abs(), c.high.abs()) for name, c in seen.items()}
     _equalise(model, layers, seen, 0.5)

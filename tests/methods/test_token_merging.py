@@ -59,7 +59,9 @@ def test_at_most_half_of_the_tokens_go_and_two_stay():
 def test_tokens_really_become_fewer(config, left, model, tmp_path):
     small = compress(model, config)
     loaded = artifact.load(artifact.save(small, tmp_path / "small"))
-    start = tokens.State(vit.embedded(loaded, torch.randn(2, 3, 64, 64)), source=torch.arange(17).expand(2, -1))
+    start = tokens.TokenState(
+        vit.embed_patches(loaded, torch.randn(2, 3, 64, 64)), source=torch.arange(17).expand(2, -1)
+    )
     states = loaded.blocks.states(start)
     assert [state.x.shape[1] for state in states[1:]] == left
     for state in states[1:]:
@@ -86,9 +88,9 @@ def test_prefix_tokens_stay_in_front_and_apart(prefix):
     """Twice, since what comes first after a merge must come first in the next."""
     torch.manual_seed(0)
     x = torch.randn(2, prefix + 9, 4)
-    state = tokens.State(x, source=torch.arange(prefix + 9).expand(2, -1))
+    state = tokens.TokenState(x, source=torch.arange(prefix + 9).expand(2, -1))
     for pairs in (3, 2):
-        state = tokens.merge(state, torch.randn(2, 3, state.x.shape[1], 8), pairs, prefix)
+        state = tokens.bipartite_soft_matching(state, torch.randn(2, 3, state.x.shape[1], 8), pairs, prefix)
         assert torch.equal(state.x[:, :prefix], x[:, :prefix])
         assert torch.equal(state.source[:, :prefix], torch.arange(prefix).expand(2, -1))
     for image in range(2):
@@ -101,7 +103,7 @@ def test_a_model_with_two_prefix_tokens_is_merged():
     made = vit.create_model("deit_tiny_distilled_patch16_224", img_size=64, num_classes=10, depth=3)
     assert made.num_prefix_tokens == 2
     small = compress(made, TokenMerging(r=4))
-    start = tokens.State(vit.embedded(small, torch.randn(1, 3, 64, 64)), source=torch.arange(18)[None])
+    start = tokens.TokenState(vit.embed_patches(small, torch.randn(1, 3, 64, 64)), source=torch.arange(18)[None])
     assert small.blocks.states(start)[-1].source[0, :2].tolist() == [0, 1]
 
 
@@ -124,7 +126,7 @@ def tokens_seen(model):
 
 def noted(model):
     """What the recipe says of the same."""
-    return blocks.tokens_through(model.recipe.architecture.blocks, vit.token_count(model))[1]
+    return blocks.tokens_per_block(model.recipe.architecture.blocks, vit.token_count(model))[1]
 
 
 @pytest.mark.parametrize("config", [TokenMerging(r=6), Pruning(neurons=0, heads=0, tokens=0.25, **MERGED)])
@@ -142,7 +144,7 @@ def test_fewer_tokens_than_pairs_can_leave_are_refused_or_noted_as_they_run(regi
     asked = copy.deepcopy(registers)
     blocks.reduce_tokens(asked, "merge", [9, None, 7])  # 8 of 16 patches may go, then 4 of 8
     assert tokens_seen(asked) == [13, 13, 9]
-    blocks.note_shapes(asked)
+    blocks.record_block_shapes(asked)
     assert noted(asked) == [13, 13, 9]
 
 

@@ -54,7 +54,7 @@ def test_published_shapes_fit_the_published_sizes(published):
     size = artifact.size_on_disk(path)
     assert size <= mebibytes * 2**20
     assert artifact.size_on_disk(dense_path) >= ratio * size
-    assert sum(artifact.parts(path).values()) == size
+    assert sum(artifact.bytes_by_part(path).values()) == size
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.allclose(artifact.load(path)(x), small(x), atol=1e-5)
@@ -118,7 +118,7 @@ def test_the_closed_form_is_the_best_of_its_rank():
 
 
 def test_the_weighted_closed_form_keeps_outputs_better(base, digits):
-    layers = vit.linears(base.model, ("fc1",))
+    layers = vit.linear_layers(base.model, ("fc1",))
     grams = output_grams(base.model, layers, digits.calibration)
     assert torch.allclose(next(iter(grams.values())), next(iter(grams.values())).T, rtol=1e-4)
     target, gram = stacked(layers), sum(grams.values())
@@ -158,7 +158,7 @@ def test_the_encoder_form_fits_the_weights_and_leaves_no_encoder(base, digits, t
         off = config.replace(warm_steps=steps, train=TrainConfig(epochs=0))
         model = compress(base.model, off, digits)
         layers = factored_layers(model)
-        dense = vit.linears(base.model)
+        dense = vit.linear_layers(base.model)
         errors.append(sum(float((layers[name].dense() - dense[name].weight).square().sum()) for name in layers))
     assert errors[1] < 0.8 * errors[0]
 

@@ -17,7 +17,7 @@ def test_fewer_bits_smaller_files_larger_errors(base, digits, tmp_path):
         errors.append(float((small(x) - base.model(x)).square().mean()))
     assert sizes == sorted(sizes)
     assert errors == sorted(errors, reverse=True)
-    weights = sum(layer.weight.numel() for layer in vit.linears(base.model).values())
+    weights = sum(layer.weight.numel() for layer in vit.linear_layers(base.model).values())
     assert sizes[1] - sizes[0] == pytest.approx(weights / 8, rel=0.02)
 
 
@@ -46,8 +46,8 @@ def test_the_file_is_as_large_as_its_bits_say(bits, group, tmp_path):
     path = artifact.save(
         compress(model, make_config("weight_only", {"bits": bits, "group": group})), tmp_path / "small"
     )
-    coded = {f"{name}.weight": layer.weight for name, layer in vit.linears(model).items()}
-    ends = {f"{name}.weight": layer.weight for name, layer in vit.ends(model).items()}
+    coded = {f"{name}.weight": layer.weight for name, layer in vit.linear_layers(model).items()}
+    ends = {f"{name}.weight": layer.weight for name, layer in vit.embedding_and_heads(model).items()}
     steps = sum(weight.numel() // group if group else len(weight) for weight in coded.values())
     steps += sum(len(weight) for weight in ends.values())
     rest = sum(tensor.numel() for key, tensor in model.state_dict().items() if key not in coded and key not in ends)

@@ -86,18 +86,18 @@ def test_a_method_compresses_it_or_refuses_in_one_line(method, shape, few):
 def test_merged_tokens_of_a_gated_mlp_are_saved_and_loaded(tmp_path):
     """The sizes of its blocks count neurons, not the outputs that gate each other."""
     model = narrow("vit_giant_patch14_dinov2", 28)
-    assert blocks.shapes(model)[0].neurons == model.blocks[0].mlp.fc2.in_features
-    real = vit.skeleton(Architecture(name="vit_giant_patch14_dinov2", num_classes=10, img_size=28, depth=1))
+    assert blocks.block_shapes(model)[0].neurons == model.blocks[0].mlp.fc2.in_features
+    real = vit.meta_model(Architecture(name="vit_giant_patch14_dinov2", num_classes=10, img_size=28, depth=1))
     changed = Architecture(
-        name="vit_giant_patch14_dinov2", num_classes=10, img_size=28, depth=1, blocks=blocks.shapes(real)
+        name="vit_giant_patch14_dinov2", num_classes=10, img_size=28, depth=1, blocks=blocks.block_shapes(real)
     )
-    again = vit.skeleton(changed)
+    again = vit.meta_model(changed)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in real.state_dict().items()}
 
 
 def test_norms_behind_their_layers_are_not_taken_for_norms_before():
-    assert blocks.norms_before(narrow(*SHAPES["norms behind"])) == {}
-    assert len(blocks.norms_before(narrow(*SHAPES["plain"]))) == 4
+    assert blocks.preceding_norms(narrow(*SHAPES["norms behind"])) == {}
+    assert len(blocks.preceding_norms(narrow(*SHAPES["plain"]))) == 4
 
 
 def test_a_budget_of_macs_counts_the_tokens_that_each_layer_sees(few, tmp_path):

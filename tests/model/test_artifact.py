@@ -108,5 +108,5 @@ def test_a_full_disk_leaves_the_old_model(small, base, tmp_path, monkeypatch):
 
 
 def test_the_skeleton_takes_no_memory():
-    model = vit.skeleton(vit.Architecture(name="vit_large_patch16_224", num_classes=10, img_size=224))
+    model = vit.meta_model(vit.Architecture(name="vit_large_patch16_224", num_classes=10, img_size=224))
     assert all(tensor.is_meta for tensor in model.state_dict().values())

@@ -80,12 +80,12 @@ def test_gated_mlp_by_hand():
     """d = 1536, h = 4096 neurons of two outputs each, 2 x 2 patches of 14 pixels and a class token."""
     architecture = vit.Architecture(name="vit_giant_patch14_dinov2", num_classes=10, img_size=28, depth=1)
     block = 4 * 5 * 1536**2 + 2 * 5**2 * 1536 + 3 * 5 * 1536 * 4096
-    assert vit.analytic_macs(vit.skeleton(architecture)) == block + 4 * 3 * 14**2 * 1536 + 10 * 1536
+    assert vit.analytic_macs(vit.meta_model(architecture)) == block + 4 * 3 * 14**2 * 1536 + 10 * 1536
 
 
 def test_differential_attention_by_hand():
     """Two softmaxes over half of a head's width each, whose difference mixes values of the whole width: 2 N^2 d as ever."""
     architecture = vit.Architecture(name="vit_dlittle_patch16_reg1_gap_256", num_classes=10, img_size=32, depth=1)
-    model = vit.skeleton(architecture)
+    model = vit.meta_model(architecture)
     d, h, n = model.embed_dim, model.blocks[0].mlp.fc1.out_features, 5
     assert vit.analytic_macs(model) == 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * h + 4 * 3 * 16**2 * d + 10 * d

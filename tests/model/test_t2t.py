@@ -35,7 +35,7 @@ def images():
 )
 def test_sizes_are_the_published_ones(name, params, macs):
     """Within 3 % of the table "T2T-ViT Models" in the README of github.com/yitu-opensource/T2T-ViT."""
-    model = vit.skeleton(vit.Architecture(name=name, num_classes=1000, img_size=224))
+    model = vit.meta_model(vit.Architecture(name=name, num_classes=1000, img_size=224))
     assert count_params(model) == pytest.approx(params, rel=0.03)
     assert vit.analytic_macs(model) == pytest.approx(macs, rel=0.03)
 

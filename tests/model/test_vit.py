@@ -16,7 +16,7 @@ def test_counted_macs_are_those_of_the_formula(name):
 
 
 def test_macs_of_deit_small_by_hand():
-    model = vit.skeleton(vit.Architecture(name="deit_small_patch16_224", num_classes=1000, img_size=224))
+    model = vit.meta_model(vit.Architecture(name="deit_small_patch16_224", num_classes=1000, img_size=224))
     blocks = 12 * (12 * 197 * 384**2 + 2 * 197**2 * 384)
     assert vit.analytic_macs(model) == blocks + 196 * 16 * 16 * 3 * 384 + 384 * 1000
 
@@ -28,8 +28,8 @@ def test_preprocessing_is_timms():
 
 def test_linears_of_the_blocks_by_type():
     model = vit.create_model("vit_mini_patch2_8")
-    assert len(vit.linears(model)) == 16
-    assert set(vit.linears(model, ("proj",))) == {f"blocks.{i}.attn.proj" for i in range(4)}
+    assert len(vit.linear_layers(model)) == 16
+    assert set(vit.linear_layers(model, ("proj",))) == {f"blocks.{i}.attn.proj" for i in range(4)}
 
 
 @pytest.mark.parametrize(

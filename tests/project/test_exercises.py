@@ -12,7 +12,7 @@ from tests.project.test_notebooks import NOTEBOOKS
 from vitbench.base.errors import InputError
 from vitbench.methods.registry import compress, make_config
 from vitbench.model.layers.factored import reordered_share
-from vitbench.model.vit import LINEAR_TYPES, linears
+from vitbench.model.vit import LINEAR_TYPES, linear_layers
 from vitbench.removal.dependence import centred, gaussian_mixture, hsic
 from vitbench.rows import statistics
 
@@ -93,7 +93,7 @@ def test_04_scale_of_queries_and_size_of_zeros(base, digits, tmp_path):
 def test_05_share_of_the_mlp_and_logarithmic_codes(base):
     first, _, third = answers("05")
     mlp, every = (
-        sum(layer.weight.numel() for layer in linears(base.model, kinds).values())
+        sum(layer.weight.numel() for layer in linear_layers(base.model, kinds).values())
         for kinds in (("fc1", "fc2"), LINEAR_TYPES)
     )
     assert mlp / every == pytest.approx(2 / 3)

@@ -189,9 +189,9 @@ def test_alone_differs_in_the_teacher_and_in_nothing_else(few, teacher):
 
 def test_a_student_of_the_teachers_blocks_starts_with_their_weights(few, teacher, tmp_path):
     small = distilled(teacher, few, student="", depth=2, train={"epochs": 0})
-    assert blocks.spread(2, 4) == [0, 3]
-    assert blocks.spread(4, 12) == [0, 4, 7, 11]
-    assert blocks.ends_of_stages(4, 12) == [2, 5, 8, 11]
+    assert blocks.evenly_spaced_blocks(2, 4) == [0, 3]
+    assert blocks.evenly_spaced_blocks(4, 12) == [0, 4, 7, 11]
+    assert blocks.matching_blocks(4, 12) == [2, 5, 8, 11]
     for own, place in enumerate((0, 3)):
         assert torch.equal(small.blocks[own].attn.qkv.weight, teacher.blocks[place].attn.qkv.weight)
     assert len(teacher.blocks) == 4

@@ -81,7 +81,7 @@ class RoundingLinear(nn.Linear):
         return super().forward(self.input(x))
 
 
-def ends(model: nn.Module, bits: int | None, names: Sequence[str] = vit.ENDS) -> list[Coder]:
+def ends(model: nn.Module, bits: int | None, names: Sequence[str] = vit.EMBEDDING_AND_HEADS) -> list[Coder]:
     """Coders of the patch embedding and the head (or the ones in `names`), or none."""
-    found = {} if bits is None else vit.ends(model)
+    found = {} if bits is None else vit.embedding_and_heads(model)
     return [RowCoder(name, module, bits) for name, module in found.items() if name in names]

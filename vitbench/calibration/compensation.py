@@ -65,7 +65,7 @@ def mismatches(
     `model` and `given` are the same at first. Whoever takes a mismatch may replace that layer in `model` before asking
     for the next; what comes later sees it.
     """
-    wanted = [vit.embedded(given, x) for x, _ in eval_batches(split, given.recipe.preprocess, BATCH)]
+    wanted = [vit.embed_patches(given, x) for x, _ in eval_batches(split, given.recipe.preprocess, BATCH)]
     present = wanted
     for index, (block, original) in enumerate(zip(model.blocks, given.blocks, strict=True)):
         prefix = f"blocks.{index}."
@@ -94,7 +94,7 @@ def _answers(
     block: nn.Module, layers: dict[str, nn.Module], tokens: Tensor, answers: dict[str, list[Tensor]]
 ) -> Tensor:
     """What the block makes of `tokens`; adds to `answers` what the layers answer, with the stream that it is added to."""
-    streams = {name: blocks.stream(block, name) for name in layers}
+    streams = {name: blocks.residual_source(block, name) for name in layers}
     norms = {name: block.get_submodule(name) for name in set(streams.values()) if name}
     stream: dict[str, Tensor] = {}
 
@@ -144,7 +144,7 @@ class _Enough(Exception):
 
 def _arriving(block: nn.Module, name: str, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
     """The input of the layer `name` in `block`, and the stream that its output is added to, if it is."""
-    norm, found = blocks.stream(block, name), {}
+    norm, found = blocks.residual_source(block, name), {}
 
     def see(seen: str, x: Tensor, y: Tensor) -> None:
         found[seen] = x

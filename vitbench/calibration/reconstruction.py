@@ -46,7 +46,9 @@ def reconstruct(
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        wanted = torch.cat([vit.embedded(given, x) for x, _ in eval_batches(split, given.recipe.preprocess, BATCH)])
+        wanted = torch.cat(
+            [vit.embed_patches(given, x) for x, _ in eval_batches(split, given.recipe.preprocess, BATCH)]
+        )
     present = wanted
     vit.set_fused_attention(model, False)  # the fused kernel's backward pass is the slower one here
     pairs = list(zip(model.blocks, given.blocks, strict=True))

@@ -41,7 +41,7 @@ def _combine(options: argparse.Namespace) -> int:
     from vitbench.rows.runs import Run
     from vitbench.run.combinations import search_combinations, trial_rows
 
-    check_target(options.out, artifact.KIND)
+    check_target(options.out, artifact.MODEL_FOLDER)
     base, data, run = Path(options.model), data_of(options), Run(options.record)
     model, config = artifact.load(base), _config(options)
     found = search_combinations(model, data, config, run.folder / "searches")

@@ -61,7 +61,7 @@ def _compress(options: argparse.Namespace) -> int:
     from vitbench.rows.runs import Run
     from vitbench.run.history import seconds_row
 
-    check_target(options.out, artifact.KIND)
+    check_target(options.out, artifact.MODEL_FOLDER)
     record = Run(options.record) if options.record else None
     settings = _method_settings(options)
     configs = [registry.make_config(name, values) for name, values in settings.items()]

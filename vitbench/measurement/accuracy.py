@@ -46,7 +46,7 @@ def layers_of(model: nn.Module) -> list[str]:
 
 def comparable(own: Recipe, other: Recipe) -> bool:
     """Whether two models have the same blocks, so that their layers can be compared one by one."""
-    first, second = (vit.skeleton(recipe.architecture) for recipe in (own, other))
+    first, second = (vit.meta_model(recipe.architecture) for recipe in (own, other))
     return first.embed_dim == second.embed_dim and len(first.blocks) == len(second.blocks)
 
 

@@ -73,7 +73,7 @@ def cost(path: Path) -> Iterator[Value]:
         for tensor in model.state_dict().values()
     )
     yield Value("bytes_predicted", predicted, "modelled: weights x bits / 8, scales included, no headers")
-    for part, size in artifact.parts(path).items():
+    for part, size in artifact.bytes_by_part(path).items():
         yield Value("part_bytes", size, f"measured: {part}")
 
 

@@ -164,7 +164,7 @@ def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]
 
     units = {"params": "weights", "macs": "MACs", "int8_macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
     slots = [(metric, unit, {}) for metric, unit in units.items()]
-    slots += [("part_bytes", "bytes", {"part": part}) for part in artifact.parts(path)]
+    slots += [("part_bytes", "bytes", {"part": part}) for part in artifact.bytes_by_part(path)]
     yield _Group("size", slots, lambda: cost.cost(path))
 
     other = artifact.read_manifest(versus).recipe if versus else None
@@ -174,7 +174,7 @@ def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]
         yield _Group("weights", [("weight_error", "fraction", context)], lambda: cost.weight_error(path, versus, names))
 
     if "outputs" in what and other and len(data.calibration) and accuracy.comparable(own, other):
-        every = accuracy.layers_of(vit.skeleton(other.architecture))
+        every = accuracy.layers_of(vit.meta_model(other.architecture))
         context = {**_against(versus), "layers": every, "split": "calibration"}
         context |= scored_in(own, BATCH) | scored_in(other, BATCH)
         units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}

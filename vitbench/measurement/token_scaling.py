@@ -59,7 +59,7 @@ def scaling(
     machine = {"backend": "eager", "batch": batch, "threads": threads, "device": runs.device_name()}
     done, wanted = run.done(), set()
     for side in progress.bar(sides, "tokens", unit="size"):
-        shape = vit.skeleton(Architecture(name=model, num_classes=CLASSES, img_size=side, depth=depth))
+        shape = vit.meta_model(Architecture(name=model, num_classes=CLASSES, img_size=side, depth=depth))
         about = {
             "side": side,
             "tokens": vit.token_count(shape),

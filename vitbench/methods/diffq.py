@@ -52,8 +52,8 @@ class DiffQ(Coding):
 @register(DiffQ, identity=DiffQ(layers=(), ends_bits=None, rest="float32"))
 def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> nn.Module:
     """Learn bits for each layer under noise, then round."""
-    vit.dense_layers(model, config.layers)
-    layers, teacher = vit.linears(model, config.layers), find_teacher(model, config, data)
+    vit.dense_layers_by_type(model, config.layers)
+    layers, teacher = vit.linear_layers(model, config.layers), find_teacher(model, config, data)
     if layers and not config.train.epochs:
         raise InputError("diffq learns its bits in training; give train.epochs of 1 or more, or use weight_only")
     torch.manual_seed(config.train.seed)

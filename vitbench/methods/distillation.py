@@ -69,7 +69,7 @@ def _student(model: nn.Module, config: Distillation) -> nn.Module:
             )
         if config.depth not in (0, count):
             student = copy.deepcopy(model)
-            blocks.keep_blocks(student, blocks.spread(config.depth, count))
+            blocks.keep_blocks(student, blocks.evenly_spaced_blocks(config.depth, count))
     else:
         student = _another(model, config)
     if config.token:

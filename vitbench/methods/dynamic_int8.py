@@ -17,7 +17,7 @@ from vitbench.base.configs import Config
 from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model.layers import DynamicInt8Linear
-from vitbench.model.vit import LINEAR_TYPES, linears, replace_module
+from vitbench.model.vit import LINEAR_TYPES, linear_layers, replace_module
 
 
 class DynamicInt8(Config):
@@ -59,6 +59,6 @@ def to_dynamic_int8(linear: nn.Linear, per_channel: bool = True) -> DynamicInt8L
 @register(DynamicInt8, identity=DynamicInt8(layers=()))
 def dynamic_int8(model: nn.Module, config: DynamicInt8, data: ImageData | None) -> nn.Module:
     """Put int8 layers in the place of the dense ones. `data` is not used."""
-    for name, linear in linears(model, config.layers).items():
+    for name, linear in linear_layers(model, config.layers).items():
         replace_module(model, name, to_dynamic_int8(linear, config.per_channel))
     return model

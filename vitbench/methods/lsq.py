@@ -47,8 +47,8 @@ class LSQ(Coding):
 )
 def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
     """Round weights and activations of the blocks' linear layers, and train with the rounding in place."""
-    vit.dense_layers(model, config.layers)
-    layers, teacher = vit.linears(model, config.layers), find_teacher(model, config, data)
+    vit.dense_layers_by_type(model, config.layers)
+    layers, teacher = vit.linear_layers(model, config.layers), find_teacher(model, config, data)
     if layers and data is None:
         raise InputError("lsq starts from ranges on calibration images and no data set was given; give one")
     torch.manual_seed(config.train.seed)

@@ -86,7 +86,7 @@ class MixedRank(Tuning):
 
 def _keeps(model: nn.Module) -> list[dict[str, float]]:
     """Down to the share at which every layer has the least rank."""
-    layers, step = vit.linears(model).values(), MixedRank().rank_step
+    layers, step = vit.linear_layers(model).values(), MixedRank().rank_step
     least = step * sum(layer.in_features + layer.out_features for layer in layers)
     least /= sum(layer.in_features * layer.out_features for layer in layers)
     return [{"keep": n / 50} for n in range(50, 0, -1) if n / 50 >= least]
@@ -95,14 +95,14 @@ def _keeps(model: nn.Module) -> list[dict[str, float]]:
 @register(MixedRank, identity=MixedRank(keep=1.0), ladder=_keeps)
 def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> nn.Module:
     """Factor linear layers at ranks that suit them, compensate the error, and train on if asked to."""
-    vit.dense_layers(model, config.layers)
+    vit.dense_layers_by_type(model, config.layers)
     if config.keep == 1 or not config.layers:
         return model
     if data is None:
         raise InputError("mixed_rank needs calibration images and no data set was given; give one")
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     found = _moments(model, config, data)
-    layers = vit.linears(model, config.layers)
+    layers = vit.linear_layers(model, config.layers)
     ranks = _ranks(model, config, layers, found)
     names = [name for name in layers if name in ranks or config.compensation == "closed_form"]
     if config.compensation == "none":
@@ -121,7 +121,7 @@ def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> n
 def _moments(model: nn.Module, config: MixedRank, data: ImageData) -> dict[str, Moments]:
     """The moments of all layers, those of a split layer's parts included; splits the layers in `model`."""
     needs_gradients = config.gradient_weight > 0 or (config.allocation == "greedy" and config.scale == "sensitivity")
-    layers = vit.linears(model, config.layers)
+    layers = vit.linear_layers(model, config.layers)
     found = moments_module.collect(model, layers, data, gradients=needs_gradients)
     widest = max(found, key=lambda name: len(found[name].mean))
     size, tokens = len(found[widest].mean), found[widest].tokens
@@ -134,7 +134,7 @@ def _moments(model: nn.Module, config: MixedRank, data: ImageData) -> dict[str, 
             stacklevel=2,
         )
     if config.split_qkv and "qkv" in config.layers:
-        for name, rows in blocks.split_heads(model).items():
+        for name, rows in blocks.split_qkv_by_head(model).items():
             whole = found[name.rpartition(".parts.")[0]]
             gradient = whole.gradient[rows, rows] if needs_gradients else whole.gradient
             found[name] = dataclasses.replace(whole, gradient=gradient)
@@ -182,7 +182,7 @@ def _ranks(
 def _shares(model: nn.Module, layers: Iterable[str]) -> dict[str, float]:
     """Layer name -> the part of an image's tokens that it sees; less than 1 where tokens were reduced before it."""
     tokens = vit.token_count(model)
-    before, after = blocks.tokens_through(blocks.shapes(model), tokens)
+    before, after = blocks.tokens_per_block(blocks.block_shapes(model), tokens)
     seen = {"qkv": before, "proj": before, "fc1": after, "fc2": after}
     return {name: seen[vit.layer_type(name)][int(name.split(".")[1])] / tokens for name in layers}
 

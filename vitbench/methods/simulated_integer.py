@@ -79,7 +79,7 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
     """Round weights and activations of the blocks and the two ends."""
     if config.layers:
         _check(model, config)
-    layers, outer = vit.linears(model, config.layers), ends(model, config.ends_bits)
+    layers, outer = vit.linear_layers(model, config.layers), ends(model, config.ends_bits)
     if not layers and not outer:
         return model
     if data is None:
@@ -108,7 +108,7 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
 
 def _check(model: nn.Module, config: SimulatedInteger) -> None:
     """Raise `InputError` unless the blocks have the dense layers and norms that get codes."""
-    vit.dense_layers(model, config.layers)
+    vit.dense_layers_by_type(model, config.layers)
     for index, block in enumerate(model.blocks):
         if config.norms != "plain" and not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
             raise InputError(
@@ -130,7 +130,7 @@ def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: 
 
 def _inside(model: nn.Module, split: Split, config: SimulatedInteger) -> dict[str, nn.Module]:
     """Make places for roundings in attention and LayerNorm, in place. Returns place -> what is to stand there."""
-    places = blocks.round_attention(model)
+    places = blocks.make_attention_quantizable(model)
     uniform = dict.fromkeys(places["q"] + places["k"] + places["v"], config.activation_bits)
     if config.softmax == "uniform":
         uniform |= dict.fromkeys(places["softmax"], config.attention_bits)
@@ -188,7 +188,7 @@ def _reparameterised(
     Returns the roundings of the layers' inputs by layer.
     """
     norms = {
-        name: norm for name, norm in blocks.norms_before(model).items() if name in layers and norm.bias is not None
+        name: norm for name, norm in blocks.preceding_norms(model).items() if name in layers and norm.bias is not None
     }
     each = _each_channel(model, list(norms), split, config)
     return {name: reparameterise(norm, layers[name], each[name]) for name, norm in norms.items()}

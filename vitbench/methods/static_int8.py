@@ -52,14 +52,14 @@ class StaticInt8(Config):
 @register(StaticInt8, identity=StaticInt8(layers=()))
 def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) -> nn.Module:
     """Put int8 layers with fixed input ranges in the place of the dense ones."""
-    vit.dense_layers(model, config.layers)
-    layers = vit.linears(model, config.layers)
+    vit.dense_layers_by_type(model, config.layers)
+    layers = vit.linear_layers(model, config.layers)
     if not layers:
         return model
     if data is None:
         raise InputError("static_int8 fixes ranges on calibration images and no data set was given; give one")
     split = data.require_split("calibration")
-    places = blocks.round_attention(model) if config.attention else {}
+    places = blocks.make_attention_quantizable(model) if config.attention else {}
     seen = quantizers.channels(model, layers, split)
     if config.equalise:
         _equalise(model, layers, seen, config.equalise)
@@ -101,7 +101,7 @@ def _round_attention(model: nn.Module, places: Mapping[str, list[str]], split: S
 @torch.no_grad()
 def _equalise(model: nn.Module, layers: Mapping[str, nn.Linear], seen: Mapping[str, Channels], power: float) -> None:
     """Divide what LayerNorm gives channel j by s_j = max|x_j|^p / max|W_.j|^(1-p), and multiply W_.j by it, in place."""
-    norms = {name: norm for name, norm in blocks.norms_before(model).items() if name in layers}
+    norms = {name: norm for name, norm in blocks.preceding_norms(model).items() if name in layers}
     alone = [name for name in layers if vit.layer_type(name) in ("qkv", "fc1") and name not in norms]
     if alone:
         warnings.warn(

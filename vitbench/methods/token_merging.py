@@ -15,7 +15,7 @@ from vitbench.base.errors import InputError
 from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import blocks, vit
-from vitbench.model.tokens import TokenBlocks, most_merged
+from vitbench.model.tokens import TokenBlocks, max_merged
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import Tuning, find_teacher, tune
 
@@ -50,7 +50,7 @@ def tokens_left(pairs: Sequence[int], tokens: int, prefix: int) -> list[int]:
     """Tokens after each block that merges so many pairs, of which at most half of those that may go do, and two stay."""
     left = []
     for count in pairs:
-        tokens -= max(0, min(count, most_merged(tokens, prefix), tokens - 2))
+        tokens -= max(0, min(count, max_merged(tokens, prefix), tokens - 2))
         left.append(tokens)
     return left
 
@@ -70,7 +70,7 @@ def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None
         left = tokens_left(pairs, tokens, model.num_prefix_tokens)
         before = [tokens, *left]
         blocks.reduce_tokens(model, "merge", [m if m < n else None for n, m in zip(before, left)])
-        blocks.note_shapes(model)
+        blocks.record_block_shapes(model)
     model = model.requires_grad_(bool(config.train.epochs))
     model.history = tune(model, config, data, teacher, title="training merged tokens")
     return model.cpu()
@@ -97,7 +97,7 @@ def _check(model: nn.Module) -> None:
             f"tokens of this {name} are reduced already ({model.blocks.reduction}); give the model before that, or r=0"
         )
     for index, block in enumerate(model.blocks):
-        blocks.check_attention(model, index)
+        blocks.check_standard_attention(model, index)
         if block.attn.gate is not None:
             raise InputError(
                 f"the attention in blocks.{index} of {name} has a gate, which merging does not know; give a plain ViT"

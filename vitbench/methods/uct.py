@@ -28,7 +28,7 @@ from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import vit
 from vitbench.model.layers.factored import Order, factored_layers
-from vitbench.model.vit import LINEAR_TYPES, dense_layers
+from vitbench.model.vit import LINEAR_TYPES, dense_layers_by_type
 from vitbench.training.coded import CodedModel, Coding, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
@@ -100,7 +100,7 @@ def rank_of(model: nn.Module, config: UCT) -> int:
         InputError: layers of a type are missing or differ in shape, or the rank is above what a type allows.
     """
     most = {}
-    for kind, layers in dense_layers(model, config.layers).items():
+    for kind, layers in dense_layers_by_type(model, config.layers).items():
         shapes = {tuple(layer.weight.shape) for layer in layers.values()}
         if len(shapes) > 1:
             raise InputError(
@@ -156,10 +156,10 @@ def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) ->
             raise InputError(
                 "start=activations needs calibration images and no data set was given; give one, or start=weights"
             )
-        grams = output_grams(model, vit.linears(model, config.layers), data.require_split("calibration"))
+        grams = output_grams(model, vit.linear_layers(model, config.layers), data.require_split("calibration"))
     coders = []
     for kind in config.layers:
-        layers = vit.linears(model, (kind,))
+        layers = vit.linear_layers(model, (kind,))
         if config.form == "encoder":
             width, out = HIDDEN[kind] * model.embed_dim, next(iter(layers.values())).out_features
             left = Encoder(stacked(layers), width, rank)

@@ -72,8 +72,8 @@ class WeightOnly(Coding):
 )
 def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) -> nn.Module:
     """Round the blocks' linear layers to packed codes of a few bits, and train them if asked to."""
-    vit.dense_layers(model, config.layers)
-    layers = vit.linears(model, config.layers)
+    vit.dense_layers_by_type(model, config.layers)
+    layers = vit.linear_layers(model, config.layers)
     _check_group(layers, config.group)
     teacher = find_teacher(model, config, data)
     bits = dict.fromkeys(layers, config.bits)
@@ -152,7 +152,9 @@ def _bytes(model: nn.Module, layers: Mapping[str, nn.Linear], bits: int, config:
     width = getattr(torch, config.rest).itemsize
     coded = {f"{name}.weight": (layer, bits, config.group) for name, layer in layers.items()}
     if config.ends_bits:
-        coded |= {f"{name}.weight": (layer, config.ends_bits, None) for name, layer in vit.ends(model).items()}
+        coded |= {
+            f"{name}.weight": (layer, config.ends_bits, None) for name, layer in vit.embedding_and_heads(model).items()
+        }
     total = 0
     for key, tensor in model.state_dict().items():
         if key not in coded:

@@ -7,9 +7,9 @@ from .artifact import (
     size_on_disk as size_on_disk,
 )
 from .blocks import (
-    note_shapes as note_shapes,
-    shapes as shapes,
-    size_attention as size_attention,
+    block_shapes as block_shapes,
+    record_block_shapes as record_block_shapes,
+    set_attention_shape as set_attention_shape,
 )
 from .layers import (
     RUNTIME_LAYERS as RUNTIME_LAYERS,
@@ -29,17 +29,17 @@ from .recipe import (
     Step as Step,
 )
 from .tokens import (
-    State as State,
-    merge as merge,
+    TokenState as TokenState,
+    bipartite_soft_matching as bipartite_soft_matching,
 )
 from .vit import (
     LINEAR_TYPES as LINEAR_TYPES,
     create_model as create_model,
-    embedded as embedded,
+    embed_patches as embed_patches,
     layer_type as layer_type,
-    linears as linears,
+    linear_layers as linear_layers,
+    meta_model as meta_model,
     replace_module as replace_module,
     set_fused_attention as set_fused_attention,
-    skeleton as skeleton,
     token_count as token_count,
 )

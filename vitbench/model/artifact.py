@@ -19,7 +19,7 @@ from vitbench.model.layers import RUNTIME_LAYERS
 from vitbench.model.recipe import Recipe
 
 WEIGHTS, RECIPE, SHARED = "model.safetensors", "recipe.json", "shared."
-KIND = Kind("a saved model", RECIPE, frozenset({"recipe", "sha256"}), lambda _: [WEIGHTS])
+MODEL_FOLDER = Kind("a saved model", RECIPE, frozenset({"recipe", "sha256"}), lambda _: [WEIGHTS])
 
 
 class Manifest(Config):
@@ -61,17 +61,17 @@ def save(model: nn.Module, path: str | Path) -> Path:
         InputError: the folder holds something else than a saved model, or cannot be written.
     """
     path, recipe = Path(path).expanduser(), recipe_of(model)
-    stored = getattr(torch, recipe.storage)
+    storage_dtype = getattr(torch, recipe.storage)
     tensors = {
-        key: (value.to(stored) if value.is_floating_point() else value).detach().cpu().contiguous()
+        key: (value.to(storage_dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in model.state_dict().items()
     }
     try:
-        with atomic_folder(path, KIND) as fresh:
-            write_tensors(fresh / WEIGHTS, tensors)
-            content = Manifest(recipe=recipe, sha256=_sha256(fresh / WEIGHTS)).to_dict()
+        with atomic_folder(path, MODEL_FOLDER) as folder:
+            write_tensors(folder / WEIGHTS, tensors)
+            content = Manifest(recipe=recipe, sha256=_sha256(folder / WEIGHTS)).to_dict()
             content["check"] = _check(content)
-            write_text(fresh / RECIPE, json.dumps(content, sort_keys=True, indent=1) + "\n")
+            write_text(folder / RECIPE, json.dumps(content, sort_keys=True, indent=1) + "\n")
     except OSError as error:
         raise InputError(
             f"the model could not be written to {str(path)!r} ({error.strerror}); free some space or choose another folder"
@@ -92,7 +92,7 @@ def load(path: str | Path) -> nn.Module:
         raise InputError(
             f"{str(path / WEIGHTS)!r} is damaged (its checksum is not the recipe's); make or copy it again"
         )
-    model = _structure(path, recipe)
+    model = _build_model(path, recipe)
     try:
         tensors = load_file(path / WEIGHTS)
         model.load_state_dict(
@@ -106,9 +106,9 @@ def load(path: str | Path) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def _structure(path: Path, recipe: Recipe) -> nn.Module:
+def _build_model(path: Path, recipe: Recipe) -> nn.Module:
     """The model that a recipe describes, on the meta device: timm's structure with runtime layers in their places."""
-    model = vit.skeleton(recipe.architecture)
+    model = vit.meta_model(recipe.architecture)
     for name in recipe.shared:
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise InputError(f"the recipe of {str(path)!r} has a shared module {name!r}; allowed are plain names")
@@ -150,8 +150,8 @@ def read_manifest(path: str | Path) -> Manifest:
 
 def _check(content: dict[str, Any]) -> str:
     """The start of the SHA-256 of all that recipe.json holds, but of this."""
-    facts = {key: value for key, value in content.items() if key != "check"}
-    return digest(facts)
+    checked_content = {key: value for key, value in content.items() if key != "check"}
+    return digest(checked_content)
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -169,13 +169,13 @@ def model_digest(model: nn.Module) -> str:
     Models of one set of tensors and other attention, fewer tokens or other wrappers around them have other digests.
     """
     modules = [
-        [name, f"{type(module).__module__}.{type(module).__qualname__}", _settings(module)]
+        [name, f"{type(module).__module__}.{type(module).__qualname__}", _module_settings(module)]
         for name, module in model.named_modules()
     ]
     return digest([model.recipe.to_dict(), modules, weights_hash(model)])
 
 
-def _settings(module: nn.Module) -> list[Any]:
+def _module_settings(module: nn.Module) -> list[Any]:
     """What a module says of itself; addresses in memory, which change with every process, are left out."""
     return [re.sub(r"0x[0-9a-f]+", "", module.extra_repr()), module.spec() if hasattr(module, "spec") else None]
 
@@ -185,23 +185,23 @@ def size_on_disk(path: str | Path) -> int:
     return sum((Path(path) / name).stat().st_size for name in (WEIGHTS, RECIPE))
 
 
-def parts(path: str | Path) -> dict[str, int]:
+def bytes_by_part(path: str | Path) -> dict[str, int]:
     """Bytes on disk by what they hold; their sum is `size_on_disk`."""
-    held = dict.fromkeys(
+    part_bytes = dict.fromkeys(
         ("block weights", "shared factors", "patch embedding and head", "norms, biases, embeddings"), 0
     )
     for key, tensor in load_file(Path(path) / WEIGHTS).items():
         parent, _, last = key.rpartition(".")
         if key.startswith(SHARED):
             part = "shared factors"
-        elif parent in vit.ENDS and last != "bias":
+        elif parent in vit.EMBEDDING_AND_HEADS and last != "bias":
             part = "patch embedding and head"
         elif vit.layer_type(parent) and last != "bias":
             part = "block weights"
         else:
             part = "norms, biases, embeddings"
-        held[part] += tensor.numel() * tensor.element_size()
-    return {**held, "names and recipe": size_on_disk(path) - sum(held.values())}
+        part_bytes[part] += tensor.numel() * tensor.element_size()
+    return {**part_bytes, "names and recipe": size_on_disk(path) - sum(part_bytes.values())}
 
 
 def _sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from vitbench.model import blocks
 
 
 def analytic_macs(model: VisionTransformer) -> int:
-    """Multiply-accumulates for one image: patch embedding, blocks (`blocks.macs`), pooling and heads.
+    """Multiply-accumulates for one image: patch embedding, blocks (`blocks.block_macs`), pooling and heads.
 
     Norms, softmax and GELU are not counted, as is usual. Blocks count as dense ones of their sizes: attention that a method
     replaced, and factors in the place of a layer, count as what they replaced. `measurement.cost.count_macs` counts what
@@ -23,12 +23,12 @@ def analytic_macs(model: VisionTransformer) -> int:
     Raises:
         InputError: blocks or pooling of a kind that no formula is known for.
     """
-    blocks.check_plain(model)
-    shapes, prefix = blocks.shapes(model), model.num_prefix_tokens
-    before, after = blocks.tokens_through(shapes, model.patch_embed.num_patches + prefix)
+    blocks.check_standard_blocks(model)
+    shapes, prefix = blocks.block_shapes(model), model.num_prefix_tokens
+    before, after = blocks.tokens_per_block(shapes, model.patch_embed.num_patches + prefix)
     heads = np.array([shape.heads for shape in shapes])
     widths = np.array([block.attn.proj.in_features for block in model.blocks])
-    inner = blocks.macs(
+    inner = blocks.block_macs(
         heads,
         widths // heads,
         np.array([shape.neurons for shape in shapes]),
@@ -36,7 +36,7 @@ def analytic_macs(model: VisionTransformer) -> int:
         after,
         model.embed_dim,
         getattr(model.blocks, "reduction", None),
-        gates=np.array([blocks.gates(block) for block in model.blocks]),
+        gates=np.array([blocks.fc1_rows_per_neuron(block) for block in model.blocks]),
         prefix=prefix,
     )
     pooled = after[-1] if model.pool_include_prefix else after[-1] - prefix

@@ -48,7 +48,7 @@ def fits(name: str) -> bool:
     """Whether timm's `name` is a Vision Transformer with blocks that can be compressed."""
     try:
         with torch.device("meta"):
-            blocks.check_plain(construct(name, False, weight_init="skip", depth=1))
+            blocks.check_standard_blocks(construct(name, False, weight_init="skip", depth=1))
     except (InputError, AssertionError):  # another class, whose blocks cannot be counted by `depth`
         return False
     return True
@@ -63,7 +63,7 @@ def made(name: str, pretrained: bool, seed: int, **changes: int | str | None) ->
         given = ", ".join(f"{key}={value}" for key, value in changes.items() if value is not None) or "its own sizes"
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{name!r} cannot be made with {given} ({reason}); give other sizes") from None
-    blocks.check_plain(model)
+    blocks.check_standard_blocks(model)
     return model
 
 

@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from vitbench.model.layers.attention import softmax_attention
 
 
-def most_merged(tokens: int, prefix: int) -> int:
+def max_merged(tokens: int, prefix: int) -> int:
     """How many of `tokens` may go where they are merged in pairs: half of those that are not in the prefix."""
     return max(0, (tokens - prefix) // 2)
 
 
-def merged_counts(wanted: Sequence[int | None], tokens: int, prefix: int) -> list[int | None]:
+def reachable_counts(requested: Sequence[int | None], tokens: int, prefix: int) -> list[int | None]:
     """The `counts` of `TokenBlocks` as merging in pairs reaches them, where fewer are wanted than that."""
-    reached = []
-    for count in wanted:
-        least = tokens - most_merged(tokens, prefix)
-        reached.append(None if count is None else max(count, min(least, tokens)))
-        tokens = min(tokens, reached[-1] or tokens)
-    return reached
+    reachable = []
+    for count in requested:
+        min_tokens = tokens - max_merged(tokens, prefix)
+        reachable.append(None if count is None else max(count, min(min_tokens, tokens)))
+        tokens = min(tokens, reachable[-1] or tokens)
+    return reachable
 
 
 @dataclass
-class State:
+class TokenState:
     """The tokens on their way: `x` (B, N, d), and what is known of each.
 
     Attributes:
@@ -74,37 +74,39 @@ class TokenBlocks(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N', d)."""
-        return self.states(State(x))[-1].x
+        return self.states(TokenState(x))[-1].x
 
-    def states(self, start: State) -> list[State]:
+    def states(self, start: TokenState) -> list[TokenState]:
         """The state before the first and after every block; with `source` set it is followed, for pictures."""
         scores = self.scores.expand(len(start.x), -1) if self.reduction.startswith("hsic") else None
-        found = [State(start.x, start.sizes, scores, start.source)]
+        states = [TokenState(start.x, start.sizes, scores, start.source)]
         for block, count in zip(self, self.counts, strict=True):
-            found.append(self._through(block, count, found[-1]))
-        return found
+            states.append(self._through(block, count, states[-1]))
+        return states
 
-    def _through(self, block: nn.Module, count: int | None, state: State) -> State:
-        reduces = count is not None and count < state.x.shape[1]
-        if not reduces and state.sizes is None:
-            return State(block(state.x), state.sizes, state.scores, state.source)
-        answer, q, k = attend(block.attn, block.norm1(state.x), state.sizes)
-        state = State(state.x + block.drop_path1(block.ls1(answer)), state.sizes, state.scores, state.source)
-        if reduces and self.reduction == "merge":
-            state = merge(state, k, state.x.shape[1] - count, self.prefix)
-        elif reduces:
+    def _through(self, block: nn.Module, count: int | None, state: TokenState) -> TokenState:
+        reduces_tokens = count is not None and count < state.x.shape[1]
+        if not reduces_tokens and state.sizes is None:
+            return TokenState(block(state.x), state.sizes, state.scores, state.source)
+        attention_output, q, k = attention_with_qk(block.attn, block.norm1(state.x), state.sizes)
+        state = TokenState(
+            state.x + block.drop_path1(block.ls1(attention_output)), state.sizes, state.scores, state.source
+        )
+        if reduces_tokens and self.reduction == "merge":
+            state = bipartite_soft_matching(state, k, state.x.shape[1] - count, self.prefix)
+        elif reduces_tokens:
             state = keep_and_fuse(state, self._scores(state, q, k, block.attn.scale), count, self.prefix)
         x = state.x + block.drop_path2(block.ls2(block.mlp(block.norm2(state.x))))
-        return State(x, state.sizes, state.scores, state.source)
+        return TokenState(x, state.sizes, state.scores, state.source)
 
-    def _scores(self, state: State, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    def _scores(self, state: TokenState, q: Tensor, k: Tensor, scale: float) -> Tensor:
         if self.reduction == "hsic":
             return state.scores
-        seen = class_attention(q, k, scale)
-        return seen if state.scores is None else seen * state.scores
+        attention = cls_attention(q, k, scale)
+        return attention if state.scores is None else attention * state.scores
 
 
-def attend(attn: nn.Module, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def attention_with_qk(attn: nn.Module, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A timm attention layer's answer to x (B, N, d), with its queries and keys (B, heads, N, head_dim).
 
     With `sizes` (B, N) a key counts as often as there are tokens in it: log(size) joins the logits.
@@ -113,39 +115,39 @@ def attend(attn: nn.Module, x: Tensor, sizes: Tensor | None = None) -> tuple[Ten
     q, k, v = attn.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
     q, k = attn.q_norm(q), attn.k_norm(k)
     bias = None if sizes is None else sizes.log()[:, None, None, :].to(q.dtype)
-    answer = softmax_attention(q, k, v, attn.scale, attn.fused_attn, bias)
-    answer = attn.norm(answer.transpose(1, 2).flatten(2))
-    return attn.proj_drop(attn.proj(answer)), q, k
+    output = softmax_attention(q, k, v, attn.scale, attn.fused_attn, bias)
+    output = attn.norm(output.transpose(1, 2).flatten(2))
+    return attn.proj_drop(attn.proj(output)), q, k
 
 
-def class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def cls_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """How much the class token (the first) attends to each token, mean over heads: (B, N)."""
     return (scale * (q[:, :, :1] @ k.transpose(-2, -1))).softmax(-1).mean(1)[:, 0]
 
 
-def keep_and_fuse(state: State, scores: Tensor, count: int, prefix: int) -> State:
+def keep_and_fuse(state: TokenState, scores: Tensor, count: int, prefix: int) -> TokenState:
     """`count` tokens: the prefix, the best of the others by `scores` (B, N) in their order, and the mean of the rest."""
     x, n = state.x, state.x.shape[1]
-    best = scores[:, prefix:].topk(count - prefix - 1, dim=1).indices.sort(dim=1).values
-    gone = n - prefix - best.shape[1]
+    top_idx = scores[:, prefix:].topk(count - prefix - 1, dim=1).indices.sort(dim=1).values
+    fused_count = n - prefix - top_idx.shape[1]
 
-    def chosen(values: Tensor) -> Tensor:  # (B, N, ...) -> (B, count, ...)
+    def select(values: Tensor) -> Tensor:  # (B, N, ...) -> (B, count, ...)
         head, rest = values[:, :prefix], values[:, prefix:]
-        index = best.reshape(*best.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
-        kept = rest.gather(1, index)
-        fused = (rest.sum(1, keepdim=True) - kept.sum(1, keepdim=True)) / gone
-        return torch.cat([head, kept, fused], dim=1)
+        index = top_idx.reshape(*top_idx.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
+        kept_tokens = rest.gather(1, index)
+        fused = (rest.sum(1, keepdim=True) - kept_tokens.sum(1, keepdim=True)) / fused_count
+        return torch.cat([head, kept_tokens, fused], dim=1)
 
     source = state.source
     if source is not None:
-        places = torch.full((len(x), n), count - 1, device=x.device)
-        places[:, :prefix] = torch.arange(prefix, device=x.device)
-        places.scatter_(1, best + prefix, torch.arange(prefix, count - 1, device=x.device).expand_as(best))
-        source = places.gather(1, source)
-    return State(chosen(x), state.sizes, None if state.scores is None else chosen(state.scores), source)
+        new_index = torch.full((len(x), n), count - 1, device=x.device)
+        new_index[:, :prefix] = torch.arange(prefix, device=x.device)
+        new_index.scatter_(1, top_idx + prefix, torch.arange(prefix, count - 1, device=x.device).expand_as(top_idx))
+        source = new_index.gather(1, source)
+    return TokenState(select(x), state.sizes, None if state.scores is None else select(state.scores), source)
 
 
-def merge(state: State, keys: Tensor, pairs: int, prefix: int) -> State:
+def bipartite_soft_matching(state: TokenState, keys: Tensor, r: int, prefix: int) -> TokenState:
     """Average the `pairs` most similar pairs; each is one of the second, fourth, ... token and one of the first, third, ...
 
     Similarity is the cosine of the mean keys (B, heads, N, head_dim). Prefix tokens stay apart, in front; then come the
@@ -154,26 +156,28 @@ def merge(state: State, keys: Tensor, pairs: int, prefix: int) -> State:
     x = state.x
     sizes = torch.ones_like(x[..., 0]) if state.sizes is None else state.sizes
     metric = F.normalize(keys.mean(1)[:, prefix:], dim=-1)
-    best, partner = (metric[:, 1::2] @ metric[:, ::2].transpose(-2, -1)).max(-1)
-    order = best.argsort(dim=1, descending=True)
-    going, staying = order[:, :pairs], order[:, pairs:].sort(dim=1).values
-    into = partner.gather(1, going)
+    node_max, node_idx = (metric[:, 1::2] @ metric[:, ::2].transpose(-2, -1)).max(-1)
+    edge_idx = node_max.argsort(dim=1, descending=True)
+    src_idx, unm_idx = edge_idx[:, :r], edge_idx[:, r:].sort(dim=1).values
+    dst_idx = node_idx.gather(1, src_idx)
 
-    def joined(values: Tensor) -> Tensor:  # (B, N, c) -> (B, N - pairs, c), sums
-        even, odd, c = values[:, prefix + 1 :: 2], values[:, prefix::2], values.shape[2]
-        moved = even.gather(1, going[..., None].expand(-1, -1, c))
-        left = even.gather(1, staying[..., None].expand(-1, -1, c))
-        return torch.cat([values[:, :prefix], left, odd.scatter_add(1, into[..., None].expand(-1, -1, c), moved)], 1)
+    def merge_sum(values: Tensor) -> Tensor:  # (B, N, c) -> (B, N - pairs, c), sums
+        src, dst, c = values[:, prefix + 1 :: 2], values[:, prefix::2], values.shape[2]
+        merged_src = src.gather(1, src_idx[..., None].expand(-1, -1, c))
+        unmerged = src.gather(1, unm_idx[..., None].expand(-1, -1, c))
+        return torch.cat(
+            [values[:, :prefix], unmerged, dst.scatter_add(1, dst_idx[..., None].expand(-1, -1, c), merged_src)], 1
+        )
 
-    total = joined(sizes[..., None])
+    total = merge_sum(sizes[..., None])
     source = state.source
     if source is not None:
-        places, left = torch.empty_like(source[:, : x.shape[1]]), prefix + staying.shape[1]
-        places[:, :prefix] = torch.arange(prefix, device=x.device)
-        places[:, prefix::2] = left + torch.arange((x.shape[1] - prefix + 1) // 2, device=x.device)
-        even = torch.empty_like(order)
-        even.scatter_(1, staying, torch.arange(prefix, left, device=x.device).expand_as(staying))
-        even.scatter_(1, going, left + into)
-        places[:, prefix + 1 :: 2] = even
-        source = places.gather(1, source)
-    return State(joined(x * sizes[..., None]) / total, total[..., 0], state.scores, source)
+        new_index, dst_start = torch.empty_like(source[:, : x.shape[1]]), prefix + unm_idx.shape[1]
+        new_index[:, :prefix] = torch.arange(prefix, device=x.device)
+        new_index[:, prefix::2] = dst_start + torch.arange((x.shape[1] - prefix + 1) // 2, device=x.device)
+        src_new_index = torch.empty_like(edge_idx)
+        src_new_index.scatter_(1, unm_idx, torch.arange(prefix, dst_start, device=x.device).expand_as(unm_idx))
+        src_new_index.scatter_(1, src_idx, dst_start + dst_idx)
+        new_index[:, prefix + 1 :: 2] = src_new_index
+        source = new_index.gather(1, source)
+    return TokenState(merge_sum(x * sizes[..., None]) / total, total[..., 0], state.scores, source)

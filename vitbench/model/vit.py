@@ -17,7 +17,7 @@ from vitbench.model.recipe import Architecture, Preprocess, Recipe
 from vitbench.model.t2t import T2T_VITS
 
 LINEAR_TYPES = ("qkv", "proj", "fc1", "fc2")
-ENDS = ("patch_embed.proj", "head", "head_dist")
+EMBEDDING_AND_HEADS = ("patch_embed.proj", "head", "head_dist")
 
 
 def create_model(
@@ -51,9 +51,9 @@ def create_model(
         InputError: unknown name, another kind of model, a size that its patches do not cover, weights that do not fit.
     """
     names.check_name(name)
-    for what, value in (("num_classes", num_classes), ("img_size", img_size), ("depth", depth)):
+    for option, value in (("num_classes", num_classes), ("img_size", img_size), ("depth", depth)):
         if value is not None and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{what} = {value!r}: give a whole number from 1 up (images are square)")
+            raise InputError(f"{option} = {value!r}: give a whole number from 1 up (images are square)")
     if pretrained and (name in names.OWN_VITS or not timm.is_model_pretrained(name)):
         raise InputError(
             f"there are no pretrained weights for {name!r}; set pretrained=False and train it, or give a checkpoint"
@@ -61,43 +61,45 @@ def create_model(
     if pretrained and checkpoint:
         raise InputError("both pretrained=True and a checkpoint were given; give one of them")
     weights = checkpoints.read(checkpoint, averaged=ema) if checkpoint else None
-    changes, pool = {"num_classes": num_classes, "img_size": img_size, "depth": depth}, None
+    changes, global_pool = {"num_classes": num_classes, "img_size": img_size, "depth": depth}, None
     model = names.made(name, pretrained, seed, **changes)
     if weights and checkpoints.pools_tokens(weights, model):
-        pool = "avg"
-        model = names.made(name, False, seed, global_pool=pool, **changes)
+        global_pool = "avg"
+        model = names.made(name, False, seed, global_pool=global_pool, **changes)
     if model.num_classes < 1:
         raise InputError(
             f"{name!r} has no classes of its own; say how many: num_classes=10, or --classes 10 in a command"
         )
     names.check_size(model, name)
     size = model.patch_embed.img_size[0]
-    architecture = Architecture(name=name, num_classes=model.num_classes, img_size=size, depth=depth, global_pool=pool)
-    origin, said, lacking = {"start": "random", "head": "random"}, (), ""
+    architecture = Architecture(
+        name=name, num_classes=model.num_classes, img_size=size, depth=depth, global_pool=global_pool
+    )
+    origin, conversions, head_problem = {"start": "random", "head": "random"}, (), ""
     if pretrained:
-        known = model.pretrained_cfg["num_classes"]
-        lacking = "" if model.num_classes == known else f"they are for {known}"
+        pretrained_classes = model.pretrained_cfg["num_classes"]
+        head_problem = "" if model.num_classes == pretrained_classes else f"they are for {pretrained_classes}"
         start = f"timm:{name.split('.')[0]}.{model.pretrained_cfg.get('tag', '')}".rstrip(".")
-        origin = {"start": start, "head": "random" if lacking else "same"}
+        origin = {"start": start, "head": "random" if head_problem else "same"}
     if weights:
-        done, lacking = checkpoints.load(model, weights)
-        said = (*weights.said, *(["tokens averaged before the norm"] if pool else []), *done)
-        said += (f"new random head for {model.num_classes} classes ({lacking})",) if lacking else ()
-        origin = {"start": weights.start, "head": "random" if lacking else "same"}
-        origin |= {"taken": "; ".join(said)} if said else {}
-    if lacking and not new_head:
+        weight_changes, head_problem = checkpoints.load(model, weights)
+        conversions = (*weights.said, *(["tokens averaged before the norm"] if global_pool else []), *weight_changes)
+        conversions += (f"new random head for {model.num_classes} classes ({head_problem})",) if head_problem else ()
+        origin = {"start": weights.start, "head": "random" if head_problem else "same"}
+        origin |= {"taken": "; ".join(conversions)} if conversions else {}
+    if head_problem and not new_head:
         raise InputError(
-            f"the weights of {weights.file if weights else name} have no head for {model.num_classes} classes ({lacking}), "
+            f"the weights of {weights.file if weights else name} have no head for {model.num_classes} classes ({head_problem}), "
             "and a random one answers by chance: give the number of classes that they have, train (train.epochs above 0), "
             "or give new_head=True and train the model yourself"
         )
-    if said:
-        print(f"took {weights.file}: {'; '.join(said)}")
+    if conversions:
+        print(f"took {weights.file}: {'; '.join(conversions)}")
     model.recipe = Recipe(architecture=architecture, preprocess=_preprocess(model, name), origin=origin)
     return model.eval()
 
 
-def skeleton(architecture: Architecture) -> VisionTransformer:
+def meta_model(architecture: Architecture) -> VisionTransformer:
     """The structure of `architecture` without memory behind it (on the meta device)."""
     names.check_name(architecture.name)
     with torch.device("meta"):
@@ -105,7 +107,7 @@ def skeleton(architecture: Architecture) -> VisionTransformer:
         model = names.construct(architecture.name, False, weight_init="skip", **changes)
         if architecture.distillation_token:
             add_distillation_token(model)
-        blocks.build(model, architecture)
+        blocks.resize_blocks(model, architecture)
         return model
 
 
@@ -124,8 +126,8 @@ def add_distillation_token(model: VisionTransformer) -> None:
     model.num_prefix_tokens, model.distilled_training = 2, False
     model.dist_token = nn.Parameter(model.cls_token.detach().clone())
     if not model.no_embed_class:
-        place = model.pos_embed.detach()
-        model.pos_embed = nn.Parameter(torch.cat([place[:, :1], place], dim=1))
+        pos_embed = model.pos_embed.detach()
+        model.pos_embed = nn.Parameter(torch.cat([pos_embed[:, :1], pos_embed], dim=1))
     model.head_dist = copy.deepcopy(model.head)
 
 
@@ -150,19 +152,21 @@ def layer_type(name: str) -> str:
     return next((part for part in parts if part in LINEAR_TYPES), "") if parts[0] == "blocks" else ""
 
 
-def linears(model: nn.Module, types: tuple[str, ...] = LINEAR_TYPES) -> dict[str, nn.Linear]:
+def linear_layers(model: nn.Module, layer_types: tuple[str, ...] = LINEAR_TYPES) -> dict[str, nn.Linear]:
     """The dense linear layers of the blocks by name, those inside a layer that was factored or split included."""
     return {
         name: module
         for name, module in model.named_modules()
-        if layer_type(name) in types and isinstance(module, nn.Linear)
+        if layer_type(name) in layer_types and isinstance(module, nn.Linear)
     }
 
 
-def ends(model: nn.Module) -> dict[str, nn.Module]:
+def embedding_and_heads(model: nn.Module) -> dict[str, nn.Module]:
     """The dense layers at the two ends by name: the patch embedding's projection and the classifier (or both of them)."""
-    found = {name: model.get_submodule(name) for name in ENDS if hasattr(model, name.partition(".")[0])}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Conv2d | nn.Linear)}
+    modules = {
+        name: model.get_submodule(name) for name in EMBEDDING_AND_HEADS if hasattr(model, name.partition(".")[0])
+    }
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -171,24 +175,24 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def dense_layers(model: nn.Module, types: Sequence[str]) -> dict[str, dict[str, nn.Linear]]:
+def dense_layers_by_type(model: nn.Module, layer_types: Sequence[str]) -> dict[str, dict[str, nn.Linear]]:
     """Type -> the dense linear layers of that type by name, at least one in each block.
 
     Raises:
         InputError: some blocks have no dense layer of a type.
     """
-    found = {kind: linears(model, (kind,)) for kind in types}
-    for kind, layers in found.items():
+    by_type = {type_name: linear_layers(model, (type_name,)) for type_name in layer_types}
+    for type_name, layers in by_type.items():
         blocks = {name.split(".")[1] for name in layers}
         if len(blocks) < len(model.blocks):
             raise InputError(
-                f"{model.recipe.architecture.name} has a dense {kind} layer in {len(blocks)} of {len(model.blocks)} blocks "
-                f"(compressed already, or of another design); give the uncompressed model, or layers without {kind}"
+                f"{model.recipe.architecture.name} has a dense {type_name} layer in {len(blocks)} of {len(model.blocks)} blocks "
+                f"(compressed already, or of another design); give the uncompressed model, or layers without {type_name}"
             )
-    return found
+    return by_type
 
 
-def embedded(model: VisionTransformer, x: Tensor) -> Tensor:
+def embed_patches(model: VisionTransformer, x: Tensor) -> Tensor:
     """The tokens (B, N, d) that the first block gets for images x (B, 3, H, W)."""
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
 

@@ -77,7 +77,9 @@ class _Sums:
     def __init__(self, model: nn.Module):
         self.model, self.sums = model, {}
         self.layers = {
-            name: layer for name, layer in vit.linears(model).items() if vit.layer_type(name) in ("qkv", "proj", "fc2")
+            name: layer
+            for name, layer in vit.linear_layers(model).items()
+            if vit.layer_type(name) in ("qkv", "proj", "fc2")
         }
 
     def add(self, name: str, value: Tensor) -> None:

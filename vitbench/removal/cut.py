@@ -30,7 +30,7 @@ class Kept:
 def check_prunable(model: nn.Module) -> None:
     """Raise `InputError` unless heads and neurons can be taken out of each block's plain layers."""
     for index, block in enumerate(model.blocks):
-        blocks.check_attention(model, index)
+        blocks.check_standard_attention(model, index)
         attn, mlp = block.attn, block.mlp
         layers = {"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2}
         coded = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
@@ -39,7 +39,7 @@ def check_prunable(model: nn.Module) -> None:
                 f"blocks.{index}.{coded[0]} is a {type(layers[coded[0]]).__name__}, not a plain linear layer; prune first, "
                 "then factorise or quantize"
             )
-        if blocks.gates(block) > 1:
+        if blocks.fc1_rows_per_neuron(block) > 1:
             raise InputError(
                 f"the MLP in blocks.{index} of {model.recipe.architecture.name} is a {type(mlp).__name__}, whose neurons are "
                 "pairs of outputs; give a ViT with a plain MLP"
@@ -76,11 +76,11 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> None:
         qkv = torch.cat([rows_qk, attn.attn_dim + rows_qk, 2 * attn.attn_dim + rows_v])
         old_scale = attn.scale
         attn.qkv, attn.proj = _cut(attn.qkv, rows=qkv), _cut(attn.proj, columns=rows_v)
-        blocks.size_attention(attn, heads, width)
+        blocks.set_attention_shape(attn, heads, width)
         for tensor in attn.qkv.parameters():
             tensor[: attn.attn_dim] *= old_scale / attn.scale
         mlp.fc1, mlp.fc2 = _cut(mlp.fc1, rows=keep.neurons), _cut(mlp.fc2, columns=keep.neurons)
-    blocks.note_shapes(model)
+    blocks.record_block_shapes(model)
 
 
 def _rows(attn: nn.Module, keep: Kept, which: str) -> Tensor:

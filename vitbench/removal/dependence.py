@@ -76,7 +76,7 @@ def unit_hsic(model: nn.Module, data: ImageData, settings: Criterion) -> list[Sc
     batches = eval_batches(split, model.recipe.preprocess, BATCH)
     tokens, answers = [], []
     for x, _ in progress.bar(batches, "answers", total=math.ceil(len(split) / BATCH), unit="batch"):
-        tokens.append(vit.embedded(model, x))
+        tokens.append(vit.embed_patches(model, x))
         answers.append(model(x).softmax(-1))
     wanted = centred(linear(torch.cat(answers)))
     found = []

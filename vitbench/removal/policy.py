@@ -155,7 +155,7 @@ def mac_cost(width: int, reduction: str, prefix: int) -> Callable[[Counts], np.n
     """Multiply-accumulates of the blocks that policies leave."""
 
     def cost(counts: Counts) -> np.ndarray:
-        return blocks.macs(
+        return blocks.block_macs(
             counts.heads, counts.head_dims, counts.neurons, counts.before, counts.after, width, reduction, prefix=prefix
         )
 

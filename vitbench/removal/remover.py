@@ -15,7 +15,7 @@ from vitbench.calibration.moments import Moments
 from vitbench.data.splits import ImageData
 from vitbench.model import blocks, vit
 from vitbench.model.recipe import Reduction
-from vitbench.model.tokens import TokenBlocks, most_merged
+from vitbench.model.tokens import TokenBlocks, max_merged
 from vitbench.removal import criteria, cut, policy
 from vitbench.removal.dependence import positions
 from vitbench.removal.policy import Counts, Space
@@ -82,7 +82,7 @@ class Remover:
 
     def space(self, dimensions: Sequence[str], most: float) -> Space:
         """The policies for this model."""
-        shapes = blocks.shapes(self.model)
+        shapes = blocks.block_shapes(self.model)
         return Space(
             neurons=np.array([shape.neurons for shape in shapes]),
             heads=np.array([shape.heads for shape in shapes]),
@@ -111,7 +111,7 @@ class Remover:
     def cut(self, counts: Counts) -> nn.Module:
         """A smaller copy of the model, with the units that score best."""
         small = copy.deepcopy(self.model)
-        whole = [(shape.neurons, shape.heads, shape.head_dim) for shape in blocks.shapes(small)]
+        whole = [(shape.neurons, shape.heads, shape.head_dim) for shape in blocks.block_shapes(small)]
         if counts.left() != whole:
             kept = choose(self.scores, counts.left())
             if self.config.compensation != "none":
@@ -129,7 +129,7 @@ class Remover:
                     f"compensation={self.config.compensation} needs calibration images and no data set was given; give "
                     "one, or compensation=none"
                 )
-            layers = vit.linears(self.model, ("proj", "fc2"))
+            layers = vit.linear_layers(self.model, ("proj", "fc2"))
             self._moments = moments_module.collect(self.model, layers, self.data)
         return self._moments
 
@@ -139,7 +139,7 @@ class Remover:
             return
         reduction = self.config.reduction
         if reduction == "merge" and any(
-            n - m > most_merged(n, model.num_prefix_tokens) for n, m in zip(before, after, strict=True)
+            n - m > max_merged(n, model.num_prefix_tokens) for n, m in zip(before, after, strict=True)
         ):
             raise InputError(
                 f"merging in pairs leaves at least half of the tokens but the first {model.num_prefix_tokens} (class and "
@@ -147,7 +147,7 @@ class Remover:
             )
         places = [int(m) if m < n else None for n, m in zip(before, after, strict=True)]
         self.reduce_tokens(model, places)
-        blocks.note_shapes(model)
+        blocks.record_block_shapes(model)
 
     def reduce_tokens(self, model: nn.Module, counts: Sequence[int | None]) -> None:
         """`blocks.reduce_tokens`, with scores of the positions where they count."""

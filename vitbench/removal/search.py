@@ -203,7 +203,7 @@ class LatencyTable:
 def _attention(block: nn.Module, heads: int, head_dim: int) -> nn.Module:
     """Attention like this block's, with its norm, of another size and with random weights."""
     made, d = copy.deepcopy(block), block.attn.qkv.in_features
-    blocks.size_attention(made.attn, heads, head_dim)
+    blocks.set_attention_shape(made.attn, heads, head_dim)
     made.attn.qkv = nn.Linear(d, 3 * made.attn.attn_dim, bias=made.attn.qkv.bias is not None)
     made.attn.proj = nn.Linear(made.attn.attn_dim, d)
     return nn.Sequential(made.norm1, made.attn).eval()

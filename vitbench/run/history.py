@@ -21,7 +21,7 @@ def seconds_row(path: Path, data: ImageData | None, seconds: float) -> Row:
     recipe = manifest.recipe
     facts = about(recipe, data)
     context = {"threads": torch.get_num_threads(), "device": runs.device_name()}
-    context |= {"artifact": manifest.sha256[:12], "depth": len(vit.skeleton(recipe.architecture).blocks)}
+    context |= {"artifact": manifest.sha256[:12], "depth": len(vit.meta_model(recipe.architecture).blocks)}
     return Row(
         **facts, metric="compress_seconds", unit="s", value=seconds, source="measured: wall clock", context=context
     )

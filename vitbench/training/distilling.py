@@ -23,7 +23,7 @@ from vitbench.data import batches
 from vitbench.data.splits import ImageData
 from vitbench.model import artifact, names, vit
 from vitbench.model.artifact import model_digest
-from vitbench.model.blocks import ends_of_stages
+from vitbench.model.blocks import matching_blocks
 from vitbench.model.recipe import Architecture, Preprocess, Recipe
 from vitbench.training.config import TrainConfig
 
@@ -123,7 +123,7 @@ class Teaching:
                 f"feature_weight and attention_weight compare patches one by one, and the student has {counts[0]} and the teacher "
                 f"{counts[1]} of them, or fewer on the way; give models with the same patches, or set both weights to 0"
             )
-        self.pairs = list(enumerate(ends_of_stages(len(own.blocks), len(other.blocks))))
+        self.pairs = list(enumerate(matching_blocks(len(own.blocks), len(other.blocks))))
         if own.embed_dim != other.embed_dim and self.config.feature_weight:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)

@@ -21,7 +21,7 @@ from vitbench.base.store import Kept, Store, work_key
 from vitbench.data.batches import epoch_order, eval_batches, train_batches
 from vitbench.data.splits import ImageData, Split
 from vitbench.model.artifact import model_digest
-from vitbench.model.blocks import answer_apart
+from vitbench.model.blocks import set_distilled_training
 from vitbench.model.vit import set_fused_attention
 from vitbench.training.config import TrainConfig
 from vitbench.training.distilling import Teaching
@@ -152,7 +152,7 @@ def train(
     if trained is not model:
         model.load_state_dict(trained.state_dict())
     set_fused_attention(model, True)
-    answer_apart(model, False)
+    set_distilled_training(model, False)
     return model.eval(), history
 
 
@@ -171,7 +171,7 @@ class _Run:
         self.teaching = None
         if teacher is not None:
             self.teaching = Teaching(model, teacher, config, data, device, self.autocast)
-        answer_apart(model, teacher is not None)
+        set_distilled_training(model, teacher is not None)
         groups = list(groups or param_groups_weight_decay(model, config.weight_decay))
         if self.teaching:
             groups.append({"params": list(self.teaching.projections.parameters()), "weight_decay": config.weight_decay})

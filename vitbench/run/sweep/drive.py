@@ -274,7 +274,7 @@ def outlook(plan: Plan, run: Run) -> Outlook:
         known = times.get((about["model"], cell.method)) or times.get((about["model"],))
         seconds += [sum(known) / len(known)] if known else []
         if cell.base not in sizes:
-            model = vit.skeleton(plan.recipes[cell.base].architecture)
+            model = vit.meta_model(plan.recipes[cell.base].architecture)
             sizes[cell.base] = 4 * sum(parameter.numel() for parameter in model.parameters())
     disk = sum(sizes[cell.base] for cell in plan.left) + (1 + TRAINING) * sum(sizes.values())
     whole = len(seconds) == len(plan.left)
