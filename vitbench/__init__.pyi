@@ -15,6 +15,7 @@ from . import (
 )
 from .base.errors import InputError as InputError
 from .data.splits import ImageData as ImageData, Split as Split, load_data as load_data
+from .measurement.measures import Measures as Measures
 from .measurement.measuring import measure as measure
 from .methods.registry import METHODS as METHODS, compress as compress, make_config as make_config
 from .model.artifact import load as load, save as save, size_on_disk as size_on_disk

@@ -284,7 +284,7 @@ def test_rounds_are_shared_by_several_processes(base, digits, tmp_path):
     ratio = rows.set_index("metric").loc["latency_ratio"]
     assert len(ratio["samples"]) == 12  # as many in each
     assert "12 calls in 3 fresh processes" in ratio["source"]
-    with pytest.raises(InputError, match="from 1 start to one a round"):
+    with pytest.raises(InputError, match="starts = 11: more than rounds = 10"):
         measure(base.path, digits, run, what=("latency",), rounds=10, starts=11)
 
 

@@ -4,7 +4,10 @@ import argparse
 from pathlib import Path
 
 from vitbench.cli.common import add_images, data_of, print_results
+from vitbench.measurement.measures import Measures
 from vitbench.rows.records import DEVICE_GROUPS, GROUPS
+
+DEFAULTS = Measures()
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -13,19 +16,21 @@ def add(commands: argparse._SubParsersAction) -> None:
     size.add_argument("model", help="a folder with a saved model")
     add_images(size, "test images")
     size.add_argument("--versus", default="", metavar="DIR", help="a saved baseline to take turns with in the timings")
-    size.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
-    size.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")
-    size.add_argument("--rounds", type=int, default=60, help="timed calls of each model (default: 60)")
+    size.add_argument(
+        "--batches", type=int, nargs="+", default=list(DEFAULTS.batches), help="batch sizes to time (default: 1 8)"
+    )
+    size.add_argument("--threads", type=int, default=DEFAULTS.threads, help="of the timed process (default: 2)")
+    size.add_argument("--rounds", type=int, default=DEFAULTS.rounds, help="timed calls of each model (default: 60)")
     size.add_argument(
         "--starts",
         type=int,
-        default=1,
+        default=DEFAULTS.starts,
         help="fresh processes that share the rounds, so that no single one decides (default: 1)",
     )
     runners = (
         "what runs it: eager, cuda, torch_compile, onnxruntime, openvino, openvino_bf16 or executorch (default: eager)"
     )
-    size.add_argument("--backend", default="eager", help=runners)
+    size.add_argument("--backend", default=DEFAULTS.backend, help=runners)
     size.add_argument(
         "--versus-backend",
         nargs="+",
@@ -35,14 +40,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     size.add_argument(
         "--what",
         nargs="+",
-        default=list(GROUPS),
+        default=list(DEFAULTS.what),
         metavar="GROUP",
         help=f"which of {', '.join(GROUPS)} (default: these), {', '.join(DEVICE_GROUPS)} to measure",
     )
     size.add_argument(
         "--power",
         type=float,
-        default=0.0,
+        default=DEFAULTS.power,
         metavar="WATTS",
         help="what the device draws, to estimate energy without a counter",
     )
@@ -50,7 +55,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     size.add_argument(
         "--within",
         type=float,
-        default=0,
+        default=DEFAULTS.within,
         metavar="BYTES",
         help="with --what limit: only whether it answers in so much memory",
     )
@@ -63,25 +68,22 @@ def _measure(options: argparse.Namespace) -> int:
     from vitbench.model import artifact
     from vitbench.rows.runs import Run
 
-    for backend in (options.backend, *options.versus_backend):
-        backends.available(backend or options.backend)
-    for model in filter(None, (options.model, options.versus)):
-        artifact.read_manifest(model)
-    data = data_of(options)
-    measure(
-        options.model,
-        data,
-        Run(options.out),
-        versus=options.versus,
-        batches=options.batches,
-        threads=options.threads,
-        rounds=options.rounds,
-        starts=options.starts,
+    measures = Measures(
+        what=options.what,
         backend=options.backend,
         versus_backend=options.versus_backend,
-        what=options.what,
+        batches=options.batches,
+        rounds=options.rounds,
+        starts=options.starts,
+        threads=options.threads,
         power=options.power,
         within=int(options.within),
     )
+    for backend in (measures.backend, *measures.versus_backends):
+        backends.available(backend)
+    for model in filter(None, (options.model, options.versus)):
+        artifact.read_manifest(model)
+    data = data_of(options)
+    measure(options.model, data, Run(options.out), measures, versus=options.versus)
     print_results(Path(options.out))
     return 0

@@ -17,6 +17,7 @@ from .cost import (
     count_macs as count_macs,
     count_params as count_params,
 )
+from .measures import Measures as Measures
 from .measuring import measure as measure
 from .timing import (
     race as race,

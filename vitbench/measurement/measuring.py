@@ -1,7 +1,7 @@
 """Measure a saved model: accuracy, size, MACs, latency, memory. Each number becomes a row, once."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from vitbench.base import progress
-from vitbench.base.errors import InputError, one_of
+from vitbench.base.errors import InputError
 from vitbench.calibration.moments import BATCH
 from vitbench.data.splits import ImageData
 from vitbench.measurement import (
@@ -25,13 +25,13 @@ from vitbench.measurement import (
 )
 from vitbench.measurement.child import ChildError, make_ready
 from vitbench.measurement.cost import Value, about, scored_in
+from vitbench.measurement.measures import Measures
 from vitbench.model import artifact, vit
 from vitbench.rows import runs
-from vitbench.rows.records import DEVICE_GROUPS, GROUPS, Row
+from vitbench.rows.records import Row
 from vitbench.rows.runs import Run
 from vitbench.training.loop import SCORING_BATCH
 
-DEFAULT_BATCHES = (1, 8)
 FORKED = ("latency", "energy", "roofline")  # groups that call `in_child`
 
 
@@ -49,55 +49,30 @@ def measure(
     path: str | Path,
     data: ImageData,
     run: Run,
+    measures: Measures | None = None,
     *,
     versus: str | Path = "",
-    batches: Sequence[int] = DEFAULT_BATCHES,
-    threads: int = 2,
-    rounds: int = 60,
-    starts: int = 1,
-    device: str = "auto",
-    backend: str = "eager",
-    versus_backend: str | Sequence[str] = "",
-    what: Sequence[str] = GROUPS,
-    power: float = 0.0,
-    within: int = 0,
+    **settings: Any,
 ) -> pd.DataFrame:
-    """Measure the model saved at `path` and write one row a metric to `run`; what is there already is not done again.
+    """Measure the model saved at `path` and write one row a metric to `run`. Rows that are there already are not measured again.
 
     Args:
-        path: a folder written by `save`; it is loaded, and what was loaded is what is measured.
-        data: accuracy is that of its test split.
-        versus: another saved model to take turns with in the timings, for a ratio that holds on a noisy machine.
-        batches: batch sizes to time.
-        threads: of the timed process.
-        rounds: how often each model is timed.
-        starts: fresh processes that share the rounds, so that no single one decides.
-        device: where accuracy is computed. Latency and memory are those of the CPU.
-        backend: what scores and runs the model: eager, torch_compile, onnxruntime, openvino, ... (see `vitbench.measurement.backends`).
-        versus_backend: what times `versus`, by default the same; several for a ratio to each, in turn in one process.
-        what: which of accuracy, size, weights and outputs (their errors; need `versus`), latency and memory to measure;
-            and, only if asked for: startup (time to the first answer), limit (the smallest limit of memory), energy,
-            and roofline (the least time that this machine's measured peaks allow).
-        within: bytes; for the group limit, only whether the model answers in so much memory.
-        power: watts that the device draws while it computes, for an estimate of energy where nothing counts it.
+        path: a folder written by `save`. It is loaded, and the loaded model is measured.
+        data: accuracy is measured on its test split.
+        versus: a saved baseline. Timings alternate with it, so that their ratio holds on a noisy machine.
+        measures: what to measure and how; by default `Measures()`.
+        settings: fields of `Measures` by name, which stand over those of `measures`: `what=("size",), rounds=20`.
 
     Returns:
         This model's rows, new and old.
+
+    Raises:
+        InputError: a setting that is not allowed, or images with another number of classes than the model has outputs.
     """
     path = Path(path)
-    if threads < 1 or rounds < 10 or not batches or min(batches) < 1 or not 1 <= starts <= rounds:
-        raise InputError(
-            f"threads = {threads}, rounds = {rounds}, starts = {starts}, batches = {tuple(batches)}: "
-            "at least 1 thread, 10 rounds, batch 1, and from 1 start to one a round"
-        )
-    for group in what:
-        one_of("group of metrics", group, (*GROUPS, *DEVICE_GROUPS))
-    if not power >= 0 or within < 0:
-        raise InputError(f"power = {power}, within = {within}: watts and bytes, 0 or more")
-    others = [versus_backend] if isinstance(versus_backend, str) else versus_backend
-    versus_backends = list(dict.fromkeys(other or backend for other in others))
-    for each in (backend, *versus_backends):
-        backends.available(each)
+    measures = (measures or Measures()).replace(**settings)
+    for name in (measures.backend, *measures.versus_backends):
+        backends.available(name)
     manifest = artifact.read_manifest(path)
     outputs = manifest.recipe.architecture.num_classes
     if outputs != len(data.classes):
@@ -109,10 +84,10 @@ def measure(
     done = run.done()
     todo, wanted = [], set()
     every = [
-        *_model_groups(path, data, versus, device, backend, what),
-        *_device_groups(path, versus, batches, threads, rounds, starts, backend, versus_backends, power, within),
+        *_model_groups(path, data, versus, measures),
+        *_device_groups(path, versus, measures),
     ]
-    for group in [group for group in every if group.title in what]:
+    for group in [group for group in every if group.title in measures.what]:
         rows = [
             Row(
                 **facts,
@@ -129,7 +104,7 @@ def measure(
         if not keys <= done:
             todo.append((group, rows))
     if any(group.title in FORKED for group, _ in todo):
-        make_ready(threads)
+        make_ready(measures.threads)
     bar = progress.bar(todo, f"measuring {facts['method']}", unit="group") if todo else []
     for group, rows in bar:
         bar.set_postfix_str(group.title)
@@ -150,8 +125,9 @@ def _measured(group: _Group, rows: list[Row]) -> list[Row]:
     return [row.replace(metric=value.metric, **value.fields()) for row, value in zip(rows, values, strict=True)]
 
 
-def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]:
+def _model_groups(path: Path, data: ImageData, versus: str | Path, measures: Measures) -> Iterable[_Group]:
     """What is true of a model wherever it runs."""
+    backend = measures.backend
     test = data.require_split("test")
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
     context |= {} if backend == "eager" else {"backend": backend}
@@ -160,7 +136,9 @@ def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]
     slots = [(metric, "nats" if metric == "cross_entropy" else "fraction", context) for metric in metrics]
     own = artifact.read_manifest(path).recipe
     unsupported_reason = functools.partial(backends.unsupported_reason, backend, own)
-    yield _Group("accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, device, backend), unsupported_reason)
+    yield _Group(
+        "accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, measures.device, backend), unsupported_reason
+    )
 
     units = {"params": "weights", "macs": "MACs", "int8_macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
     slots = [(metric, unit, {}) for metric, unit in units.items()]
@@ -173,7 +151,7 @@ def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]
         context = {**_against(versus), "layers": names}
         yield _Group("weights", [("weight_error", "fraction", context)], lambda: cost.weight_error(path, versus, names))
 
-    if "outputs" in what and other and len(data.calibration) and accuracy.comparable(own, other):
+    if "outputs" in measures.what and other and len(data.calibration) and accuracy.comparable(own, other):
         every = accuracy.layers_of(vit.meta_model(other.architecture))
         context = {**_against(versus), "layers": every, "split": "calibration"}
         context |= scored_in(own, BATCH) | scored_in(other, BATCH)
@@ -182,22 +160,17 @@ def _model_groups(path, data, versus, device, backend, what) -> Iterable[_Group]
         yield _Group("outputs", slots, lambda: accuracy.outputs(path, Path(versus), data, every))
 
 
-def _device_groups(
-    path, versus, batches, threads, rounds, starts, backend, versus_backends, power, within
-) -> Iterable[_Group]:
+def _device_groups(path: Path, versus: str | Path, measures: Measures) -> Iterable[_Group]:
     """What a model costs on this device."""
+    backend, threads, batches = measures.backend, measures.threads, measures.batches
+    power, within = measures.power, measures.within
     unsupported_reason = functools.partial(backends.unsupported_reason, backend, artifact.read_manifest(path).recipe)
     machine = {"threads": threads, "device": runs.device_name(backend), "backend": backend}
     slots = [(metric, unit, machine) for metric, unit in fresh.memory_metrics(backend).items()]
     yield _Group("memory", slots, functools.partial(fresh.memory, path, backend, threads), unsupported_reason)
-    timed = {**machine, **timing.shared_rounds(rounds, starts), **_against(versus)}
-    slots = [slot for batch in batches for slot in timing.slots({**timed, "batch": batch}, versus_backends)]
-    yield _Group(
-        "latency",
-        slots,
-        lambda: timing.latency(path, versus, batches, threads, rounds, starts, backend, versus_backends),
-        unsupported_reason,
-    )
+    timed = {**machine, **timing.shared_rounds(measures.rounds, measures.starts), **_against(versus)}
+    slots = [slot for batch in batches for slot in timing.slots({**timed, "batch": batch}, measures.versus_backends)]
+    yield _Group("latency", slots, functools.partial(timing.latency, path, versus, measures), unsupported_reason)
     slots = [(metric, unit, machine) for metric, unit in fresh.STARTUP.items()]
     yield _Group("startup", slots, functools.partial(fresh.startup, path, backend, threads), unsupported_reason)
     work = functools.partial(fresh.memory_limit, path, backend, threads)

@@ -15,6 +15,7 @@ from vitbench.base.paths import model_cache, writable_folder
 from vitbench.base.standalone import turns
 from vitbench.measurement.child import ChildError, in_child, job
 from vitbench.measurement.cost import Value
+from vitbench.measurement.measures import Measures
 from vitbench.rows.statistics import quiet_ratio
 
 PERCENTILES = (50, 90, 95, 99)
@@ -33,25 +34,16 @@ class Timed:
     allowed: float
 
 
-def latency(
-    path: Path,
-    versus: str | Path,
-    batches: Sequence[int],
-    threads: int,
-    rounds: int,
-    starts: int,
-    backend: str,
-    versus_backends: Sequence[str],
-) -> Iterator[Value]:
+def latency(path: Path, versus: str | Path, measures: Measures) -> Iterator[Value]:
     """Time the model at `path`, batch size by batch size, in as many child processes as there are `starts`.
 
-    If `versus` is given, it takes turns with that model in each of `versus_backends`, for a ratio to each.
+    If `versus` is given, its calls in each of `versus_backends` alternate with the model's, for a ratio to each.
     """
-    models = [
-        (os.path.abspath(path), backend),
-        *([(os.path.abspath(versus), other) for other in versus_backends] if versus else []),
-    ]
-    for found in race(models, batches, threads, rounds, starts):
+    starts, backend = measures.starts, measures.backend
+    models = [(os.path.abspath(path), backend)]
+    if versus:
+        models += [(os.path.abspath(versus), name) for name in measures.versus_backends]
+    for found in race(models, measures.batches, measures.threads, measures.rounds, starts):
         if failed := [each for each in found if isinstance(each, str)]:
             raise ChildError(failed[0])
         yield from values(backend, found[0], [other.times for other in found[1:]], starts=starts)

@@ -1,12 +1,12 @@
 """What lessons measure on: a baseline, its images and a results folder; what is made of it is looked up by its label."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
 from vitbench.base.configs import Config
 from vitbench.data.splits import ImageData
+from vitbench.measurement.measures import Measures
 from vitbench.measurement.measuring import measure
 from vitbench.rows import comparison_table
 from vitbench.rows.runs import Run
@@ -26,19 +26,19 @@ class Bench:
 
     def __init__(self, base: CachedModel, data: ImageData, run: Run, *, threads: int = 2, rounds: int = 60):
         self.base, self.data, self.run = base, data, run
-        self.timing = {"threads": threads, "rounds": rounds}
+        self.measures = Measures(what=("accuracy", "size"), threads=threads, rounds=rounds)
 
-    def measured(self, *configs: Config, what: Sequence[str] = ("accuracy", "size"), **how: Any) -> str:
+    def measured(self, *configs: Config, **settings: Any) -> str:
         """The label of the model that the configs make of the baseline, one after the other, once its file was measured.
 
         None at all is the baseline itself. The policies that a search tried become rows too. What was made or measured
         before is not done again, nor what two combinations begin with.
 
         Args:
-            what: the groups of metrics (see `measure`), as is `how`.
+            settings: fields of `Measures`; by default accuracy and size are measured.
 
         Raises:
-            InputError: a config that does not fit the model; a group that cannot be measured.
+            InputError: a config that does not fit the model; a setting that is not allowed.
         """
         made = self.base
         for config in configs:
@@ -46,7 +46,7 @@ class Bench:
         if made.search:
             self.run.append(search_rows(self.base.path, self.data, configs[-1], made.search))
         versus = self.base.path if configs else ""
-        rows = measure(made.path, self.data, self.run, versus=versus, what=what, **self.timing, **how)
+        rows = measure(made.path, self.data, self.run, self.measures, versus=versus, **settings)
         return comparison_table.label_of(self.run.rows(), rows)
 
     @property

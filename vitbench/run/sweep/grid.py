@@ -12,9 +12,9 @@ from vitbench.base.configs import Config, digest
 from vitbench.base.errors import InputError, one_of
 from vitbench.data.splits import ImageData
 from vitbench.measurement.backends import BACKENDS
+from vitbench.measurement.measures import Measures
 from vitbench.methods.registry import METHODS, make_config
 from vitbench.model.recipe import Recipe, Step
-from vitbench.rows.records import DEVICE_GROUPS, GROUPS
 from vitbench.training.config import TrainConfig
 
 BASELINE = "baseline"
@@ -42,15 +42,10 @@ class DataChoice(Config):
     splits: dict[str, Any] = {}
 
 
-class Measures(Config):
-    """What is measured of each cell's model, as `measure` takes it. `threads` are those of the whole cell."""
+class SweepMeasures(Measures):
+    """`Measures` with the defaults of a sweep. `threads` are those of the whole cell."""
 
     what: tuple[str, ...] = ("accuracy", "size")
-    backend: str = "eager"
-    versus_backend: tuple[str, ...] = ()
-    batches: tuple[int, ...] = (1, 8)
-    rounds: int = Field(default=60, ge=10)
-    starts: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1)
 
 
@@ -80,7 +75,7 @@ class Sweep(Config):
     methods: tuple[Any, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     train: dict[str, Any] = {}
-    measures: Measures = Measures()
+    measures: SweepMeasures = SweepMeasures()
     seconds: float = Field(default=24 * 3600, gt=0)
     retries: int = Field(default=3, ge=0)
     resources: dict[str, float] = {}
@@ -93,7 +88,7 @@ class Cell(Config):
     data: DataChoice
     train: TrainConfig
     steps: tuple[Step, ...] = ()
-    measures: Measures = Measures()
+    measures: SweepMeasures = SweepMeasures()
     start: str = ""
     fingerprint: str = ""
 
@@ -105,7 +100,7 @@ class Cell(Config):
     @property
     def base(self) -> str:
         """Likewise of the model that is compressed; cells with the same one share it."""
-        return digest(self.replace(steps=(), measures=Measures(threads=self.measures.threads)).to_dict())
+        return digest(self.replace(steps=(), measures=SweepMeasures(threads=self.measures.threads)).to_dict())
 
     @property
     def method(self) -> str:
@@ -136,9 +131,7 @@ def sweep_of(values: Any) -> Sweep:
         raise InputError("a sweep is a mapping with models, datasets and methods")
     configs.checked(values, "the sweep")
     sweep = Sweep(**values)
-    for group in sweep.measures.what:
-        one_of("group of metrics", group, (*GROUPS, *DEVICE_GROUPS))
-    for backend in (sweep.measures.backend, *sweep.measures.versus_backend):
+    for backend in (sweep.measures.backend, *sweep.measures.versus_backends):
         one_of("backend", backend, BACKENDS)
     for name, amount in sweep.resources.items():
         if not amount > 0:

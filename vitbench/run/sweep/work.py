@@ -51,22 +51,9 @@ def compress_and_measure(values: dict[str, Any]) -> dict[str, Any]:
     made = base = _base(cell, data)
     if cell.steps:
         made = cache.compressed(base, [make_config(step.method, step.config) for step in cell.steps], data)
-    measures = cell.measures
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
-        measure(
-            made.path,
-            data,
-            run,
-            versus=base.path if cell.steps else "",
-            what=measures.what,
-            batches=measures.batches,
-            rounds=measures.rounds,
-            starts=measures.starts,
-            threads=measures.threads,
-            backend=measures.backend,
-            versus_backend=measures.versus_backend or measures.backend,
-        )
+        measure(made.path, data, run, cell.measures, versus=base.path if cell.steps else "")
         rows = read_rows(run.records)
         environments = {
             path.stem: json.loads(path.read_text(encoding="utf-8"))
