@@ -34,6 +34,13 @@ def model_cache() -> Path:
     return home() / "results" / "cache"
 
 
+def shipped(name: str) -> Path | None:
+    """The folder of that name that comes with the project (photographs, a small model); None where there is none."""
+    root = checkout()
+    folder = root / "data" / name if root and name.isidentifier() else None
+    return folder if folder and folder.is_dir() and name != "cache" else None
+
+
 def writable_folder(path: str | Path, what: str) -> Path:
     """Make `path` a folder that can be written, or raise `InputError` that says why it cannot."""
     path = Path(path).expanduser()

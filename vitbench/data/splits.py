@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vitbench.base import paths
 from vitbench.base.errors import InputError
 from vitbench.data.sources import ArrayImages, Images, open_images, read_digits
 
 MINIMUM_CLASSES = 2
+PHOTOGRAPHS = "photographs"
 VAL, CALIBRATION = 0.1, 256  # how much becomes val and calibration where nothing is given
 
 _said: set[str] = set()  # the lines that this process has printed
@@ -103,7 +105,8 @@ def load_data(
     """Load an image-classification set and cut it into fixed, stratified splits; print what was recognised.
 
     Args:
-        name_or_path: "digits" (built in, no network), the name of a Hugging Face set, or a local folder: one sub-folder
+        name_or_path: "photographs" (9,000 of CIFAR-10, with the project) or "digits" (8 x 8 pixels), both without
+            network; the name of a Hugging Face set, or a local folder: one sub-folder
             of images a class (`images.folders` says when sub-folders are splits), images listed in a metadata.csv, or
             parquet files. How files become pixels: `images.decoding`.
         name: how rows and figures name the set; by default the last part of `name_or_path`.
@@ -128,8 +131,11 @@ def load_data(
         raise InputError(f"seed = {seed!r}: give a whole number from 0 on")
     if not isinstance(skip_broken, bool):
         raise InputError(f"skip_broken = {skip_broken!r}: give true or false")
-    opened = read_digits() if str(name_or_path) == "digits" else open_images(name_or_path, label, skip_broken)
     name = name or Path(str(name_or_path)).name
+    if str(name_or_path) == "digits":
+        opened = read_digits()
+    else:
+        opened = open_images(_shipped(name_or_path), label, skip_broken)
     recognised = f"{name}: {opened.describe()}"
     _say(recognised)
     present = np.unique(np.concatenate([part.labels for part in opened.parts.values()]))
@@ -150,6 +156,19 @@ def load_data(
         recognised=recognised,
         **splits,
     )
+
+
+def _shipped(name_or_path: str | Path) -> str | Path:
+    """The folder of the photographs that come with the project, for their name; anything else as it is."""
+    if str(name_or_path) != PHOTOGRAPHS:
+        return name_or_path
+    folder = paths.shipped(PHOTOGRAPHS)
+    if folder is None:
+        raise InputError(
+            f"the images {PHOTOGRAPHS!r} come with the project's checkout, and this installation has none; "
+            "give 'digits', a Hugging Face name, or a folder"
+        )
+    return folder
 
 
 def _say(line: str) -> None:

@@ -18,6 +18,7 @@ from vitbench.base.store import work_key
 from vitbench.data.splits import ImageData
 from vitbench.methods.registry import compress, method_of
 from vitbench.model import artifact, vit
+from vitbench.model.unpacked import load_unpacked
 from vitbench.training import loop
 from vitbench.training.config import TrainConfig
 
@@ -49,6 +50,8 @@ def baseline(
     device: str = "auto",
 ) -> CachedModel:
     """Make, or take from the cache, the model `model` trained on `data`, for images of `img_size` pixels a side.
+
+    `model` is a name that `create_model` takes, or a saved model: its folder, or the name of one that comes with the project.
 
     With `train.epochs` = 0 the pretrained or checkpoint weights are taken as they are, for the classes they know.
     The cache's key (`training.training_key`) is the hash of the model before training, the data's fingerprint, the training
@@ -137,15 +140,18 @@ def prepare(
     if not isinstance(pretrained, bool):
         raise InputError(f"pretrained = {pretrained!r} is a {type(pretrained).__name__}; give True or False")
     classes = len(data.classes)
-    start = vit.create_model(
-        model,
-        num_classes=classes,
-        img_size=img_size or None,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        new_head=True,
-        seed=train.seed,
-    )
+    if folder := _saved_model(model):
+        start = _saved_start(folder, data, img_size, pretrained or bool(checkpoint))
+    else:
+        start = vit.create_model(
+            model,
+            num_classes=classes,
+            img_size=img_size or None,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            new_head=True,
+            seed=train.seed,
+        )
     if train.epochs == 0 and start.recipe.origin["head"] == "random":
         given = (
             "the weights were made for another number of classes"
@@ -169,6 +175,32 @@ def prepare(
             }
         )
     start.recipe = recipe
+    return start
+
+
+def _saved_model(model: str) -> Path | None:
+    """The folder of a saved model, given by its path or by the name of one that comes with the project."""
+    folder = paths.shipped(model) or Path(model).expanduser()
+    return folder if (folder / artifact.RECIPE).is_file() else None
+
+
+def _saved_start(folder: Path, data: ImageData, img_size: int | None, has_weights: bool) -> nn.Module:
+    """The model of that folder with dense weights, checked against what else was asked for."""
+    if has_weights:
+        raise InputError(
+            f"{str(folder)!r} has weights of its own; give it without pretrained=True and without a checkpoint"
+        )
+    start = load_unpacked(folder)
+    architecture = start.recipe.architecture
+    if img_size not in (None, 0, architecture.img_size):
+        raise InputError(
+            f"{str(folder)!r} takes images of {architecture.img_size} pixels and img_size = {img_size} was given; leave it out"
+        )
+    if architecture.num_classes != len(data.classes):
+        raise InputError(
+            f"{str(folder)!r} has {architecture.num_classes} classes and {data.name} has {len(data.classes)}; "
+            "give the images that the model was made for"
+        )
     return start
 
 
