@@ -106,7 +106,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.again:
         return merge(options.folder, options.again)
-    return make(options, vb.rows.read_rows(options.folder), vb.cli.data_of(options))
+    return make(options, vb.rows.read_rows(options.folder), vb.cli.load_option_data(options))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The command line: arguments to calls, and nothing else.
+"""The command line: it parses arguments and calls the rooms below.
 
 No room imports it.
-A new command is a module with `add(commands)`, named in `vitbench.cli.program`.
+A new command is a module with `add_command(commands)`, named in `vitbench.cli.program`.
 """
 
 import lazy_loader

@@ -1,15 +1,18 @@
-"""combine: the best methods one after the other within a budget."""
+"""combine: search for the best sequence of methods within a budget."""
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vitbench.base.errors import InputError
-from vitbench.cli.common import SET, SPLITS, data_of, put
+from vitbench.cli.common import add_settings, add_splits, load_option_data, set_nested
+
+if TYPE_CHECKING:
+    from vitbench.run.combinations import CombinationSearch
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Make the command known."""
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser."""
     combine = commands.add_parser(
         "combine",
         help="search for the most accurate combination of methods within a budget",
@@ -17,16 +20,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     combine.add_argument("model", help="a folder with a saved model")
     combine.add_argument("--dataset", required=True, help="images: digits, a hub name, a folder")
-    combine.add_argument("--splits", **SPLITS)
+    add_splits(combine)
     combine.add_argument(
         "--budget", required=True, metavar="COST=LIMIT", help="bytes= or macs=: a share (0.05), or bytes or MACs"
     )
     combine.add_argument("--trials", type=int, default=40, help="models to try, those of earlier goes included (40)")
-    combine.add_argument(
-        "--set",
-        help="of the search: structures, codes, train.epochs, seed, settings.METHOD.KEY, ...",
-        **SET,
-    )
+    add_settings(combine, "of the search: structures, codes, train.epochs, seed, settings.METHOD.KEY, ...")
     combine.add_argument("--out", required=True, metavar="DIR", help="folder to save the best model to")
     combine.add_argument(
         "--record", required=True, metavar="DIR", help="results folder: rows of the trials, and the journal"
@@ -42,25 +41,27 @@ def _combine(options: argparse.Namespace) -> int:
     from vitbench.run.combinations import search_combinations, trial_rows
 
     check_target(options.out, artifact.MODEL_FOLDER)
-    base, data, run = Path(options.model), data_of(options), Run(options.record)
+    base, data, run = Path(options.model), load_option_data(options), Run(options.record)
     model, config = artifact.load(base), _config(options)
-    found = search_combinations(model, data, config, run.folder / "searches")
-    run.append(trial_rows(base, data, config, found))
-    for number, trial in enumerate(found.trials):
+    search_result = search_combinations(model, data, config, run.folder / "searches")
+    run.append(trial_rows(base, data, config, search_result))
+    for number, trial in enumerate(search_result.trials):
         cost = "cannot be made" if trial.cost is None else f"{trial.cost:,.0f} {config.cost}"
         score = trial.error or ("above the limit" if trial.val_top1 is None else f"{100 * trial.val_top1:.2f} % on val")
         print(f"{number:4} {trial.name:36} {cost:>24}  {score[:80]}")
-    if found.best is None:
+    best = search_result.best
+    if best is None:
         raise InputError(
-            f"none of {len(found.trials)} combinations has at most {found.limit:,.0f} {config.cost}; "
+            f"none of {len(search_result.trials)} combinations has at most {search_result.limit:,.0f} {config.cost}; "
             "give a larger --budget, more --trials or other structures and codes"
         )
-    path = artifact.save(registry.compress(model, list(found.best.configs), data), options.out)
-    print(f"{path}: {found.best.name}, {artifact.size_on_disk(path):,} bytes, {100 * found.best.val_top1:.2f} % on val")
+    assert best.val_top1 is not None  # the best trial is within the limit, so it was scored
+    path = artifact.save(registry.compress(model, list(best.configs), data), options.out)
+    print(f"{path}: {best.name}, {artifact.size_on_disk(path):,} bytes, {100 * best.val_top1:.2f} % on val")
     return 0
 
 
-def _config(options: argparse.Namespace) -> Any:
+def _config(options: argparse.Namespace) -> "CombinationSearch":
     """The search that the options describe."""
     from vitbench.run.combinations import CombinationSearch
     from vitbench.run.lessons import parse_setting
@@ -68,5 +69,5 @@ def _config(options: argparse.Namespace) -> Any:
     cost, target = parse_setting(options.budget)
     values = CombinationSearch().to_dict() | {"cost": cost, "target": target, "trials": options.trials}
     for setting in options.settings:
-        put(values, *parse_setting(setting), setting)
+        set_nested(values, *parse_setting(setting), setting)
     return CombinationSearch(**values)

@@ -2,26 +2,39 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitbench.base.errors import InputError
 
-_CUT = "how to cut the data, for example test=1.0 (every image is a test image); skip_broken=true leaves out images that cannot be read"
-SET = {"nargs": "+", "default": [], "action": "extend", "metavar": "KEY=VALUE", "dest": "settings"}
-SPLITS = {"nargs": "+", "default": [], "metavar": "KEY=VALUE", "help": _CUT}
+if TYPE_CHECKING:
+    from vitbench.data.splits import ImageData
+
+SPLITS_HELP = "how to cut the data, for example test=1.0 (every image is a test image); skip_broken=true leaves out images that cannot be read"
 
 
-def add_images(parser: argparse.ArgumentParser, what: str) -> None:
-    """The options that `data_of` reads; `what` says what the images are."""
+def add_settings(parser: argparse.ArgumentParser, description: str) -> None:
+    """Add `--set KEY=VALUE ...`, which may be given several times."""
     parser.add_argument(
-        "--dataset", default="digits", help=f"{what}: digits, a Hugging Face name, or a folder (default: digits)"
+        "--set", help=description, nargs="+", default=[], action="extend", metavar="KEY=VALUE", dest="settings"
+    )
+
+
+def add_splits(parser: argparse.ArgumentParser) -> None:
+    """Add `--splits KEY=VALUE ...`."""
+    parser.add_argument("--splits", nargs="+", default=[], metavar="KEY=VALUE", help=SPLITS_HELP)
+
+
+def add_images(parser: argparse.ArgumentParser, description: str) -> None:
+    """Add the options that `load_option_data` reads; `description` is that of the images."""
+    parser.add_argument(
+        "--dataset", default="digits", help=f"{description}: digits, a Hugging Face name, or a folder (default: digits)"
     )
     parser.add_argument("--dataset-name", default="", metavar="NAME", help="how rows and figures name the data set")
-    parser.add_argument("--splits", **SPLITS)
+    add_splits(parser)
 
 
-def data_of(options: argparse.Namespace) -> Any:
-    """The images that the options name, cut as they say."""
+def load_option_data(options: argparse.Namespace) -> "ImageData":
+    """Load the images that the options name, with the splits that they give."""
     from vitbench.run.lessons import parse_setting
     from vitbench.run.suite import open_data
 
@@ -29,8 +42,12 @@ def data_of(options: argparse.Namespace) -> Any:
     return open_data(options.dataset, name, dict(parse_setting(text) for text in options.splits))
 
 
-def put(values: dict[str, Any], key: str, value: Any, setting: str) -> None:
-    """Set `key`, in which dots reach into mappings, among `values`; `setting` is what was given, for the error."""
+def set_nested(values: dict[str, Any], key: str, value: Any, setting: str) -> None:
+    """Set `values[a][b]` for the key "a.b"; `setting` is the text of the option, for the error.
+
+    Raises:
+        InputError: a part of the key was given a value that is no mapping.
+    """
     *outer, last = key.split(".")
     for part in outer:
         values = values.setdefault(part, {})
@@ -40,7 +57,7 @@ def put(values: dict[str, Any], key: str, value: Any, setting: str) -> None:
 
 
 def print_results(out: Path) -> None:
-    """The table of a results folder, what can be said of it, and its report."""
+    """Print the table of a results folder and the findings in it, and write its report."""
     from vitbench.figures.report import table_text, write_report
     from vitbench.rows.comparison_table import findings
     from vitbench.rows.row_table import load_records

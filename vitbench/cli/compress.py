@@ -1,4 +1,4 @@
-"""compress."""
+"""compress: compress a model and save it."""
 
 import argparse
 import time
@@ -6,52 +6,53 @@ from pathlib import Path
 from typing import Any
 
 from vitbench.base.errors import InputError
-from vitbench.cli.common import SET, SPLITS, data_of, put
+from vitbench.cli.common import add_settings, add_splits, load_option_data, set_nested
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Make the command known."""
-    small = commands.add_parser("compress", help="compress a model and save it")
-    small.add_argument("model", help="a folder with a saved model, or a model's name with --checkpoint or --pretrained")
-    small.add_argument(
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("compress", help="compress a model and save it")
+    parser.add_argument(
+        "model", help="a folder with a saved model, or a model's name with --checkpoint or --pretrained"
+    )
+    parser.add_argument(
         "--method",
         nargs="*",
         default=[],
         metavar="NAME",
         help="one method, or several in order; none saves the model as it is",
     )
-    small.add_argument(
-        "--set",
-        help="config of a method, nested keys with dots (train.epochs=5); with several methods write METHOD.KEY=VALUE",
-        **SET,
+    add_settings(
+        parser,
+        "config of a method, nested keys with dots (train.epochs=5); with several methods write METHOD.KEY=VALUE",
     )
-    small.add_argument(
+    parser.add_argument(
         "--budget",
         default="",
         metavar="COST=LIMIT",
         help="find the setting of the one method that saves least within bytes=, macs= or latency=: a share (0.25), or bytes or MACs",
     )
-    small.add_argument("--out", required=True, metavar="DIR", help="folder to save the compressed model to")
-    small.add_argument("--record", metavar="DIR", help="results folder to add a row to, with the seconds that it took")
-    small.add_argument(
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to save the compressed model to")
+    parser.add_argument("--record", metavar="DIR", help="results folder to add a row to, with the seconds that it took")
+    parser.add_argument(
         "--dataset", default="", help="images for the methods that need some: digits, a hub name, a folder"
     )
-    small.add_argument("--splits", **SPLITS)
-    small.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
-    small.add_argument(
+    add_splits(parser)
+    parser.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
+    parser.add_argument(
         "--no-ema",
         dest="ema",
         action="store_false",
         help="of a checkpoint with weights as trained and averaged (EMA), take those as trained (default: averaged)",
     )
-    small.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
-    small.add_argument(
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
+    parser.add_argument(
         "--random", action="store_true", help="random weights for a model given by name: to measure size and speed only"
     )
-    small.add_argument("--img-size", type=int, metavar="N", help="input height and width of a model given by name")
-    small.add_argument("--depth", type=int, metavar="N", help="blocks of a model given by name (default: its own)")
-    small.add_argument("--classes", type=int, metavar="N", help="outputs of a model given by name (default: its own)")
-    small.set_defaults(command=_compress)
+    parser.add_argument("--img-size", type=int, metavar="N", help="input height and width of a model given by name")
+    parser.add_argument("--depth", type=int, metavar="N", help="blocks of a model given by name (default: its own)")
+    parser.add_argument("--classes", type=int, metavar="N", help="outputs of a model given by name (default: its own)")
+    parser.set_defaults(command=_compress)
 
 
 def _compress(options: argparse.Namespace) -> int:
@@ -85,10 +86,10 @@ def _compress(options: argparse.Namespace) -> int:
             ema=options.ema,
             new_head=any(_trains(config) for config in configs),
         )
-    data, start = data_of(options) if options.dataset else None, time.monotonic()
+    data, start = load_option_data(options) if options.dataset else None, time.monotonic()
     if options.budget:
         ((name, values),) = settings.items()
-        configs = [_within(options.budget, model, name, values, data)]
+        configs = [_config_for_budget(options.budget, model, name, values, data)]
     small = registry.compress(model, configs, data)
     seconds = time.monotonic() - start
     path = artifact.save(small, options.out)
@@ -103,8 +104,8 @@ def _trains(config: Any) -> bool:
     return getattr(getattr(config, "train", None), "epochs", 0) > 0
 
 
-def _within(budget: str, model: Any, name: str, values: dict[str, Any], data: Any) -> Any:
-    """The method's config for a budget such as bytes=0.25."""
+def _config_for_budget(budget: str, model: Any, name: str, values: dict[str, Any], data: Any) -> Any:
+    """The config with which the method saves least and stays within a budget such as bytes=0.25."""
     from vitbench.run.combinations import fit_budget
     from vitbench.run.lessons import parse_setting
 
@@ -115,6 +116,7 @@ def _within(budget: str, model: Any, name: str, values: dict[str, Any], data: An
 
 
 def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The settings of each method, from `--method` and `--set`."""
     from vitbench.run.lessons import parse_setting
 
     values: dict[str, dict[str, Any]] = {name: {} for name in options.method}
@@ -133,5 +135,5 @@ def _method_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             raise InputError(
                 f"--set {setting}: give METHOD.KEY=VALUE with METHOD one of those in --method ({', '.join(values) or 'none given'})"
             )
-        put(values[name], key, value, setting)
+        set_nested(values[name], key, value, setting)
     return values

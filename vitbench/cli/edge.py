@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from vitbench.cli.common import SPLITS, data_of, print_results
+from vitbench.cli.common import add_splits, load_option_data, print_results
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Make the commands known."""
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add the commands to the parser."""
     bundle = commands.add_parser("bundle", help="export models and a script that measures them without PyTorch")
     bundle.add_argument("models", nargs="+", metavar="MODEL", help="folders with saved models, the baseline among them")
     bundle.add_argument("--out", required=True, metavar="DIR", help="folder to write, to copy to the device")
@@ -17,7 +17,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     images = "images to answer: digits, a Hugging Face name, a folder (default: random numbers)"
     bundle.add_argument("--dataset", default="", help=images)
     bundle.add_argument("--dataset-name", default="", metavar="NAME", help="how rows and figures name the data set")
-    bundle.add_argument("--splits", **SPLITS)
+    add_splits(bundle)
     bundle.add_argument("--rows", default="", metavar="DIR", help="results folder whose accuracies and sizes go along")
     bundle.set_defaults(command=_bundle)
 
@@ -49,7 +49,7 @@ def _bundle(options: argparse.Namespace) -> int:
     from vitbench.edge.bundle import KIND, make_bundle
 
     check_target(options.out, KIND)
-    data = data_of(options) if options.dataset else None
+    data = load_option_data(options) if options.dataset else None
     out = make_bundle(
         options.models, options.out, data, run_by=options.backends, batches=options.batches, rows=options.rows
     )
@@ -75,7 +75,7 @@ def _edge(options: argparse.Namespace) -> int:
     profiles = load_profiles(options.profiles)
     setting = Setting(first=options.first, memory=options.memory, storage=options.storage, energy=options.energy)
     run = Run(options.folder)
-    made = rows.modelled(run.rows(), profiles, options.devices, options.links, setting)
-    run.append(made)
-    print(rows.modelled_table(made))
+    modelled_rows = rows.modelled(run.rows(), profiles, options.devices, options.links, setting)
+    run.append(modelled_rows)
+    print(rows.modelled_table(modelled_rows))
     return 0

@@ -1,27 +1,29 @@
-"""measure."""
+"""measure: measure a saved model."""
 
 import argparse
 from pathlib import Path
 
-from vitbench.cli.common import add_images, data_of, print_results
+from vitbench.cli.common import add_images, load_option_data, print_results
 from vitbench.measurement.measures import Measures
 from vitbench.rows.records import DEVICE_GROUPS, GROUPS
 
 DEFAULTS = Measures()
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Make the command known."""
-    size = commands.add_parser("measure", help="measure a saved model and add its rows to a results folder")
-    size.add_argument("model", help="a folder with a saved model")
-    add_images(size, "test images")
-    size.add_argument("--versus", default="", metavar="DIR", help="a saved baseline to take turns with in the timings")
-    size.add_argument(
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("measure", help="measure a saved model and add its rows to a results folder")
+    parser.add_argument("model", help="a folder with a saved model")
+    add_images(parser, "test images")
+    parser.add_argument(
+        "--versus", default="", metavar="DIR", help="a saved baseline to take turns with in the timings"
+    )
+    parser.add_argument(
         "--batches", type=int, nargs="+", default=list(DEFAULTS.batches), help="batch sizes to time (default: 1 8)"
     )
-    size.add_argument("--threads", type=int, default=DEFAULTS.threads, help="of the timed process (default: 2)")
-    size.add_argument("--rounds", type=int, default=DEFAULTS.rounds, help="timed calls of each model (default: 60)")
-    size.add_argument(
+    parser.add_argument("--threads", type=int, default=DEFAULTS.threads, help="of the timed process (default: 2)")
+    parser.add_argument("--rounds", type=int, default=DEFAULTS.rounds, help="timed calls of each model (default: 60)")
+    parser.add_argument(
         "--starts",
         type=int,
         default=DEFAULTS.starts,
@@ -30,36 +32,36 @@ def add(commands: argparse._SubParsersAction) -> None:
     runners = (
         "what runs it: eager, cuda, torch_compile, onnxruntime, openvino, openvino_bf16 or executorch (default: eager)"
     )
-    size.add_argument("--backend", default=DEFAULTS.backend, help=runners)
-    size.add_argument(
+    parser.add_argument("--backend", default=DEFAULTS.backend, help=runners)
+    parser.add_argument(
         "--versus-backend",
         nargs="+",
         default=[""],
         help="what runs the baseline, several for a ratio to each (default: the same)",
     )
-    size.add_argument(
+    parser.add_argument(
         "--what",
         nargs="+",
         default=list(DEFAULTS.what),
         metavar="GROUP",
         help=f"which of {', '.join(GROUPS)} (default: these), {', '.join(DEVICE_GROUPS)} to measure",
     )
-    size.add_argument(
+    parser.add_argument(
         "--power",
         type=float,
         default=DEFAULTS.power,
         metavar="WATTS",
         help="what the device draws, to estimate energy without a counter",
     )
-    size.add_argument("--out", required=True, metavar="DIR", help="results folder to add the rows to")
-    size.add_argument(
+    parser.add_argument("--out", required=True, metavar="DIR", help="results folder to add the rows to")
+    parser.add_argument(
         "--within",
         type=float,
         default=DEFAULTS.within,
         metavar="BYTES",
         help="with --what limit: only whether it answers in so much memory",
     )
-    size.set_defaults(command=_measure)
+    parser.set_defaults(command=_measure)
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -83,7 +85,7 @@ def _measure(options: argparse.Namespace) -> int:
         backends.available(backend)
     for model in filter(None, (options.model, options.versus)):
         artifact.read_manifest(model)
-    data = data_of(options)
+    data = load_option_data(options)
     measure(options.model, data, Run(options.out), measures, versus=options.versus)
     print_results(Path(options.out))
     return 0

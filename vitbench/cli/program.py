@@ -12,13 +12,13 @@ from vitbench.base.errors import InputError
 from vitbench.base.files import UNWRITABLE
 from vitbench.base.processes import open_streams
 from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
-from vitbench.cli.interrupts import TEXT, Interrupted, end, interruptible
+from vitbench.cli.interrupts import STOPPED_TEXT, Interrupted, interruptible, kill_and_exit
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns 0, or 1 where a notebook failed; a wrong input prints one line and returns 2.
 
-    130, 143 and 141 are a shell's words for what was interrupted, for what was asked to end, and for what nobody reads on.
+    As in a shell, 130 stands for SIGINT, 143 for SIGTERM, and 141 for an output that nobody reads any more.
     """
     open_streams()
     progress.lenient(sys.stdout, sys.stderr)
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"vitbench: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -49,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as stop:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        atexit._run_exitfuncs()  # temporary folders go
-        end(stop.status)
+        atexit._run_exitfuncs()  # removes temporary folders
+        kill_and_exit(stop.status)
     except KeyboardInterrupt:  # where signals are not handled by `interruptible`
-        print(TEXT, file=sys.stderr)
+        print(STOPPED_TEXT, file=sys.stderr)
         return 130
 
 
@@ -64,5 +64,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     for module in (run, sweep, compress, combine, measure, verify, edge):
-        module.add(commands)
+        module.add_command(commands)
     return parser

@@ -1,14 +1,14 @@
-"""run, list, report and figure."""
+"""run, list, report and figure: notebooks and what is made of their rows."""
 
 import argparse
 from pathlib import Path
 
 from vitbench.base.errors import InputError
-from vitbench.cli.common import SET, print_results
+from vitbench.cli.common import add_settings, print_results
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Make the commands known."""
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add the commands to the parser."""
     run = commands.add_parser("run", help="run the notebooks of a profile, or a sweep, and write the report")
     run.add_argument(
         "profile",
@@ -22,11 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="run the notebooks of this folder, which are programs, with its profiles (default: the project's own)",
     )
-    run.add_argument(
-        "--set",
-        help="parameters in place of the profile's, for example dataset=FOLDER train.epochs=5",
-        **SET,
-    )
+    add_settings(run, "parameters in place of the profile's, for example dataset=FOLDER train.epochs=5")
     run.add_argument(
         "--workers",
         type=int,
@@ -46,14 +42,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--out", default="", metavar="DIR", help="results folder (default: results/runs/PROFILE)")
     run.set_defaults(command=_run)
 
-    show = commands.add_parser("list", help="show notebooks, profiles, methods, models, devices, or figures")
-    show.add_argument(
+    list_parser = commands.add_parser("list", help="show notebooks, profiles, methods, models, devices, or figures")
+    list_parser.add_argument(
         "what",
         nargs="?",
         choices=("notebooks", "profiles", "methods", "models", "devices", "figures"),
         help="default: notebooks, profiles and methods",
     )
-    show.set_defaults(command=_list)
+    list_parser.set_defaults(command=_list)
 
     report = commands.add_parser("report", help="write report.html from the rows of results folders")
     report.add_argument(
@@ -86,26 +82,26 @@ def _run(options: argparse.Namespace) -> int:
     if options.workers < 1:
         raise InputError(f"--workers {options.workers}: give a whole number of 1 or more")
     out = Path(options.out) if options.out else paths.home() / "results" / "runs" / Path(options.profile).stem
-    if (described := sweep_values(options.profile)) is not None:
+    if (sweep_settings := sweep_values(options.profile)) is not None:
         if options.notebooks:
             raise InputError("--notebooks is for profiles; a sweep runs no notebook")
-        return sweep.run(options, described, out.resolve())
+        return sweep.run(options, sweep_settings, out.resolve())
     if options.scheduler or options.dry_run:
         raise InputError("--scheduler and --dry-run are for sweeps; give a YAML file with models, datasets and methods")
-    known = lessons.find_lessons(options.notebooks)
-    chosen = lessons.choose(known, options.only)
-    values = lessons.read_profile(options.profile, options.settings, known, options.notebooks)
-    outcomes = suite.run_suite(chosen, values, out.resolve(), options.workers)
+    known_lessons = lessons.find_lessons(options.notebooks)
+    selected = lessons.choose(known_lessons, options.only)
+    values = lessons.read_profile(options.profile, options.settings, known_lessons, options.notebooks)
+    outcomes = suite.run_suite(selected, values, out.resolve(), options.workers)
     for outcome in outcomes:
         print(f"{outcome.status:8} {outcome.lesson.name}" + (f": {outcome.error}" if outcome.error else ""))
         if outcome.status == "failed" and outcome.copy.exists():
             print(f"         {outcome.copy}")
     if (out / "records.jsonl").exists():
         print_results(out)
-    left = [lesson.name for lesson in chosen if lesson.name not in {outcome.lesson.name for outcome in outcomes}]
-    if left:
-        print(f"not run, because the baseline failed: {', '.join(left)}")
-    return 1 if left or any(outcome.status == "failed" for outcome in outcomes) else 0
+    not_run = [lesson.name for lesson in selected if lesson.name not in {outcome.lesson.name for outcome in outcomes}]
+    if not_run:
+        print(f"not run, because the baseline failed: {', '.join(not_run)}")
+    return 1 if not_run or any(outcome.status == "failed" for outcome in outcomes) else 0
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -126,8 +122,8 @@ def _list(options: argparse.Namespace) -> int:
         print("methods:")
         for name, method in METHODS.items():
             values = ", ".join(f"{key}={value}" for key, value in method.config().to_dict().items())
-            about = (method.handler.__doc__ or "").partition("\n")[0]  # python -OO leaves none
-            print(f"  {name:24} {about}\n  {'':24} {values}")
+            summary = (method.handler.__doc__ or "").partition("\n")[0]  # python -OO leaves none
+            print(f"  {name:24} {summary}\n  {'':24} {values}")
     if options.what == "devices":
         for kind, group in (("devices", load_profiles().devices), ("links", load_profiles().links)):
             print(f"{kind}:")

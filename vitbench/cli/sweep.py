@@ -1,4 +1,4 @@
-"""run, of a sweep's file; and status."""
+"""run with the file of a sweep, and status."""
 
 import argparse
 import sys
@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from vitbench.base.errors import InputError
-from vitbench.cli.common import put
+from vitbench.cli.common import set_nested
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Make the command known."""
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser."""
     status = commands.add_parser("status", help="how far a sweep is, from another terminal or later")
     status.add_argument("folder", help="the sweep's results folder")
     status.set_defaults(command=_status)
 
 
 def run(options: argparse.Namespace, values: dict[str, Any], out: Path) -> int:
-    """Run the sweep that `values` of its file describe, or with --dry-run say what it would take."""
+    """Run the sweep whose file holds `values`, or with --dry-run print its cells and what they would take."""
     from vitbench.rows.runs import Run
     from vitbench.run.lessons import parse_setting
     from vitbench.run.sweep.drive import outlook, plan, run_sweep
@@ -29,29 +29,29 @@ def run(options: argparse.Namespace, values: dict[str, Any], out: Path) -> int:
         raise InputError("--only is for notebooks; leave models, methods or seeds out of the sweep's file instead")
     check_scheduler(options.scheduler)
     for setting in options.settings:
-        put(values, *parse_setting(setting), setting)
+        set_nested(values, *parse_setting(setting), setting)
     sweep, folder = sweep_of(values), Run(out)
-    found = plan(sweep, folder)
-    expected = outlook(found, folder)
-    print(f"{len(found.cells)} cells, {len(found.cells) - len(found.left)} of them finished before")
-    if found.left:
+    sweep_plan = plan(sweep, folder)
+    estimate = outlook(sweep_plan, folder)
+    print(f"{len(sweep_plan.cells)} cells, {len(sweep_plan.cells) - len(sweep_plan.left)} of them finished before")
+    if sweep_plan.left:
         gigabytes = (
-            f"at most {expected.bytes / 1e9:.2g} GB for models and checkpoints, {expected.free / 1e9:.3g} GB are free"
+            f"at most {estimate.bytes / 1e9:.2g} GB for models and checkpoints, {estimate.free / 1e9:.3g} GB are free"
         )
-        known = "nothing to go by: no such cell is among the rows yet"
-        if expected.seconds is not None:
-            alone = timedelta(seconds=round(expected.seconds / options.workers))
-            known = f"about {alone} with --workers {options.workers}, as such cells took before"
-        print(f"disk: {gigabytes}\ntime: {known}")
-    if expected.bytes > expected.free:
+        time_text = "nothing to go by: no such cell is among the rows yet"
+        if estimate.seconds is not None:
+            duration = timedelta(seconds=round(estimate.seconds / options.workers))
+            time_text = f"about {duration} with --workers {options.workers}, as such cells took before"
+        print(f"disk: {gigabytes}\ntime: {time_text}")
+    if estimate.bytes > estimate.free:
         print("vitbench: warning: there may not be enough disk for this sweep", file=sys.stderr)
     if options.workers > 1 and "latency" in sweep.measures.what:
         print("vitbench: warning: cells that run beside each other disturb each other's timings", file=sys.stderr)
     if options.dry_run:
-        for cell in found.left:
+        for cell in sweep_plan.left:
             print(f"  {cell.key} {cell.model.name} {cell.data.dataset} {cell.method}")
         return 0
-    outcome = run_sweep(found, folder, options.workers, options.scheduler)
+    outcome = run_sweep(sweep_plan, folder, options.workers, options.scheduler)
     print(", ".join(f"{outcome[kind]} {kind}" for kind in ("done", "finished before", "failed")))
     print(f"rows: {folder.records} (`vitbench report {out}` makes a page of them)")
     if outcome["failed"]:
