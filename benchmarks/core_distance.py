@@ -89,7 +89,7 @@ def measured(models: list[Path], names: list[str], seconds: float) -> tuple[list
                 calls[path, name, threads] = (vb.measurement.checked(name, model, x)[0], x)
         times: dict[tuple, list[float]] = {key: [] for key in calls}
         end = time.monotonic() + seconds
-        with vb.base.bar(None, "rounds", int(seconds), unit="s") as bar:
+        with vb.base.progress_bar(None, "rounds", int(seconds), unit="s") as bar:
             while (left := end - time.monotonic()) > 0:
                 journeys.append(journey(cores))
                 for key, (call, x) in calls.items():

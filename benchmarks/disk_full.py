@@ -198,7 +198,7 @@ def leftovers(folder: Path) -> list[Path]:
     return [
         path
         for path in folder.rglob("*")
-        if vb.base.PART.fullmatch(path.name) or path.name.endswith((".running.ipynb", ".part"))
+        if vb.base.TEMPORARY_NAME.fullmatch(path.name) or path.name.endswith((".running.ipynb", ".part"))
     ]
 
 

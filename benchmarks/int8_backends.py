@@ -112,7 +112,7 @@ def child(task: str, answer: str) -> None:
             x = calibration[:batch].clone()
             call, found["bytes"] = variant.make(model, x, calibration)
             found["apart"].append(float((call(x) - base(x)).abs().max()))
-            found["times"].append(vb.base.turns([lambda: call(x), lambda: base(x)], order["rounds"]))  # noqa: B023
+            found["times"].append(vb.base.time_alternating([lambda: call(x), lambda: base(x)], order["rounds"]))  # noqa: B023
     if order["dataset"]:
         hits = vb.evaluate(
             Answers(call, model, batch), vb.run.open_data(order["dataset"], "", order["splits"]).test

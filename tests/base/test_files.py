@@ -18,13 +18,13 @@ from vitbench import cli
 from vitbench.base import store
 from vitbench.base.errors import InputError
 from vitbench.base.files import (
-    PART,
-    Kind,
+    TEMPORARY_NAME,
+    FolderKind,
     append_bytes,
     atomic_file,
     atomic_folder,
     check_target,
-    trim,
+    drop_partial_line,
     write_array,
     write_bytes,
     write_tensors,
@@ -36,7 +36,7 @@ from vitbench.figures.report import write_report
 from vitbench.model import artifact, vit
 from vitbench.rows.runs import Run
 
-BOX = Kind("a box", "box.json", frozenset({"box"}), lambda content: content["box"])
+BOX = FolderKind("a box", "box.json", frozenset({"box"}), lambda content: content["box"])
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_block_that_fails_changes_nothing(tmp_path, place):
         work()
     assert contents(tmp_path) == before
     assert target.exists() == there
-    assert not [path for path in tmp_path.rglob("*") if PART.fullmatch(path.name)]
+    assert not [path for path in tmp_path.rglob("*") if TEMPORARY_NAME.fullmatch(path.name)]
 
 
 def test_what_a_killed_process_left_in_a_folder_is_no_strangers(tmp_path):
@@ -292,9 +292,9 @@ def test_a_file_beside_a_link_or_with_the_longest_name(tmp_path):
 @pytest.mark.parametrize(("text", "left", "whole"), [(b"a\nb", b"b", b"a\n"), (b"a\n", b"", b"a\n"), (b"a", b"a", b"")])
 def test_a_torn_last_line_is_taken_out(tmp_path, text, left, whole):
     write_bytes(tmp_path / "lines", text)
-    assert trim(tmp_path / "lines") == left
+    assert drop_partial_line(tmp_path / "lines") == left
     assert (tmp_path / "lines").read_bytes() == whole
-    assert trim(tmp_path / "none") == b""
+    assert drop_partial_line(tmp_path / "none") == b""
 
 
 def test_a_target_that_cannot_be(tmp_path):

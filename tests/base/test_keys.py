@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import ROOT
 from vitbench.base import store
-from vitbench.base.code import OWN, Sources
+from vitbench.base.code import PACKAGE_SOURCES, Sources
 from vitbench.calibration import moments
 from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, vit
@@ -40,32 +40,32 @@ def with_another_constant(source):
 
 def digest_after_a_change(room, file):
     """The code's digest for a room after a constant in `file` was changed."""
-    changed = copy.copy(OWN)
-    changed.texts = OWN.texts | {file: with_another_constant(OWN.texts[file])}
-    changed._known = {name: known for name, known in OWN._known.items() if name != file}
+    changed = copy.copy(PACKAGE_SOURCES)
+    changed.texts = PACKAGE_SOURCES.texts | {file: with_another_constant(PACKAGE_SOURCES.texts[file])}
+    changed._cache = {name: known for name, known in PACKAGE_SOURCES._cache.items() if name != file}
     return changed.digest(room)
 
 
 @pytest.mark.parametrize("room", WORK)
 def test_a_constant_of_any_file_of_a_deciding_room_changes_the_key(room):
-    deciding = [file for file in OWN.texts if file.partition("/")[0] in OWN.closure(room)]
+    deciding = [file for file in PACKAGE_SOURCES.texts if file.partition("/")[0] in PACKAGE_SOURCES.closure(room)]
     assert {"model/vit.py", "data/splits.py", "base/store.py", f"{room}/__init__.py"} <= set(deciding)
-    same = [file for file in deciding if digest_after_a_change(room, file) == OWN.digest(room)]
+    same = [file for file in deciding if digest_after_a_change(room, file) == PACKAGE_SOURCES.digest(room)]
     assert not same, f"a constant in these does not change the key of {room}"
 
 
 @pytest.mark.parametrize("room", WORK)
 def test_a_constant_of_a_room_that_shows_changes_no_key(room):
-    shows = [file for file in OWN.texts if file.partition("/")[0] in SHOW]
+    shows = [file for file in PACKAGE_SOURCES.texts if file.partition("/")[0] in SHOW]
     assert len(shows) > 40
-    other = [file for file in shows if digest_after_a_change(room, file) != OWN.digest(room)]
+    other = [file for file in shows if digest_after_a_change(room, file) != PACKAGE_SOURCES.digest(room)]
     assert not other, f"a constant in these changes the key of {room}"
 
 
 def test_a_method_changes_no_baseline():
-    methods = [file for file in OWN.texts if file.startswith("methods/")]
+    methods = [file for file in PACKAGE_SOURCES.texts if file.startswith("methods/")]
     assert len(methods) > 10
-    assert all(digest_after_a_change("training", file) == OWN.digest("training") for file in methods)
+    assert all(digest_after_a_change("training", file) == PACKAGE_SOURCES.digest("training") for file in methods)
 
 
 @pytest.mark.slow
@@ -74,18 +74,18 @@ def test_every_module_that_python_imports_is_in_a_room_of_the_closure():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     names = [name.split(".")[1] for name in json.loads(done.stdout.splitlines()[-1]) if name.startswith("vitbench.")]
-    assert set(names) - {"version"} == set(OWN.closure("methods"))
+    assert set(names) - {"version"} == set(PACKAGE_SOURCES.closure("methods"))
 
 
 def test_no_module_imports_through_a_front():
     """A front imports nothing until a name is asked for, so that inside the package only modules are imported from."""
-    fronts = {"vitbench", *(f"vitbench.{room}" for room in OWN.rooms)}
-    for file, text in OWN.texts.items():
+    fronts = {"vitbench", *(f"vitbench.{room}" for room in PACKAGE_SOURCES.rooms)}
+    for file, text in PACKAGE_SOURCES.texts.items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.module in fronts:
                 folder = node.module.replace(".", "/").removeprefix("vitbench").lstrip("/")
                 asked = {alias.name for alias in node.names}
-                known = {Path(name).stem for name in OWN.texts if name.rpartition("/")[0] == folder}
+                known = {Path(name).stem for name in PACKAGE_SOURCES.texts if name.rpartition("/")[0] == folder}
                 assert asked <= known | {"layers"}, (file, asked - known)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from vitbench.base.errors import InputError
-from vitbench.base.locks import WITHOUT_LOCKS, is_locked, locked
+from vitbench.base.locks import NO_LOCK_ERRNOS, is_locked, locked
 
 HOLD = """
 import sys
@@ -23,7 +23,7 @@ with locked(sys.argv[1]):
 UNABLE = "import fcntl\ndef refuse(*_): raise OSError({number}, 'refused')\nfcntl.flock = refuse\n"
 
 
-@pytest.fixture(params=[0, *sorted(WITHOUT_LOCKS)])
+@pytest.fixture(params=[0, *sorted(NO_LOCK_ERRNOS)])
 def number(request, monkeypatch):
     """What the file system answers to whoever asks for a lock, 0 where it has locks."""
 

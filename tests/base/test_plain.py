@@ -110,14 +110,14 @@ def test_json_has_the_same_rules(text):
 )
 def test_values_of_other_kinds_never_reach_a_notebook(value):
     with pytest.raises(InputError, match="^the parameters: "):
-        configs.checked({"train": value}, "the parameters")
+        configs.check_plain_data({"train": value}, "the parameters")
 
 
 def test_a_mapping_that_holds_itself_is_refused():
     value = {}
     value["a"] = value
     with pytest.raises(InputError, match="deep"):
-        configs.checked(value, "the parameters")
+        configs.check_plain_data(value, "the parameters")
 
 
 @pytest.mark.parametrize("content", [b"model: \xff\xfe\n", b"\x00", b"model: !!binary aGk=\n", b"- 1\n"])

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from vitbench.base import processes
 from vitbench.base.forks import CAN_FORK, ForkServer
-from vitbench.base.processes import PACKAGE, ProcessError, Started, environment
+from vitbench.base.processes import PACKAGE, ChildProcess, ProcessError, child_environment
 from vitbench.data import batches
 from vitbench.measurement import child
 
@@ -37,11 +37,11 @@ ASK = """
 import json, os, sys, tempfile
 os.environ["PYTHONPATH"] += ":"  # an empty entry is the current folder
 from vitbench.base.forks import CAN_FORK, ForkServer
-from vitbench.base.processes import Started, environment
-variables = environment(1)
+from vitbench.base.processes import ChildProcess, child_environment
+variables = child_environment(1)
 variables["PYTHONPATH"] += ":" + sys.argv[1]
-started = Started("job", variables)
-started.greet()
+started = ChildProcess("job", variables)
+started.wait_ready()
 started.channel.send("look")
 found = [started.channel.receive(60)]
 started.close()
@@ -60,7 +60,7 @@ def jobs(tmp_path):
     folder = tmp_path / "jobs"
     folder.mkdir()
     (folder / "job.py").write_text(JOB)
-    variables = environment(1)
+    variables = child_environment(1)
     variables["PYTHONPATH"] += os.pathsep + str(folder)
     return variables
 
@@ -123,7 +123,7 @@ def test_a_child_that_does_not_start_says_why_in_one_line(tmp_path, jobs):
     (tmp_path / "sitecustomize.py").write_text("import os, sys\nprint('no licence here', file=sys.stderr)\nos._exit(3)")
     variables = jobs | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{jobs['PYTHONPATH']}"}
     with pytest.raises(ProcessError, match="did not start: no licence here$"):
-        Started("job", variables).greet()
+        ChildProcess("job", variables).wait_ready()
     if CAN_FORK:
         with pytest.raises(ProcessError, match="no licence here$"):
             ForkServer(["job"], variables).fork("job", {"what": "look"}, variables, os.sep)
@@ -134,7 +134,7 @@ def test_a_child_that_does_not_start_says_why_in_one_line(tmp_path, jobs):
 def test_a_child_of_another_package_is_refused(tmp_path, jobs):
     shutil.copytree(PACKAGE, tmp_path / "vitbench", ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.raises(ProcessError, match="the child imported vitbench from"):
-        Started("job", jobs | {"PYTHONPATH": str(tmp_path)}).greet()
+        ChildProcess("job", jobs | {"PYTHONPATH": str(tmp_path)}).wait_ready()
 
 
 @pytest.mark.parametrize(
@@ -163,18 +163,16 @@ def test_as_many_processes_load_images_as_shared_memory_has_room_for(monkeypatch
     usage = shutil.disk_usage(os.sep)
     monkeypatch.setattr(batches, "CAN_FORK", True)
     monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: usage._replace(free=free))
-    assert batches.workers(100) == count
+    assert batches.worker_count(100) == count
 
 
 def test_only_forked_processes_load_images(monkeypatch):
     monkeypatch.setattr(batches, "CAN_FORK", False)
-    assert batches.workers(1) == 0
+    assert batches.worker_count(1) == 0
 
 
 def test_standard_streams_that_are_closed_are_opened():
-    code = (
-        "import sys\nfrom vitbench.base.processes import open_streams\nopen_streams()\nprint('to nobody')\nsys.exit(7)"
-    )
+    code = "import sys\nfrom vitbench.base.processes import open_standard_streams\nopen_standard_streams()\nprint('to nobody')\nsys.exit(7)"
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 7
-    assert processes.open_streams() is None
+    assert processes.open_standard_streams() is None

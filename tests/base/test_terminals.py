@@ -32,8 +32,8 @@ PACKAGE = sorted((ROOT / "vitbench").rglob("*.py"))
 def test_bars_and_names_print_in_any_encoding(encoding, monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", terminal)
-    progress.lenient(terminal, None)
-    for _ in progress.bar(range(3), "training ä 漢"):
+    progress.escape_unencodable(terminal, None)
+    for _ in progress.progress_bar(range(3), "training ä 漢"):
         pass
     print("top-1 ± µ \ud800")
     terminal.flush()
@@ -145,7 +145,7 @@ def online(monkeypatch, tmp_path):
     """As if nothing told the hub's library to stay offline; nothing was fetched before."""
     import huggingface_hub
 
-    monkeypatch.setattr(hub, "SECONDS", 0.5)
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     huggingface_hub.close_session()
@@ -171,7 +171,7 @@ def test_a_proxy_that_is_silent_ends_in_one_line(server, online, monkeypatch):
 def test_a_network_that_is_not_there_is_named(online, monkeypatch):
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    assert "cannot be reached" in hub.silence()
+    assert "cannot be reached" in hub.unreachable_reason()
 
 
 def test_who_chose_to_stay_offline_is_told_so(online, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitbench.data.batches import _draw, _shift, eval_batches, train_batches
+from vitbench.data.batches import _random_offsets, _shift, eval_batches, train_batches
 from vitbench.data.splits import load_data
 from vitbench.model.recipe import Preprocess
 
@@ -30,7 +30,7 @@ def test_large_images_go_through_timms_eval_transform(image_folder):
 def test_shift_moves_whole_images_and_fills_with_black():
     image = torch.zeros(200, 8, 8, 3, dtype=torch.uint8)
     image[:, 3, 4] = 255
-    moved = _shift(image, _draw(200, 8, "shift", torch.Generator().manual_seed(0))[:, :2].T)
+    moved = _shift(image, _random_offsets(200, 8, "shift", torch.Generator().manual_seed(0))[:, :2].T)
     rows, columns = torch.nonzero(moved[..., 0])[:, 1:].T
     assert set(rows.tolist()) == {2, 3, 4}
     assert set(columns.tolist()) == {3, 4, 5}

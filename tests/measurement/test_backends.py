@@ -291,7 +291,7 @@ def test_openvino_in_bf16_is_near_and_not_the_same(base, small):
 
 
 def test_without_bf16_instructions_there_is_no_bf16(monkeypatch):
-    monkeypatch.setattr(backends, "require", lambda *_: None)
+    monkeypatch.setattr(backends, "import_optional", lambda *_: None)
     monkeypatch.setattr(backends, "_has_bf16", lambda: False)
     with pytest.raises(InputError, match="this CPU has no bf16 instructions .* take openvino"):
         backends.available("openvino_bf16")
@@ -346,7 +346,7 @@ def test_a_cpu_that_lacks_something_says_so_once(monkeypatch, engine, vnni, kern
 def test_only_an_x86_without_vnni_saturates(monkeypatch):
     seen = {}
     for machine, flags in (("x86_64", "avx2 avx512_vnni"), ("x86_64", "avx2"), ("aarch64", "asimd"), ("x86_64", None)):
-        standalone.saturates.cache_clear()
+        standalone.int8_sums_can_overflow.cache_clear()
         monkeypatch.setattr(standalone.platform, "machine", lambda machine=machine: machine)
 
         def read_text(self, flags=flags):
@@ -355,6 +355,6 @@ def test_only_an_x86_without_vnni_saturates(monkeypatch):
             return flags
 
         monkeypatch.setattr(standalone.Path, "read_text", read_text)
-        seen[machine, flags] = standalone.saturates()
-    standalone.saturates.cache_clear()
+        seen[machine, flags] = standalone.int8_sums_can_overflow()
+    standalone.int8_sums_can_overflow.cache_clear()
     assert list(seen.values()) == [False, True, False, True]

@@ -363,7 +363,7 @@ def test_errors_of_outputs_layer_by_layer(base, digits, tmp_path):
 
 @pytest.mark.slow
 def test_a_backend_that_cannot_run_a_model_says_why_in_its_row(measured, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "require", lambda *_: None)
+    monkeypatch.setattr(backends, "import_optional", lambda *_: None)
     rows = measure(measured[1], digits, Run(tmp_path), what=("latency",), batches=(1,), rounds=10, backend="openvino")
     assert set(rows["status"]) == {"skipped"}
     assert "openvino has no form of DynamicInt8Linear" in rows.iloc[0]["error"]

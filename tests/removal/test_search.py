@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vitbench.base.errors import InputError
-from vitbench.base.store import Notes
+from vitbench.base.store import Journal
 from vitbench.removal import policy, search
 from vitbench.removal.policy import DIMENSIONS, PAPER, Space, budget, mac_cost, one_ratio, simple
 from vitbench.removal.search import SearchConfig, expected_improvement
@@ -112,7 +112,7 @@ def test_a_search_starts_from_one_ratio_for_each_set_of_dimensions():
 
 def test_a_killed_search_goes_on_without_scoring_again(tmp_path):
     config, calls = SearchConfig(evaluations=12, first=5), []
-    memory = Notes(tmp_path / "search.jsonl", "searches")
+    memory = Journal(tmp_path / "search.jsonl", "searches")
 
     def dying(ratios):
         if len(calls) == 8:
@@ -134,7 +134,7 @@ def test_a_killed_search_goes_on_without_scoring_again(tmp_path):
 
 @pytest.mark.slow
 def test_a_note_with_one_flipped_bit_is_named_and_scored_again(tmp_path, capsys):
-    config, memory = SearchConfig(evaluations=8, first=4), Notes(tmp_path / "search.jsonl", "searches")
+    config, memory = SearchConfig(evaluations=8, first=4), Journal(tmp_path / "search.jsonl", "searches")
     whole = search.search(SPACE, COST, LIMITS, toy_score, config, memory)
     lines = memory.path.read_bytes().splitlines(keepends=True)
     for place in range(5, len(lines[2]) - 1, 7):

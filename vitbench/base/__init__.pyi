@@ -7,7 +7,7 @@ from .errors import (
     one_of as one_of,
 )
 from .files import (
-    PART as PART,
+    TEMPORARY_NAME as TEMPORARY_NAME,
     write_bytes as write_bytes,
     write_text as write_text,
 )
@@ -15,8 +15,8 @@ from .paths import (
     home as home,
     writable_folder as writable_folder,
 )
-from .progress import bar as bar
+from .progress import progress_bar as progress_bar
 from .standalone import (
     thread_environment as thread_environment,
-    turns as turns,
+    time_alternating as time_alternating,
 )

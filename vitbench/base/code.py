@@ -22,7 +22,7 @@ class Sources:
         self.package = root.name
         self.texts = {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(root.rglob("*.py"))}
         self.rooms = {file.partition("/")[0] for file in self.texts if "/" in file}
-        self._known: dict[str, tuple[str, set[str]]] = {}
+        self._cache: dict[str, tuple[str, set[str]]] = {}
 
     def closure(self, *rooms: str) -> list[str]:
         """`rooms` and all rooms that they import, directly or not, sorted.
@@ -30,21 +30,21 @@ class Sources:
         Raises:
             KeyError: there is no such room.
         """
-        found, todo = set(), list(rooms)
-        while todo:
-            room = todo.pop()
+        modules, pending = set(), list(rooms)
+        while pending:
+            room = pending.pop()
             if room not in self.rooms:
                 raise KeyError(room)
-            if room not in found:
-                found.add(room)
-                todo += {each for file in self._files(room) for each in self._of(file)[1]}
-        return sorted(found)
+            if room not in modules:
+                modules.add(room)
+                pending += {imported for file in self._files(room) for imported in self._parsed_module(file)[1]}
+        return sorted(modules)
 
     def digest(self, *rooms: str) -> str:
         """SHA-256 of what the rooms' closure does: comments, docstrings and layout do not change it."""
         return self._digest([file for room in self.closure(*rooms) for file in self._files(room)])
 
-    def whole(self) -> str:
+    def digest_all(self) -> str:
         """The same of every file there is."""
         return self._digest(sorted(self.texts))
 
@@ -52,20 +52,20 @@ class Sources:
         return [file for file in sorted(self.texts) if file.startswith(f"{room}/")]
 
     def _digest(self, files: list[str]) -> str:
-        lines = [f"{file} {self._of(file)[0]}" for file in files]
+        lines = [f"{file} {self._parsed_module(file)[0]}" for file in files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def _of(self, file: str) -> tuple[str, set[str]]:
+    def _parsed_module(self, file: str) -> tuple[str, set[str]]:
         """The hash of a file's own code, and the rooms that it imports."""
-        if file not in self._known:
+        if file not in self._cache:
             tree = ast.parse(self.texts[file])
             imports = set(self._imports(file, tree))
             for node in ast.walk(tree):
                 kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
                 if isinstance(node, kinds) and ast.get_docstring(node) is not None:
                     node.body = node.body[1:]
-            self._known[file] = hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
-        return self._known[file]
+            self._cache[file] = hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
+        return self._cache[file]
 
     def _imports(self, file: str, tree: ast.Module) -> Iterator[str]:
         """The rooms that `file` imports from."""
@@ -73,7 +73,7 @@ class Sources:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                names = [f"{self._start(file, node)}.{alias.name}" for alias in node.names]
+                names = [f"{self._base_module(file, node)}.{alias.name}" for alias in node.names]
             else:
                 continue
             for name in names:
@@ -81,7 +81,7 @@ class Sources:
                 if package == self.package and rest.partition(".")[0] in self.rooms:
                     yield rest.partition(".")[0]
 
-    def _start(self, file: str, node: ast.ImportFrom) -> str:
+    def _base_module(self, file: str, node: ast.ImportFrom) -> str:
         """The module that a `from ... import` begins with, dots before it included."""
         if not node.level:
             return node.module or ""
@@ -99,10 +99,12 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
         yield from _nodes(node)
 
 
-OWN = Sources(Path(__file__).resolve().parents[1])  # read at once: a process runs the code that it began with
+PACKAGE_SOURCES = Sources(
+    Path(__file__).resolve().parents[1]
+)  # read at once: a process runs the code that it began with
 
 
 @functools.cache
 def code_digest(*rooms: str) -> str:
     """`Sources.digest` of this package's rooms, given by name, such as "training"."""
-    return OWN.digest(*rooms)
+    return PACKAGE_SOURCES.digest(*rooms)

@@ -27,7 +27,7 @@ class Config(pydantic.BaseModel):
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
-            raise InputError(explain(error, type(self))) from None
+            raise InputError(format_validation_error(error, type(self))) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The values as JSON types."""
@@ -38,21 +38,21 @@ class Config(pydantic.BaseModel):
         return type(self)(**{**{key: getattr(self, key) for key in type(self).model_fields}, **changes})
 
 
-def explain(error: pydantic.ValidationError, kind: type[pydantic.BaseModel]) -> str:
+def format_validation_error(error: pydantic.ValidationError, config_class: type[pydantic.BaseModel]) -> str:
     """A pydantic error on one line: the key, what was given, what is allowed."""
     parts = []
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown key {key!r} (allowed: {', '.join(kind.model_fields)})")
+            parts.append(f"unknown key {key!r} (allowed: {', '.join(config_class.model_fields)})")
         elif problem["type"] == "missing":
             parts.append(f"key {key!r} is missing")
         else:
-            given = repr(problem["input"])
-            given = given if len(given) <= 80 else given[:77] + "..."
-            where = f"{key} = {given}" if key else given
-            parts.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
-    return f"{kind.__name__}: " + "; ".join(parts)
+            shown_value = repr(problem["input"])
+            shown_value = shown_value if len(shown_value) <= 80 else shown_value[:77] + "..."
+            text = f"{key} = {shown_value}" if key else shown_value
+            parts.append(f"{text}: {problem['msg'].removeprefix('Value error, ')}")
+    return f"{config_class.__name__}: " + "; ".join(parts)
 
 
 MAX_BYTES = 400_000  # of a file of settings
@@ -69,7 +69,7 @@ _SCALARS = {"null": r"~|null|Null|NULL|", "bool": _BOOL, "int": _INT, "float": _
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in (*_SCALARS, "str", "seq", "map")}
 
 
-class _Refused(Exception):
+class _InvalidYaml(Exception):
     """What is wrong, and where in the text: `line` and `column` from 0."""
 
     def __init__(self, problem: str, mark: Any):
@@ -86,168 +86,172 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str):
         super().__init__(text)
-        self.values, self.depth, self.deepest = 0, 0, 0
-        self.held: dict[int, tuple[int, int]] = {}  # by a node's identity: the values in it, and how deep they lie
+        self.values, self.depth, self.max_depth = 0, 0, 0
+        self.node_sizes: dict[
+            int, tuple[int, int]
+        ] = {}  # by a node's identity: the values in it, and how deep they lie
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
-            if id(node) not in self.held:
-                raise _Refused(f"the alias *{event.anchor} stands inside what it stands for", event.start_mark)
-            self._count(*self.held[id(node)], event)
+            if id(node) not in self.node_sizes:
+                raise _InvalidYaml(f"the alias *{event.anchor} stands inside what it stands for", event.start_mark)
+            self._count(*self.node_sizes[id(node)], event)
             return node
-        before, outer, self.deepest = self.values, self.deepest, self.depth
+        values_before, outer_depth, self.max_depth = self.values, self.max_depth, self.depth
         self._count(1, 1, event)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
-        self.held[id(node)] = self.values - before, self.deepest - self.depth
-        self.deepest = max(outer, self.deepest)
+        self.node_sizes[id(node)] = self.values - values_before, self.max_depth - self.depth
+        self.max_depth = max(outer_depth, self.max_depth)
         if node.tag not in _TAGS:
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
-            raise _Refused(f"a value of the kind {_short(kind)}; {ALLOWED}", node.start_mark)
+            raise _InvalidYaml(f"a value of the kind {_truncated(kind)}; {ALLOWED}", node.start_mark)
         return node
 
     def _count(self, more: int, height: int, event: yaml.Event) -> None:
         self.values += more
-        self.deepest = max(self.deepest, self.depth + height)
-        if self.deepest > MAX_DEPTH:
-            raise _Refused(f"values lie more than {MAX_DEPTH} deep", event.start_mark)
+        self.max_depth = max(self.max_depth, self.depth + height)
+        if self.max_depth > MAX_DEPTH:
+            raise _InvalidYaml(f"values lie more than {MAX_DEPTH} deep", event.start_mark)
         if self.values > MAX_VALUES:
-            raise _Refused(f"more than {MAX_VALUES:,} values, aliases written out", event.start_mark)
+            raise _InvalidYaml(f"more than {MAX_VALUES:,} values, aliases written out", event.start_mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
         except (ValueError, OverflowError, KeyError, IndexError):  # digits without end, an explicit tag on other text
-            raise _Refused(f"{_short(node.value)} is no {node.tag.rpartition(':')[2]}", node.start_mark) from None
+            raise _InvalidYaml(
+                f"{_truncated(node.value)} is no {node.tag.rpartition(':')[2]}", node.start_mark
+            ) from None
         if isinstance(value, float) and not math.isfinite(value):
-            raise _Refused(f"{_short(node.value)} is not a finite number", node.start_mark)
+            raise _InvalidYaml(f"{_truncated(node.value)} is not a finite number", node.start_mark)
         if isinstance(value, str) and not _is_text(value):
-            raise _Refused(f"{_short(value)} has half a character (a lone surrogate)", node.start_mark)
+            raise _InvalidYaml(f"{_truncated(value)} has half a character (a lone surrogate)", node.start_mark)
         return value
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[str, Any]:
-        own = set()
+        seen_keys = set()
         for key, _ in node.value:  # keys that a merge (<<) brings may be there already
             if key.tag.endswith(":merge"):
                 continue
             name = self.construct_object(key, deep=True) if isinstance(key, yaml.ScalarNode) else None
             if not isinstance(name, str):
-                given = _short(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-                raise _Refused(f"the key {given} is not text; write it in quotes", key.start_mark)
-            if name in own:
-                raise _Refused(f"the key {_short(name)} is there twice", key.start_mark)
-            own.add(name)
+                shown_key = _truncated(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                raise _InvalidYaml(f"the key {shown_key} is not text; write it in quotes", key.start_mark)
+            if name in seen_keys:
+                raise _InvalidYaml(f"the key {_truncated(name)} is there twice", key.start_mark)
+            seen_keys.add(name)
         return super().construct_mapping(node, deep=True)
 
 
-def yaml_value(text: str, where: str) -> Any:
+def yaml_value(text: str, source: str) -> Any:
     """The value of a YAML text; an empty one is None.
 
     Args:
-        where: the file or the setting that the text comes from, for the error.
+        source: the file or the setting that the text comes from, for the error.
 
     Raises:
         InputError: no YAML, another kind of value than JSON has, a key that is no text or is there twice, a number that
             is not finite, or more than the bounds allow; the message has the place.
     """
     if len(text) > MAX_BYTES:
-        raise InputError(f"{where} has {len(text):,} characters; at most {MAX_BYTES:,} are allowed")
+        raise InputError(f"{source} has {len(text):,} characters; at most {MAX_BYTES:,} are allowed")
     try:
         loader = _Loader(text)
         try:
             return loader.get_single_data()
         finally:
             loader.dispose()
-    except _Refused as error:
-        raise InputError(f"{where}{_place(error.mark)}: {error}") from None
+    except _InvalidYaml as error:
+        raise InputError(f"{source}{_position(error.mark)}: {error}") from None
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        place = _place(getattr(error, "problem_mark", None))
-        raise InputError(f"{where}{place}: not valid YAML ({' '.join(str(reason).split())[:160]})") from None
+        position = _position(getattr(error, "problem_mark", None))
+        raise InputError(f"{source}{position}: not valid YAML ({' '.join(str(reason).split())[:160]})") from None
 
 
-def read_yaml(path: str | Path, what: str) -> Any:
-    """The value of a YAML file, as `yaml_value` has it; `what` names the kind of file in the error."""
-    return yaml_value(_text(path, what, MAX_BYTES), f"{what} {str(path)!r}")
+def read_yaml(path: str | Path, description: str) -> Any:
+    """The value of a YAML file, as `yaml_value` has it; `description` names the kind of file in the error."""
+    return yaml_value(_text(path, description, MAX_BYTES), f"{description} {str(path)!r}")
 
 
-def json_value(text: str | bytes, where: str) -> Any:
+def json_value(text: str | bytes, source: str) -> Any:
     """The value of a JSON text, with the same rules; errors as `yaml_value`'s."""
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        pairs_seen: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {_short(key)} is there twice")
-            found[key] = value
-        return found
+            if key in pairs_seen:
+                raise ValueError(f"the key {_truncated(key)} is there twice")
+            pairs_seen[key] = value
+        return pairs_seen
 
     def number(text: str) -> float:
         value = float(text)
         if not math.isfinite(value):
-            raise ValueError(f"{_short(text)} is not a finite number")
+            raise ValueError(f"{_truncated(text)} is not a finite number")
         return value
 
     try:
         value = json.loads(text, object_pairs_hook=mapping, parse_constant=number, parse_float=number)
     except RecursionError:
-        raise InputError(f"{where}: values lie too deep") from None
+        raise InputError(f"{source}: values lie too deep") from None
     except ValueError as error:  # not UTF-8 and not JSON among them
-        raise InputError(f"{where}: not valid JSON ({' '.join(str(error).split())[:160]})") from None
-    return checked(value, where)
+        raise InputError(f"{source}: not valid JSON ({' '.join(str(error).split())[:160]})") from None
+    return check_plain_data(value, source)
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """The value of a JSON file, as `json_value` has it; `what` names the kind of file in the error."""
-    return json_value(_text(path, what, MAX_JSON_BYTES), f"{what} {str(path)!r}")
+def read_json(path: str | Path, description: str) -> Any:
+    """The value of a JSON file, as `json_value` has it; `description` names the kind of file in the error."""
+    return json_value(_text(path, description, MAX_JSON_BYTES), f"{description} {str(path)!r}")
 
 
-def checked(value: Any, where: str, depth: int = 0) -> Any:
-    """`value` if it is plain all through; `where` names it in the error.
+def check_plain_data(value: Any, source: str, depth: int = 0) -> Any:
+    """`value` if it is plain all through; `source` names it in the error.
 
     Raises:
         InputError: a value of another kind, a key that is no text, a number that is not finite, or too deep a nesting.
     """
     if depth > MAX_DEPTH:
-        raise InputError(f"{where}: values lie more than {MAX_DEPTH} deep")
+        raise InputError(f"{source}: values lie more than {MAX_DEPTH} deep")
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise InputError(f"{where}: the key {_short(key)} is not text; {ALLOWED}")
-            checked(key, where, depth)
-            checked(inner, where, depth + 1)
+                raise InputError(f"{source}: the key {_truncated(key)} is not text; {ALLOWED}")
+            check_plain_data(key, source, depth)
+            check_plain_data(inner, source, depth + 1)
     elif isinstance(value, list | tuple):
         for inner in value:
-            checked(inner, where, depth + 1)
+            check_plain_data(inner, source, depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{where}: {value} is not a finite number")
+        raise InputError(f"{source}: {value} is not a finite number")
     elif type(value) is str and not _is_text(value):
-        raise InputError(f"{where}: {_short(value)} has half a character (a lone surrogate)")
+        raise InputError(f"{source}: {_truncated(value)} has half a character (a lone surrogate)")
     elif not (value is None or type(value) in (str, bool, int, float)):
-        raise InputError(f"{where}: a value of the kind {type(value).__name__!r}; {ALLOWED}")
+        raise InputError(f"{source}: a value of the kind {type(value).__name__!r}; {ALLOWED}")
     return value
 
 
-def _text(path: str | Path, what: str, most: int) -> str:
+def _text(path: str | Path, description: str, max_bytes: int) -> str:
     path = Path(path).expanduser()
     try:
         with open(path, "rb") as file:
-            content = file.read(most + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
-        raise InputError(f"{what} {str(path)!r} cannot be read ({error.strerror})") from None
-    if len(content) > most:
-        raise InputError(f"{what} {str(path)!r} has more than {most:,} bytes, which is the most allowed")
+        raise InputError(f"{description} {str(path)!r} cannot be read ({error.strerror})") from None
+    if len(content) > max_bytes:
+        raise InputError(f"{description} {str(path)!r} has more than {max_bytes:,} bytes, which is the most allowed")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise InputError(f"{what} {str(path)!r}, line {line}: not UTF-8; save it in UTF-8") from None
+        raise InputError(f"{description} {str(path)!r}, line {line}: not UTF-8; save it in UTF-8") from None
 
 
-def _place(mark: Any) -> str:
+def _position(mark: Any) -> str:
     return f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
 
 
@@ -255,14 +259,14 @@ def _is_text(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text) if not text.isascii() else True
 
 
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+def _truncated(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def digest(facts: Any, length: int = 16) -> str:
+def digest(value: Any, length: int = 16) -> str:
     """The first hex digits of the SHA-256 of JSON's values; a mapping's order does not count.
 
     Committed rows and cells have such names: the text that is hashed stays as it is.
     """
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:length]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]

@@ -10,18 +10,18 @@ class InputError(ValueError):
     """Something that was given cannot be used. The command line prints the message alone and exits with status 2."""
 
 
-def one_of(kind: str, given: object, allowed: Iterable[str]) -> str:
-    """`given` if it is in `allowed`; otherwise an `InputError` that lists what is allowed and the nearest name."""
+def one_of(kind: str, value: object, allowed: Iterable[str]) -> str:
+    """`value` if it is in `allowed`; otherwise an `InputError` that lists what is allowed and the nearest name."""
     allowed = list(allowed)
-    if given in allowed:
-        return given
-    near = difflib.get_close_matches(str(given), allowed, n=1)
-    guess = f" (did you mean {near[0]!r}?)" if near else ""
+    if value in allowed:
+        return value
+    matches = difflib.get_close_matches(str(value), allowed, n=1)
+    suggestion = f" (did you mean {matches[0]!r}?)" if matches else ""
     names = ", ".join(allowed) if allowed else "none"
-    raise InputError(f"unknown {kind} {str(given)!r}{guess}; allowed: {names}")
+    raise InputError(f"unknown {kind} {str(value)!r}{suggestion}; allowed: {names}")
 
 
-def require(module: str, extra: str) -> ModuleType:
+def import_optional(module: str, extra: str) -> ModuleType:
     """Import an optional `module`, or say which extra of vitbench installs it."""
     try:
         return importlib.import_module(module)

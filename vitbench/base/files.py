@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import psutil
 
 from vitbench.base.errors import InputError
-from vitbench.base.paths import probe
+from vitbench.base.paths import check_writable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # no space or no right, which the user can mend
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-PART = re.compile(
+UNWRITABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+TEMPORARY_NAME = re.compile(
     r"\.vitbench\.(\d+)\.[0-9a-f]{8}\.part"
 )  # a temporary name, with the id of the process that writes it
 
 
-def part_name() -> str:
+def temporary_name() -> str:
     """A new temporary name, short enough to stand beside a file with the longest name there can be."""
     return f".vitbench.{os.getpid()}.{uuid.uuid4().hex[:8]}.part"
 
@@ -43,9 +43,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         OSError: the file cannot be written; its `filename` is `path`, and no part is left.
     """
     path = Path(os.path.realpath(path))  # a link keeps pointing where it points
-    part = path.with_name(part_name())
+    part = path.with_name(temporary_name())
     try:
-        with naming(path, part):
+        with report_final_path(path, part):
             yield part
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
@@ -73,7 +73,7 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
 
 
 @contextlib.contextmanager
-def naming(path: Path, part: Path) -> Iterator[None]:
+def report_final_path(path: Path, part: Path) -> Iterator[None]:
     """Let an error of writing to `part`, or to a file in it, name `path` instead, and let it be an `OSError`.
 
     Libraries written in Rust raise errors of their own kinds, with the system's number in the text.
@@ -87,8 +87,8 @@ def naming(path: Path, part: Path) -> Iterator[None]:
             error.filename = str(path / Path(os.fsdecode(error.filename)).relative_to(part))
         raise
     except Exception as error:
-        if found := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if errno_match := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(errno_match[1]), os.strerror(int(errno_match[1])), str(path)) from error
         raise
 
 
@@ -119,22 +119,22 @@ def write_array(path: str | Path, array: "np.ndarray") -> None:
     """Write a .npy file, whole or not at all."""
     import numpy as np
 
-    held = io.BytesIO()  # numpy's own way into a file loses the system's reason why it cannot be written
-    np.save(held, array)
-    write_bytes(path, held.getbuffer())
+    buffer = io.BytesIO()  # numpy's own way into a file loses the system's reason why it cannot be written
+    np.save(buffer, array)
+    write_bytes(path, buffer.getbuffer())
 
 
-def drawn(figure: "Figure", kind: str, **options: Any) -> bytes:
-    """A matplotlib figure as the content of a file of this `kind`, "png", "svg" or "pdf"; `options` are `savefig`'s."""
-    held = io.BytesIO()  # the writer of pictures loses the system's reason why a file cannot be written
-    figure.savefig(held, format=kind, **options)
-    return held.getvalue()
+def figure_bytes(figure: "Figure", file_format: str, **options: Any) -> bytes:
+    """A matplotlib figure as the content of a file of this `file_format`, "png", "svg" or "pdf"; `options` are `savefig`'s."""
+    buffer = io.BytesIO()  # the writer of pictures loses the system's reason why a file cannot be written
+    figure.savefig(buffer, format=file_format, **options)
+    return buffer.getvalue()
 
 
 def copy_file(source: str | Path, path: str | Path) -> None:
     """Copy a file's content, whole or not at all."""
-    with open(source, "rb") as file, atomic_file(path) as there:
-        shutil.copyfileobj(file, there)
+    with open(source, "rb") as file, atomic_file(path) as target:
+        shutil.copyfileobj(file, target)
 
 
 def append_bytes(path: str | Path, lines: bytes) -> None:
@@ -144,7 +144,7 @@ def append_bytes(path: str | Path, lines: bytes) -> None:
         OSError: the file cannot be written; its `filename` is `path`, and what was in it is unchanged.
     """
     path = Path(path)
-    with naming(path, path):
+    with report_final_path(path, path):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         size = os.fstat(handle).st_size
         try:
@@ -159,18 +159,18 @@ def append_bytes(path: str | Path, lines: bytes) -> None:
             os.close(handle)
 
 
-def trim(path: str | Path) -> bytes:
+def drop_partial_line(path: str | Path) -> bytes:
     """Take out a last line that was not written to its end, as a killed process leaves it; returns what was taken out."""
     path = Path(path)
     text = path.read_bytes() if path.is_file() else b""
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        os.truncate(path, whole)
-    return text[whole:]
+    complete_size = text.rfind(b"\n") + 1
+    if complete_size < len(text):
+        os.truncate(path, complete_size)
+    return text[complete_size:]
 
 
 @dataclass(frozen=True)
-class Kind:
+class FolderKind:
     """A kind of folder that this project writes, and by what it is known again.
 
     Attributes:
@@ -185,7 +185,7 @@ class Kind:
     keys: frozenset[str]
     files: Callable[[dict[str, Any]], Iterable[str]]
 
-    def own(self, folder: Path) -> set[str]:
+    def written_files(self, folder: Path) -> set[str]:
         """The names of the files in `folder` that this project wrote; empty if it is not of this kind."""
         try:
             content = json.loads((folder / self.manifest).read_text(encoding="utf-8"))
@@ -193,13 +193,15 @@ class Kind:
             return set()
         if not isinstance(content, dict) or not content.keys() >= self.keys:
             return set()
-        listed = {self.manifest, *self.files(content)}
+        expected_files = {self.manifest, *self.files(content)}
         return {
-            entry.name for entry in os.scandir(folder) if entry.name in listed and entry.is_file(follow_symlinks=False)
+            entry.name
+            for entry in os.scandir(folder)
+            if entry.name in expected_files and entry.is_file(follow_symlinks=False)
         }
 
 
-def check_target(path: str | Path, kind: Kind) -> Path:
+def check_target(path: str | Path, kind: FolderKind) -> Path:
     """Where a folder of this kind would be written; links are followed, and nothing is made yet.
 
     Call it before any work, so that a folder that cannot be written is known then.
@@ -212,34 +214,36 @@ def check_target(path: str | Path, kind: Kind) -> Path:
         if not target.is_dir():
             if os.path.lexists(target):
                 raise InputError(f"{str(path)!r} is a file, and {kind.name} is a folder; give another name")
-            probe(next(folder for folder in target.parents if os.path.lexists(folder)))
+            check_writable(next(folder for folder in target.parents if os.path.lexists(folder)))
             return target
-        strangers = _strangers(target, kind)
-        if not strangers:
-            probe(target)
+        foreign_files = _foreign_files(target, kind)
+        if not foreign_files:
+            check_writable(target)
             return target
     except OSError as error:
         raise InputError(
             f"{str(path)!r} cannot be written ({error.strerror}); give a folder with free space that you own"
         ) from None
-    named = repr(strangers[0]) + (f" and {len(strangers) - 1} more" if len(strangers) > 1 else "")
-    if kind.own(target):
+    foreign_text = repr(foreign_files[0]) + (f" and {len(foreign_files) - 1} more" if len(foreign_files) > 1 else "")
+    if kind.written_files(target):
         raise InputError(
-            f"{str(path)!r} holds {kind.name} and beside it {named}, which would be lost; move that away or give a new folder"
+            f"{str(path)!r} holds {kind.name} and beside it {foreign_text}, which would be lost; move that away or give a new folder"
         )
     raise InputError(
-        f"{str(path)!r} holds {named} and is not {kind.name}, so it is left alone; give a new or an empty folder"
+        f"{str(path)!r} holds {foreign_text} and is not {kind.name}, so it is left alone; give a new or an empty folder"
     )
 
 
-def _strangers(folder: Path, kind: Kind) -> list[str]:
+def _foreign_files(folder: Path, kind: FolderKind) -> list[str]:
     """Names in `folder` that this project did not write there."""
-    own = kind.own(folder)
-    return sorted(name for name in os.listdir(folder) if name not in own and not PART.fullmatch(name))
+    written_files = kind.written_files(folder)
+    return sorted(
+        name for name in os.listdir(folder) if name not in written_files and not TEMPORARY_NAME.fullmatch(name)
+    )
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, kind: Kind) -> Iterator[Path]:
+def atomic_folder(path: str | Path, kind: FolderKind) -> Iterator[Path]:
     """A new folder to fill with files; when the block ends well, they lie at `path`, and else nothing there has changed.
 
     A folder of the same kind is replaced, file by file and the manifest last: a folder that is a link, somebody's current
@@ -251,26 +255,28 @@ def atomic_folder(path: str | Path, kind: Kind) -> Iterator[Path]:
     """
     target = check_target(path, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = (target if target.is_dir() else target.parent) / part_name()
+    part = (target if target.is_dir() else target.parent) / temporary_name()
     try:
-        with naming(target, part):
+        with report_final_path(target, part):
             part.mkdir()  # its mode follows the umask
             yield part
             if target.is_dir():
-                _move_in(part, check_target(target, kind), kind)
+                _replace_files(part, check_target(target, kind), kind)
             else:
                 part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _move_in(part: Path, target: Path, kind: Kind) -> None:
-    old = kind.own(target)
+def _replace_files(part: Path, target: Path, kind: FolderKind) -> None:
+    old = kind.written_files(target)
     new = sorted((file.name for file in part.iterdir()), key=lambda name: (name == kind.manifest, name))
     for name in new:
         os.replace(part / name, target / name)
     for name in old - set(new):
         (target / name).unlink(missing_ok=True)
-    for left in target.iterdir():  # what a process that was killed left
-        if (found := PART.fullmatch(left.name)) and not psutil.pid_exists(int(found[1])):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    for leftover in target.iterdir():  # what a process that was killed left
+        if (temporary_match := TEMPORARY_NAME.fullmatch(leftover.name)) and not psutil.pid_exists(
+            int(temporary_match[1])
+        ):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)

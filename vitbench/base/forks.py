@@ -20,19 +20,19 @@ from socket import socket, socketpair
 from subprocess import TimeoutExpired
 from typing import IO, Any, NoReturn
 
-from vitbench.base.processes import Channel, ProcessError, Started, last_words
+from vitbench.base.processes import Channel, ChildProcess, ProcessError, failure_reason
 
 CAN_FORK = sys.platform == "linux"  # macOS has fork too, but its own libraries do not survive it
 PR_SET_PDEATHSIG = 1
 IMPORT_SECONDS = 600  # for the kept process's imports, on a machine that is busy
-GONE_SECONDS, CLOSE_SECONDS = 10.0, 2.0
+EXIT_TIMEOUT_SECONDS, CLOSE_SECONDS = 10.0, 2.0
 
 
-class Forked:
+class ForkedProcess:
     """A child that was forked, seen from the process that asked for it."""
 
-    def __init__(self, channel: Channel, said: IO[bytes]):
-        self._channel, self._said = channel, said
+    def __init__(self, channel: Channel, output_file: IO[bytes]):
+        self._channel, self._output_file = channel, output_file
         self._result: Any = None
         self._status: int | None = None
         self._ended = False
@@ -56,7 +56,7 @@ class Forked:
 
     def kill(self) -> None:
         """End it and its process group."""
-        self._channel.hang_up()
+        self._channel.shutdown_write()
 
     def result(self, seconds: float | None = None) -> Any:
         """What its work returned.
@@ -70,17 +70,17 @@ class Forked:
                 raise TimeoutError
         except BaseException:  # interrupted, too
             self.kill()
-            self.ended(GONE_SECONDS)
+            self.ended(EXIT_TIMEOUT_SECONDS)
             raise
         if self._status is None:
             raise ProcessError("the process that it was forked from ended")
         if self._status or self._result is None:
-            raise ProcessError(self.why())
+            raise ProcessError(self.failure_reason())
         return self._result
 
-    def why(self) -> str:
+    def failure_reason(self) -> str:
         """Why it failed, in one line."""
-        return last_words(self._said, self._status or 0)
+        return failure_reason(self._output_file, self._status or 0)
 
 
 class ForkServer:
@@ -92,25 +92,25 @@ class ForkServer:
     """
 
     def __init__(self, imports: Sequence[str], variables: dict[str, str]):
-        self._lock, self._serves = threading.Lock(), False
-        self._started: Started | None = Started("vitbench.base.forks", variables)
+        self._lock, self._is_ready = threading.Lock(), False
+        self._started: ChildProcess | None = ChildProcess("vitbench.base.forks", variables)
         self._channel = self._started.channel
         with contextlib.suppress(BrokenPipeError):  # it ended already, which `fork` explains
             self._channel.send({"imports": list(imports)})
 
     @classmethod
-    def of_this_process(cls) -> "ForkServer":
+    def from_this_process(cls) -> "ForkServer":
         """A copy of this process, which has imported all and started no thread."""
         server = cls.__new__(cls)
-        server._lock, server._serves, server._started = threading.Lock(), True, None
-        own, other = socketpair()
+        server._lock, server._is_ready, server._started = threading.Lock(), True, None
+        parent_socket, child_socket = socketpair()
         server.pid = os.fork()
         if not server.pid:
-            own.close()
+            parent_socket.close()
             os.setpgid(0, 0)
-            serve(Channel(other))
-        other.close()
-        server._channel = Channel(own)
+            serve(Channel(child_socket))
+        child_socket.close()
+        server._channel = Channel(parent_socket)
         return server
 
     def alive(self) -> bool:
@@ -120,36 +120,36 @@ class ForkServer:
             return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
         return False
 
-    def fork(self, module: str, arguments: dict[str, Any], variables: dict[str, str], folder: str) -> Forked:
+    def fork(self, module: str, arguments: dict[str, Any], variables: dict[str, str], folder: str) -> ForkedProcess:
         """A child that runs `work(**arguments)` of a module, with `variables` as its environment, in `folder`; it has begun.
 
         Raises:
             ProcessError: the kept process did not start, or ended.
         """
-        own, other = socketpair()
-        said = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the child)
-        order = {"module": module, "arguments": arguments, "variables": variables, "folder": folder}
-        with self._lock, other:
+        parent_socket, child_socket = socketpair()
+        output_file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the child)
+        request = {"module": module, "arguments": arguments, "variables": variables, "folder": folder}
+        with self._lock, child_socket:
             try:
                 if self._started:
-                    self._started.greet()
-                self._channel.send(order, files=[other.fileno(), said.fileno()])
-                other.close()
-                Channel(own).receive(IMPORT_SECONDS)
-                self._serves = True
+                    self._started.wait_ready()
+                self._channel.send(request, files=[child_socket.fileno(), output_file.fileno()])
+                child_socket.close()
+                Channel(parent_socket).receive(IMPORT_SECONDS)
+                self._is_ready = True
             except TimeoutError:
                 self.close()
                 raise ProcessError(f"the process that is forked was not ready within {IMPORT_SECONDS} s") from None
             except (OSError, EOFError):
-                reason = f": {self._started.why()}" if self._started else ""
+                reason = f": {self._started.failure_reason()}" if self._started else ""
                 raise ProcessError(f"the process that is forked ended{reason}") from None
-        return Forked(Channel(own), said)
+        return ForkedProcess(Channel(parent_socket), output_file)
 
     def close(self) -> None:
         """End it and its children."""
-        self._channel.hang_up()
+        self._channel.shutdown_write()
         if self._started:
-            if self._serves:  # it ends its children first
+            if self._is_ready:  # it ends its children first
                 with contextlib.suppress(TimeoutExpired):
                     self._started.process.wait(CLOSE_SECONDS)
             self._started.close()
@@ -163,12 +163,12 @@ def main(channel: Channel) -> NoReturn:
     serve(channel)
 
 
-def serve(orders: Channel) -> NoReturn:
+def serve(requests: Channel) -> NoReturn:
     """Fork for each order until the socket closes; then end what is left."""
     gc.disable()
     gc.freeze()  # what was imported is garbage for no process
     try:
-        _Server(orders).run()
+        _Server(requests).run()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -176,80 +176,84 @@ def serve(orders: Channel) -> NoReturn:
 
 
 class _Server:
-    def __init__(self, orders: Channel):
-        self.orders = orders
+    def __init__(self, requests: Channel):
+        self.requests = requests
         self.children: dict[int, Channel] = {}  # by process id
-        self.doomed: set[int] = set()
-        self.woken, wake = os.pipe()
-        os.set_blocking(wake, False)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        self.killed_pids: set[int] = set()
+        self.wakeup_read_fd, wakeup_write_fd = os.pipe()
+        os.set_blocking(wakeup_write_fd, False)
+        signal.set_wakeup_fd(wakeup_write_fd, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        self.wake = wake
+        self.wakeup_write_fd = wakeup_write_fd
 
     def run(self) -> None:
         while True:
-            ends = {channel.end: pid for pid, channel in self.children.items() if pid not in self.doomed}
-            ready = wait([self.orders.end, self.woken, *ends])
-            if self.woken in ready:
-                os.read(self.woken, 4096)
-                self._bury()
-            for end in set(ready) & ends.keys():  # nothing is sent to a child, so this is the end of who asked for it
-                self._kill(ends[end])
-            if self.orders.end in ready:
+            child_sockets = {
+                channel.socket: pid for pid, channel in self.children.items() if pid not in self.killed_pids
+            }
+            ready = wait([self.requests.socket, self.wakeup_read_fd, *child_sockets])
+            if self.wakeup_read_fd in ready:
+                os.read(self.wakeup_read_fd, 4096)
+                self._reap()
+            for child_socket in (
+                set(ready) & child_sockets.keys()
+            ):  # nothing is sent to a child, so this is the end of who asked for it
+                self._kill(child_sockets[child_socket])
+            if self.requests.socket in ready:
                 try:
-                    order, files = self.orders.receive_with_files(2)
+                    request, files = self.requests.receive_with_files(2)
                 except (EOFError, ConnectionError):
                     for pid in self.children:
                         self._kill(pid)
                     return
-                self._fork(order, *files)
+                self._fork(request, *files)
 
-    def _fork(self, order: dict[str, Any], end: int, said: int) -> None:
-        child, server = Channel(socket(fileno=end)), os.getpid()
+    def _fork(self, request: dict[str, Any], socket_fd: int, output_file: int) -> None:
+        child, server = Channel(socket(fileno=socket_fd)), os.getpid()
         pid = os.fork()
         if not pid:
-            self._be_the_child(order, child, said, server)
-        os.close(said)
+            self._run_child(request, child, output_file, server)
+        os.close(output_file)
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(pid, pid)  # the child does so too: whoever comes first
         self.children[pid] = child
 
     def _kill(self, pid: int) -> None:
-        self.doomed.add(pid)
+        self.killed_pids.add(pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """Say of each child that ended what its exit status was."""
         for pid, channel in list(self.children.items()):
-            gone, status = os.waitpid(pid, os.WNOHANG)
-            if gone:
+            exited_pid, status = os.waitpid(pid, os.WNOHANG)
+            if exited_pid:
                 del self.children[pid]
-                self.doomed.discard(pid)
+                self.killed_pids.discard(pid)
                 with contextlib.suppress(OSError):  # whoever asked is gone
                     channel.send({"status": os.waitstatus_to_exitcode(status)})
                 channel.close()
 
-    def _be_the_child(self, order: dict[str, Any], channel: Channel, said: int, server: int) -> NoReturn:
+    def _run_child(self, request: dict[str, Any], channel: Channel, output_file: int, server: int) -> NoReturn:
         status = 1
         try:
-            _end_with(server)
+            _die_with_parent(server)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setpgid(0, 0)
-            for other in (self.orders, *self.children.values()):
+            for other in (self.requests, *self.children.values()):
                 other.close()
-            os.close(self.woken)
-            os.close(self.wake)
+            os.close(self.wakeup_read_fd)
+            os.close(self.wakeup_write_fd)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
+            os.dup2(output_file, 1)
+            os.dup2(output_file, 2)
             os.environ.clear()
-            os.environ.update(order["variables"])
-            os.chdir(order["folder"])
+            os.environ.update(request["variables"])
+            os.chdir(request["folder"])
             gc.enable()
             channel.send("begun")
-            channel.send({"result": importlib.import_module(order["module"]).work(**order["arguments"])})
+            channel.send({"result": importlib.import_module(request["module"]).work(**request["arguments"])})
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -259,7 +263,7 @@ class _Server:
             os._exit(status)  # to take down what was imported would take another second
 
 
-def _end_with(server: int) -> None:
+def _die_with_parent(server: int) -> None:
     """Have the system end this process when its parent is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:  # it was killed before

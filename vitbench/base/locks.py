@@ -9,35 +9,35 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from vitbench.base.errors import InputError
-from vitbench.base.files import append_bytes, naming
+from vitbench.base.files import append_bytes, report_final_path
 
 # what a network file system without a lock service answers
-WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+NO_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, busy: str = "") -> Iterator[None]:
+def locked(path: str | Path, busy_message: str = "") -> Iterator[None]:
     """Hold the lock of the file `path` while the block runs; the system drops it when the process ends, however it ends.
 
     Where the file system has no locks, the file `path`.held stands for one. It names its process and machine, and one whose
     process is gone is taken over; of a process on another machine that cannot be known.
 
     Args:
-        busy: what to say if another process holds the lock; "" waits until it does not.
+        busy_message: what to say if another process holds the lock; "" waits until it does not.
 
     Raises:
-        InputError: another process holds the lock, and `busy` says so.
+        InputError: another process holds the lock, and `busy_message` says so.
         OSError: the folder cannot be written.
     """
-    path, timeout = Path(path), 0 if busy else -1
+    path, timeout = Path(path), 0 if busy_message else -1
     try:
-        with naming(path, path):
+        with report_final_path(path, path):
             lock = _lock_of(path)
             lock.acquire(timeout=timeout)
     except Timeout:
-        kept = Path(lock.lock_file)
-        by_hand = f" (if that has ended, delete {str(kept)!r})" if isinstance(lock, SoftFileLock) else ""
-        raise InputError(busy + by_hand) from None
+        lock_file = Path(lock.lock_file)
+        hint = f" (if that has ended, delete {str(lock_file)!r})" if isinstance(lock, SoftFileLock) else ""
+        raise InputError(busy_message + hint) from None
     try:
         yield
     finally:
@@ -49,7 +49,7 @@ def is_locked(path: str | Path) -> bool:
     if not Path(path).parent.is_dir():
         return False
     try:
-        with locked(path, busy="held"):
+        with locked(path, busy_message="held"):
             return False
     except InputError:
         return True
@@ -71,7 +71,7 @@ def _has_locks(path: Path) -> bool:
         try:
             fcntl.flock(probe.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in WITHOUT_LOCKS:
+            if error.errno in NO_LOCK_ERRNOS:
                 return False
             raise
     if not path.exists():

@@ -41,20 +41,20 @@ def shipped(name: str) -> Path | None:
     return folder if folder and folder.is_dir() and name != "cache" else None
 
 
-def writable_folder(path: str | Path, what: str) -> Path:
+def writable_folder(path: str | Path, description: str) -> Path:
     """Make `path` a folder that can be written, or raise `InputError` that says why it cannot."""
     path = Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe(path)
+        check_writable(path)
     except OSError as error:
         raise InputError(
-            f"{what} {str(path)!r} cannot be written ({error.strerror}); give a folder with free space that you own"
+            f"{description} {str(path)!r} cannot be written ({error.strerror}); give a folder with free space that you own"
         ) from None
     return path
 
 
-def probe(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Write a file of no name in `folder` and let it go; an `OSError` says why that cannot be."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"0" * 4096)

@@ -25,7 +25,7 @@ from vitbench.base.paths import home
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-P")
-BOOT = "import sys; from vitbench.base.processes import boot; boot(*sys.argv[1:])"
+CHILD_COMMAND = "import sys; from vitbench.base.processes import child_main; child_main(*sys.argv[1:])"
 END_SECONDS = 2.0
 START_SECONDS = 120  # for Python and this package's first module, on a machine that is busy
 SIZE = struct.Struct("!I")  # what precedes a message: its length in bytes
@@ -39,17 +39,17 @@ class Channel:
     """Messages of JSON over one end of a socket pair."""
 
     def __init__(self, end: socket.socket):
-        self.end = end
+        self.socket = end
 
     def send(self, message: Any, files: Sequence[int] = ()) -> None:
         """Send a message, and with it open files (by number, where the system can)."""
         body = json.dumps(message).encode()
         head = SIZE.pack(len(body))
         if files:
-            socket.send_fds(self.end, [head], files)
-            self.end.sendall(body)
+            socket.send_fds(self.socket, [head], files)
+            self.socket.sendall(body)
         else:
-            self.end.sendall(head + body)
+            self.socket.sendall(head + body)
 
     def receive(self, seconds: float | None = None) -> Any:
         """The next message.
@@ -64,7 +64,7 @@ class Channel:
 
     def receive_with_files(self, count: int) -> tuple[Any, list[int]]:
         """The next message and the `count` files that came with it."""
-        head, files, _, _ = socket.recv_fds(self.end, SIZE.size, count)
+        head, files, _, _ = socket.recv_fds(self.socket, SIZE.size, count)
         head += self._bytes(SIZE.size - len(head)) if head else b""
         if not head:
             raise EOFError
@@ -72,21 +72,21 @@ class Channel:
 
     def readable(self, seconds: float | None) -> bool:
         """Whether a message or the end is there, or comes within `seconds` (None: it is waited for)."""
-        return bool(wait([self.end], seconds))
+        return bool(wait([self.socket], seconds))
 
-    def hang_up(self) -> None:
+    def shutdown_write(self) -> None:
         """Send no more, which ends the other process; what it still says can be received."""
         with contextlib.suppress(OSError):
-            self.end.shutdown(socket.SHUT_WR)
+            self.socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        self.end.close()
+        self.socket.close()
 
     def _bytes(self, count: int) -> bytes:
         parts = []
         while count:
             try:
-                part = self.end.recv(count)
+                part = self.socket.recv(count)
             except ConnectionError:  # closed with messages unread
                 part = b""
             if not part:
@@ -96,7 +96,7 @@ class Channel:
         return b"".join(parts)
 
 
-def open_streams() -> None:
+def open_standard_streams() -> None:
     """Open the standard streams that are closed, as in a service: a file opened later would get their numbers."""
     for number in (0, 1, 2):
         try:
@@ -109,61 +109,61 @@ def open_streams() -> None:
             setattr(sys, name, stream)
 
 
-def environment(threads: int | None = None) -> dict[str, str]:
+def child_environment(threads: int | None = None) -> dict[str, str]:
     """The environment of a Python child that imports this same package, and nothing of the current folder.
 
     Args:
         threads: how many its libraries compute with; None leaves that to them.
     """
-    here = os.path.realpath(os.curdir)
+    current_folder = os.path.realpath(os.curdir)
     path = [PACKAGE.parent, *filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    path = [str(each) for each in path if each == PACKAGE.parent or os.path.realpath(each) != here]
-    own = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "VITBENCH_HOME": str(home())}
-    return (os.environ if threads is None else standalone.thread_environment(threads)) | own
+    path = [str(entry) for entry in path if entry == PACKAGE.parent or os.path.realpath(entry) != current_folder]
+    overrides = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "VITBENCH_HOME": str(home())}
+    return (os.environ if threads is None else standalone.thread_environment(threads)) | overrides
 
 
-def last_words(said: IO[bytes], status: int) -> str:
+def failure_reason(output_file: IO[bytes], status: int) -> str:
     """Why a process failed, from the file that it printed to and its exit status."""
-    said.seek(0)
-    return standalone.reason(said.read().decode(errors="replace"), status)
+    output_file.seek(0)
+    return standalone.failure_reason(output_file.read().decode(errors="replace"), status)
 
 
-class Started:
+class ChildProcess:
     """A new Python process, in a process group of its own, that runs `main(channel)` of a module.
 
     Args:
         module: its name; it is a module of this package.
-        variables: the environment, as `environment` gives it.
+        variables: the environment, as `child_environment` gives it.
     """
 
     def __init__(self, module: str, variables: dict[str, str]):
-        open_streams()
-        self.said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
+        open_standard_streams()
+        self.output_file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
         self._folder = tempfile.TemporaryDirectory(prefix="vitbench.", ignore_cleanup_errors=True)
-        own, other = socket.socketpair()
-        self.channel, self._greeted = Channel(own), False
+        parent_socket, child_socket = socket.socketpair()
+        self.channel, self._is_ready = Channel(parent_socket), False
         windows = sys.platform == "win32"
-        options = {} if windows else {"pass_fds": [other.fileno()], "process_group": 0}
-        with other:
+        options = {} if windows else {"pass_fds": [child_socket.fileno()], "process_group": 0}
+        with child_socket:
             self.process = subprocess.Popen(
-                [*PYTHON, "-c", BOOT, module, str(other.fileno())],
+                [*PYTHON, "-c", CHILD_COMMAND, module, str(child_socket.fileno())],
                 stdin=subprocess.PIPE if windows else subprocess.DEVNULL,
-                stdout=self.said,
-                stderr=self.said,
+                stdout=self.output_file,
+                stderr=self.output_file,
                 cwd=self._folder.name,
                 env=variables,
                 **options,
             )
             if windows:  # sockets have no numbers there that a child could inherit
-                self.process.communicate(other.share(self.process.pid))
+                self.process.communicate(child_socket.share(self.process.pid))
 
-    def greet(self) -> None:
+    def wait_ready(self) -> None:
         """Wait until it has said that it runs this very package.
 
         Raises:
             ProcessError: it ended, or runs another one.
         """
-        if self._greeted:
+        if self._is_ready:
             return
         try:
             package = self.channel.receive(START_SECONDS)["package"]
@@ -171,25 +171,25 @@ class Started:
             self.close()
             raise ProcessError(f"{sys.executable} did not start within {START_SECONDS} s") from None
         except EOFError:
-            raise ProcessError(f"{sys.executable} did not start: {self.why()}") from None
+            raise ProcessError(f"{sys.executable} did not start: {self.failure_reason()}") from None
         if package != str(PACKAGE):
             self.close()
             raise ProcessError(f"the child imported vitbench from {package}, not from {PACKAGE}; see PYTHONPATH")
-        self._greeted = True
+        self._is_ready = True
 
-    def why(self) -> str:
+    def failure_reason(self) -> str:
         """Why it failed, in one line; it is ended, if it does not end by itself, as it does after an error."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
         self.close()
-        return last_words(self.said, self.process.returncode)
+        return failure_reason(self.output_file, self.process.returncode)
 
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def close(self) -> None:
         """End it and what it started, at once."""
-        self.channel.hang_up()
+        self.channel.shutdown_write()
         if self.alive():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 self.process.kill() if sys.platform == "win32" else os.killpg(self.process.pid, signal.SIGKILL)
@@ -197,18 +197,22 @@ class Started:
         self._folder.cleanup()
 
 
-def end_group() -> NoReturn:
-    """End this process, which was `Started`, and all of its group."""
+def kill_process_group() -> NoReturn:
+    """End this process, which was `ChildProcess`, and all of its group."""
     if sys.platform != "win32":
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
-def boot(module: str, end: str) -> None:
+def child_main(module: str, socket_number: str) -> None:
     """The child's side: say which package runs, then run `main` of the module."""
-    own = socket.fromshare(sys.stdin.buffer.read()) if sys.platform == "win32" else socket.socket(fileno=int(end))
-    own.set_inheritable(False)
-    channel = Channel(own)
+    parent_socket = (
+        socket.fromshare(sys.stdin.buffer.read())
+        if sys.platform == "win32"
+        else socket.socket(fileno=int(socket_number))
+    )
+    parent_socket.set_inheritable(False)
+    channel = Channel(parent_socket)
     with contextlib.suppress(EOFError, BrokenPipeError):  # whoever started it is gone
         channel.send({"package": str(PACKAGE)})
         importlib.import_module(module).main(channel)

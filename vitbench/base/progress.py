@@ -9,24 +9,26 @@ from tqdm import tqdm
 TIME_ONLY = "{desc}: {percentage:3.0f} %|{bar}| {elapsed} gone, {remaining} left{postfix}"
 
 
-def bar(work: Iterable | None, title: str, total: float | None = None, unit: str = "it", layout: str = "") -> tqdm:
+def progress_bar(
+    iterable: Iterable | None, title: str, total: float | None = None, unit: str = "it", bar_format: str = ""
+) -> tqdm:
     """A bar with the time that is left. One inside another disappears when it is done."""
     notebook = _in_notebook()
     kind, file = (_NotebookBar, _Line()) if notebook else (tqdm, sys.stdout)
     return kind(
-        work,
+        iterable,
         desc=title,
         total=total,
         unit=unit,
         file=file,
         mininterval=0.1 if sys.stdout.isatty() else 2.0,
         ncols=90 if notebook else 100,
-        bar_format=layout or None,
+        bar_format=bar_format or None,
         ascii=not (notebook or _takes_blocks(sys.stdout)),
     )
 
 
-def lenient(*streams: IO[str] | None) -> None:
+def escape_unencodable(*streams: IO[str] | None) -> None:
     """Have streams write letters that their encoding lacks as escapes; by default an error would end the work."""
     for stream in streams:
         if hasattr(stream, "reconfigure"):
@@ -90,8 +92,8 @@ class _Line:
         from IPython.display import display
 
         number, handle, lines = _Line.cell
-        shown = {"text/plain": "\n".join(line.text for line in lines if line.text)}
+        mime_bundle = {"text/plain": "\n".join(line.text for line in lines if line.text)}
         if handle is None:
-            _Line.cell = (number, display(shown, raw=True, display_id=True), lines)
+            _Line.cell = (number, display(mime_bundle, raw=True, display_id=True), lines)
         else:
-            handle.update(shown, raw=True)
+            handle.update(mime_bundle, raw=True)

@@ -20,7 +20,7 @@ from typing import Any
 # the package that runs a file with this suffix, and the name of the backend
 PACKAGES = {".onnx": "onnxruntime", ".xml": "openvino"}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-WARM_CALLS, WARM_SECONDS, STABLE = 10, 10.0, 0.05
+WARMUP_CALLS, WARM_SECONDS, STABLE_RELATIVE_CHANGE = 10, 10.0, 0.05
 MIN_ROUNDS, MAX_SECONDS = 20, 60.0
 STARTS, TIME_LIMIT = 5, 600
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -50,13 +50,13 @@ def onnx_session(model: bytes | str, threads: int, optimized: str = "", portable
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     # its threads wait busily for more work; what is timed in turn with it should not find the cores taken
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if saturates():  # slower, and exact, is to widen the codes
+    if int8_sums_can_overflow():  # slower, and exact, is to widen the codes
         options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @functools.cache
-def saturates() -> bool:
+def int8_sums_can_overflow() -> bool:
     """Whether this CPU's products of 8-bit codes can overflow: an x86 without VNNI instructions, or of which that is not known."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -113,7 +113,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc's malloc keep, for the rest of this process, the memory that is freed.
 
     Whether it gives large blocks back depends on those that the process had before; where it does, every answer pays for page
@@ -127,7 +127,7 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def turns(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+def time_alternating(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
     """Milliseconds of each of `rounds` calls of each of `calls`, in turn after warm-up; rather fewer than too long."""
 
     def call(i: int) -> float:
@@ -153,13 +153,13 @@ def _warm_up(call: Callable[[], float]) -> None:
 
     start, before = time.monotonic(), float("inf")
     while True:
-        now = float(np.median([call() for _ in range(WARM_CALLS)]))
-        if abs(now - before) <= STABLE * now or time.monotonic() - start > WARM_SECONDS:
+        now = float(np.median([call() for _ in range(WARMUP_CALLS)]))
+        if abs(now - before) <= STABLE_RELATIVE_CHANGE * now or time.monotonic() - start > WARM_SECONDS:
             return
         before = now
 
 
-def one_answer(path: str, images: str, threads: int) -> dict[str, Any]:
+def measure_one_inference(path: str, images: str, threads: int) -> dict[str, Any]:
     """What one answer takes in this process: bytes after the imports and at the peak, seconds to load, when it came."""
     import numpy as np
 
@@ -171,14 +171,14 @@ def one_answer(path: str, images: str, threads: int) -> dict[str, Any]:
     return {"imports": imports, "peak": peak_bytes(), "load": loaded, "answered": time.monotonic()}
 
 
-def answer_command(path: Path, images: Path, threads: int) -> list[str]:
-    """The command that says `one_answer` of a fresh process."""
-    script, path, images = (os.path.abspath(each) for each in (__file__, path, images))
+def inference_command(path: Path, images: Path, threads: int) -> list[str]:
+    """The command that says `measure_one_inference` of a fresh process."""
+    script, path, images = (os.path.abspath(path) for path in (__file__, path, images))
     return [sys.executable, script, "--answer", path, "--images", images, "--threads", str(threads)]
 
 
 def in_fresh_process(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
-    """What a command like `answer_command` says, with `cold_start`: seconds from its start to the first answer.
+    """What a command like `inference_command` says, with `cold_start`: seconds from its start to the first answer.
 
     It works in a temporary folder and imports nothing from there; what it and its libraries print is not read, unless it fails.
 
@@ -189,30 +189,30 @@ def in_fresh_process(command: list[str], variables: dict[str, str]) -> dict[str,
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder, "answer.json")
+        result_file = Path(folder, "answer.json")
         options = {"cwd": folder, "env": variables | {"PYTHONSAFEPATH": "1"}, "stdin": subprocess.DEVNULL}
         start = time.monotonic()
         try:
-            done = subprocess.run(
-                [*command, "--to", str(said)], capture_output=True, text=True, timeout=TIME_LIMIT, **options
+            process = subprocess.run(
+                [*command, "--to", str(result_file)], capture_output=True, text=True, timeout=TIME_LIMIT, **options
             )
         except subprocess.TimeoutExpired:
             raise BundleError(f"one answer took more than {TIME_LIMIT} s") from None
-        if done.returncode or not said.exists():
-            raise BundleError(reason(done.stderr, done.returncode))
-        found = json.loads(said.read_text())
-    return {**found, "cold_start": found.pop("answered") - start}
+        if process.returncode or not result_file.exists():
+            raise BundleError(failure_reason(process.stderr, process.returncode))
+        result = json.loads(result_file.read_text())
+    return {**result, "cold_start": result.pop("answered") - start}
 
 
-def say(answer: dict[str, Any], to: str) -> None:
-    """Write the answer to the file `to`, or print it if that is empty."""
-    if to:
-        Path(to).write_text(json.dumps(answer))
+def write_result(result: dict[str, Any], output_file: str) -> None:
+    """Write the answer to the file `output_file`, or print it if that is empty."""
+    if output_file:
+        Path(output_file).write_text(json.dumps(result))
     else:
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(result), flush=True)
 
 
-def reason(stderr: str, status: int) -> str:
+def failure_reason(stderr: str, status: int) -> str:
     """Why a Python process failed: the error's own line where there is a traceback, else the last line."""
     lines = stderr.strip().splitlines()
     if status < 0:
@@ -227,10 +227,13 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """`--answer FILE --images FILE --threads N`: print `one_answer` as JSON, or with `--to FILE` write it there."""
-    given = dict(zip(arguments[::2], arguments[1::2]))
+    """`--answer FILE --images FILE --threads N`: print `measure_one_inference` as JSON, or with `--to FILE` write it there."""
+    options = dict(zip(arguments[::2], arguments[1::2]))
     try:
-        say(one_answer(given["--answer"], given["--images"], int(given["--threads"])), given.get("--to", ""))
+        write_result(
+            measure_one_inference(options["--answer"], options["--images"], int(options["--threads"])),
+            options.get("--to", ""),
+        )
     except BundleError as error:
         print(f"BundleError: {error}", file=sys.stderr)
         return 2

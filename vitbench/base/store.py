@@ -37,18 +37,18 @@ from vitbench.base.files import append_bytes, atomic_file, write_text
 PACKAGES = ("torch", "timm", "numpy", "PIL")  # what computes, and what prepares images
 
 
-def work_key(room: str, facts: dict[str, Any], device: str | torch.device = "cpu", packages: tuple = ()) -> str:
+def work_key(room: str, inputs: dict[str, Any], device: str | torch.device = "cpu", packages: tuple = ()) -> str:
     """The key of a piece of work: equal only if everything is equal that decides its result.
 
     Args:
         room: the folder of the package whose code, with all rooms that it imports, does the work.
-        facts: what it is given, as JSON's values: digests of models, fingerprints of images, settings.
+        inputs: what it is given, as JSON's values: digests of models, fingerprints of images, settings.
         device: where it is computed; the kind of device counts.
         packages: modules of installed ones that decide the result, beside `PACKAGES`.
     """
     return digest(
         {
-            "facts": facts,
+            "facts": inputs,
             "code": code_digest(room),
             "versions": {name: importlib.import_module(name).__version__ for name in (*PACKAGES, *packages)},
             "threads": torch.get_num_threads(),
@@ -57,16 +57,16 @@ def work_key(room: str, facts: dict[str, Any], device: str | torch.device = "cpu
     )
 
 
-class Kept:
+class StoredFile:
     """One file of work that can be taken up again.
 
     Args:
         path: the file.
-        what: what it holds, for messages, such as "checkpoint".
+        description: what it holds, for messages, such as "checkpoint".
     """
 
-    def __init__(self, path: str | Path, what: str):
-        self.path, self.what = Path(path), what
+    def __init__(self, path: str | Path, description: str):
+        self.path, self.description = Path(path), description
 
     def load(self) -> Any:
         """The tree that was saved; None if there is none, or if it is damaged, which is said."""
@@ -74,13 +74,13 @@ class Kept:
             return None
         try:
             return read_tree(self.path)
-        except Damaged as error:
-            print(f"the {self.what} {str(self.path)!r} is damaged ({error}); it is made again")
+        except CorruptFileError as error:
+            print(f"the {self.description} {str(self.path)!r} is damaged ({error}); it is made again")
             return None
 
     def save(self, tree: Any) -> None:
         """Keep a tree of tensors and plain values in place of the one before."""
-        paths.writable_folder(self.path.parent, f"folder of the {self.what}")
+        paths.writable_folder(self.path.parent, f"folder of the {self.description}")
         write_tree(self.path, tree)
 
     def remove(self) -> None:
@@ -98,34 +98,34 @@ class Store:
     def __init__(self, kind: str):
         self.kind = kind
 
-    def file(self, key: str) -> Kept:
+    def file(self, key: str) -> StoredFile:
         """The file of a key."""
-        return Kept(paths.model_cache() / self.kind / f"{key}.safetensors", f"file of {self.kind}")
+        return StoredFile(paths.model_cache() / self.kind / f"{key}.safetensors", f"file of {self.kind}")
 
     def tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of a key, by name: read, or made and kept."""
         file = self.file(key)
-        found = file.load()
-        if found is None:
-            found = {name: tensor.contiguous() for name, tensor in make().items()}
-            file.save(found)
-        return found
+        tensors = file.load()
+        if tensors is None:
+            tensors = {name: tensor.contiguous() for name, tensor in make().items()}
+            file.save(tensors)
+        return tensors
 
-    def notes(self, key: str) -> "Notes":
+    def journal(self, key: str) -> "Journal":
         """The notes of a key."""
-        return Notes(paths.model_cache() / self.kind / f"{key}.jsonl", self.kind)
+        return Journal(paths.model_cache() / self.kind / f"{key}.jsonl", self.kind)
 
 
-class Notes:
+class Journal:
     """What a long search found so far, one note a line; a note that was being written when the process died is none.
 
     Args:
         path: the file; "" keeps nothing.
-        what: what the notes are of, for messages.
+        description: what the notes are of, for messages.
     """
 
-    def __init__(self, path: str | Path, what: str):
-        self.path, self.what = Path(path) if path else None, what
+    def __init__(self, path: str | Path, description: str):
+        self.path, self.description = Path(path) if path else None, description
 
     def read(self) -> dict[str, Any]:
         """What is noted, by name; damaged notes are left out, and that is said."""
@@ -133,21 +133,23 @@ class Notes:
             return {}
         lines, damaged = read_lines(self.path)
         if damaged:
-            print(f"{damaged} of the notes of {self.what} in {str(self.path)!r} are damaged; they are made again")
+            print(
+                f"{damaged} of the notes of {self.description} in {str(self.path)!r} are damaged; they are made again"
+            )
         return dict(lines)
 
-    def add(self, name: str, value: Any) -> None:
+    def append(self, name: str, value: Any) -> None:
         """Note `value`, of JSON's types, under `name`."""
         if self.path is not None:
-            paths.writable_folder(self.path.parent, f"folder of {self.what}")
-            add_line(self.path, [name, value])
+            paths.writable_folder(self.path.parent, f"folder of {self.description}")
+            append_line(self.path, [name, value])
 
 
 TENSOR, PAIRS, TUPLE = "tensor", "pairs", "tuple"
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
-class Damaged(ValueError):
+class CorruptFileError(ValueError):
     """The file does not hold what was written to it; the message says in which way."""
 
 
@@ -157,7 +159,7 @@ def write_tree(path: str | Path, tree: Any) -> None:
     Keys are text or integers; tensors are kept with type and shape, on the CPU.
     """
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_packed(tree, tensors, ""))
+    text = json.dumps(_encode(tree, tensors, ""))
     content = safetensors.torch.save(tensors, metadata={"tree": text, "sha256": _sha256(text, tensors)})
     with atomic_file(path) as file:
         file.write(content)
@@ -167,42 +169,42 @@ def read_tree(path: str | Path) -> Any:
     """What `write_tree` wrote.
 
     Raises:
-        Damaged: it was changed, cut short, or is another kind of file.
+        CorruptFileError: it was changed, cut short, or is another kind of file.
     """
     try:
         with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if _sha256(facts["tree"], tensors) != facts["sha256"]:
-            raise Damaged("its checksum is another")
-        return _unpacked(json.loads(facts["tree"]), tensors)
-    except Damaged:
+        if _sha256(metadata["tree"], tensors) != metadata["sha256"]:
+            raise CorruptFileError("its checksum is another")
+        return _decode(json.loads(metadata["tree"]), tensors)
+    except CorruptFileError:
         raise
     except UNREADABLE as error:
-        raise Damaged(f"it cannot be read: {type(error).__name__}") from None
+        raise CorruptFileError(f"it cannot be read: {type(error).__name__}") from None
 
 
-def write_json(path: str | Path, facts: Any) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """Write JSON's values, whole or not at all."""
-    write_text(path, json.dumps({"facts": facts, "sha256": _of(facts)}) + "\n")
+    write_text(path, json.dumps({"facts": value, "sha256": _json_sha256(value)}) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """What `write_json` wrote; raises `Damaged` as `read_tree` does."""
+    """What `write_json` wrote; raises `CorruptFileError` as `read_tree` does."""
     try:
-        held = json.loads(Path(path).read_text(encoding="utf-8"))
-        if _of(held["facts"]) != held["sha256"]:
-            raise Damaged("its checksum is another")
-        return held["facts"]
-    except Damaged:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if _json_sha256(content["facts"]) != content["sha256"]:
+            raise CorruptFileError("its checksum is another")
+        return content["facts"]
+    except CorruptFileError:
         raise
     except UNREADABLE as error:
-        raise Damaged(f"it cannot be read: {type(error).__name__}") from None
+        raise CorruptFileError(f"it cannot be read: {type(error).__name__}") from None
 
 
-def add_line(path: str | Path, facts: Any) -> None:
+def append_line(path: str | Path, value: Any) -> None:
     """Add one line of JSON's values to a file."""
-    append_bytes(path, (json.dumps([facts, _of(facts)[:16]]) + "\n").encode())
+    append_bytes(path, (json.dumps([value, _json_sha256(value)[:16]]) + "\n").encode())
 
 
 def read_lines(path: str | Path) -> tuple[list[Any], int]:
@@ -213,27 +215,27 @@ def read_lines(path: str | Path) -> tuple[list[Any], int]:
     if not Path(path).is_file():
         return [], 0
     content = Path(path).read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    good = list(_good_lines(whole))
-    kept = b"".join(line for line, _ in good)
-    if kept != content:
+    complete_lines = content[: content.rfind(b"\n") + 1]
+    valid_lines = list(_good_lines(complete_lines))
+    valid_bytes = b"".join(line for line, _ in valid_lines)
+    if valid_bytes != content:
         with atomic_file(path) as file:
-            file.write(kept)
-    return [facts for _, facts in good], whole.count(b"\n") - len(good)
+            file.write(valid_bytes)
+    return [value for _, value in valid_lines], complete_lines.count(b"\n") - len(valid_lines)
 
 
 def _good_lines(content: bytes) -> Iterator[tuple[bytes, Any]]:
     for line in content.splitlines(keepends=True):
         try:
-            facts, check = json.loads(line)
+            value, check = json.loads(line)
         except UNREADABLE:
             continue
-        if check == _of(facts)[:16]:
-            yield line, facts
+        if check == _json_sha256(value)[:16]:
+            yield line, value
 
 
-def _of(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _sha256(text: str, tensors: dict[str, Tensor]) -> str:
@@ -245,31 +247,31 @@ def _sha256(text: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _packed(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """`value` as JSON's types: mappings name their kind, and tensors are put aside under their `path`."""
     if isinstance(value, Tensor):
         name = path if path not in tensors else f"{path}#{len(tensors)}"
         tensor = value.detach().cpu().contiguous()
-        shared = {each.untyped_storage().data_ptr() for each in tensors.values() if each.numel()}
+        shared = {item.untyped_storage().data_ptr() for item in tensors.values() if item.numel()}
         tensors[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in shared else tensor
         return {TENSOR: name}
     if isinstance(value, dict):
-        return {PAIRS: [[key, _packed(each, tensors, f"{path}/{key}".lstrip("/"))] for key, each in value.items()]}
+        return {PAIRS: [[key, _encode(item, tensors, f"{path}/{key}".lstrip("/"))] for key, item in value.items()]}
     if isinstance(value, tuple):
-        return {TUPLE: [_packed(each, tensors, f"{path}/{place}") for place, each in enumerate(value)]}
+        return {TUPLE: [_encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]}
     if isinstance(value, list):
-        return [_packed(each, tensors, f"{path}/{place}") for place, each in enumerate(value)]
+        return [_encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
     return value
 
 
-def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return [_unpacked(each, tensors) for each in value]
+        return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    ((kind, held),) = value.items()
+    ((kind, content),) = value.items()
     if kind == TENSOR:
-        return tensors[held]
+        return tensors[content]
     if kind == TUPLE:
-        return tuple(_unpacked(each, tensors) for each in held)
-    return {key: _unpacked(each, tensors) for key, each in held}
+        return tuple(_decode(item, tensors) for item in content)
+    return {key: _decode(item, tensors) for key, item in content}

@@ -73,7 +73,7 @@ def round_in_turn(
     """
     steps = {}
     found = compensation.mismatches(model, given, list(layers), split)
-    for name, mismatch in progress.bar(found, "rounding", total=len(layers), unit="layer"):
+    for name, mismatch in progress.progress_bar(found, "rounding", total=len(layers), unit="layer"):
         layer, size = layers[name], group or layers[name].in_features
         weight = layer.weight.detach().double()
         wanted = weight + mismatch.correction(ridge)

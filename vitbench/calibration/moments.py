@@ -132,7 +132,9 @@ class _Sums:
 
     def over(self, split: Split) -> dict[str, Moments]:
         batches = eval_batches(split, self.model.recipe.preprocess, BATCH)
-        bar = progress.bar(batches, "moments of the layers' inputs", total=math.ceil(len(split) / BATCH), unit="batch")
+        bar = progress.progress_bar(
+            batches, "moments of the layers' inputs", total=math.ceil(len(split) / BATCH), unit="batch"
+        )
         set_fused_attention(self.model, not self.gradients)  # the fused kernel's backward pass is the slower one here
         with torch.set_grad_enabled(self.gradients), watching(self.layers, self._see):
             for x, _ in bar:

@@ -218,5 +218,5 @@ def watch(
     """Let `see` have the name, the input and the output of every call of the layers on the images of `split`."""
     batches = eval_batches(split, model.recipe.preprocess, BATCH)
     with watching(dict(layers), see):
-        for x, _ in progress.bar(batches, title, total=-(-len(split) // BATCH), unit="batch"):
+        for x, _ in progress.progress_bar(batches, title, total=-(-len(split) // BATCH), unit="batch"):
             model(x)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitbench.base import progress
-from vitbench.base.store import Kept
+from vitbench.base.store import StoredFile
 from vitbench.calibration.coders import RowCoder
 from vitbench.calibration.moments import BATCH
 from vitbench.data.batches import eval_batches
@@ -33,7 +33,7 @@ def reconstruct(
     split: Split,
     steps: int,
     seed: int = 0,
-    kept: Callable[[int], Kept] | None = None,
+    kept: Callable[[int], StoredFile] | None = None,
 ) -> None:
     """Fit the coders of `model`'s blocks, and its biases and norms, in place.
 
@@ -52,7 +52,7 @@ def reconstruct(
     present = wanted
     vit.set_fused_attention(model, False)  # the fused kernel's backward pass is the slower one here
     pairs = list(zip(model.blocks, given.blocks, strict=True))
-    with progress.bar(None, "fitting block by block", total=steps * len(pairs), unit="step") as bar:
+    with progress.progress_bar(None, "fitting block by block", total=steps * len(pairs), unit="step") as bar:
         for index, (block, original) in enumerate(pairs):
             prefix = f"blocks.{index}."
             own = {name.removeprefix(prefix): coder for name, coder in coders.items() if name.startswith(prefix)}

@@ -9,8 +9,8 @@ import warnings
 
 from vitbench.base import progress
 from vitbench.base.errors import InputError
-from vitbench.base.files import UNWRITABLE
-from vitbench.base.processes import open_streams
+from vitbench.base.files import UNWRITABLE_ERRNOS
+from vitbench.base.processes import open_standard_streams
 from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
 from vitbench.cli.interrupts import STOPPED_TEXT, Interrupted, interruptible, kill_and_exit
 
@@ -20,8 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     As in a shell, 130 stands for SIGINT, 143 for SIGTERM, and 141 for an output that nobody reads any more.
     """
-    open_streams()
-    progress.lenient(sys.stdout, sys.stderr)
+    open_standard_streams()
+    progress.escape_unencodable(sys.stdout, sys.stderr)
     options = _parser().parse_args(arguments)
     try:
         with interruptible(), warnings.catch_warnings():
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if options.debug or error.errno not in UNWRITABLE:
+        if options.debug or error.errno not in UNWRITABLE_ERRNOS:
             raise
         print(
             f"vitbench: {error.filename or 'a file'} cannot be written ({error.strerror}); give a folder with free space "

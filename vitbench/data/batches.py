@@ -25,7 +25,7 @@ from vitbench.model.recipe import Preprocess
 
 FLOAT_BYTES = 4
 Augment = Literal["none", "shift", "shift-flip", "timm"]
-LONGEST = 200  # how many times longer than the other one side of an image may be
+MAX_ASPECT_RATIO = 200  # how many times longer than the other one side of an image may be
 
 
 def eval_batches(
@@ -93,31 +93,35 @@ def _augmented(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if augment == "timm" or split.array is None:
         transform = _timm_train_transform(preprocess) if augment == "timm" else _timm_eval_transform(preprocess)
-        places, draws = torch.cat(tuple(order)).tolist(), seed if view is None else view
-        for x, y in _pil_loader(split, transform, preprocess.size, len(order[0]), order=places, seed=draws):
+        indices, transform_seed = torch.cat(tuple(order)).tolist(), seed if view is None else view
+        for x, y in _pil_loader(split, transform, preprocess.size, len(order[0]), order=indices, seed=transform_seed):
             yield x.to(device), y.to(device)
         return
     generator = torch.Generator().manual_seed((seed if view is None else view) + 1)
     images, labels = torch.from_numpy(split.array).to(device), torch.from_numpy(split.labels).to(device)
-    of_all = None if view is None else _draw(len(split), images.shape[1], augment, generator)
-    for chosen in order:
-        x = images[chosen.to(device)]
-        own = of_all[chosen] if of_all is not None else _draw(len(x), images.shape[1], augment, generator)
+    all_offsets = None if view is None else _random_offsets(len(split), images.shape[1], augment, generator)
+    for indices in order:
+        x = images[indices.to(device)]
+        offsets = (
+            all_offsets[indices]
+            if all_offsets is not None
+            else _random_offsets(len(x), images.shape[1], augment, generator)
+        )
         if augment != "none":
-            x = _shift(x, own[:, :2].T)
+            x = _shift(x, offsets[:, :2].T)
         if augment == "shift-flip":
-            x = torch.where(own[:, 2].bool().to(device)[:, None, None, None], x.flip(2), x)
-        yield _to_input(x, preprocess), labels[chosen.to(device)]
+            x = torch.where(offsets[:, 2].bool().to(device)[:, None, None, None], x.flip(2), x)
+        yield _to_input(x, preprocess), labels[indices.to(device)]
 
 
-def _draw(count: int, height: int, augment: Augment, generator: torch.Generator) -> Tensor:
+def _random_offsets(count: int, height: int, augment: Augment, generator: torch.Generator) -> Tensor:
     """Of `count` images, (count, 3): rows and columns to move by, from 0 to twice the reach, and whether to mirror."""
-    moves, flips = torch.zeros(2, count, dtype=torch.int64), torch.zeros(count)
+    shifts, mirrored = torch.zeros(2, count, dtype=torch.int64), torch.zeros(count)
     if augment != "none":
-        moves = torch.randint(0, 2 * _reach(height) + 1, (2, count), generator=generator)
+        shifts = torch.randint(0, 2 * _max_shift(height) + 1, (2, count), generator=generator)
     if augment == "shift-flip":
-        flips = torch.rand(count, generator=generator).lt(0.5)
-    return torch.stack([*moves, flips.long()], dim=1)
+        mirrored = torch.rand(count, generator=generator).lt(0.5)
+    return torch.stack([*shifts, mirrored.long()], dim=1)
 
 
 def _to_input(images: Tensor, preprocess: Preprocess) -> Tensor:
@@ -131,19 +135,19 @@ def _to_input(images: Tensor, preprocess: Preprocess) -> Tensor:
     return (x - mean) / std
 
 
-def _reach(height: int) -> int:
+def _max_shift(height: int) -> int:
     return max(1, height // 8)
 
 
 def _shift(images: Tensor, offsets: Tensor) -> Tensor:
     """Move each of (B, H, W, 3) by its own `offsets` (2, B), whole pixels counted from the reach, filling with zeros."""
     batch, height, width, _ = images.shape
-    reach, offsets = _reach(height), offsets[:, :, None].to(images.device)
-    padded = F.pad(images, (0, 0, reach, reach, reach, reach))
-    rows = offsets[0] + torch.arange(height, device=images.device)
-    columns = offsets[1] + torch.arange(width, device=images.device)
-    which = torch.arange(batch, device=images.device)[:, None, None]
-    return padded[which, rows[:, :, None], columns[:, None, :]]
+    max_shift, offsets = _max_shift(height), offsets[:, :, None].to(images.device)
+    padded = F.pad(images, (0, 0, max_shift, max_shift, max_shift, max_shift))
+    row_index = offsets[0] + torch.arange(height, device=images.device)
+    column_index = offsets[1] + torch.arange(width, device=images.device)
+    image_index = torch.arange(batch, device=images.device)[:, None, None]
+    return padded[image_index, row_index[:, :, None], column_index[:, None, :]]
 
 
 def _timm_eval_transform(preprocess: Preprocess):
@@ -172,7 +176,7 @@ def _timm_train_transform(preprocess: Preprocess):
     )
 
 
-class _Transformed:
+class _TransformedDataset:
     """A split with a transform, as a DataLoader wants it; each image's random draws come from (seed, position)."""
 
     def __init__(self, split: Split, transform, seed: int):
@@ -188,28 +192,28 @@ class _Transformed:
         except InputError as error:  # raised again in the process that asked, where no worker's traceback is around it
             return error
         draw = (self.seed * 1_000_003 + i) % 2**32
-        with own_draws(draw):
+        with fixed_seed(draw):
             return self.transform(image), label
 
     def _check_shape(self, image: Image.Image, i: int) -> None:
         """A long thin image grows beyond all memory when its shorter side is brought to the input's size."""
-        if max(image.size) > LONGEST * min(image.size):
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise InputError(
                 f"{self.split.source.where(int(self.split.indices[i]))}: the image is {image.size[0]} x {image.size[1]} pixels; "
-                f"allowed: one side up to {LONGEST} times the other; crop it or take it out"
+                f"allowed: one side up to {MAX_ASPECT_RATIO} times the other; crop it or take it out"
             )
 
 
 def _pil_loader(
     split: Split, transform, side: int, batch_size: int, order: list[int] | None, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    count = workers(batch_size * 3 * side * side * FLOAT_BYTES)
+    count = worker_count(batch_size * 3 * side * side * FLOAT_BYTES)
     loader = DataLoader(
-        _Transformed(split, transform, seed),
+        _TransformedDataset(split, transform, seed),
         batch_size=batch_size,
         sampler=order,
         num_workers=count,
-        multiprocessing_context=METHOD if count else None,
+        multiprocessing_context=START_METHOD if count else None,
         collate_fn=_collate,
     )
     for batch in loader:
@@ -224,22 +228,22 @@ def _collate(items: list[tuple[Tensor, int] | InputError]) -> list[Tensor] | Inp
 
 
 SHARED_MEMORY = Path("/dev/shm")  # batches come from the workers through it
-MOST_WORKERS, BATCHES_EACH = 2, 3  # what a worker has loaded ahead of its turn, and what is being used
-METHOD = "fork" if CAN_FORK else None  # a process that is not forked would run the user's script again
+MAX_WORKERS, BATCHES_PER_WORKER = 2, 3  # what a worker has loaded ahead of its turn, and what is being used
+START_METHOD = "fork" if CAN_FORK else None  # a process that is not forked would run the user's script again
 
 
-def workers(batch_bytes: int) -> int:
+def worker_count(batch_bytes: int) -> int:
     """How many may load batches of so many bytes: 0 where they cannot be forked, or have no room for their batches."""
     if not CAN_FORK or multiprocessing.current_process().daemon:
         return 0
     with contextlib.suppress(OSError):
-        room = shutil.disk_usage(SHARED_MEMORY).free // (BATCHES_EACH * batch_bytes)
-        return min(MOST_WORKERS, room)
+        workers_that_fit = shutil.disk_usage(SHARED_MEMORY).free // (BATCHES_PER_WORKER * batch_bytes)
+        return min(MAX_WORKERS, workers_that_fit)
     return 0
 
 
 @contextlib.contextmanager
-def own_draws(seed: int) -> Iterator[None]:
+def fixed_seed(seed: int) -> Iterator[None]:
     """Within the block Python, NumPy and PyTorch draw from `seed`; afterwards they go on as if nothing had been drawn."""
     python, array = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

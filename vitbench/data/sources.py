@@ -88,7 +88,9 @@ class EncodedImages(ABC):
 
     def broken(self) -> list[int]:
         """Places of the images that cannot be decoded; all are tried."""
-        return [i for i in progress.bar(range(len(self)), "looking for broken images") if not self._is_whole(i)]
+        return [
+            i for i in progress.progress_bar(range(len(self)), "looking for broken images") if not self._is_whole(i)
+        ]
 
     def content_hash(self) -> str:
         """SHA-256 of the encoded images, and of what decoding does to them beyond Pillow's conversion."""

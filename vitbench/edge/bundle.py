@@ -13,7 +13,7 @@ from pydantic import Field
 from vitbench.base import configs, progress, standalone
 from vitbench.base.configs import Config, digest
 from vitbench.base.errors import InputError
-from vitbench.base.files import Kind, atomic_folder, check_target, write_array, write_bytes, write_text
+from vitbench.base.files import FolderKind, atomic_folder, check_target, write_array, write_bytes, write_text
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import ImageData
 from vitbench.measurement import backends, timing
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1  # as in on_device.py, which imports nothing of vitbench
 MANIFEST, ANSWERS, ROWS = "bundle.json", "answers.json", "rows.jsonl"
 SCRIPT, README = "measure.py", "README.txt"
 SHIPPED = {SCRIPT: Path(__file__).with_name("on_device.py"), "standalone.py": Path(standalone.__file__)}
-KIND = Kind(
+KIND = FolderKind(
     "a bundle",
     MANIFEST,
     frozenset({"schema_version", "id", "models", "files"}),
@@ -131,7 +131,7 @@ def make_bundle(
     with atomic_folder(out, KIND) as folder:
         entries = [
             _export(folder, number, path, backend, batch, data)
-            for number, path in enumerate(progress.bar(list(manifests), "exporting", unit="model"))
+            for number, path in enumerate(progress.progress_bar(list(manifests), "exporting", unit="model"))
             for backend in run_by
             for batch in batches
         ]

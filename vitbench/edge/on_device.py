@@ -22,12 +22,12 @@ from standalone import (
     PACKAGES,
     STARTS,
     BundleError,
-    answer_command,
     in_fresh_process,
-    keep_memory,
+    inference_command,
+    keep_freed_memory,
     open_model,
     thread_environment,
-    turns,
+    time_alternating,
 )
 
 SCHEMA_VERSION = 1
@@ -58,7 +58,7 @@ def measure_bundle(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     Each model is timed in turn with the baseline in the same format, in this process, two models in memory at a time.
     """
     manifest, found = read_bundle(folder), []
-    keep_memory()
+    keep_freed_memory()
     for entry in manifest["models"]:
         result = {"name": entry["name"]}
         try:
@@ -80,11 +80,11 @@ def _measure_entry(
 ) -> dict[str, Any]:
     path, images = folder / entry["file"], folder / entry["images"]
     call, apart = _checked(folder, entry, threads)
-    command, variables = answer_command(path, images, threads), thread_environment(threads)
+    command, variables = inference_command(path, images, threads), thread_environment(threads)
     starts = [in_fresh_process(command, variables) for _ in range(STARTS)]
     base = next((other for other in entries if other["name"] == entry["versus"]), None)
     calls = [call, *([_checked(folder, base, threads)[0]] if base else [])]
-    times = turns(calls, rounds)
+    times = time_alternating(calls, rounds)
     spent = {key: [start[key] for start in starts] for key in ("imports", "peak", "load", "cold_start")}
     return {"apart": apart, **spent, "times": times[0], "versus_times": times[1] if base else []}
 

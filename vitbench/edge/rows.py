@@ -115,7 +115,7 @@ def streamed(like: pd.Series, link: Link, name: str, counts: Sequence[int]) -> l
         name: of the link.
     """
     made = []
-    for count in progress.bar(list(counts), f"streaming over {name}", unit="stream"):
+    for count in progress.progress_bar(list(counts), f"streaming over {name}", unit="stream"):
         context = {"link": name, "count": int(count), "bandwidth": link.bandwidth.value, "latency": link.latency.value}
         found = {
             "transfer_time": (stream(bytes(int(count)), link), "measured: loopback through a limiter of our own"),

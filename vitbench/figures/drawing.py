@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from vitbench.base.errors import InputError
-from vitbench.base.files import drawn, write_bytes, write_text
+from vitbench.base.files import figure_bytes, write_bytes, write_text
 from vitbench.base.paths import writable_folder
 from vitbench.rows.comparison_table import in_backend, methods, ratios, subject, value
 
@@ -105,7 +105,7 @@ def save_figure(
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same rows give the same file
     with style():
         for kind in kinds:
-            write_bytes(folder / f"{name}.{kind}", drawn(figure, kind, metadata=undated.get(kind)))
+            write_bytes(folder / f"{name}.{kind}", figure_bytes(figure, kind, metadata=undated.get(kind)))
             figure.set_layout_engine("none")  # it is laid out, for the other kinds and the notebook too
     if rows is not None:
         about = ["key", "model", "dataset", "method", "config", "metric", "batch"]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from vitbench.base import configs
 from vitbench.base.errors import InputError
-from vitbench.base.files import drawn, write_text
+from vitbench.base.files import figure_bytes, write_text
 from vitbench.base.paths import writable_folder
 from vitbench.figures import drawing
 from vitbench.figures.accuracy_cost import tradeoff
@@ -126,7 +126,7 @@ def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
     pages = []
     for caption, figure, _ in made:
         with drawing.style():
-            svg = drawn(figure, "svg", metadata={"Date": None})
+            svg = figure_bytes(figure, "svg", metadata={"Date": None})
         plt.close(figure)
         pages.append({"caption": caption, "data": base64.b64encode(svg).decode()})
     return pages

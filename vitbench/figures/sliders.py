@@ -6,7 +6,7 @@ import ipywidgets
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from vitbench.base.files import drawn
+from vitbench.base.files import figure_bytes
 from vitbench.figures.drawing import style
 
 
@@ -20,7 +20,7 @@ def knob(draw: Callable[[int], Figure], name: str, low: int, high: int, start: i
     def picture(value: int) -> bytes:
         with style():
             figure = draw(value)
-            png = drawn(figure, "png")
+            png = figure_bytes(figure, "png")
             plt.close(figure)
         return png
 

@@ -88,7 +88,7 @@ def output_errors(model: nn.Module, original: nn.Module, data: ImageData, names:
         tokens[name] += len(wanted)
 
     batches = eval_batches(split, original.recipe.preprocess, BATCH)
-    for x, _ in progress.bar(batches, "errors of outputs", total=-(-len(split) // BATCH), unit="batch"):
+    for x, _ in progress.progress_bar(batches, "errors of outputs", total=-(-len(split) // BATCH), unit="batch"):
         for each, see in ((original, keep), (model, compare)):
             with watching({name: each.get_submodule(name) for name in names}, see):
                 each(x)

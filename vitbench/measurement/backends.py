@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitbench.base import standalone
-from vitbench.base.errors import InputError, one_of, require
+from vitbench.base.errors import InputError, import_optional, one_of
 from vitbench.base.files import copy_file
 from vitbench.model.layers import RUNTIME_LAYERS
 from vitbench.model.layers.onnx_codes import packed, with_forms
@@ -250,7 +250,7 @@ def available(backend: str) -> None:
     """Raise `InputError` if `backend` is unknown, or what it needs is not installed or not in this CPU."""
     found = BACKENDS[one_of("backend", backend, BACKENDS)]
     for module in found.needs:
-        require(module, found.extra)
+        import_optional(module, found.extra)
     if backend == "openvino_bf16" and not _has_bf16():
         raise InputError(
             "this CPU has no bf16 instructions (AVX512_BF16 or AMX), openvino_bf16 needs them; take openvino"

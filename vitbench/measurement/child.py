@@ -11,7 +11,7 @@ from typing import Any
 
 from vitbench.base import standalone
 from vitbench.base.forks import CAN_FORK, ForkServer
-from vitbench.base.processes import Channel, ProcessError, Started, environment
+from vitbench.base.processes import Channel, ChildProcess, ProcessError, child_environment
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {}
 TIME_LIMIT = 1800  # seconds
@@ -51,7 +51,7 @@ def make_ready(threads: int) -> None:
 def fork_ready() -> None:
     """`make_ready` for a process that has imported all and started no thread: the kept process is forked from it."""
     global _server
-    _server = ForkServer.of_this_process()
+    _server = ForkServer.from_this_process()
 
 
 _server: ForkServer | None = None
@@ -61,26 +61,26 @@ _busy = threading.Lock()
 def _forked(order: dict[str, Any]) -> dict[str, Any]:
     """The result of a job in a process that is forked for it, with this process's environment as it is now."""
     with _busy, tempfile.TemporaryDirectory(prefix="vitbench.") as folder:
-        server, variables = _ready(order["threads"]), environment(order["threads"])
+        server, variables = _ready(order["threads"]), child_environment(order["threads"])
         return server.fork(__name__, order, variables, folder).result(TIME_LIMIT)
 
 
 def _ready(threads: int) -> ForkServer:
     global _server
     if _server is None or not _server.alive():
-        _server = ForkServer(["torch", "vitbench.measurement.measuring"], environment(threads))
+        _server = ForkServer(["torch", "vitbench.measurement.measuring"], child_environment(threads))
     return _server
 
 
 def _started(order: dict[str, Any]) -> dict[str, Any]:
     """The result of a job in a process that is started for it."""
-    process = Started(__name__, environment(order["threads"]))
+    process = ChildProcess(__name__, child_environment(order["threads"]))
     try:
-        process.greet()
+        process.wait_ready()
         process.channel.send(order)
         return process.channel.receive(TIME_LIMIT)
     except (EOFError, BrokenPipeError):
-        raise ProcessError(process.why()) from None
+        raise ProcessError(process.failure_reason()) from None
     finally:
         process.close()
 
@@ -96,6 +96,6 @@ def work(name: str, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """A process's side of a job."""
     import torch
 
-    standalone.keep_memory()
+    standalone.keep_freed_memory()
     torch.set_num_threads(threads)
     return JOBS[name](**arguments)

@@ -14,7 +14,7 @@ import torch
 
 from vitbench.base import standalone
 from vitbench.base.files import write_array
-from vitbench.base.processes import PYTHON, environment
+from vitbench.base.processes import PYTHON, child_environment
 from vitbench.measurement import backends, limits
 from vitbench.measurement.child import ChildError
 from vitbench.measurement.cost import Value
@@ -68,7 +68,7 @@ def memory_limit(path: Path, backend: str, threads: int) -> Iterator[Value]:
     """The smallest limit of memory under which the process still answers."""
     with ready(path, backend, threads) as (command, files):
         peak = answer(command, threads)["peak"]
-        least = limits.smallest(command, peak, environment(threads), files)
+        least = limits.smallest(command, peak, child_environment(threads), files)
     yield Value("memory_limit", least, f"measured: smallest {limits.kind()} in which the process still answers")
 
 
@@ -79,7 +79,7 @@ def answers_within(path: Path, backend: str, threads: int, limit: int) -> Iterat
         InputError: not even the interpreter starts in so little.
     """
     with ready(path, backend, threads) as (command, files):
-        found = limits.works(command, limit, environment(threads), files)
+        found = limits.works(command, limit, child_environment(threads), files)
     yield Value("answers_within", float(found), f"measured: one answer under a {limits.kind()}")
 
 
@@ -90,7 +90,7 @@ def answer(command: list[str], threads: int) -> dict[str, Any]:
         ChildError: it failed, with its last line.
     """
     try:
-        return standalone.in_fresh_process(command, environment(threads))
+        return standalone.in_fresh_process(command, child_environment(threads))
     except standalone.BundleError as error:
         raise ChildError(str(error)) from None
 
@@ -109,11 +109,11 @@ def ready(path: Path, backend: str, threads: int) -> Iterator[tuple[list[str], l
         write_array(images, x.numpy())
         with torch.no_grad():
             exported = backends.BACKENDS[backend].file(model, x, Path(folder, "model"))
-        yield standalone.answer_command(exported, images, threads), list(Path(folder).glob("model.*"))
+        yield standalone.inference_command(exported, images, threads), list(Path(folder).glob("model.*"))
 
 
 def one_answer(path: str, backend: str, threads: int) -> dict[str, Any]:
-    """As `standalone.one_answer`, of a saved model in PyTorch; in eager also the largest sum of tensors alive at once."""
+    """As `standalone.measure_one_inference`, of a saved model in PyTorch; in eager also the largest sum of tensors alive at once."""
     torch.set_num_threads(threads)
     imports, start = standalone.peak_bytes(), time.monotonic()
     model = artifact.load(path)
@@ -129,5 +129,5 @@ def one_answer(path: str, backend: str, threads: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     path, backend, threads, *to = sys.argv[1:]  # to: "--to" and a file
-    standalone.say(one_answer(path, backend, int(threads)), to[-1] if to else "")
+    standalone.write_result(one_answer(path, backend, int(threads)), to[-1] if to else "")
     os._exit(0)  # to take down what was imported would take another second

@@ -105,7 +105,7 @@ def measure(
             todo.append((group, rows))
     if any(group.title in FORKED for group, _ in todo):
         make_ready(measures.threads)
-    bar = progress.bar(todo, f"measuring {facts['method']}", unit="group") if todo else []
+    bar = progress.progress_bar(todo, f"measuring {facts['method']}", unit="group") if todo else []
     for group, rows in bar:
         bar.set_postfix_str(group.title)
         run.append(_measured(group, rows))

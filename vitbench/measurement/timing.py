@@ -12,14 +12,14 @@ import numpy as np
 
 from vitbench.base import locks
 from vitbench.base.paths import model_cache, writable_folder
-from vitbench.base.standalone import turns
+from vitbench.base.standalone import time_alternating
 from vitbench.measurement.child import ChildError, in_child, job
 from vitbench.measurement.cost import Value
 from vitbench.measurement.measures import Measures
 from vitbench.rows.statistics import quiet_ratio
 
 PERCENTILES = (50, 90, 95, 99)
-KEPT = " (malloc told to keep freed memory)"  # see `standalone.keep_memory`
+KEPT = " (malloc told to keep freed memory)"  # see `standalone.keep_freed_memory`
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def time_models(models: list[tuple[str, str]], batch: int, rounds: int, exported
     torch.manual_seed(0)  # of the images, so that distances come out the same again
     with torch.inference_mode():
         ready = [_ready(*model, batch, Path(exported, str(models.index(model)))) for model in models]
-        times = iter(turns([each[0] for each in ready if not isinstance(each, str)], rounds))
+        times = iter(time_alternating([each[0] for each in ready if not isinstance(each, str)], rounds))
     return {"timed": [each if isinstance(each, str) else asdict(Timed(next(times), *each[1:])) for each in ready]}
 
 

@@ -12,7 +12,7 @@ from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
 from vitbench.measurement.child import in_child, job
 from vitbench.measurement.cost import count_macs, macs_of
-from vitbench.measurement.timing import locked, turns
+from vitbench.measurement.timing import locked, time_alternating
 from vitbench.methods.registry import compress, make_config, method_of
 from vitbench.model import vit
 from vitbench.model.recipe import Architecture
@@ -58,7 +58,7 @@ def scaling(
     steps = [None, *({"method": method_of(config).name, "config": config.to_dict()} for config in configs)]
     machine = {"backend": "eager", "batch": batch, "threads": threads, "device": runs.device_name()}
     done, wanted = run.done(), set()
-    for side in progress.bar(sides, "tokens", unit="size"):
+    for side in progress.progress_bar(sides, "tokens", unit="size"):
         shape = vit.meta_model(Architecture(name=model, num_classes=CLASSES, img_size=side, depth=depth))
         about = {
             "side": side,
@@ -124,8 +124,8 @@ def time_scaling(
     images, x = torch.randn(batch, 3, side, side), torch.randn(batch, vit.token_count(base), base.embed_dim)
     layers = [variant.blocks[0].attn for variant in able]
     with torch.inference_mode():
-        alone = turns([lambda layer=layer: layer(x) for layer in layers], rounds)
-        whole = turns([lambda variant=variant: variant(images) for variant in able], rounds)
+        alone = time_alternating([lambda layer=layer: layer(x) for layer in layers], rounds)
+        whole = time_alternating([lambda variant=variant: variant(images) for variant in able], rounds)
     found = iter(
         {
             "attention": {"times": alone[i], "macs": macs_of(layers[i], x[:1])},

@@ -111,7 +111,7 @@ def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> n
         work = mismatches(model, copy.deepcopy(model), names, data.calibration)
     else:
         work = ((name, _no_mismatch(layers[name], found[name])) for name in names)
-    for name, mismatch in progress.bar(work, "factoring", total=len(names), unit="layer"):
+    for name, mismatch in progress.progress_bar(work, "factoring", total=len(names), unit="layer"):
         _replace(model, config, name, layers[name], ranks.get(name, 0), found[name], mismatch)
     small = model.requires_grad_(bool(config.train.epochs))
     small.history = tune(small, config, data, teacher, title="distilling")
@@ -166,7 +166,7 @@ def _ranks(
             )
         return uniform(shapes, config.keep, config.rank_step)
     curves, shares = {}, _shares(model, layers) if config.budget == "macs" else {}
-    for name, layer in progress.bar(layers.items(), "error by rank", unit="layer"):
+    for name, layer in progress.progress_bar(layers.items(), "error by rank", unit="layer"):
         moments = found[name]
         covariance = _covariance(layer, moments, config)
         lost = factorise(layer.weight, moments, covariance, config.decomposition, config.gradient_weight).lost(

@@ -115,7 +115,7 @@ class Task:
         ).to_dict()  # training comes later
         facts = {"model": artifact.model_digest(self.remover.model), "data": self.data.fingerprint, "settings": decides}
         key = work_key("methods", facts, loop.pick_device(), packages=("scipy", "sklearn"))
-        return search(self.space, self.cost, self.limits, self.evaluate, config, Store("searches").notes(key))
+        return search(self.space, self.cost, self.limits, self.evaluate, config, Store("searches").journal(key))
 
     def evaluate(self, policy: np.ndarray) -> float:
         """The score on the val split of the model cut by `policy` (3 L + 1,); higher is better."""

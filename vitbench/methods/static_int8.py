@@ -71,7 +71,7 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
         work = compensation.mismatches(model, given, list(layers), split)
     else:
         work = ((name, None) for name in layers)
-    for name, mismatch in progress.bar(work, "quantizing", total=len(layers), unit="layer"):
+    for name, mismatch in progress.progress_bar(work, "quantizing", total=len(layers), unit="layer"):
         weight, bias = layers[name].weight.detach(), layers[name].bias
         wanted = weight if mismatch is None else (weight + mismatch.correction(config.ridge)).float()
         low, high = found[name]

@@ -194,7 +194,7 @@ def _warm_up(coded: CodedModel, config: UCT) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.warm_steps), eta_min=1e-6)
     for coder in coders:
         coder.quantized = config.steps_first
-    bar = progress.bar(range(config.warm_steps), "warm start on the weights", unit="step")
+    bar = progress.progress_bar(range(config.warm_steps), "warm start on the weights", unit="step")
     for step in bar:
         if step == config.warm_steps // 2 and not config.steps_first:
             _start_quantizers(coders, config.steps_rule)

@@ -19,7 +19,7 @@ from torch import nn
 
 from vitbench.base import progress
 from vitbench.base.errors import InputError
-from vitbench.base.store import Kept, Store, work_key
+from vitbench.base.store import Store, StoredFile, work_key
 from vitbench.calibration import moments
 from vitbench.calibration.allocation import OutOfReach, spend
 from vitbench.calibration.coders import RowCoder, ends
@@ -86,7 +86,7 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
         how = {"group": config.group, "damping": config.damping, "ridge": config.ridge}
         steps = round_in_turn(model, given, layers, bits, split, **how)
     coders = {name: RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()}
-    files: list[Kept] = []  # of what takes long on the way
+    files: list[StoredFile] = []  # of what takes long on the way
     if config.reconstruction and coders:
         split = _calibration(data, "reconstruction", "0")
         facts = {"model": model_digest(given), "data": data.fingerprint, "settings": config.to_dict()}
@@ -129,7 +129,7 @@ def _bits(
     _calibration(data, "target_bytes", "bits")
     found = moments.collect(model, layers, data, gradients=True)
     choices = {}
-    for name, layer in progress.bar(layers.items(), "error by bits", unit="layer"):
+    for name, layer in progress.progress_bar(layers.items(), "error by bits", unit="layer"):
         weight, covariance = layer.weight.detach(), found[name].unbiased(layer)
         groups, choices[name] = weight.reshape(-1, config.group or layer.in_features), []
         for bits in range(MOST, LEAST - 1, -1):

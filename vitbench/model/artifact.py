@@ -13,13 +13,13 @@ from torch import nn
 
 from vitbench.base.configs import Config, digest
 from vitbench.base.errors import InputError, one_of
-from vitbench.base.files import Kind, atomic_folder, write_tensors, write_text
+from vitbench.base.files import FolderKind, atomic_folder, write_tensors, write_text
 from vitbench.model import vit
 from vitbench.model.layers import RUNTIME_LAYERS
 from vitbench.model.recipe import Recipe
 
 WEIGHTS, RECIPE, SHARED = "model.safetensors", "recipe.json", "shared."
-MODEL_FOLDER = Kind("a saved model", RECIPE, frozenset({"recipe", "sha256"}), lambda _: [WEIGHTS])
+MODEL_FOLDER = FolderKind("a saved model", RECIPE, frozenset({"recipe", "sha256"}), lambda _: [WEIGHTS])
 
 
 class Manifest(Config):

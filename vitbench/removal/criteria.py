@@ -90,7 +90,9 @@ class _Sums:
         batches = eval_batches(split, self.model.recipe.preprocess, BATCH)
         vit.set_fused_attention(self.model, after is None)
         with torch.set_grad_enabled(after is not None), watching(self.layers, see):
-            for x, y in progress.bar(batches, "scoring units", total=math.ceil(len(split) / BATCH), unit="batch"):
+            for x, y in progress.progress_bar(
+                batches, "scoring units", total=math.ceil(len(split) / BATCH), unit="batch"
+            ):
                 logits = self.model(x.requires_grad_(after is not None))
                 if after:
                     after(x, logits, y)

@@ -75,12 +75,12 @@ def unit_hsic(model: nn.Module, data: ImageData, settings: Criterion) -> list[Sc
     split = seen_by(data, settings)
     batches = eval_batches(split, model.recipe.preprocess, BATCH)
     tokens, answers = [], []
-    for x, _ in progress.bar(batches, "answers", total=math.ceil(len(split) / BATCH), unit="batch"):
+    for x, _ in progress.progress_bar(batches, "answers", total=math.ceil(len(split) / BATCH), unit="batch"):
         tokens.append(vit.embed_patches(model, x))
         answers.append(model(x).softmax(-1))
     wanted = centred(linear(torch.cat(answers)))
     found = []
-    for block in progress.bar(model.blocks, "dependence", unit="block"):
+    for block in progress.progress_bar(model.blocks, "dependence", unit="block"):
         held: dict[str, list[Tensor]] = {"qkv": [], "proj": [], "fc2": []}
 
         def see(name: str, x: Tensor, y: Tensor, held=held) -> None:

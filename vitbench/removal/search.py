@@ -19,7 +19,7 @@ from torch import nn
 from vitbench.base import progress
 from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
-from vitbench.base.store import Notes
+from vitbench.base.store import Journal
 from vitbench.model import blocks
 from vitbench.removal.policy import Counts, Space, simple
 
@@ -76,7 +76,7 @@ def search(
     limits: tuple[float, float],
     evaluate: Callable[[np.ndarray], float],
     config: SearchConfig,
-    memory: Notes | None = None,
+    memory: Journal | None = None,
 ) -> Found:
     """Score policies whose cost lies within `limits` and return them all.
 
@@ -90,7 +90,7 @@ def search(
     rng = np.random.default_rng(config.seed)
     known, policies, scores = memory.read() if memory else {}, [], []
     starts = simple(space, cost, *limits)[: config.first]
-    for step in progress.bar(range(config.evaluations), f"search ({config.how})", unit="policy"):
+    for step in progress.progress_bar(range(config.evaluations), f"search ({config.how})", unit="policy"):
         if step < len(starts):
             policy = starts[step]
         elif config.how == "gp" and step >= config.first:
@@ -104,7 +104,7 @@ def search(
         if name not in known:
             known[name] = float(evaluate(policy))
             if memory:
-                memory.add(name, known[name])
+                memory.append(name, known[name])
         scores.append(known[name])
     return Found(np.array(policies), np.array(scores))
 
@@ -191,7 +191,7 @@ class LatencyTable:
         attention = [_attention(block, int(h), int(width)) for h in heads for width in head_dims]
         parts = attention + [_mlp(block, int(n)) for n in neurons]
         times = np.array(
-            [[_seconds(part, x) for x in inputs] for part in progress.bar(parts, "latency table", unit="part")]
+            [[_seconds(part, x) for x in inputs] for part in progress.progress_bar(parts, "latency table", unit="part")]
         )
         by_part = times[: len(attention)].reshape(len(heads), len(head_dims), len(tokens)), times[len(attention) :]
         table = cls(tokens, heads, head_dims, neurons, *by_part, rest=0.0)

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import pydantic
 from pydantic import Field, model_validator
 
-from vitbench.base.configs import Config, digest, explain
+from vitbench.base.configs import Config, digest, format_validation_error
 from vitbench.base.errors import InputError
 from vitbench.base.files import append_bytes
 from vitbench.base.locks import locked
@@ -185,7 +185,7 @@ def _row(path: Path, number: int, line: bytes) -> Row:
     try:
         return Row.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise InputError(_torn(path, number, explain(error, Row))) from None
+        raise InputError(_torn(path, number, format_validation_error(error, Row))) from None
 
 
 def split_check(line: bytes) -> tuple[bytes, bool]:

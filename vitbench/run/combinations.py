@@ -20,7 +20,7 @@ from vitbench.base import progress
 from vitbench.base.configs import Config, digest
 from vitbench.base.errors import InputError, one_of
 from vitbench.base.paths import writable_folder
-from vitbench.base.store import Notes, work_key
+from vitbench.base.store import Journal, work_key
 from vitbench.data.splits import ImageData
 from vitbench.measurement import timing
 from vitbench.measurement.cost import about, count_macs
@@ -101,7 +101,7 @@ def search_combinations(model: nn.Module, data: ImageData, config: CombinationSe
     facts = {"model": artifact.model_digest(model), "data": data.fingerprint}
     facts["search"] = config.replace(trials=1).to_dict()
     key = work_key("run", facts, pick_device(), packages=("optuna",))
-    notes = Notes(folder / f"{key}.jsonl", "a search of combinations")
+    notes = Journal(folder / f"{key}.jsonl", "a search of combinations")
     known = notes.read()
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # its warning of a trial that was interrupted is a traceback
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=config.seed), direction="maximize")
@@ -115,14 +115,14 @@ def search_combinations(model: nn.Module, data: ImageData, config: CombinationSe
             name = digest([[_name(each), each.to_dict()] for each in configs])
             if name not in known:
                 known[name] = _tried(model, configs, data, count, limit, Path(scratch, str(trial.number)))
-                notes.add(name, known[name])
+                notes.append(name, known[name])
             found = Trial(tuple(configs), **known[name])
             trials.append(found)
             trial.set_constraint(config.cost, limit if found.cost is None else found.cost - limit)
             return found.val_top1 or 0.0  # one that cannot be made counts as bad as one of twice the limit
 
         trials: list[Trial] = []
-        for _ in progress.bar(range(config.trials), "searching combinations", unit="model"):
+        for _ in progress.progress_bar(range(config.trials), "searching combinations", unit="model"):
             study.optimize(objective, n_trials=1)
     within = [trial for trial in trials if trial.val_top1 is not None]
     return Searched(trials, limit, max(within, key=lambda trial: (trial.val_top1, -trial.cost), default=None))
@@ -266,7 +266,9 @@ def fit_budget(
             raise InputError(
                 f"{name} cannot get to {cost} = {limit:.4g}: its smallest setting, {rungs[high]}, has {least:.4g}"
             )
-        with progress.bar(range((high - low).bit_length()), f"fitting {name} to {cost}", unit="model") as steps:
+        with progress.progress_bar(
+            range((high - low).bit_length()), f"fitting {name} to {cost}", unit="model"
+        ) as steps:
             for _ in steps:  # enough to get down to one rung; a step with one left is none
                 if low == high:
                     continue

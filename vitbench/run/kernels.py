@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from jupyter_client import AsyncKernelManager, BlockingKernelClient
 
-from vitbench.base.forks import CAN_FORK, Forked, ForkServer
-from vitbench.base.processes import environment
+from vitbench.base.forks import CAN_FORK, ForkedProcess, ForkServer
+from vitbench.base.processes import child_environment
 
 # matplotlib reads it as it is imported; a kernel says it later, so that pyplot, which needs a kernel, is not imported before
 INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
@@ -81,7 +81,7 @@ class Kernels:
 
 def _variables() -> dict[str, str]:
     """The environment of a kernel; how many threads it computes with is for its notebook to say."""
-    return environment() | INLINE
+    return child_environment() | INLINE
 
 
 class _Started(AsyncKernelManager):
@@ -100,7 +100,7 @@ class _Started(AsyncKernelManager):
 class _Forked(AsyncKernelManager):
     """A kernel whose process is another's child."""
 
-    process: Forked
+    process: ForkedProcess
     has_kernel = True
 
     async def _async_is_alive(self) -> bool:

@@ -71,7 +71,7 @@ def run_suite(lessons: list[Lesson], values: dict[str, Any], out: Path, workers:
     A lesson that fails does not stop its neighbours, but nothing is compared or compressed without a baseline. A lesson
     that needs images of a split that is empty, as the data was cut, is left out.
     """
-    configs.checked(values, "the parameters")
+    configs.check_plain_data(values, "the parameters")
     data = preflight(values)
     run = Run(out)
     os.environ["VITBENCH_HOME"] = str(home())  # the kernels, wherever they start, use these caches
@@ -93,11 +93,11 @@ def _run_stages(
     lessons: list[Lesson], values: dict[str, Any], run: Run, workers: int, fingerprint: str
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    sources = code.OWN.whole()
+    sources = code.PACKAGE_SOURCES.digest_all()
     upstream = ""
     expected = sum(60 * lesson.minutes for lesson in lessons)
     with (
-        progress.bar(None, "notebooks", expected, layout=progress.TIME_ONLY) as bar,
+        progress.progress_bar(None, "notebooks", expected, bar_format=progress.TIME_ONLY) as bar,
         Kernels() as kernels,
     ):
         for stage in STAGES:

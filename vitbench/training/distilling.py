@@ -202,7 +202,7 @@ def kept_answers(
     def answer() -> dict[str, Tensor]:
         made, found = batches.view_batches(split, recipe.preprocess, BATCH, config.augment, view, device), []
         with torch.inference_mode(), autocast():
-            for x, _ in progress.bar(made, "the teacher answers", total=-(-len(split) // BATCH), unit="batch"):
+            for x, _ in progress.progress_bar(made, "the teacher answers", total=-(-len(split) // BATCH), unit="batch"):
                 found.append(teacher(x).float().cpu())
         return {"logits": torch.cat(found)}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitbench.base import progress
 from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
-from vitbench.base.store import Kept, Store, work_key
+from vitbench.base.store import Store, StoredFile, work_key
 from vitbench.data.batches import epoch_order, eval_batches, train_batches
 from vitbench.data.splits import ImageData, Split
 from vitbench.model.artifact import model_digest
@@ -80,7 +80,7 @@ def evaluate(
     first, fifth, lost = [], [], []
     batches: Iterable = eval_batches(split, model.recipe.preprocess, batch_size, device)
     if title:
-        batches = progress.bar(batches, title, total=math.ceil(len(split) / batch_size), unit="batch")
+        batches = progress.progress_bar(batches, title, total=math.ceil(len(split) / batch_size), unit="batch")
     for x, y in batches:
         logits = model(x).float()
         ranked = logits.topk(min(5, model.recipe.architecture.num_classes), dim=1).indices
@@ -130,10 +130,10 @@ def train(
         )
     set_fused_attention(model, target.type != "cpu")  # on a CPU the fused kernel's backward pass is the slower one
     run = _Run(model.to(target), data, config, teacher, target, groups, penalty)
-    kept = Kept(checkpoint, "checkpoint")
+    kept = StoredFile(checkpoint, "checkpoint")
     history = run.resume(kept, key) if checkpoint else []
     saved = time.monotonic()
-    with progress.bar(None, title, total=config.epochs * run.steps, unit="step") as bar:
+    with progress.progress_bar(None, title, total=config.epochs * run.steps, unit="step") as bar:
         bar.update(len(history) * run.steps)
         for epoch in range(len(history), config.epochs):
             loss = run.epoch(epoch, bar)
@@ -250,11 +250,11 @@ class _Run:
     def result(self) -> nn.Module:
         return self.ema.module if self.ema else self.model
 
-    def save(self, kept: Kept, key: str, history: list[dict[str, float]]) -> None:
+    def save(self, kept: StoredFile, key: str, history: list[dict[str, float]]) -> None:
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         kept.save({"key": key, "parts": parts, "history": history})
 
-    def resume(self, kept: Kept, key: str) -> list[dict[str, float]]:
+    def resume(self, kept: StoredFile, key: str) -> list[dict[str, float]]:
         """Take up the run that `kept` holds; a damaged checkpoint, or one of another run, is named and left aside."""
         state = kept.load()
         if state is None:

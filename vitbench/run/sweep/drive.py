@@ -99,7 +99,7 @@ def run_sweep(plan: Plan, run: Run, workers: int = 1, scheduler: str = "") -> Co
     with locked(run.folder / "sweep.lock", busy):
         outcome = Counter({"finished before": len(plan.cells) - len(plan.left)})
         drive = _Drive(plan, run, outcome)
-        with progress.bar(None, "cells", total=len(plan.cells), unit="cell") as bar:
+        with progress.progress_bar(None, "cells", total=len(plan.cells), unit="cell") as bar:
             bar.update(outcome["finished before"])
             drive.until_done(scheduler, workers, bar)
         return outcome

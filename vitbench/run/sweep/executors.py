@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from vitbench.base.errors import InputError, one_of, require
+from vitbench.base.errors import InputError, import_optional, one_of
 from vitbench.run.sweep.worker import Worker
 
 QUEUES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}  # of dask-jobqueue
@@ -52,9 +52,9 @@ def check_scheduler(scheduler: str) -> None:
     if scheduler and "://" not in scheduler:
         one_of("scheduler", scheduler, ("dask", *QUEUES, "tcp://HOST:PORT"))
     if scheduler:
-        require("distributed", "dask")
+        import_optional("distributed", "dask")
     if scheduler in QUEUES:
-        require("dask_jobqueue", "dask")
+        import_optional("dask_jobqueue", "dask")
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def _client(scheduler: str, count: int, resources: dict[str, float], stack: cont
             n_workers=count, threads_per_worker=1, resources=resources or None, dashboard_address="localhost:0"
         )
     else:
-        kind = getattr(require("dask_jobqueue", "dask"), QUEUES[scheduler])
+        kind = getattr(import_optional("dask_jobqueue", "dask"), QUEUES[scheduler])
         wanted = (
             ["--resources", " ".join(f"{name}={amount:g}" for name, amount in resources.items())] if resources else []
         )

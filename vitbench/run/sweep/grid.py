@@ -129,7 +129,7 @@ def sweep_of(values: Any) -> Sweep:
     """
     if not isinstance(values, dict):
         raise InputError("a sweep is a mapping with models, datasets and methods")
-    configs.checked(values, "the sweep")
+    configs.check_plain_data(values, "the sweep")
     sweep = Sweep(**values)
     for backend in (sweep.measures.backend, *sweep.measures.versus_backends):
         one_of("backend", backend, BACKENDS)

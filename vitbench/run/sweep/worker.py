@@ -10,7 +10,7 @@ import traceback
 from queue import SimpleQueue
 from typing import Any
 
-from vitbench.base.processes import Channel, ProcessError, Started, end_group, environment
+from vitbench.base.processes import Channel, ChildProcess, ProcessError, child_environment, kill_process_group
 
 
 class WorkerDied(RuntimeError):
@@ -30,7 +30,7 @@ class Worker:
 
     def __init__(self, environment: dict[str, str] | None = None):
         self.environment = environment or {}
-        self.process: Started | None = None
+        self.process: ChildProcess | None = None
         self._closed = False
 
     def run(self, order: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Worker:
             self.process.close()
             raise CellHung(f"took more than {seconds:g} s and was stopped") from None
         except (EOFError, OSError):
-            raise WorkerDied(f"the worker died: {self.process.why()}") from None
+            raise WorkerDied(f"the worker died: {self.process.failure_reason()}") from None
         except ProcessError as error:
             raise WorkerDied(f"the worker died: {error}") from None
 
@@ -62,10 +62,10 @@ class Worker:
             self.process.close()
 
     def _start(self, threads: int) -> None:
-        self.process = Started(__name__, environment(threads) | self.environment)
+        self.process = ChildProcess(__name__, child_environment(threads) | self.environment)
         if self._closed:  # by another thread, perhaps just now
             self.process.close()
-        self.process.greet()
+        self.process.wait_ready()
         self.process.channel.receive()  # its long imports are done
 
 
@@ -91,7 +91,7 @@ def main(channel: Channel) -> None:
             try:
                 orders.put(channel.receive())
             except EOFError:  # whoever gave the orders is gone
-                end_group()
+                kill_process_group()
 
     import vitbench.run.sweep.work  # noqa: F401  (the long imports, before the first order)
 
