@@ -86,7 +86,7 @@ def measured(models: list[Path], names: list[str], seconds: float) -> tuple[list
             if not vb.measurement.unsupported_reason(name, model.recipe):
                 size = model.recipe.preprocess.size
                 x = torch.randn(1, 3, size, size)
-                calls[path, name, threads] = (vb.measurement.checked(name, model, x)[0], x)
+                calls[path, name, threads] = (vb.measurement.prepare_checked(name, model, x)[0], x)
         times: dict[tuple, list[float]] = {key: [] for key in calls}
         end = time.monotonic() + seconds
         with vb.base.progress_bar(None, "rounds", int(seconds), unit="s") as bar:
@@ -110,7 +110,7 @@ def rows(base: Path, journeys: list[float], times: dict[tuple, list[float]]) -> 
     data, device, found = vb.load_data("digits"), vb.rows.device_name("eager"), []
 
     def add(path: Path, metric: str, unit: str, how: str, context: dict, samples: np.ndarray) -> None:
-        facts = vb.measurement.about(vb.model.read_manifest(path).recipe, data) | {
+        facts = vb.measurement.model_row_fields(vb.model.read_manifest(path).recipe, data) | {
             "metric": metric,
             "unit": unit,
             "context": context,

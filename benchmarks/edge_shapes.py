@@ -42,7 +42,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         for backend in options.backends:
-            vb.measurement.available(backend)
+            vb.measurement.require_backend(backend)
         for name in options.methods:
             vb.base.one_of("method", name, vb.METHODS)
         run = vb.Run(options.out)
@@ -86,7 +86,7 @@ def measure(models: dict[str, Path], run: vb.Run, options: argparse.Namespace) -
             start = time.monotonic()
             _race(models, data, run, backend, batch, options)
             print(f"{backend}, batch {batch}: {time.monotonic() - start:.0f} s", flush=True)
-        if vb.measurement.BACKENDS[backend].alone:
+        if vb.measurement.BACKENDS[backend].runs_without_torch:
             for path in models.values():
                 vb.measure(path, data, run, what=("memory",), backend=backend, threads=options.threads)
 
@@ -105,7 +105,7 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
     able = {path: vb.measurement.unsupported_reason(backend, vb.model.read_manifest(path).recipe) for path in slots}
     racing = [path for path, why in able.items() if not why]
     entries = [*((str(base), reference) for reference in references), *((str(path), backend) for path in racing)]
-    (found,) = vb.measurement.race(entries, [batch], options.threads, options.rounds, options.starts)
+    (found,) = vb.measurement.compare_latency(entries, [batch], options.threads, options.rounds, options.starts)
     others = [other.times for other in found[: len(references)]]
     timings = dict(zip(racing, found[len(references) :], strict=True))
     for path, rows in slots.items():
@@ -114,17 +114,17 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
             status = {"status": "skipped" if able[path] else "failed", "error": own, "value": None, "source": ""}
             run.append(row.replace(**status) for row in rows)
         else:
-            run.append(_filled(rows, vb.measurement.values(backend, own, others, starts=options.starts)))
+            run.append(_filled(rows, vb.measurement.latency_values(backend, own, others, starts=options.starts)))
 
 
 def _slots(path: Path, data: vb.ImageData, timed: dict[str, Any], references: list[str]) -> Iterator[vb.Row]:
     manifest = vb.model.read_manifest(path)
-    facts = vb.measurement.about(manifest.recipe, data) | {"value": 0, "source": "measured"}
-    for metric, unit, context in vb.measurement.slots(timed, references):
+    facts = vb.measurement.model_row_fields(manifest.recipe, data) | {"value": 0, "source": "measured"}
+    for metric, unit, context in vb.measurement.latency_metrics(timed, references):
         yield vb.Row(**facts, metric=metric, unit=unit, context={**context, "artifact": manifest.sha256[:12]})
 
 
-def _filled(rows: list[vb.Row], values: Iterator[vb.measurement.Value]) -> Iterator[vb.Row]:
+def _filled(rows: list[vb.Row], values: Iterator[vb.measurement.Measurement]) -> Iterator[vb.Row]:
     for row, value in zip(rows, values, strict=True):
         yield row.replace(**value.fields())
 

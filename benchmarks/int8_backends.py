@@ -55,7 +55,8 @@ class Variant:
 def _ours(file: str, *names: str) -> dict[str, Variant]:
     method = FILES[file][0] if file in FILES else file
     return {
-        f"{file}:{name}": Variant(method, name, ours(name), vb.measurement.BACKENDS[name].needs, file) for name in names
+        f"{file}:{name}": Variant(method, name, ours(name), vb.measurement.BACKENDS[name].packages, file)
+        for name in names
     }
 
 
@@ -84,7 +85,7 @@ VARIANTS = {
 }
 
 
-class Answers(vb.measurement.Prepared):
+class Answers(vb.measurement.BackendModel):
     """A callable made for `batch` images as a model that can be scored."""
 
     def __init__(self, call: vb.measurement.Call, model: nn.Module, batch: int):
@@ -212,7 +213,7 @@ def _missing(variant: Variant) -> str:
     """Why it cannot be had here, or ""."""
     try:
         if variant.backend in vb.measurement.BACKENDS:
-            vb.measurement.available(variant.backend)
+            vb.measurement.require_backend(variant.backend)
     except vb.InputError as error:
         return str(error)
     lacking = [name for name in variant.packages if not importlib.util.find_spec(name)]
@@ -222,7 +223,11 @@ def _missing(variant: Variant) -> str:
 def _slots(variant: Variant, files: dict[str, Path], images: int, args, data: vb.ImageData | None) -> list[vb.Row]:
     """The variant's rows without values, in the order of `_values`."""
     manifest, base = (vb.model.read_manifest(files[name]) for name in (variant.file, "baseline"))
-    facts = vb.measurement.about(manifest.recipe, data) | {"method": variant.method, "value": 0, "source": "measured"}
+    facts = vb.measurement.model_row_fields(manifest.recipe, data) | {
+        "method": variant.method,
+        "value": 0,
+        "source": "measured",
+    }
     own = {"artifact": manifest.sha256[:12]}
     if variant.method.startswith("peer_"):
         facts["config"]["methods"] = [{"method": variant.method, "config": {"images": images, **_versions(variant)}}]

@@ -218,7 +218,7 @@ def main() -> int:
 
 def rows(model: torch.nn.Module, counts: Counter, trials: int) -> list[vb.Row]:
     """One row for each kind of work, harm and outcome, and one of the differences that nothing said."""
-    facts = vb.measurement.about(model.recipe, images()) | {
+    facts = vb.measurement.model_row_fields(model.recipe, images()) | {
         "method": "baseline",
         "source": "measured: disturbed and compared bit by bit",
     }

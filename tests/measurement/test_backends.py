@@ -31,7 +31,7 @@ INTEGER_KERNELS = ("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFlo
 
 
 def installed(backend):
-    return all(importlib.util.find_spec(name) for name in backends.BACKENDS[backend].needs)
+    return all(importlib.util.find_spec(name) for name in backends.BACKENDS[backend].packages)
 
 
 needs_onnx = pytest.mark.skipif(not installed("onnxruntime"), reason="the extra onnx is not installed")
@@ -126,7 +126,7 @@ class Factored(torch.nn.Sequential):
 def same(model, x, within=1e-5):
     """Whether ONNX Runtime answers as eager PyTorch does."""
     answer, wanted = backends.onnx_call(backends.onnx_file(model.eval(), x))(x), model(x)
-    return answer.shape == wanted.shape and backends.distance(answer, wanted) < within
+    return answer.shape == wanted.shape and backends.logit_distance(answer, wanted) < within
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_codes_are_small_in_the_onnx_file(packed, tmp_path, name, products):
     assert max(math.prod(shape) for shape, kind in initializers(path) if kind == "float32") < 64 * 64
     saved = artifact.size_on_disk(artifact.save(small, tmp_path / "artifact"))
     assert path.with_suffix(".data").stat().st_size < saved
-    assert backends.distance(backends.prepare("onnxruntime", small, x)(x), small(x)) < 1e-5
+    assert backends.logit_distance(backends.prepare("onnxruntime", small, x)(x), small(x)) < 1e-5
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_codes_are_small_in_openvino_too(packed, name):
     held = [op for op in backends.openvino_model(small, x).get_ops() if op.get_type_name() == "Constant"]
     kinds = {op.get_element_type().get_type_name() for op in held if math.prod(op.get_output_shape(0)) >= 64 * 64}
     assert kinds == {"u4"}
-    assert backends.distance(backends.prepare("openvino", small, x)(x), small(x)) < 1e-5
+    assert backends.logit_distance(backends.prepare("openvino", small, x)(x), small(x)) < 1e-5
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_executorch_answers_again_and_again_with_torch_s_threads(base):
     call, x = backends.prepare("executorch", base.model, torch.randn(2, 3, 8, 8)), torch.randn(2, 3, 8, 8)
     gc.collect()
     first = call(x)
-    assert backends.distance(first, base.model(x)) < backends.BACKENDS["executorch"].tolerance
+    assert backends.logit_distance(first, base.model(x)) < backends.BACKENDS["executorch"].tolerance
     call(torch.zeros_like(x))
     assert torch.equal(call(x), first), "an answer is the caller's, and the next does not change it"
     assert portable_lib._threadpool_get_thread_count() == torch.get_num_threads()
@@ -294,7 +294,7 @@ def test_without_bf16_instructions_there_is_no_bf16(monkeypatch):
     monkeypatch.setattr(backends, "import_optional", lambda *_: None)
     monkeypatch.setattr(backends, "_has_bf16", lambda: False)
     with pytest.raises(InputError, match="this CPU has no bf16 instructions .* take openvino"):
-        backends.available("openvino_bf16")
+        backends.require_backend("openvino_bf16")
 
 
 def test_each_layer_says_what_can_run_it(small):

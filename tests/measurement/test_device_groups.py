@@ -38,25 +38,25 @@ def test_without_pytorch_a_process_is_smaller_and_sooner(base, digits, tmp_path)
 @pytest.mark.slow
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(ChildError, match="InputError"):
-        fresh.answer([sys.executable, "-m", "vitbench.measurement.fresh", str(tmp_path), "eager", "1"], 1)
+        fresh.run_inference([sys.executable, "-m", "vitbench.measurement.fresh", str(tmp_path), "eager", "1"], 1)
 
 
 @pytest.mark.slow
 @needs_limits
 def test_the_smallest_limit_is_about_what_a_process_holds():
     command = [sys.executable, "-c", HOLD.format(60_000_000)]
-    least = limits.smallest(command, 100_000_000, dict(os.environ))
+    least = limits.smallest_limit(command, 100_000_000, dict(os.environ))
     assert 60e6 < least < 85e6
-    assert limits.works(command, 2 * least, dict(os.environ))
-    assert not limits.works(command, 40_000_000, dict(os.environ))
+    assert limits.runs_within(command, 2 * least, dict(os.environ))
+    assert not limits.runs_within(command, 40_000_000, dict(os.environ))
 
 
 @needs_limits
 def test_limits_that_mean_nothing_are_refused():
     with pytest.raises(InputError, match="too small to start Python"):
-        limits.works([sys.executable, "-c", "pass"], 200_000, dict(os.environ))
+        limits.runs_within([sys.executable, "-c", "pass"], 200_000, dict(os.environ))
     with pytest.raises(InputError, match="the limit is not what stops it"):
-        limits.smallest([sys.executable, "-c", "raise SystemExit(1)"], 1_000_000, dict(os.environ))
+        limits.smallest_limit([sys.executable, "-c", "raise SystemExit(1)"], 1_000_000, dict(os.environ))
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_rapl_counts_packages_once_and_wraps_around(tmp_path, monkeypatch):
     before = meter.read()
     zone(tmp_path, "intel-rapl:0", "package-0", 13)
     zone(tmp_path, "intel-rapl:1", "package-1", 1)  # went past 1000
-    assert meter.spent(before, meter.read()) == pytest.approx(3 + 2, abs=1e-3)
+    assert meter.joules_between(before, meter.read()) == pytest.approx(3 + 2, abs=1e-3)
 
 
 def test_nvml_counts_the_card(monkeypatch):
@@ -114,7 +114,7 @@ def test_nvml_counts_the_card(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", card)
     monkeypatch.setattr(energy.importlib.util, "find_spec", lambda name: True)
     meter = energy.meter("cuda")
-    assert meter.spent(meter.read(), meter.read()) == pytest.approx(2.5)
+    assert meter.joules_between(meter.read(), meter.read()) == pytest.approx(2.5)
 
 
 def test_energy_is_estimated_only_from_a_stated_power(base, digits, tmp_path, monkeypatch):
@@ -133,9 +133,9 @@ def test_energy_is_estimated_only_from_a_stated_power(base, digits, tmp_path, mo
 
 def test_the_floor_is_the_longer_of_products_and_bytes():
     peaks = {"float_macs": 1e9, "int8_macs": 4e9, "memory_bandwidth": 1e10}
-    assert roofline.floor(1e9, 4e9, 1e6, peaks, 1) == pytest.approx(2000)
-    assert roofline.floor(1e9, 4e9, 1e6, peaks, 8) == pytest.approx(16000)
-    assert roofline.floor(1e6, 0, 1e9, peaks, 1) == pytest.approx(100)
+    assert roofline.latency_floor(1e9, 4e9, 1e6, peaks, 1) == pytest.approx(2000)
+    assert roofline.latency_floor(1e9, 4e9, 1e6, peaks, 8) == pytest.approx(16000)
+    assert roofline.latency_floor(1e6, 0, 1e9, peaks, 1) == pytest.approx(100)
 
 
 def test_products_of_codes_are_counted(base, digits):

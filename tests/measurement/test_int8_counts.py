@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vitbench.measurement.cost import count_int8_macs, count_macs
-from vitbench.measurement.roofline import floor
+from vitbench.measurement.roofline import latency_floor
 from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, blocks, vit
 from vitbench.model.layers import Rounded, StaticInt8Rounding
@@ -61,6 +61,6 @@ def test_the_floor_of_a_model_in_codes_is_below_that_of_its_halves(model, few):
     small = static(model, few, attention=True)
     int8 = count_int8_macs(small)
     wanted = 1000 * (16 * 12 * 32 + 32 * 10 + by_hand(True) / 2) / 1e9
-    assert floor(count_macs(small) - int8, int8, 1, peaks, 1) == pytest.approx(wanted)
+    assert latency_floor(count_macs(small) - int8, int8, 1, peaks, 1) == pytest.approx(wanted)
     with torch.inference_mode():
         assert count_int8_macs(compress(model, make_config("dynamic_int8"))) == by_hand(False)

@@ -290,8 +290,10 @@ def test_rounds_are_shared_by_several_processes(base, digits, tmp_path):
 
 def test_a_model_that_fails_in_one_of_the_processes_has_no_time():
     fine = {"times": [1.0, 2.0], "apart": 0.1, "allowed": 1.0}
-    assert timing._pooled([fine, "no memory"]) == "no memory"
-    assert timing._pooled([fine, fine | {"times": [3.0], "apart": 0.2}]) == timing.Timed([1.0, 3.0], 0.2, 1.0)
+    assert timing._pool_starts([fine, "no memory"]) == "no memory"
+    assert timing._pool_starts([fine, fine | {"times": [3.0], "apart": 0.2}]) == timing.BackendTiming(
+        [1.0, 3.0], 0.2, 1.0
+    )
 
 
 def test_pareto_front_by_hand():
@@ -338,7 +340,7 @@ def test_accuracy_rows_hold_every_answer(measured, digits, base):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_another_backend_answers_the_same_and_stands_in_columns_of_its_own(base, digits, tmp_path, backend):
-    for module in backends.BACKENDS[backend].needs:
+    for module in backends.BACKENDS[backend].packages:
         pytest.importorskip(module, reason=f"the extra {backends.BACKENDS[backend].extra} is not installed")
     run = Run(tmp_path)
     rows = measure(base.path, digits, run, what=("latency",), batches=(1,), rounds=10, backend=backend)
@@ -375,4 +377,4 @@ def test_a_backend_with_another_answer_is_refused(base, monkeypatch):
     with pytest.raises(RuntimeError, match="wrong differs from eager"):
         backends.prepare("wrong", base.model, torch.randn(1, 3, 8, 8))
     with pytest.raises(InputError, match="unknown backend 'turbo'; allowed: eager, cuda, torch_compile"):
-        backends.available("turbo")
+        backends.require_backend("turbo")

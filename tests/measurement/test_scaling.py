@@ -6,7 +6,7 @@ import pytest
 from tests.conftest import ROOT
 from vitbench.base.errors import InputError
 from vitbench.figures import attention
-from vitbench.measurement.token_scaling import scaling
+from vitbench.measurement.token_scaling import measure_token_scaling
 from vitbench.methods.registry import make_config
 from vitbench.rows.row_table import load_records
 from vitbench.rows.runs import Run
@@ -19,9 +19,9 @@ def rows(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("scaling"))
     configs = [make_config("nystroem", {"landmarks": 8}), LINEAR]
     how = {"depth": 1, "rounds": 10}
-    found = scaling(run, "vit_mini_patch2_8", configs, [4, 16], **how)
+    found = measure_token_scaling(run, "vit_mini_patch2_8", configs, [4, 16], **how)
     before = run.records.read_bytes()
-    again = scaling(run, "vit_mini_patch2_8", configs, [4, 16], **how)
+    again = measure_token_scaling(run, "vit_mini_patch2_8", configs, [4, 16], **how)
     assert run.records.read_bytes() == before, "what is there is not measured again"
     assert set(again["key"]) == set(found["key"])
     return found
@@ -88,4 +88,4 @@ def test_speed_for_accuracy_shows_the_rows_it_names():
 @pytest.mark.parametrize("how", [{"rounds": 5}, {"threads": 0}, {"batch": 0}])
 def test_wrong_settings(how, tmp_path):
     with pytest.raises(InputError, match="at least 1 thread, 10 rounds"):
-        scaling(Run(tmp_path), "vit_mini_patch2_8", [LINEAR], [8], **how)
+        measure_token_scaling(Run(tmp_path), "vit_mini_patch2_8", [LINEAR], [8], **how)

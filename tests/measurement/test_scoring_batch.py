@@ -69,7 +69,7 @@ class Noting(torch.nn.Module):
 
 
 def test_a_short_batch_is_filled_with_its_own_images():
-    prepared, x = backends.Prepared("eager", Noting(), 4), torch.randn(6, 3, 8, 8)
+    prepared, x = backends.BackendModel("eager", Noting(), 4), torch.randn(6, 3, 8, 8)
     assert torch.equal(prepared(x), x)
     assert torch.equal(prepared.call.seen[-1], x[[4, 5, 4, 5]])
 

@@ -20,7 +20,7 @@ from vitbench.rows.runs import Run
 from vitbench.training.loop import evaluate
 
 needs_openvino = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in backends.BACKENDS["openvino"].needs),
+    not all(importlib.util.find_spec(name) for name in backends.BACKENDS["openvino"].packages),
     reason="the extra openvino is not installed",
 )
 

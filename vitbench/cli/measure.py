@@ -82,7 +82,7 @@ def _measure(options: argparse.Namespace) -> int:
         within=int(options.within),
     )
     for backend in (measures.backend, *measures.versus_backends):
-        backends.available(backend)
+        backends.require_backend(backend)
     for model in filter(None, (options.model, options.versus)):
         artifact.read_manifest(model)
     data = load_option_data(options)

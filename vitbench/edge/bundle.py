@@ -17,7 +17,7 @@ from vitbench.base.files import FolderKind, atomic_folder, check_target, write_a
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import ImageData
 from vitbench.measurement import backends, timing
-from vitbench.measurement.cost import Value, about
+from vitbench.measurement.cost import Measurement, model_row_fields
 from vitbench.measurement.fresh import MEMORY, STARTUP
 from vitbench.model import artifact
 from vitbench.rows.records import Row, append_rows, read_rows, records_file
@@ -119,11 +119,11 @@ def make_bundle(
         InputError: nothing to export, a backend that needs PyTorch, or a folder that holds something else or cannot be written.
     """
     check_target(out, KIND)
-    able = [name for name, backend in backends.BACKENDS.items() if backend.alone]
+    able = [name for name, backend in backends.BACKENDS.items() if backend.runs_without_torch]
     for backend in run_by:
         if backend not in able:
             raise InputError(f"a bundle runs without PyTorch, {backend!r} does not; allowed: {', '.join(able)}")
-        backends.available(backend)
+        backends.require_backend(backend)
     if not models or min(batches, default=0) < 1:
         raise InputError("give at least one saved model, and batches of 1 image or more")
     manifests = {Path(path): artifact.read_manifest(path) for path in models}
@@ -155,14 +155,14 @@ def _export(folder: Path, number: int, path: Path, backend: str, batch: int, dat
     model = artifact.load(path)
     recipe, sha = model.recipe, artifact.read_manifest(path).sha256[:12]
     stem = f"{number:02}-{recipe.method.replace('+', '-')}-{backend}-b{batch}"
-    facts = {"name": stem, "backend": backend, "batch": batch, "about": about(recipe, data), "artifact": sha}
+    facts = {"name": stem, "backend": backend, "batch": batch, "about": model_row_fields(recipe, data), "artifact": sha}
     if why := backends.unsupported_reason(backend, recipe):
         return Entry(**facts, error=why)
     x = _images(recipe.preprocess, batch, data)
     images, logits = folder / f"{stem}.images.npy", folder / f"{stem}.logits.npy"
     with torch.inference_mode():
         wanted = model(x)
-    file = backends.BACKENDS[backend].file(model, x, folder / stem)
+    file = backends.BACKENDS[backend].export(model, x, folder / stem)
     size = sum(part.stat().st_size for part in folder.glob(f"{stem}.*"))
     write_array(images, x.numpy())
     write_array(logits, wanted.numpy())
@@ -251,7 +251,7 @@ def _rows(entry: Entry, result: Result | None, machine: dict[str, Any]) -> Itera
     """The rows of one entry; where the device has no answer, each metric's row says why."""
     context = {**machine, "backend": entry.backend, "batch": entry.batch}
     context |= {"versus": f"baseline:{entry.versus_artifact}"} if entry.versus else {}
-    slots = timing.slots(context, [entry.backend])
+    slots = timing.latency_metrics(context, [entry.backend])
     slots += [(metric, unit, context) for metric, unit in {**MEMORY, **STARTUP, "exported_bytes": "bytes"}.items()]
     rows = [
         Row(
@@ -281,13 +281,13 @@ def _lacks(entry: Entry, result: Result | None) -> str:
     return f"the device's answers hold no {', '.join(missing)}" if missing else ""
 
 
-def _values(entry: Entry, result: Result) -> Iterator[Value]:
+def _values(entry: Entry, result: Result) -> Iterator[Measurement]:
     """The values of the rows, in order."""
-    own = timing.Timed(result.times, result.apart, entry.tolerance)
-    yield from timing.values(entry.backend, own, [result.versus_times] if entry.versus else [], "on the device")
+    own = timing.BackendTiming(result.times, result.apart, entry.tolerance)
+    yield from timing.latency_values(entry.backend, own, [result.versus_times] if entry.versus else [], "on the device")
     starts = f"measured: median of {len(result.peak)} fresh processes on the device, without PyTorch"
     for metric, samples in zip(
         (*MEMORY, *STARTUP), (result.peak, result.imports, result.cold_start, result.load), strict=True
     ):
-        yield Value(metric, float(np.median(samples)), starts, samples=samples)
-    yield Value("exported_bytes", entry.exported_bytes, f"measured: files that {entry.backend} loads")
+        yield Measurement(metric, float(np.median(samples)), starts, samples=samples)
+    yield Measurement("exported_bytes", entry.exported_bytes, f"measured: files that {entry.backend} loads")

@@ -12,18 +12,18 @@ from vitbench.calibration.moments import BATCH, watching
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import ImageData
 from vitbench.measurement import backends
-from vitbench.measurement.cost import Value, count_params
+from vitbench.measurement.cost import Measurement, count_params
 from vitbench.model import artifact, vit
 from vitbench.model.recipe import Recipe
 from vitbench.rows.statistics import mean_interval, pack_hits, wilson
 from vitbench.training.loop import SCORING_BATCH, evaluate, pick_device
 
 
-def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str, backend: str) -> Iterator[Value]:
+def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str, backend: str) -> Iterator[Measurement]:
     """Load the model and score it on every test image; `metrics` is top1, or top1 and top5, and cross_entropy."""
     model, device = artifact.load(path), pick_device(device)
     if backend != "eager":
-        model, device = backends.Prepared(backend, model, min(SCORING_BATCH, len(data.test))), "cpu"
+        model, device = backends.BackendModel(backend, model, min(SCORING_BATCH, len(data.test))), "cpu"
     found = evaluate(model, data.test, device=device, title="scoring")
     if not np.isfinite(found.loss).all():
         raise RuntimeError(f"{(~np.isfinite(found.loss)).sum()} of {len(found.loss)} answers are not finite numbers")
@@ -31,12 +31,12 @@ def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str, b
         if metric == "cross_entropy":
             mean, low, high = mean_interval(found.loss)
             samples = [float(f"{loss:.3g}") for loss in found.loss]  # in rows no more digits than count
-            yield Value(metric, mean, "measured: test images, mean, Student 95 %", low, high, samples=samples)
+            yield Measurement(metric, mean, "measured: test images, mean, Student 95 %", low, high, samples=samples)
             continue
         hits = getattr(found, metric)
         low, high = wilson(hits.sum(), len(hits))
         how = "measured: test images, Wilson 95 %"
-        yield Value(metric, float(hits.mean()), how, low, high, hits=pack_hits(hits))
+        yield Measurement(metric, float(hits.mean()), how, low, high, hits=pack_hits(hits))
 
 
 def layers_of(model: nn.Module) -> list[str]:
@@ -44,13 +44,13 @@ def layers_of(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if vit.layer_type(name) == name.rpartition(".")[-1] != ""]
 
 
-def comparable(own: Recipe, other: Recipe) -> bool:
+def have_same_blocks(own: Recipe, other: Recipe) -> bool:
     """Whether two models have the same blocks, so that their layers can be compared one by one."""
     first, second = (vit.meta_model(recipe.architecture) for recipe in (own, other))
     return first.embed_dim == second.embed_dim and len(first.blocks) == len(second.blocks)
 
 
-def outputs(path: Path, versus: Path, data: ImageData, names: list[str]) -> Iterator[Value]:
+def measure_outputs(path: Path, versus: Path, data: ImageData, names: list[str]) -> Iterator[Measurement]:
     """For each of the layers `names`, as samples: the error of its outputs, its rank, and the share of weights left.
 
     The error is E||y' - y||^2 / E||y - mean y||^2 over the tokens of the calibration images, each layer with the inputs
@@ -60,14 +60,14 @@ def outputs(path: Path, versus: Path, data: ImageData, names: list[str]) -> Iter
     own, other = artifact.load(path), artifact.load(versus)
     errors = output_errors(own, other, data, names)
     how = "measured: calibration images, own inputs; mean over layers"
-    yield Value("output_error", sum(errors) / len(errors), how, samples=errors)
+    yield Measurement("output_error", sum(errors) / len(errors), how, samples=errors)
     pairs = [(own.get_submodule(name), other.get_submodule(name)) for name in names]
     ranks = [float(_rank(new)) for new, _ in pairs]
-    yield Value("layer_rank", sum(ranks), "measured: sum over layers of the loaded file", samples=ranks)
+    yield Measurement("layer_rank", sum(ranks), "measured: sum over layers of the loaded file", samples=ranks)
     counts = [(count_params(new), count_params(old)) for new, old in pairs]
     left = sum(new for new, _ in counts) / sum(old for _, old in counts)
     shares = [new / old for new, old in counts]
-    yield Value("layer_keep", left, "measured: weights of the loaded file over the original's", samples=shares)
+    yield Measurement("layer_keep", left, "measured: weights of the loaded file over the original's", samples=shares)
 
 
 @torch.inference_mode()

@@ -42,15 +42,15 @@ class Backend:
 
     call: Callable[[nn.Module, Tensor], Call] | None = None
     tolerance: float = 1e-3
-    needs: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
     extra: str = ""
-    file: Callable[[nn.Module, Tensor, Path], Path] | None = None
+    export: Callable[[nn.Module, Tensor, Path], Path] | None = None
     precision: str = "f32"
 
     @property
-    def alone(self) -> bool:
+    def runs_without_torch(self) -> bool:
         """Whether `standalone` measures the file without PyTorch, as in a bundle."""
-        return bool(self.file) and self.precision == "f32"
+        return bool(self.export) and self.precision == "f32"
 
 
 def eager(model: nn.Module, x: Tensor) -> Call:
@@ -165,20 +165,20 @@ BACKENDS = {
     "eager": Backend(eager),
     "cuda": Backend(cuda),
     "torch_compile": Backend(torch_compile),
-    "onnxruntime": Backend(needs=("onnxruntime", "onnxscript"), extra="onnx", file=write_onnx),
-    "openvino": Backend(needs=("openvino", "onnxscript"), extra="openvino", file=write_openvino),
+    "onnxruntime": Backend(packages=("onnxruntime", "onnxscript"), extra="onnx", export=write_onnx),
+    "openvino": Backend(packages=("openvino", "onnxscript"), extra="openvino", export=write_openvino),
     "openvino_bf16": Backend(
-        tolerance=0.05, needs=("openvino", "onnxscript"), extra="openvino", file=write_openvino, precision="bf16"
+        tolerance=0.05, packages=("openvino", "onnxscript"), extra="openvino", export=write_openvino, precision="bf16"
     ),
-    "executorch": Backend(executorch, needs=("executorch",), extra="executorch"),
+    "executorch": Backend(executorch, packages=("executorch",), extra="executorch"),
 }
 # the tolerance where activations are rounded to codes: a sum that differs in its last bit may get another, in every layer
-ROUNDED = 0.3
+QUANTIZED_TOLERANCE = 0.3
 
 
 def prepare(backend: str, model: nn.Module, x: Tensor) -> Call:
     """Make `model` callable in `backend` for inputs shaped like `x`; raises what `checked` raises."""
-    return checked(backend, model, x)[0]
+    return prepare_checked(backend, model, x)[0]
 
 
 def make_call(backend: str, model: nn.Module, x: Tensor, stem: Path | None = None) -> Call:
@@ -188,26 +188,26 @@ def make_call(backend: str, model: nn.Module, x: Tensor, stem: Path | None = Non
         stem: of the file that the backend runs, if it runs one: it is taken where it is there already, else left there.
     """
     found, threads = BACKENDS[backend], torch.get_num_threads()
-    if not found.file:
+    if not found.export:
         return found.call(model, x)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         stem = stem or Path(folder, "model")
         written = [path for path in map(stem.with_suffix, standalone.PACKAGES) if path.exists()]
-        path = written[0] if written else found.file(model, x, stem)
+        path = written[0] if written else found.export(model, x, stem)
         run = standalone.open_model(path, threads, found.precision)
     return lambda images: torch.from_numpy(run(images.numpy()))
 
 
-def checked(backend: str, model: nn.Module, x: Tensor, stem: Path | None = None) -> tuple[Call, float]:
+def prepare_checked(backend: str, model: nn.Module, x: Tensor, stem: Path | None = None) -> tuple[Call, float]:
     """`make_call`'s, and how far its answer to `x` is from eager's.
 
     Raises:
         InputError: unknown backend, or its extra is not installed.
         RuntimeError: its answer is not eager's.
     """
-    available(backend)
+    require_backend(backend)
     call = make_call(backend, model, x, stem)
-    apart, allowed = distance(call(x), model(x)), tolerance(backend, model)
+    apart, allowed = logit_distance(call(x), model(x)), tolerance(backend, model)
     if not apart <= allowed:
         raise RuntimeError(
             f"{backend} differs from eager by {apart:.1e} of the largest logit; at most {allowed} is allowed"
@@ -215,7 +215,7 @@ def checked(backend: str, model: nn.Module, x: Tensor, stem: Path | None = None)
     return call, apart
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
+def logit_distance(found: Tensor, wanted: Tensor) -> float:
     """The largest difference between two answers, relative to the largest logit of the second."""
     return float((found - wanted).abs().max() / wanted.abs().max())
 
@@ -223,10 +223,10 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def tolerance(backend: str, model: nn.Module) -> float:
     """How far a backend's logits may be from eager's, as `distance` says it."""
     rounds = any(getattr(module, "rounds_inputs", False) for module in model.modules())
-    return ROUNDED if rounds else BACKENDS[backend].tolerance
+    return QUANTIZED_TOLERANCE if rounds else BACKENDS[backend].tolerance
 
 
-class Prepared(nn.Module):
+class BackendModel(nn.Module):
     """A model that answers batches of any size from a backend prepared for `batch` images.
 
     Short ones are filled up with their own images, so that ranges taken over a batch are what eager takes over the short one.
@@ -246,10 +246,10 @@ class Prepared(nn.Module):
         return torch.cat(parts)
 
 
-def available(backend: str) -> None:
+def require_backend(backend: str) -> None:
     """Raise `InputError` if `backend` is unknown, or what it needs is not installed or not in this CPU."""
     found = BACKENDS[one_of("backend", backend, BACKENDS)]
-    for module in found.needs:
+    for module in found.packages:
         import_optional(module, found.extra)
     if backend == "openvino_bf16" and not _has_bf16():
         raise InputError(
@@ -284,8 +284,8 @@ def unsupported_reason(backend: str, recipe: Recipe) -> str:
 
 def _runs(backend: str, layer: type | None) -> bool:
     """Whether the backend can run a runtime layer, as `runtime_layer` says it."""
-    needs = BACKENDS[backend].needs
-    if not needs:
+    packages = BACKENDS[backend].packages
+    if not packages:
         return backend != "torch_compile" or getattr(layer, "compiles", True)
     where = getattr(layer, "portable", False)
-    return where if isinstance(where, bool) else needs[0] in where
+    return where if isinstance(where, bool) else packages[0] in where

@@ -41,43 +41,43 @@ def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
         raise ChildError(f"{name} failed: {error}") from None
 
 
-def make_ready(threads: int) -> None:
+def start_fork_server(threads: int) -> None:
     """Have `in_child` begin its imports, where it will fork: they take seconds, in which there may be other work to do."""
     if CAN_FORK:
-        with _busy:
-            _ready(threads)
+        with _lock:
+            _fork_server(threads)
 
 
-def fork_ready() -> None:
+def fork_server_from_here() -> None:
     """`make_ready` for a process that has imported all and started no thread: the kept process is forked from it."""
     global _server
     _server = ForkServer.from_this_process()
 
 
 _server: ForkServer | None = None
-_busy = threading.Lock()
+_lock = threading.Lock()
 
 
-def _forked(order: dict[str, Any]) -> dict[str, Any]:
+def _forked(request: dict[str, Any]) -> dict[str, Any]:
     """The result of a job in a process that is forked for it, with this process's environment as it is now."""
-    with _busy, tempfile.TemporaryDirectory(prefix="vitbench.") as folder:
-        server, variables = _ready(order["threads"]), child_environment(order["threads"])
-        return server.fork(__name__, order, variables, folder).result(TIME_LIMIT)
+    with _lock, tempfile.TemporaryDirectory(prefix="vitbench.") as folder:
+        server, variables = _fork_server(request["threads"]), child_environment(request["threads"])
+        return server.fork(__name__, request, variables, folder).result(TIME_LIMIT)
 
 
-def _ready(threads: int) -> ForkServer:
+def _fork_server(threads: int) -> ForkServer:
     global _server
     if _server is None or not _server.alive():
         _server = ForkServer(["torch", "vitbench.measurement.measuring"], child_environment(threads))
     return _server
 
 
-def _started(order: dict[str, Any]) -> dict[str, Any]:
+def _started(request: dict[str, Any]) -> dict[str, Any]:
     """The result of a job in a process that is started for it."""
-    process = ChildProcess(__name__, child_environment(order["threads"]))
+    process = ChildProcess(__name__, child_environment(request["threads"]))
     try:
         process.wait_ready()
-        process.channel.send(order)
+        process.channel.send(request)
         return process.channel.receive(TIME_LIMIT)
     except (EOFError, BrokenPipeError):
         raise ProcessError(process.failure_reason()) from None

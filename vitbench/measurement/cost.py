@@ -22,7 +22,7 @@ from vitbench.model.vit import set_fused_attention
 
 
 @dataclass(frozen=True)
-class Value:
+class Measurement:
     """A metric's value in the unit of its group, how it was had, and its interval and raw samples where there are some."""
 
     metric: str
@@ -38,7 +38,7 @@ class Value:
         return {key: value for key, value in asdict(self).items() if key != "metric"}
 
 
-def about(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
+def model_row_fields(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
     """What a row says of the model and the images."""
     return {
         "model": recipe.original or recipe.architecture.name,
@@ -50,31 +50,31 @@ def about(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
     }
 
 
-def scored_in(recipe: Recipe, batch: int) -> dict[str, int]:
+def batch_context(recipe: Recipe, batch: int) -> dict[str, int]:
     """What a row says of the batches in which a model was scored, where its answers hang on them."""
     layers = {spec["layer"] for spec in recipe.layers.values()}
-    return {"scoring_batch": batch} if any(_sees_batch(name) for name in layers) else {}
+    return {"scoring_batch": batch} if any(_depends_on_batch(name) for name in layers) else {}
 
 
-def _sees_batch(name: str) -> bool:
+def _depends_on_batch(name: str) -> bool:
     return getattr(RUNTIME_LAYERS.get(name), "sees_batch", False)
 
 
-def cost(path: Path) -> Iterator[Value]:
+def cost(path: Path) -> Iterator[Measurement]:
     """Count on the loaded model; `bytes` is the size of its folder."""
     model = artifact.load(path)
-    yield Value("params", count_params(model), "measured: weights in the loaded model, scales not counted")
-    yield Value("macs", count_macs(model), "measured: torch FlopCounterMode / 2, one image")
-    yield Value("int8_macs", count_int8_macs(model), "measured: those of them whose two factors are 8-bit codes")
-    yield Value("bytes", artifact.size_on_disk(path), "measured: files on disk")
+    yield Measurement("params", count_params(model), "measured: weights in the loaded model, scales not counted")
+    yield Measurement("macs", count_macs(model), "measured: torch FlopCounterMode / 2, one image")
+    yield Measurement("int8_macs", count_int8_macs(model), "measured: those of them whose two factors are 8-bit codes")
+    yield Measurement("bytes", artifact.size_on_disk(path), "measured: files on disk")
     width = getattr(torch, model.recipe.storage).itemsize
     predicted = sum(
         tensor.numel() * (width if tensor.is_floating_point() else tensor.element_size())
         for tensor in model.state_dict().values()
     )
-    yield Value("bytes_predicted", predicted, "modelled: weights x bits / 8, scales included, no headers")
+    yield Measurement("bytes_predicted", predicted, "modelled: weights x bits / 8, scales included, no headers")
     for part, size in artifact.bytes_by_part(path).items():
-        yield Value("part_bytes", size, f"measured: {part}")
+        yield Measurement("part_bytes", size, f"measured: {part}")
 
 
 def count_params(model: nn.Module) -> int:
@@ -125,7 +125,7 @@ def coded_layers(recipe: Recipe) -> list[str]:
 
 
 @torch.inference_mode()
-def weight_error(path: Path, versus: Path, names: list[str]) -> Iterator[Value]:
+def weight_error(path: Path, versus: Path, names: list[str]) -> Iterator[Measurement]:
     """||W' - W|| / ||W|| over the named layers together; the samples are those of each layer."""
     own, other = artifact.load(path), artifact.load(versus)
     errors, norms = [], []
@@ -135,4 +135,4 @@ def weight_error(path: Path, versus: Path, names: list[str]) -> Iterator[Value]:
         norms.append(float(old.square().sum()))
     each = [(error / norm) ** 0.5 if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
     overall = (sum(errors) / sum(norms)) ** 0.5
-    yield Value("weight_error", overall, "measured: Frobenius norms of the loaded weights", samples=each)
+    yield Measurement("weight_error", overall, "measured: Frobenius norms of the loaded weights", samples=each)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vitbench.measurement.child import in_child, job
-from vitbench.measurement.cost import Value
-from vitbench.measurement.timing import locked
+from vitbench.measurement.cost import Measurement
+from vitbench.measurement.timing import timing_lock
 
 POWERCAP = Path("/sys/class/powercap")
 SECONDS = 5.0  # counters move about every millisecond, so that answers of some ms are counted over many of them
@@ -23,7 +23,7 @@ class Meter(Protocol):
 
     def read(self) -> list[float]: ...
 
-    def spent(self, before: list[float], after: list[float]) -> float: ...
+    def joules_between(self, before: list[float], after: list[float]) -> float: ...
 
 
 class Rapl:
@@ -38,7 +38,7 @@ class Rapl:
         """Microjoules, a number a package."""
         return [float((zone / "energy_uj").read_text()) for zone in self.zones]
 
-    def spent(self, before: list[float], after: list[float]) -> float:
+    def joules_between(self, before: list[float], after: list[float]) -> float:
         """Joules between two readings less than one turn of the counter apart."""
         turns = zip(before, after, self.ranges, strict=True)
         return sum((new - old) % (whole + 1) if new < old else new - old for old, new, whole in turns) / 1e6
@@ -56,7 +56,7 @@ class Nvml:
         """Millijoules, one number."""
         return [float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.card))]
 
-    def spent(self, before: list[float], after: list[float]) -> float:
+    def joules_between(self, before: list[float], after: list[float]) -> float:
         """Joules between two readings."""
         return sum(new - old for old, new in zip(before, after, strict=True)) / 1e3
 
@@ -99,16 +99,16 @@ def unsupported_reason(backend: str, power: float) -> str:
     )
 
 
-def energy(path: Path, backend: str, threads: int, power: float) -> Iterator[Value]:
+def energy(path: Path, backend: str, threads: int, power: float) -> Iterator[Measurement]:
     """Joules of one image at batch 1: counted while the model answers, idle draw included, or `power` times the time."""
-    with locked():
+    with timing_lock():
         found = in_child("count_joules", threads, path=os.path.abspath(path), backend=backend)
     if found["source"]:
         how = f"measured: {found['source']}, idle draw included, over {found['answers']} answers"
-        yield Value("energy", found["joules"] / found["answers"], how)
+        yield Measurement("energy", found["joules"] / found["answers"], how)
     else:
         how = f"estimated: a stated {power:g} W times the measured time of {found['answers']} answers"
-        yield Value("energy", power * found["seconds"] / found["answers"], how)
+        yield Measurement("energy", power * found["seconds"] / found["answers"], how)
 
 
 @job
@@ -131,5 +131,5 @@ def count_joules(path: str, backend: str) -> dict[str, Any]:
         while (seconds := time.perf_counter() - start) < SECONDS:
             call(x)
             answers += 1
-        joules = counter.spent(before, counter.read()) if counter else 0.0
+        joules = counter.joules_between(before, counter.read()) if counter else 0.0
     return {"joules": joules, "seconds": seconds, "answers": answers, "source": counter.source if counter else ""}

@@ -18,11 +18,11 @@ from vitbench.base.errors import InputError
 from vitbench.base.processes import PYTHON
 
 CGROUPS = Path("/sys/fs/cgroup")
-CLOSE = 0.02  # how near the smallest limit is found
-SECONDS = 120  # a command that swaps itself to a standstill does not work
+RELATIVE_PRECISION = 0.02  # how near the smallest limit is found
+COMMAND_TIMEOUT_SECONDS = 120  # a command that swaps itself to a standstill does not work
 
 
-def kind() -> str:
+def limit_kind() -> str:
     """What limits the memory here, in a few words; "" if nothing can."""
     if _controller():
         return "memory cgroup (pages of files that the system holds anyway are not counted)"
@@ -31,48 +31,48 @@ def kind() -> str:
 
 def unsupported_reason() -> str:
     """Why no limit can be set; "" if one can."""
-    return "" if kind() else f"{sys.platform} has neither memory cgroups nor a limit of data that holds"
+    return "" if limit_kind() else f"{sys.platform} has neither memory cgroups nor a limit of data that holds"
 
 
-def works(command: list[str], limit: int, env: dict[str, str], files: Iterable[Path] = ()) -> bool:
+def runs_within(command: list[str], limit: int, env: dict[str, str], files: Iterable[Path] = ()) -> bool:
     """Whether the command ends well in `limit` bytes. What the system has cached of `files` is dropped first.
 
     Raises:
         InputError: not even the interpreter starts in so little.
     """
-    if not _ends_well([*PYTHON, "-c", "pass"], limit, env):
+    if not _succeeds_within([*PYTHON, "-c", "pass"], limit, env):
         raise InputError(f"a memory limit of {limit:,} bytes is too small to start Python; give some tens of megabytes")
     _drop_cached(files)
-    return _ends_well(command, limit, env)
+    return _succeeds_within(command, limit, env)
 
 
-def smallest(command: list[str], peak: int, env: dict[str, str], files: Iterable[Path] = ()) -> int:
+def smallest_limit(command: list[str], peak: int, env: dict[str, str], files: Iterable[Path] = ()) -> int:
     """The smallest limit in bytes in which the command still ends well, to 2 %, by bisection below and above `peak`."""
     files, low, high = list(files), 0, peak
     _drop_cached(files)
-    while not _ends_well(command, high, env):
+    while not _succeeds_within(command, high, env):
         low, high = high, 2 * high
         if high > 64 * peak:
             raise InputError(f"the command fails in {high:,} bytes too, so the limit is not what stops it")
-    while high - low > CLOSE * high:
+    while high - low > RELATIVE_PRECISION * high:
         middle = (low + high) // 2
         _drop_cached(files)
-        low, high = (low, middle) if _ends_well(command, middle, env) else (middle, high)
+        low, high = (low, middle) if _succeeds_within(command, middle, env) else (middle, high)
     return high
 
 
-def _ends_well(command: list[str], limit: int, env: dict[str, str]) -> bool:
-    with _limited(limit) as prefix, tempfile.TemporaryDirectory() as folder:
+def _succeeds_within(command: list[str], limit: int, env: dict[str, str]) -> bool:
+    with _memory_limit(limit) as prefix, tempfile.TemporaryDirectory() as folder:
         options = {"cwd": folder, "env": env, "stdin": subprocess.DEVNULL, "capture_output": True}
         try:
-            done = subprocess.run([*prefix, *command], timeout=SECONDS, **options)
+            done = subprocess.run([*prefix, *command], timeout=COMMAND_TIMEOUT_SECONDS, **options)
         except (subprocess.TimeoutExpired, OSError):
             return False
     return done.returncode == 0
 
 
 @contextlib.contextmanager
-def _limited(limit: int) -> Iterator[list[str]]:
+def _memory_limit(limit: int) -> Iterator[list[str]]:
     """What to put before a command so that it runs in `limit` bytes; the shell enters the group, then becomes the command."""
     controller = _controller()
     if not controller:

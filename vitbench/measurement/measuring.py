@@ -23,8 +23,8 @@ from vitbench.measurement import (
     timing,
     token_scaling,  # noqa: F401  (its job is registered)
 )
-from vitbench.measurement.child import ChildError, make_ready
-from vitbench.measurement.cost import Value, about, scored_in
+from vitbench.measurement.child import ChildError, start_fork_server
+from vitbench.measurement.cost import Measurement, batch_context, model_row_fields
 from vitbench.measurement.measures import Measures
 from vitbench.model import artifact, vit
 from vitbench.rows import runs
@@ -32,7 +32,7 @@ from vitbench.rows.records import Row
 from vitbench.rows.runs import Run
 from vitbench.training.loop import SCORING_BATCH
 
-FORKED = ("latency", "energy", "roofline")  # groups that call `in_child`
+CHILD_GROUPS = ("latency", "energy", "roofline")  # groups that call `in_child`
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class _Group:
     """What one piece of work yields: a (metric, unit, context) for each value, in order, and the work."""
 
     title: str
-    slots: list[tuple[str, str, dict[str, Any]]]
-    work: Callable[[], Iterable[Value]]
+    metrics: list[tuple[str, str, dict[str, Any]]]
+    work: Callable[[], Iterable[Measurement]]
     unsupported_reason: Callable[[], str] = str  # why it cannot be had, "" if it can
 
 
@@ -72,7 +72,7 @@ def measure(
     path = Path(path)
     measures = (measures or Measures()).replace(**settings)
     for name in (measures.backend, *measures.versus_backends):
-        backends.available(name)
+        backends.require_backend(name)
     manifest = artifact.read_manifest(path)
     outputs = manifest.recipe.architecture.num_classes
     if outputs != len(data.classes):
@@ -80,7 +80,7 @@ def measure(
             f"the model has {outputs} outputs and {data.name} has {len(data.classes)} classes; "
             f"give the images that the model was made for, or train it on these first"
         )
-    facts = about(manifest.recipe, data)
+    facts = model_row_fields(manifest.recipe, data)
     done = run.done()
     todo, wanted = [], set()
     every = [
@@ -97,14 +97,14 @@ def measure(
                 source="measured",
                 value=0,
             )
-            for metric, unit, context in group.slots
+            for metric, unit, context in group.metrics
         ]
         keys = {row.identity() for row in rows}
         wanted |= keys
         if not keys <= done:
             todo.append((group, rows))
-    if any(group.title in FORKED for group, _ in todo):
-        make_ready(measures.threads)
+    if any(group.title in CHILD_GROUPS for group, _ in todo):
+        start_fork_server(measures.threads)
     bar = progress.progress_bar(todo, f"measuring {facts['method']}", unit="group") if todo else []
     for group, rows in bar:
         bar.set_postfix_str(group.title)
@@ -131,7 +131,7 @@ def _model_groups(path: Path, data: ImageData, versus: str | Path, measures: Mea
     test = data.require_split("test")
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
     context |= {} if backend == "eager" else {"backend": backend}
-    context |= scored_in(artifact.read_manifest(path).recipe, SCORING_BATCH)
+    context |= batch_context(artifact.read_manifest(path).recipe, SCORING_BATCH)
     metrics = ["top1", *(["top5"] if len(data.classes) > 5 else []), "cross_entropy"]
     slots = [(metric, "nats" if metric == "cross_entropy" else "fraction", context) for metric in metrics]
     own = artifact.read_manifest(path).recipe
@@ -148,16 +148,16 @@ def _model_groups(path: Path, data: ImageData, versus: str | Path, measures: Mea
     other = artifact.read_manifest(versus).recipe if versus else None
     names = cost.coded_layers(own)
     if other and names:
-        context = {**_against(versus), "layers": names}
+        context = {**_baseline_context(versus), "layers": names}
         yield _Group("weights", [("weight_error", "fraction", context)], lambda: cost.weight_error(path, versus, names))
 
-    if "outputs" in measures.what and other and len(data.calibration) and accuracy.comparable(own, other):
+    if "outputs" in measures.what and other and len(data.calibration) and accuracy.have_same_blocks(own, other):
         every = accuracy.layers_of(vit.meta_model(other.architecture))
-        context = {**_against(versus), "layers": every, "split": "calibration"}
-        context |= scored_in(own, BATCH) | scored_in(other, BATCH)
+        context = {**_baseline_context(versus), "layers": every, "split": "calibration"}
+        context |= batch_context(own, BATCH) | batch_context(other, BATCH)
         units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}
         slots = [(metric, unit, context) for metric, unit in units.items()]
-        yield _Group("outputs", slots, lambda: accuracy.outputs(path, Path(versus), data, every))
+        yield _Group("outputs", slots, lambda: accuracy.measure_outputs(path, Path(versus), data, every))
 
 
 def _device_groups(path: Path, versus: str | Path, measures: Measures) -> Iterable[_Group]:
@@ -168,8 +168,12 @@ def _device_groups(path: Path, versus: str | Path, measures: Measures) -> Iterab
     machine = {"threads": threads, "device": runs.device_name(backend), "backend": backend}
     slots = [(metric, unit, machine) for metric, unit in fresh.memory_metrics(backend).items()]
     yield _Group("memory", slots, functools.partial(fresh.memory, path, backend, threads), unsupported_reason)
-    timed = {**machine, **timing.shared_rounds(measures.rounds, measures.starts), **_against(versus)}
-    slots = [slot for batch in batches for slot in timing.slots({**timed, "batch": batch}, measures.versus_backends)]
+    timed = {**machine, **timing.shared_rounds(measures.rounds, measures.starts), **_baseline_context(versus)}
+    slots = [
+        slot
+        for batch in batches
+        for slot in timing.latency_metrics({**timed, "batch": batch}, measures.versus_backends)
+    ]
     yield _Group("latency", slots, functools.partial(timing.latency, path, versus, measures), unsupported_reason)
     slots = [(metric, unit, machine) for metric, unit in fresh.STARTUP.items()]
     yield _Group("startup", slots, functools.partial(fresh.startup, path, backend, threads), unsupported_reason)
@@ -189,7 +193,7 @@ def _device_groups(path: Path, versus: str | Path, measures: Measures) -> Iterab
     yield _Group("roofline", slots, functools.partial(roofline.roofline, path, batches, threads))
 
 
-def _against(versus: str | Path) -> dict[str, str]:
+def _baseline_context(versus: str | Path) -> dict[str, str]:
     """The context of what is measured against another model."""
     if not versus:
         return {}

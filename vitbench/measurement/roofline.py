@@ -12,51 +12,51 @@ from pathlib import Path
 from typing import Any
 
 from vitbench.measurement.child import in_child, job
-from vitbench.measurement.cost import Value
+from vitbench.measurement.cost import Measurement
 
 SIZES = (384, 768, 1536, 3072)  # sides of the matrices multiplied: which are fastest depends on the caches
 REPEATS = 8  # tries of each, of which the best counts
 BYTES = 256 * 2**20  # of the buffer that is read, several times a processor's caches
 
 
-def roofline(path: Path, batches: Sequence[int], threads: int) -> Iterator[Value]:
+def roofline(path: Path, batches: Sequence[int], threads: int) -> Iterator[Measurement]:
     """The least milliseconds of a call at each batch size; the samples are the peaks, as `peaks` gives them."""
     from vitbench.measurement.cost import count_int8_macs, count_macs
-    from vitbench.measurement.timing import locked
+    from vitbench.measurement.timing import timing_lock
     from vitbench.model import artifact
 
-    model, most = artifact.load(path), peaks(threads)
+    model, peaks = artifact.load(path), machine_peaks(threads)
     int8 = count_int8_macs(model)
     rest, size = count_macs(model) - int8, artifact.size_on_disk(path)
-    speeds = ", ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in most.items())
+    speeds = ", ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in peaks.items())
     for batch in batches:
-        yield Value(
+        yield Measurement(
             "latency_floor",
-            floor(rest, int8, size, most, batch),
+            latency_floor(rest, int8, size, peaks, batch),
             f"modelled: multiply-accumulates and bytes at peaks measured here ({speeds})",
-            samples=list(most.values()),
+            samples=list(peaks.values()),
         )
     for batch in batches:
-        with locked():
+        with timing_lock():
             found = in_child("time_products", threads, path=os.path.abspath(path), batch=batch)
         how = (
             "measured: the linear layers' products alone, in fp32 as dense matrices of their sizes, best of some tries"
         )
-        yield Value("products_time", found["ms"], how)
+        yield Measurement("products_time", found["ms"], how)
 
 
-def floor(float_macs: float, int8_macs: float, size: float, most: dict[str, float], batch: int) -> float:
+def latency_floor(float_macs: float, int8_macs: float, size: float, peaks: dict[str, float], batch: int) -> float:
     """The least milliseconds for a batch: its products at their peaks, or `size` bytes of weights from memory once."""
-    compute = batch * (float_macs / most["float_macs"] + int8_macs / most["int8_macs"])
-    return 1000 * max(compute, size / most["memory_bandwidth"])
+    compute = batch * (float_macs / peaks["float_macs"] + int8_macs / peaks["int8_macs"])
+    return 1000 * max(compute, size / peaks["memory_bandwidth"])
 
 
 @functools.cache
-def peaks(threads: int) -> dict[str, float]:
+def machine_peaks(threads: int) -> dict[str, float]:
     """`float_macs` and `int8_macs` a second in large matrix products, `memory_bandwidth` in bytes a second read."""
-    from vitbench.measurement.timing import locked
+    from vitbench.measurement.timing import timing_lock
 
-    with locked():
+    with timing_lock():
         return in_child("measure_peaks", threads)
 
 
@@ -77,7 +77,7 @@ def measure_peaks() -> dict[str, Any]:
                 "float_macs": functools.partial(torch.matmul, left, right),
                 "int8_macs": functools.partial(linear, left),
             }
-            found = {name: max(most, size**3 / _best(calls[name])) for name, most in found.items()}
+            found = {name: max(peaks, size**3 / _best(calls[name])) for name, peaks in found.items()}
         return found | {"memory_bandwidth": BYTES / _best(torch.ones(BYTES // 4).sum)}
 
 

@@ -12,7 +12,7 @@ from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
 from vitbench.measurement.child import in_child, job
 from vitbench.measurement.cost import count_macs, macs_of
-from vitbench.measurement.timing import locked, time_alternating
+from vitbench.measurement.timing import time_alternating, timing_lock
 from vitbench.methods.registry import compress, make_config, method_of
 from vitbench.model import vit
 from vitbench.model.recipe import Architecture
@@ -25,7 +25,7 @@ PARTS = ("attention", "model")
 CLASSES = 10
 
 
-def scaling(
+def measure_token_scaling(
     run: Run,
     model: str,
     configs: Sequence[Config],
@@ -67,12 +67,12 @@ def scaling(
             "rounds": rounds,
             **machine,
         }
-        rows = [row for step in steps for row in _slots(model, step, about)]
+        rows = [row for step in steps for row in _expected_rows(model, step, about)]
         keys = [row.identity() for row in rows]
         wanted |= set(keys)
         if set(keys) <= done:
             continue
-        with locked():
+        with timing_lock():
             found = in_child(
                 "time_scaling", threads, model=model, steps=steps, side=side, depth=depth, batch=batch, rounds=rounds
             )
@@ -81,7 +81,7 @@ def scaling(
     return frame[frame["key"].isin(wanted)].reset_index(drop=True)
 
 
-def _slots(model: str, step: dict[str, Any] | None, about: dict[str, Any]) -> list[Row]:
+def _expected_rows(model: str, step: dict[str, Any] | None, about: dict[str, Any]) -> list[Row]:
     """The rows of one variant at one size without values, in the order of `_values`."""
     same = {"model": model, "dataset": "none", "data_fingerprint": "", "method": step["method"] if step else "baseline"}
     same |= {"config": {"origin": {"start": "random"}, "methods": [step] if step else []}}

@@ -23,7 +23,7 @@ from vitbench.base.paths import writable_folder
 from vitbench.base.store import Journal, work_key
 from vitbench.data.splits import ImageData
 from vitbench.measurement import timing
-from vitbench.measurement.cost import about, count_macs
+from vitbench.measurement.cost import count_macs, model_row_fields
 from vitbench.methods.registry import METHODS, compress, make_config
 from vitbench.model import artifact
 from vitbench.rows.records import Row
@@ -141,7 +141,10 @@ def trial_rows(base: Path, data: ImageData, config: CombinationSearch, found: Se
         if trial.val_top1 is None:
             continue
         steps = [{"method": _name(each), "config": each.to_dict()} for each in trial.configs]
-        facts = about(recipe, data) | {"method": trial.name, "config": {"origin": recipe.origin, "methods": steps}}
+        facts = model_row_fields(recipe, data) | {
+            "method": trial.name,
+            "config": {"origin": recipe.origin, "methods": steps},
+        }
         context = {"trial": number, config.cost: trial.cost, "limit": found.limit, "split": "val", "seed": config.seed}
         yield Row(
             **facts,
@@ -300,7 +303,7 @@ def counter(cost: str, base: Path, batch: int = 1, threads: int = 2, rounds: int
         return lambda path: count_macs(artifact.load(path))
 
     def latency(path: Path) -> float:
-        ((own, other),) = timing.race([(str(path), "eager"), (str(base), "eager")], [batch], threads, rounds)
+        ((own, other),) = timing.compare_latency([(str(path), "eager"), (str(base), "eager")], [batch], threads, rounds)
         return quiet_ratio(own.times, other.times)[0]
 
     return latency

@@ -8,7 +8,7 @@ import torch
 
 from vitbench.base.configs import Config
 from vitbench.data.splits import ImageData
-from vitbench.measurement.cost import about
+from vitbench.measurement.cost import model_row_fields
 from vitbench.model import artifact, vit
 from vitbench.rows import runs
 from vitbench.rows.records import Row
@@ -19,7 +19,7 @@ def seconds_row(path: Path, data: ImageData | None, seconds: float) -> Row:
     """How long the model saved at `path` took to make from the one before it, with this process's threads."""
     manifest = artifact.read_manifest(path)
     recipe = manifest.recipe
-    facts = about(recipe, data)
+    facts = model_row_fields(recipe, data)
     context = {"threads": torch.get_num_threads(), "device": runs.device_name()}
     context |= {"artifact": manifest.sha256[:12], "depth": len(vit.meta_model(recipe.architecture).blocks)}
     return Row(
@@ -32,7 +32,7 @@ def training_rows(made: CachedModel, data: ImageData) -> list[Row]:
     if not made.history:
         return []
     manifest = artifact.read_manifest(made.path)
-    facts, steps = about(manifest.recipe, data), made.history[-1].get("steps", 0) // len(made.history)
+    facts, steps = model_row_fields(manifest.recipe, data), made.history[-1].get("steps", 0) // len(made.history)
     context = {"artifact": manifest.sha256[:12], "epochs": len(made.history), "steps_per_epoch": steps or 1}
     rows = []
     for metric, key, unit, source in (
@@ -58,7 +58,7 @@ def search_rows(base: Path, data: ImageData, config: Config, history: list[dict[
         history: as `multidimensional` leaves it in `search`.
     """
     manifest = artifact.read_manifest(base)
-    facts = about(manifest.recipe, data) | {"method": "search", "seed": config.search.seed}
+    facts = model_row_fields(manifest.recipe, data) | {"method": "search", "seed": config.search.seed}
     facts["config"] |= {"methods": [{"method": "multidimensional", "config": config.to_dict()}]}
     facts["context"] = {"split": "val", "images": len(data.val), "artifact": manifest.sha256[:12]}
     best = max(history, key=lambda step: step["score"])

@@ -128,6 +128,6 @@ def work(connection: str) -> None:
 
     from vitbench.measurement import child
 
-    child.fork_ready()
+    child.fork_server_from_here()
     kernelapp.launch_new_instance(argv=["-f", connection, *OPTIONS])
     atexit._run_exitfuncs()

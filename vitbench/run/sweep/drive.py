@@ -20,7 +20,7 @@ from vitbench.base import paths, progress
 from vitbench.base.errors import InputError
 from vitbench.base.files import write_text
 from vitbench.base.locks import is_locked, locked
-from vitbench.measurement.cost import about
+from vitbench.measurement.cost import model_row_fields
 from vitbench.model import vit
 from vitbench.model.recipe import Recipe
 from vitbench.rows.records import Row, read_rows
@@ -72,7 +72,7 @@ def plan(sweep: Sweep, run: Run) -> Plan:
         recipes[cell.base] = recipe
         found.append(cell)
         methods = [step.to_dict() for step in cell.steps]
-        facts[cell.key] = about(recipe, data) | {"method": cell.method}
+        facts[cell.key] = model_row_fields(recipe, data) | {"method": cell.method}
         facts[cell.key]["config"] = {**facts[cell.key]["config"], "methods": methods}
     done = {row.context["cell"] for row in latest(run.records) if row.status == "ok"}
     return Plan(sweep, found, facts, recipes, done)
