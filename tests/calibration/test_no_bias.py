@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def few(digits):
-    return dataclasses.replace(digits, calibration=digits.calibration.some(48))
+    return dataclasses.replace(digits, calibration=digits.calibration.subset(48))
 
 
 def seen(model, few, name=FIRST):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vitbench.base.errors import InputError
-from vitbench.data.decoding import Undecodable, decode, treatment
+from vitbench.data.decoding import DecodeError, decode, decoding_note
 from vitbench.data.sources import FileImages
 from vitbench.data.splits import load_data
 
@@ -70,7 +70,7 @@ def test_sixteen_bits_where_white_is_zero_are_inverted():
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_samples_without_a_range_are_refused(dtype):
-    with pytest.raises(Undecodable, match="range is not known"):
+    with pytest.raises(DecodeError, match="range is not known"):
         decode(encoded(Image.fromarray(RAMP.astype(dtype)), "TIFF"))
 
 
@@ -139,10 +139,10 @@ def test_the_first_frame_counts():
 def test_what_cannot_be_decoded_says_why(monkeypatch):
     whole = encoded(photo(90, 70))
     for broken, why in ((whole[:200], "."), (b"", "its bytes are none of"), (b"%!PS-Adobe-3.0 EPSF-3.0\n", "none of")):
-        with pytest.raises(Undecodable, match=why):
+        with pytest.raises(DecodeError, match=why):
             decode(broken)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90 * 70 - 1)
-    with pytest.raises(Undecodable, match="more than 6,299 pixels"):
+    with pytest.raises(DecodeError, match="more than 6,299 pixels"):
         decode(whole)
 
 
@@ -173,7 +173,7 @@ def test_the_fingerprint_follows_the_pixels_not_the_bytes_alone(image_folder, tm
     (tmp_path / "deep.png").write_bytes(encoded(Image.fromarray(RAMP)))
     for name, special in (("plain.jpg", ""), ("turned.jpg", "ROTATE_270"), ("deep.png", "16 bits")):
         content = (tmp_path / name).read_bytes()
-        assert treatment(content) == special, name
+        assert decoding_note(content) == special, name
         bare = hashlib.sha256(b"1" + content).hexdigest()
         assert (FileImages([tmp_path / name]).content_hash() == bare) == (special == ""), name
 

@@ -158,7 +158,7 @@ def test_folders_of_odd_files_lose_nothing_without_a_word(number, tmp_path, monk
         one_line(error.value, str(tmp_path / "set"), ".png")
         return
     part = open_images(tmp_path / "set", "", skip_broken=True).parts["train"]
-    assert (len(part.labels), part.found) == (good, good + broken + hidden)
+    assert (len(part.labels), part.total) == (good, good + broken + hidden)
     assert part.skipped == {**({"broken": broken} if broken else {}), **({"hidden": hidden} if hidden else {})}
 
 

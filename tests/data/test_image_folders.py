@@ -37,9 +37,9 @@ def test_folders_with_a_splits_name_in_any_case_are_splits(tmp_path, train, test
     fill(tmp_path, {f"{train}/a": 6, f"{train}/b": 6, f"{test}/a": 2, f"{test}/b": 3})
     data = load_data(tmp_path, val=0)
     assert (len(data.train), len(data.test), data.classes) == (12, 5, ("a", "b"))
-    assert {data.test.source.where(0), len(data.test.source)} == {"image 0", 5}
-    assert f"{train} is train, {test} is {'val' if 'alid' in test else 'test'}" in data.recognised
-    assert capsys.readouterr().out.strip() == data.recognised
+    assert {data.test.source.location(0), len(data.test.source)} == {"image 0", 5}
+    assert f"{train} is train, {test} is {'val' if 'alid' in test else 'test'}" in data.summary
+    assert capsys.readouterr().out.strip() == data.summary
     load_data(tmp_path, val=0)
     assert capsys.readouterr().out == ""  # said once
 
@@ -67,7 +67,7 @@ def test_names_of_files_choose_nothing(tmp_path):
             path.rename(path.with_name(f"{'eval' if i % 2 else 'train'}-{i}.png"))
     data = load_data(tmp_path, val=0, test=0.5)
     assert (len(data.train), len(data.test)) == (4, 4)
-    assert "8 images found, 8 used, 0 skipped" in data.recognised
+    assert "8 images found, 8 used, 0 skipped" in data.summary
 
 
 def test_what_is_skipped_is_counted(tmp_path):
@@ -77,10 +77,10 @@ def test_what_is_skipped_is_counted(tmp_path):
     (tmp_path / "train" / "a" / "phone.HEIC").write_bytes(b"0")
     data = load_data(tmp_path, val=0)
     assert data.classes == ("a", "b", "c")
-    assert "train: 13 images found, 8 used, 5 skipped (3 hidden, 2 in no class folder)" in data.recognised
-    assert "test: 4 images found, 4 used, 0 skipped" in data.recognised
-    assert "1 files are no images by their endings (.heic)" in data.recognised
-    assert "without a train image: c" in data.recognised
+    assert "train: 13 images found, 8 used, 5 skipped (3 hidden, 2 in no class folder)" in data.summary
+    assert "test: 4 images found, 4 used, 0 skipped" in data.summary
+    assert "1 files are no images by their endings (.heic)" in data.summary
+    assert "without a train image: c" in data.summary
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_images_listed_in_a_table(tmp_path):
     pd.DataFrame({"file_name": names, "label": ["x", "y"] * 4 + ["x"]}).to_csv(tmp_path / "metadata.csv", index=False)
     data = load_data(tmp_path, val=0)
     assert (data.classes, len(data.train), len(data.test)) == (("x", "y"), 6, 3)
-    assert "1 skipped (1 not in metadata.csv)" in data.recognised
+    assert "1 skipped (1 not in metadata.csv)" in data.summary
     for name, row in (("../outside.png", 0), ("/etc/passwd", 0), ("train/9.png", 0)):
         pd.DataFrame({"file_name": [name], "label": ["x"]}).to_csv(tmp_path / "metadata.csv", index=False)
         with pytest.raises(InputError, match=rf"metadata\.csv, row {row}") as error:
@@ -162,9 +162,9 @@ def test_several_parquet_files_and_what_their_names_say(tmp_path):
     write(folder / "scores.parquet", CELLS[8:], [0, 1, 0, 1])
     data = load_data(folder, val=0)
     assert (len(data.train), len(data.test)) == (8, 4)
-    assert "not read, as their names say no split: scores.parquet" in data.recognised
+    assert "not read, as their names say no split: scores.parquet" in data.summary
     write(folder / "train-or-test.parquet", CELLS[8:], [0, 1, 0, 1])
-    with pytest.raises(InputError, match="the name says test and train"):
+    with pytest.raises(InputError, match="has words of two splits, test and train"):
         load_data(folder)
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: big\n  data_files: x\n- config_name: small\n---\n")
     with pytest.raises(InputError, match="several sets, big, small"):
@@ -179,7 +179,7 @@ def test_class_names_in_another_order_are_matched_by_name(tmp_path):
     assert data.classes == ("cat", "dog", "owl")
     assert data.train.labels.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
     assert data.test.labels.tolist() == [1, 2, 0, 1]
-    assert "without a train image: owl" in data.recognised
+    assert "without a train image: owl" in data.summary
     write(tmp_path / "train-2.parquet", CELLS[:2], [0, 1])
     with pytest.raises(InputError, match=r"train-2\.parquet has no class names") as error:
         load_data(tmp_path)

@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def few(digits):
-    return dataclasses.replace(digits, calibration=digits.calibration.some(16))
+    return dataclasses.replace(digits, calibration=digits.calibration.subset(16))
 
 
 def static(model, few, **changes):

@@ -19,7 +19,7 @@ from vitbench.training.loop import SCORING_BATCH, evaluate
 def few(digits):
     """More images than a batch, not a multiple of it."""
     return dataclasses.replace(
-        digits, test=digits.test.some(SCORING_BATCH + 9), calibration=digits.calibration.some(16)
+        digits, test=digits.test.subset(SCORING_BATCH + 9), calibration=digits.calibration.subset(16)
     )
 
 

@@ -51,7 +51,7 @@ def make(**changes):
 
 @pytest.fixture(scope="module")
 def few(digits):
-    return dataclasses.replace(digits, calibration=digits.calibration.some(32))
+    return dataclasses.replace(digits, calibration=digits.calibration.subset(32))
 
 
 @pytest.mark.filterwarnings("ignore:the inputs of blocks")

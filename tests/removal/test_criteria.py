@@ -161,7 +161,7 @@ def test_the_best_units_are_chosen_in_order():
 
 
 def test_too_few_images_and_none_are_refused(base, digits):
-    few = dataclasses.replace(digits, calibration=digits.calibration.some(4))
+    few = dataclasses.replace(digits, calibration=digits.calibration.subset(4))
     with pytest.raises(InputError, match="HSIC from 4 samples says nothing; at least 8 calibration images"):
         criteria.score(base.model, few, Criterion())
     with pytest.raises(InputError, match="the criterion taylor looks at images and no data set was given"):

@@ -102,7 +102,7 @@ def test_an_image_looks_the_same_in_every_epoch_of_a_view(few):
 
 def test_timms_augmentation_has_views_too(few):
     preprocess = vit.create_model("vit_mini_patch2_8").recipe.preprocess
-    split = few.train.some(12)
+    split = few.train.subset(12)
     (whole, _), (again, _) = (next(batches.view_batches(split, preprocess, 12, "timm", 5)) for _ in range(2))
     (order,) = batches.epoch_order(12, 12, 3)
     x, _ = next(batches.train_batches(split, preprocess, 12, "timm", 3, view=5))

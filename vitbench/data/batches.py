@@ -1,6 +1,7 @@
 """Batches of model input: images resized, augmented and normalised, in a fixed order for a fixed seed.
 
-Random draws leave the process's own generators alone. As many worker processes load images as the machine and its memory allow.
+Random draws do not change the state of the process's generators.
+The number of worker processes that load images depends on the free shared memory.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from vitbench.model.recipe import Preprocess
 
 FLOAT_BYTES = 4
 Augment = Literal["none", "shift", "shift-flip", "timm"]
-MAX_ASPECT_RATIO = 200  # how many times longer than the other one side of an image may be
+MAX_ASPECT_RATIO = 200  # of an image's longer side to its shorter one
 
 
 def eval_batches(
@@ -33,7 +34,7 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in order: x (B, 3, size, size) float32, normalised, and labels (B,) int64.
 
-    Small images held in memory are resized in batches by torch; all others go through timm's own eval transform.
+    Images held in memory are resized in batches by torch. All others go through timm's eval transform.
     """
     if split.array is not None:
         images = torch.from_numpy(split.array)
@@ -46,7 +47,7 @@ def eval_batches(
 
 
 def epoch_order(count: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
-    """The places in the split of each batch's images, (B,) each: an epoch's order, the last incomplete batch dropped."""
+    """The shuffled indices of an epoch, (B,) for each batch; a last incomplete batch is dropped."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[: max(1, count // batch_size) * batch_size].split(batch_size)
 
@@ -60,11 +61,13 @@ def train_batches(
     device: str | torch.device = "cpu",
     view: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in the order `epoch_order` draws from `seed`; shapes as `eval_batches`.
+    """One epoch in the order that `epoch_order` draws from `seed`; shapes as in `eval_batches`.
 
-    augment: "shift" moves each image by up to an eighth of its side, filling with black; "shift-flip" also mirrors
-    half of them; "timm" is timm's training transform (random resized crop, flip, RandAugment, random erasing).
-    view: a seed; an image is then augmented as (view, its place in the split) say, whatever the order of the epoch.
+    Args:
+        augment: "shift" moves each image by up to an eighth of its height and fills with black; "shift-flip" also
+            mirrors half of the images; "timm" is timm's training transform (random resized crop, flip, RandAugment,
+            random erasing).
+        view: a seed; the augmentation of an image then depends only on it and on the image's index in the split.
     """
     order = epoch_order(len(split), batch_size, seed)
     yield from _augmented(split, preprocess, order, augment, seed, view, device)
@@ -78,7 +81,7 @@ def view_batches(
     view: int,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image in order, augmented as `train_batches` does it for that `view`; shapes as `eval_batches`."""
+    """All images in order, augmented as in `train_batches` with the same `view`; shapes as in `eval_batches`."""
     yield from _augmented(split, preprocess, torch.arange(len(split)).split(batch_size), augment, view, view, device)
 
 
@@ -115,7 +118,7 @@ def _augmented(
 
 
 def _random_offsets(count: int, height: int, augment: Augment, generator: torch.Generator) -> Tensor:
-    """Of `count` images, (count, 3): rows and columns to move by, from 0 to twice the reach, and whether to mirror."""
+    """Draws for `count` images, (count, 3): rows and columns to shift by, 0 .. 2 max_shift, and 1 to mirror, else 0."""
     shifts, mirrored = torch.zeros(2, count, dtype=torch.int64), torch.zeros(count)
     if augment != "none":
         shifts = torch.randint(0, 2 * _max_shift(height) + 1, (2, count), generator=generator)
@@ -140,7 +143,7 @@ def _max_shift(height: int) -> int:
 
 
 def _shift(images: Tensor, offsets: Tensor) -> Tensor:
-    """Move each of (B, H, W, 3) by its own `offsets` (2, B), whole pixels counted from the reach, filling with zeros."""
+    """Shift each of the images (B, H, W, 3) by its `offsets` - max_shift, (2, B) in pixels, and fill with zeros."""
     batch, height, width, _ = images.shape
     max_shift, offsets = _max_shift(height), offsets[:, :, None].to(images.device)
     padded = F.pad(images, (0, 0, max_shift, max_shift, max_shift, max_shift))
@@ -177,7 +180,7 @@ def _timm_train_transform(preprocess: Preprocess):
 
 
 class _TransformedDataset:
-    """A split with a transform, as a DataLoader wants it; each image's random draws come from (seed, position)."""
+    """A split with a transform, for a DataLoader. The random draws of an image depend only on `seed` and its index."""
 
     def __init__(self, split: Split, transform, seed: int):
         self.split, self.transform, self.seed = split, transform, seed
@@ -189,17 +192,17 @@ class _TransformedDataset:
         try:
             image, label = self.split[i]
             self._check_shape(image, i)
-        except InputError as error:  # raised again in the process that asked, where no worker's traceback is around it
+        except InputError as error:  # raised by `_pil_loader`, without a worker's traceback around it
             return error
         draw = (self.seed * 1_000_003 + i) % 2**32
         with fixed_seed(draw):
             return self.transform(image), label
 
     def _check_shape(self, image: Image.Image, i: int) -> None:
-        """A long thin image grows beyond all memory when its shorter side is brought to the input's size."""
+        """Raise `InputError` for a long thin image: resizing its shorter side to the input's size could take all memory."""
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise InputError(
-                f"{self.split.source.where(int(self.split.indices[i]))}: the image is {image.size[0]} x {image.size[1]} pixels; "
+                f"{self.split.source.location(int(self.split.indices[i]))}: the image is {image.size[0]} x {image.size[1]} pixels; "
                 f"allowed: one side up to {MAX_ASPECT_RATIO} times the other; crop it or take it out"
             )
 
@@ -227,13 +230,13 @@ def _collate(items: list[tuple[Tensor, int] | InputError]) -> list[Tensor] | Inp
     return next((item for item in items if isinstance(item, InputError)), None) or default_collate(items)
 
 
-SHARED_MEMORY = Path("/dev/shm")  # batches come from the workers through it
-MAX_WORKERS, BATCHES_PER_WORKER = 2, 3  # what a worker has loaded ahead of its turn, and what is being used
-START_METHOD = "fork" if CAN_FORK else None  # a process that is not forked would run the user's script again
+SHARED_MEMORY = Path("/dev/shm")  # workers pass their batches through it
+MAX_WORKERS, BATCHES_PER_WORKER = 2, 3  # a worker prefetches two batches while one is in use
+START_METHOD = "fork" if CAN_FORK else None  # a spawned worker would run the user's script again
 
 
 def worker_count(batch_bytes: int) -> int:
-    """How many may load batches of so many bytes: 0 where they cannot be forked, or have no room for their batches."""
+    """The number of worker processes for batches of this size; 0 without fork or without free shared memory."""
     if not CAN_FORK or multiprocessing.current_process().daemon:
         return 0
     with contextlib.suppress(OSError):
@@ -244,7 +247,7 @@ def worker_count(batch_bytes: int) -> int:
 
 @contextlib.contextmanager
 def fixed_seed(seed: int) -> Iterator[None]:
-    """Within the block Python, NumPy and PyTorch draw from `seed`; afterwards they go on as if nothing had been drawn."""
+    """Seed the generators of Python, NumPy and PyTorch inside the block, and restore their states afterwards."""
     python, array = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)

@@ -1,7 +1,7 @@
-"""Folders of image files: which sub-folders are splits, which are classes, and what is left out.
+"""Folders of image files: which sub-folders are splits, which are classes, and which files are left out.
 
-The folders at the top are splits only if every one of them has a split's name (`SPLITS`, in any case) and holds class
-folders; otherwise every one of them is a class. Names of files decide nothing. A class has the images at any depth below it.
+The top folders are splits if each of them has a split's name (`SPLITS`, in any case) and holds class folders.
+Otherwise each of them is a class. File names decide nothing. A class has the images at any depth below its folder.
 """
 
 import os
@@ -26,119 +26,127 @@ SPLITS = {
 
 
 @dataclass
-class Group:
-    """The images of one split: files, the class folder of each, and why others were skipped, with counts.
+class ClassFolders:
+    """The images of one split.
 
-    `other` counts the files that are no images by the endings of their names.
+    Attributes:
+        files: the image files.
+        labels: the name of each file's class folder.
+        skipped: reasons why images are left out, with counts.
+        other_files: endings of files that are not images, with counts.
     """
 
     files: list[Path] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
-    skipped: Counter = field(default_factory=Counter)
-    other: Counter = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    other_files: Counter[str] = field(default_factory=Counter)
 
 
 def is_hidden(name: str) -> bool:
-    """Names that systems and editors make beside the user's: .ipynb_checkpoints, ._1.jpg, __MACOSX."""
+    """Whether systems or editors make files of this name, such as .ipynb_checkpoints, ._1.jpg and __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def read_folders(root: Path) -> tuple[dict[str, Group], str]:
-    """The splits of a folder of class folders, and how they were recognised, in words.
+def read_folders(root: Path) -> tuple[dict[str, ClassFolders], str]:
+    """The splits of a folder of class folders, and the layout that was recognised, in words.
 
     Raises:
-        InputError: no class folders, two folders for one split, a split without class folders beside others with them,
-            a folder that cannot be listed, or a class whose name is no text.
+        InputError: no class folders, two folders for one split, a split without class folders beside splits with them,
+            a folder that cannot be listed, or a class name that is not text.
     """
-    tops = [folder for folder in _subfolders(root) if _has_images(folder)]
-    if not tops:
-        loose = _count_images(root)
+    top_folders = [folder for folder in _subfolders(root) if _has_images(folder)]
+    if not top_folders:
+        loose_count = _count_images(root)
         raise InputError(
-            f"the folder {str(root)!r} holds no images in sub-folders ({loose} beside each other); allowed: one sub-folder "
-            f"of images a class, or parquet files with an image column"
+            f"the folder {str(root)!r} holds no images in sub-folders ({loose_count} directly in it); allowed: one "
+            f"sub-folder of images for each class, or parquet files with an image column"
         )
-    named = {folder: SPLITS.get(folder.name.lower()) for folder in tops}
-    nested = {folder: any(_has_images(below) for below in _subfolders(folder)) for folder in tops}
-    if not all(named.values()) or not any(nested.values()):
-        group = _classes_of(root, tops)
-        if len(tops) == 1 and nested[tops[0]]:
+    split_of_folder = {folder: SPLITS.get(folder.name.lower(), "") for folder in top_folders}
+    nested = {folder: any(_has_images(subfolder) for subfolder in _subfolders(folder)) for folder in top_folders}
+    if not all(split_of_folder.values()) or not any(nested.values()):
+        group = _classes_of(root, top_folders)
+        if len(top_folders) == 1 and nested[top_folders[0]]:
             raise InputError(
-                f"the folder {str(root)!r} holds one folder, {tops[0].name!r}, which would be the only class; "
-                f"if its sub-folders are the classes or the splits, give {str(tops[0])!r}"
+                f"the folder {str(root)!r} holds one folder, {top_folders[0].name!r}, which would be the only class; "
+                f"if its sub-folders are the classes or the splits, give {str(top_folders[0])!r}"
             )
-        return {"train": group}, "folders are classes" + _said_of_others([group])
-    flat = [folder.name for folder in tops if not nested[folder]]
-    if flat:
-        other = next(folder.name for folder in tops if nested[folder])
-        raise InputError(
-            f"in {str(root)!r} the folder {other!r} holds class folders and {flat[0]!r} only images, so that these have no "
-            f"labels; move {flat[0]!r} away, or sort its images into class folders"
+        return {"train": group}, "folders are classes" + _describe_other_files([group])
+    folders_without_classes = [folder.name for folder in top_folders if not nested[folder]]
+    if folders_without_classes:
+        with_classes, without = (
+            next(folder.name for folder in top_folders if nested[folder]),
+            folders_without_classes[0],
         )
-    groups: dict[str, Group] = {}
-    for folder in tops:
-        split = named[folder]
+        raise InputError(
+            f"in {str(root)!r} the folder {with_classes!r} holds class folders and {without!r} only images, so these have "
+            f"no labels; move {without!r} away, or sort its images into class folders"
+        )
+    groups: dict[str, ClassFolders] = {}
+    for folder in top_folders:
+        split = split_of_folder[folder]
         if split in groups:
-            both = [other.name for other in tops if named[other] == split]
+            both = [top.name for top in top_folders if split_of_folder[top] == split]
             raise InputError(
                 f"in {str(root)!r} {' and '.join(both)} are both the {split} split; keep or merge them to one"
             )
         groups[split] = _classes_of(folder, _subfolders(folder))
     _count_loose(root, groups.get("train") or next(iter(groups.values())))
-    order = sorted(tops, key=lambda folder: ("train", "val", "test").index(named[folder]))
-    how = ", ".join(f"{folder.name} is {named[folder]}" for folder in order)
-    return groups, f"splits by folder: {how}{_said_of_others(groups.values())}"
+    order = sorted(top_folders, key=lambda folder: ("train", "val", "test").index(split_of_folder[folder]))
+    layout = ", ".join(f"{folder.name} is {split_of_folder[folder]}" for folder in order)
+    return groups, f"splits by folder: {layout}{_describe_other_files(groups.values())}"
 
 
-def _said_of_others(groups: Iterable[Group]) -> str:
-    """Photographs in a format that is not read must not be missed in silence."""
-    other = sum((group.other for group in groups), Counter())  # without those that count 0
-    endings = ", ".join(sorted(other)[:5])
-    return f"; {other.total()} files are no images by their endings ({endings})" if other else ""
+def _describe_other_files(groups: Iterable[ClassFolders]) -> str:
+    """A part of the layout's text: how many files are not images, so that photographs of another format are noticed."""
+    other_files = sum((group.other_files for group in groups), Counter[str]())  # the sum drops counts of 0
+    endings = ", ".join(sorted(other_files)[:5])
+    return f"; {other_files.total()} files are no images by their endings ({endings})" if other_files else ""
 
 
-def images_below(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Image files at any depth, and whether each is hidden."""
-    return ((path, hidden) for path, hidden in _files_below(folder) if path.suffix.lower() in SUFFIXES)
+def find_images(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Image files at any depth, each with whether it is hidden."""
+    return ((path, hidden) for path, hidden in _walk_files(folder) if path.suffix.lower() in SUFFIXES)
 
 
-def _files_below(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Files at any depth, and whether each is hidden. Links are followed, a loop of them once."""
-    seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=_cannot_list):
-        real = os.path.realpath(place)
-        if real in seen:
+def _walk_files(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Files at any depth, each with whether it is hidden. Links are followed; each folder is visited once."""
+    visited: set[str] = set()
+    for folder_path, folders, files in os.walk(folder, followlinks=True, onerror=_cannot_list):
+        real_path = os.path.realpath(folder_path)
+        if real_path in visited:
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real_path)
         folders.sort()
-        inside = any(is_hidden(part) for part in Path(place).relative_to(folder).parts)
-        yield from ((Path(place, file), inside or is_hidden(file)) for file in files)
+        is_inside_hidden = any(is_hidden(part) for part in Path(folder_path).relative_to(folder).parts)
+        yield from ((Path(folder_path, file), is_inside_hidden or is_hidden(file)) for file in files)
 
 
-def _classes_of(folder: Path, below: list[Path]) -> Group:
-    """All images of the class folders `below`, in the order of their paths."""
-    group, found = Group(), []
-    for label in below:
+def _classes_of(folder: Path, class_folders: list[Path]) -> ClassFolders:
+    """All images of the class folders `class_folders`, in the order of their paths."""
+    group = ClassFolders()
+    entries: list[tuple[str, Path, str]] = []
+    for class_folder in class_folders:
         count = 0
-        for path, hidden in _files_below(label):
+        for path, hidden in _walk_files(class_folder):
             ending = path.suffix.lower()
             if ending not in SUFFIXES:
-                group.other[ending or "none"] += 0 if hidden else 1
+                group.other_files[ending or "none"] += 0 if hidden else 1
             elif hidden:
                 group.skipped["hidden"] += 1
             else:
                 count += 1
-                found.append((path.relative_to(folder).as_posix(), path, label.name))
+                entries.append((path.relative_to(folder).as_posix(), path, class_folder.name))
         if count:
-            _check_text(label)
-    for _, path, label in sorted(found):
+            _check_text(class_folder)
+    for _, path, label in sorted(entries):
         group.files.append(path)
         group.labels.append(label)
     _count_loose(folder, group)
     return group
 
 
-def _count_loose(folder: Path, group: Group) -> None:
+def _count_loose(folder: Path, group: ClassFolders) -> None:
     if loose := _count_images(folder):
         group.skipped["in no class folder"] += loose
 
@@ -156,7 +164,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(not hidden for _, hidden in images_below(folder))
+    return any(not hidden for _, hidden in find_images(folder))
 
 
 def _check_text(folder: Path) -> None:

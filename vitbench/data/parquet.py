@@ -1,8 +1,9 @@
-"""Parquet files of images and labels, whoever wrote them: their splits, and which columns are images."""
+"""Parquet files of images and labels, written by any program: their splits, and their image and label columns."""
 
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,24 @@ LABEL_NAMES = ("label", "labels", "class", "target")
 
 
 def parquet_files(root: Path) -> list[Path]:
-    """All parquet files below `root` in the order of their paths; hidden ones are left out."""
-    found = [path for path in root.rglob("*.parquet") if path.is_file()]
-    visible = [path for path in found if not any(is_hidden(part) for part in path.relative_to(root).parts)]
+    """All parquet files below `root` that are not hidden, sorted by path."""
+    files = [path for path in root.rglob("*.parquet") if path.is_file()]
+    visible = [path for path in files if not any(is_hidden(part) for part in path.relative_to(root).parts)]
     return sorted(visible, key=lambda path: path.relative_to(root).as_posix())
 
 
 def by_split(root: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Files of each split, and those that belong to none.
+    """The files of each split, and the files that belong to no split.
 
-    A file's split is the nearest folder with a split's name, or else the one split that a word of its own name says
-    (train-00000-of-00001.parquet), in any case. If none says one, all files are `train`.
+    A file's split is that of the nearest folder with a split's name. Without one, a word of the file's name gives the
+    split (train-00000-of-00001.parquet), in any case. If no file has a split, all files are `train`.
 
     Raises:
-        InputError: a file's name says two splits, or the folder's README.md says that it holds several sets.
+        InputError: a file's name has words of two splits, or the folder's README.md lists several sets.
     """
     if len(sets := _configurations(root)) > 1:
         raise InputError(
-            f"{root / 'README.md'} says that the folder holds several sets, {', '.join(sets)}; give a folder with the "
-            f"parquet files of one"
+            f"{root / 'README.md'} lists several sets, {', '.join(sets)}; give a folder with the parquet files of one"
         )
     groups: dict[str, list[Path]] = defaultdict(list)
     for path in files:
@@ -46,7 +46,7 @@ def by_split(root: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list
 
 
 def _configurations(root: Path) -> list[str]:
-    """Names of the sets in a folder that was copied from the Hugging Face hub, from the head of its README.md."""
+    """The names of the sets in a folder copied from the Hugging Face hub, read from the head of its README.md."""
     page = root / "README.md"
     head = page.read_text(encoding="utf-8", errors="replace").split("\n---")[0] if page.is_file() else ""
     named = re.findall(r"^\s*- config_name: *(.+?)\s*$", head, re.M) if head.startswith("---") else []
@@ -59,7 +59,7 @@ def _split_of(root: Path, path: Path) -> str:
             return SPLITS[part.lower()]
     words = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in SPLIT_WORDS}
     if len(words) > 1:
-        raise InputError(f"{path}: the name says {' and '.join(sorted(words))}; rename it so that it says one split")
+        raise InputError(f"{path}: the name has words of two splits, {' and '.join(sorted(words))}; rename the file")
     return next(iter(words), "")
 
 
@@ -67,7 +67,7 @@ def schema_of(path: Path) -> Any:
     """The file's Arrow schema.
 
     Raises:
-        InputError: it is no parquet file, or a damaged one.
+        InputError: it is not a parquet file, or a damaged one.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -80,22 +80,25 @@ def schema_of(path: Path) -> Any:
         ) from None
 
 
-def image_column(schema: Any, firsts: Any, name: str) -> str:
-    """The column of images: one that says so (Hugging Face), structs with `bytes`, or bytes that begin like an image.
+def image_column(schema: Any, first_value_of: Callable[[str], Any], name: str) -> str:
+    """The column of images: declared as such (Hugging Face), or structs with `bytes`, or bytes that begin like an image.
 
-    firsts: a function from a column's name to its first value that is there.
+    Args:
+        first_value_of: gives the first value of a column, by name, that is not missing.
+        name: the file or set, for the error.
     """
     import pyarrow as pa
 
-    declared = [key for key, feature in _features(schema).items() if feature.get("_type") == "Image"]
+    declared_columns = [key for key, feature in _features(schema).items() if feature.get("_type") == "Image"]
     structs = [field.name for field in schema if _is_image_struct(field.type)]
-    plain = (
+    binary_columns = (
         field.name
         for field in schema
-        if (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)) and is_image(firsts(field.name))
+        if (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))
+        and is_image(first_value_of(field.name))
     )
-    for found in (declared, structs, plain):
-        for column in found:
+    for candidates in (declared_columns, structs, binary_columns):
+        for column in candidates:
             if column in schema.names:
                 return column
     raise InputError(
@@ -114,12 +117,12 @@ def _is_image_struct(kind: Any) -> bool:
 
 
 def label_column(schema: Any, label: str, name: str) -> str:
-    """The column of labels: the one asked for; else of those with class names the one with most; else one named like it."""
+    """The column of labels: `label` if given; otherwise the one with most class names; otherwise one of `LABEL_NAMES`."""
     if label:
         return one_of("label column", label, schema.names)
     named = {key: len(names) for key in schema.names if (names := class_names(schema, key)) is not None}
-    if named:  # of several the finest, as CIFAR-100's 100 fine classes rather than its 20 coarse ones
-        return max(named, key=named.get)
+    if named:  # the finest classes, such as CIFAR-100's 100 fine classes rather than its 20 coarse ones
+        return max(named, key=lambda key: named[key])
     for key in LABEL_NAMES:
         if key in schema.names:
             return key
@@ -127,17 +130,17 @@ def label_column(schema: Any, label: str, name: str) -> str:
 
 
 def class_names(schema: Any, column: str) -> tuple[str, ...] | None:
-    """What the numbers in a column stand for, where the schema says so; else None."""
+    """The class names that a column's numbers index, if the schema has them; otherwise None."""
     feature = _features(schema).get(column, {})
     names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
     return tuple(map(str, names)) if names else None
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """What `datasets` wrote about the columns; empty in files of pandas, polars and others."""
+    """The features that the `datasets` library wrote for the columns; empty in files of pandas, polars and others."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, KeyError, TypeError):  # not of `datasets`: the Arrow types decide
+    except (ValueError, KeyError, TypeError):  # not written by `datasets`: the Arrow types decide
         return {}
     if not isinstance(features, dict):
         return {}
@@ -145,7 +148,7 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 def labels_of(path: Path, column: str) -> Column:
-    """The labels of a file, as they are."""
+    """The labels of a file, not yet encoded."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -162,7 +165,7 @@ def labels_of(path: Path, column: str) -> Column:
 
 
 def first_value(path: Path, column: str) -> Any:
-    """The first value of a column that is there; None if all are missing."""
+    """The first value of a column that is not missing; None if all are missing."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

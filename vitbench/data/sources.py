@@ -1,4 +1,7 @@
-"""Images from scikit-learn's digits, a hub name or a local folder, as parts with labels: in memory, as files, or as table bytes."""
+"""Labelled images from scikit-learn's digits, the Hugging Face hub or a local folder.
+
+Images are held in memory as pixels, or stay encoded in files or in cells of a table.
+"""
 
 import glob
 import hashlib
@@ -16,20 +19,20 @@ from PIL import Image
 from vitbench.base import hub, paths, progress
 from vitbench.base.errors import InputError, one_of
 from vitbench.data import folders, labels, listed, parquet
-from vitbench.data.decoding import Undecodable, decode, treatment
+from vitbench.data.decoding import DecodeError, decode, decoding_note
 
-SMALL_SIDE = 64  # images up to this side are decoded once and held in memory
-HASHED_IMAGES = 5_000  # of a larger set that stays encoded, so many evenly spaced images are hashed, and all sizes
+MAX_IN_MEMORY_SIDE = 64  # images up to this side are decoded once and held in memory
+MAX_HASHED_IMAGES = 5_000  # of a larger encoded set, this many evenly spaced images are hashed, and the sizes of all
 
 
 class Images(Protocol):
-    """A sequence of RGB images with a hash of their content. `where` says which file or row an image is, for errors."""
+    """A sequence of RGB images with a hash of their content. `location` names an image's file or row in errors."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Image.Image: ...
 
-    def where(self, i: int) -> str: ...
+    def location(self, i: int) -> str: ...
 
     def content_hash(self) -> str: ...
 
@@ -46,8 +49,8 @@ class ArrayImages:
     def __getitem__(self, i: int) -> Image.Image:
         return Image.fromarray(self.array[i])
 
-    def where(self, i: int) -> str:
-        """Its number; such images were decoded before."""
+    def location(self, i: int) -> str:
+        """The image's number, since its file is no longer known."""
         return f"image {i}"
 
     def content_hash(self) -> str:
@@ -56,57 +59,57 @@ class ArrayImages:
 
 
 class EncodedImages(ABC):
-    """Images left encoded and decoded when asked for. Subclasses say where the bytes are."""
+    """Images that stay encoded and are decoded at each access. Subclasses read the bytes."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def where(self, i: int) -> str:
+    def location(self, i: int) -> str:
         """The file or the row of image `i`."""
 
     @abstractmethod
     def encoded(self, i: int) -> bytes:
-        """The bytes of image `i`; raises `Undecodable` or `OSError` where there are none."""
+        """The bytes of image `i`; raises `DecodeError` or `OSError` if they cannot be read."""
 
     @abstractmethod
     def sizes(self) -> np.ndarray:
-        """How many bytes each image has, (N,), without reading them."""
+        """The number of bytes of each image, (N,) int64, without reading the images."""
 
     @abstractmethod
-    def chosen(self, places: Sequence[int]) -> "EncodedImages":
-        """Only the images at these places."""
+    def subset(self, indices: np.ndarray) -> "EncodedImages":
+        """The images at these indices."""
 
     def __getitem__(self, i: int) -> Image.Image:
         try:
             return decode(self._bytes(i))
-        except Undecodable as reason:
+        except DecodeError as reason:
             raise self._broken(i, reason) from None
 
     def __iter__(self) -> Iterator[Image.Image]:
         return (self[i] for i in range(len(self)))
 
     def broken(self) -> list[int]:
-        """Places of the images that cannot be decoded; all are tried."""
+        """Indices of the images that cannot be decoded; every image is decoded once."""
         return [
-            i for i in progress.progress_bar(range(len(self)), "looking for broken images") if not self._is_whole(i)
+            i for i in progress.progress_bar(range(len(self)), "looking for broken images") if not self._is_decodable(i)
         ]
 
     def content_hash(self) -> str:
-        """SHA-256 of the encoded images, and of what decoding does to them beyond Pillow's conversion."""
+        """SHA-256 of the encoded images and of their decoding notes, as `decoding_note` gives them."""
         digest = hashlib.sha256(str(len(self)).encode())
-        step = max(1, len(self) // HASHED_IMAGES)
-        treatments = []
+        step = max(1, len(self) // MAX_HASHED_IMAGES)
+        notes = []
         for i in range(0, len(self), step):
             try:
                 encoded = self._bytes(i)
-            except Undecodable as reason:
+            except DecodeError as reason:
                 raise self._broken(i, reason) from None
             digest.update(encoded)
-            if special := treatment(encoded):
-                treatments.append(f"{i} {special}")
-        if treatments:
-            digest.update("\n".join(treatments).encode())
+            if note := decoding_note(encoded):
+                notes.append(f"{i} {note}")
+        if notes:
+            digest.update("\n".join(notes).encode())
         if step > 1:
             digest.update(self.sizes().astype("<i8").tobytes())
         return digest.hexdigest()
@@ -115,24 +118,24 @@ class EncodedImages(ABC):
         try:
             return self.encoded(i)
         except OSError as error:
-            raise Undecodable(error.strerror or str(error)) from None
+            raise DecodeError(error.strerror or str(error)) from None
 
-    def _is_whole(self, i: int) -> bool:
+    def _is_decodable(self, i: int) -> bool:
         try:
             decode(self._bytes(i))
-        except Undecodable:
+        except DecodeError:
             return False
         return True
 
-    def _broken(self, i: int, reason: Undecodable) -> InputError:
+    def _broken(self, i: int, reason: DecodeError) -> InputError:
         return InputError(
-            f"{self.where(i)}: the image cannot be read ({reason}); repair it, take it out, or leave such images out with "
+            f"{self.location(i)}: the image cannot be read ({reason}); repair it, take it out, or leave such images out with "
             f"skip_broken=True (on the command line: --splits skip_broken=true)"
         )
 
 
 class FileImages(EncodedImages):
-    """A file each."""
+    """Images in files, one file each."""
 
     def __init__(self, paths: Iterable[Path]):
         self.paths = list(paths)
@@ -140,8 +143,8 @@ class FileImages(EncodedImages):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def where(self, i: int) -> str:
-        """Its path."""
+    def location(self, i: int) -> str:
+        """The file's path."""
         return str(self.paths[i])
 
     def encoded(self, i: int) -> bytes:
@@ -149,16 +152,23 @@ class FileImages(EncodedImages):
         return _read(self.paths[i])
 
     def sizes(self) -> np.ndarray:
-        """Of the files."""
+        """The sizes of the files."""
         return np.array([path.stat().st_size for path in self.paths], dtype=np.int64)
 
-    def chosen(self, places: Sequence[int]) -> "FileImages":
-        """Only the files at these places."""
-        return FileImages(self.paths[i] for i in places)
+    def subset(self, indices: np.ndarray) -> "FileImages":
+        """The files at these indices."""
+        return FileImages(self.paths[i] for i in indices)
 
 
 class TableImages(EncodedImages):
-    """A column of a `datasets` table. `files` are the names and numbers of rows of what it was read from, in order."""
+    """Images in a column of a `datasets` table.
+
+    Args:
+        table: the table.
+        column: the name of the image column.
+        files: the files or tables that the table was read from, in order, each with its number of rows.
+        rows: the rows of the table to use, (N,); None uses all.
+    """
 
     def __init__(self, table: Any, column: str, files: Sequence[tuple[str, int]], rows: np.ndarray | None = None):
         from datasets import Image as ImageFeature
@@ -170,8 +180,8 @@ class TableImages(EncodedImages):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def where(self, i: int) -> str:
-        """Its file, or table, and its row there."""
+    def location(self, i: int) -> str:
+        """The file or table, and the row in it."""
         row = int(self.rows[i])
         for name, count in self.files:
             if row < count:
@@ -180,38 +190,38 @@ class TableImages(EncodedImages):
         raise IndexError(i)
 
     def encoded(self, i: int) -> bytes:
-        """The cell's bytes, or the content of the file that it names."""
+        """The cell's bytes, or the content of the file that the cell names."""
         return self._content(self.table[int(self.rows[i])][self.column])
 
     @staticmethod
     def _content(cell: dict[str, Any] | None) -> bytes:
         if cell is None or (cell["bytes"] is None and not cell["path"]):
-            raise Undecodable("the cell is empty")
+            raise DecodeError("the cell is empty")
         return cell["bytes"] if cell["bytes"] is not None else _read(Path(cell["path"]))
 
     def sizes(self) -> np.ndarray:
-        """Of the cells; 0 where a cell names a file."""
+        """The sizes of the cells; 0 where a cell names a file."""
         import pyarrow.compute as pc
 
-        whole = self.table.flatten_indices() if self.table._indices is not None else self.table
-        cells = whole.data.column(self.column)
+        flat_table = self.table.flatten_indices() if self.table._indices is not None else self.table
+        cells = flat_table.data.column(self.column)
         lengths = pc.fill_null(pc.binary_length(pc.struct_field(cells, "bytes")), 0).to_numpy()
         return lengths.astype(np.int64)[self.rows]
 
-    def chosen(self, places: Sequence[int]) -> "TableImages":
-        """Only the rows at these places."""
-        return TableImages(self.table, self.column, self.files, self.rows[list(places)])
+    def subset(self, indices: np.ndarray) -> "TableImages":
+        """The rows at these indices."""
+        return TableImages(self.table, self.column, self.files, self.rows[indices])
 
 
 def _read(path: Path) -> bytes:
-    if not path.is_file():  # a pipe or a device would be read for ever
-        raise Undecodable(f"{str(path)!r} is not a file")
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise DecodeError(f"{str(path)!r} is not a file")
     return path.read_bytes()
 
 
 def in_memory(images: EncodedImages) -> Images:
-    """Decode small images of one size once; leave larger ones encoded."""
-    if max(images[0].size) > SMALL_SIDE:
+    """Decode the images once and hold them in memory, if they are small and of one size; otherwise return them as given."""
+    if max(images[0].size) > MAX_IN_MEMORY_SIDE:
         return images
     shape = np.asarray(images[0]).shape
     array = np.empty((len(images), *shape), dtype=np.uint8)
@@ -224,71 +234,80 @@ def in_memory(images: EncodedImages) -> Images:
 
 
 @dataclass
-class Part:
-    """Images and their labels (int64, indices into the class names); how many were found, and why some are not used."""
+class LabelledImages:
+    """The images of one split with their labels.
+
+    Attributes:
+        images: the images that are used.
+        labels: indices into the class names, (N,) int64.
+        total: how many images were found.
+        skipped: reasons why images are not used, with counts.
+    """
 
     images: Images
     labels: np.ndarray
-    found: int
+    total: int
     skipped: Counter = field(default_factory=Counter)
 
 
 @dataclass
-class Opened:
-    """An image set: its parts, named train / val / test, its class names, and how they were recognised, in words."""
+class ImageSet:
+    """An image set: its splits (train, val, test), its class names, and the layout that was recognised, in words."""
 
-    parts: dict[str, Part]
+    parts: dict[str, LabelledImages]
     classes: tuple[str, ...]
-    how: str
+    layout: str
 
     def describe(self) -> str:
-        """One line: the classes, and of each part how many images were found, used and skipped."""
-        shown = ", ".join(self.classes[:6]) + (", ..." if len(self.classes) > 6 else "")
-        lines = [f"{self.how}; {len(self.classes)} classes ({shown})"]
+        """One line: the layout, the classes, and how many images each split found, used and skipped."""
+        class_names = ", ".join(self.classes[:6]) + (", ..." if len(self.classes) > 6 else "")
+        lines = [f"{self.layout}; {len(self.classes)} classes ({class_names})"]
         for name, part in self.parts.items():
-            why = ", ".join(f"{count} {reason}" for reason, count in sorted(part.skipped.items()))
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(part.skipped.items()))
             skipped = sum(part.skipped.values())
             lines.append(
-                f"{name}: {part.found} images found, {len(part.labels)} used, {skipped} skipped"
-                + (f" ({why})" if why else "")
+                f"{name}: {part.total} images found, {len(part.labels)} used, {skipped} skipped"
+                + (f" ({reasons})" if reasons else "")
             )
         train = self.parts.get("train")
         if train is not None and len(self.parts) > 1:
-            lacking = sorted(set(range(len(self.classes))) - set(train.labels.tolist()))
-            if lacking:
-                some = ", ".join(self.classes[i] for i in lacking[:6]) + (", ..." if len(lacking) > 6 else "")
-                lines.append(f"without a train image: {some}")
+            missing_classes = sorted(set(range(len(self.classes))) - set(train.labels.tolist()))
+            if missing_classes:
+                missing_names = ", ".join(self.classes[i] for i in missing_classes[:6]) + (
+                    ", ..." if len(missing_classes) > 6 else ""
+                )
+                lines.append(f"without a train image: {missing_names}")
         return "; ".join(lines)
 
 
 @dataclass
 class _Group:
-    """The images of one split and what is known of their labels; `extra` are images that no image of it stands for."""
+    """The images of one split and their label columns; `skipped` counts files that are not among the images, by reason."""
 
     images: EncodedImages
     columns: list[labels.Column]
-    extra: Counter = field(default_factory=Counter)
+    skipped: Counter = field(default_factory=Counter)
 
 
-def read_digits() -> Opened:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8, grey turned into RGB (UCI ML; shipped with scikit-learn)."""
+def read_digits() -> ImageSet:
+    """scikit-learn's 1,797 handwritten digits (UCI ML), 8 x 8 pixels, grey converted to RGB."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     array = np.repeat(grey[..., None], 3, axis=3)
-    part = Part(ArrayImages(array), digits.target.astype(np.int64), len(array))
-    return Opened({"train": part}, tuple("0123456789"), "built in")
+    part = LabelledImages(ArrayImages(array), digits.target.astype(np.int64), len(array))
+    return ImageSet({"train": part}, tuple("0123456789"), "built in")
 
 
-def open_images(name_or_path: str | Path, label: str, skip_broken: bool = False) -> Opened:
-    """Open a folder or a Hugging Face set; its image and label columns are found by type.
+def open_images(name_or_path: str | Path, label: str, skip_broken: bool = False) -> ImageSet:
+    """Open a folder or a Hugging Face set. Image and label columns are found by their types.
 
-    A part without labels (all missing or -1) is left out. With `skip_broken`, images that cannot be decoded are left
-    out; all are decoded once to find them.
+    A split whose labels are all missing or -1 is left out. With `skip_broken`, all images are decoded once, and those
+    that cannot be decoded are left out.
 
     Raises:
-        InputError: nothing there, no images, no labels, labels that are no classes, or an image that cannot be read.
+        InputError: no such set, no images, no labels, labels that are not classes, or an image that cannot be read.
     """
     name = str(name_or_path)
     folder = Path(name).expanduser()
@@ -296,69 +315,75 @@ def open_images(name_or_path: str | Path, label: str, skip_broken: bool = False)
     if is_path and not folder.is_dir():
         raise InputError(f"dataset folder {name!r} does not exist; give 'digits', a Hugging Face name or a folder")
     if not is_path or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        groups, how = _from_tables(_load_tables(name, is_path), name, label)
+        groups, layout = _from_tables(_load_tables(name, is_path), name, label)
     elif files := [file for file in parquet.parquet_files(folder) if file.name not in listed.FILES]:
-        groups, how = _from_parquet(folder, files, label)
+        groups, layout = _from_parquet(folder, files, label)
     else:
-        groups, how = _from_folders(folder, label)
+        groups, layout = _from_folders(folder, label)
     groups = {split: groups[split] for split in ("train", "val", "test") if split in groups}
     classes, values = labels.encode({split: group.columns for split, group in groups.items()})
-    parts, withheld = {}, []
+    parts, unlabelled = {}, []
     for split, group in groups.items():
-        if (given := values[split]) is None:
-            withheld.append(f"{split}: {len(group.images)} images without labels, not used")
+        if (set_labels := values[split]) is None:
+            unlabelled.append(f"{split}: {len(group.images)} images without labels, not used")
             continue
-        parts[split] = _part(group, given, skip_broken)
+        parts[split] = _part(group, set_labels, skip_broken)
     if not parts:
-        raise InputError(f"{name} has no images with labels ({'; '.join(withheld) or how}); give it labels")
-    return Opened(parts, classes, "; ".join([how, *withheld]))
+        raise InputError(f"{name} has no images with labels ({'; '.join(unlabelled) or layout}); give it labels")
+    return ImageSet(parts, classes, "; ".join([layout, *unlabelled]))
 
 
-def _part(group: _Group, given: np.ndarray, skip_broken: bool) -> Part:
-    images, skipped, found = group.images, group.extra.copy(), len(group.images) + sum(group.extra.values())
+def _part(group: _Group, set_labels: np.ndarray, skip_broken: bool) -> LabelledImages:
+    images, skipped, total = group.images, group.skipped.copy(), len(group.images) + sum(group.skipped.values())
     if skip_broken and (broken := images.broken()):
-        keep = np.setdiff1d(np.arange(len(images)), broken)
-        if not len(keep):
-            raise InputError(f"{images.where(0)}: neither this nor any other of {len(images)} images can be read")
-        images, given = images.chosen(keep), given[keep]
+        readable = np.setdiff1d(np.arange(len(images)), broken)
+        if not len(readable):
+            raise InputError(f"{images.location(0)}: neither this nor any other of {len(images)} images can be read")
+        images, set_labels = images.subset(readable), set_labels[readable]
         skipped["broken"] += len(broken)
-    return Part(in_memory(images), given, found, skipped)
+    return LabelledImages(in_memory(images), set_labels, total, skipped)
 
 
 def _from_folders(root: Path, label: str) -> tuple[dict[str, _Group], str]:
     """Folders of image files, listed in a table or sorted into class folders."""
-    tables = {"": listed.listing(root)} if listed.listing(root) else _listings_of_splits(root)
+    table_of_all = listed.find_metadata_table(root)
+    tables = {"": table_of_all} if table_of_all else _metadata_tables_of_splits(root)
     groups: dict[str, _Group] = {}
     for split, table in tables.items():
-        for name, (files, column, unlisted) in (listed.read_listing(table, label) or {}).items():
-            extra = Counter({f"not in {table.name}": unlisted} if unlisted else {})
-            groups[split or name] = _Group(FileImages(files), [column], extra)
+        for name, (files, column, unlisted) in (listed.read_metadata_table(table, label) or {}).items():
+            skipped = Counter({f"not in {table.name}": unlisted} if unlisted else {})
+            groups[split or name] = _Group(FileImages(files), [column], skipped)
     if groups:
         return groups, f"images and labels are those of {', '.join(str(table) for table in tables.values())}"
     if label:
         one_of("label column", label, ["label"])  # class folders have no columns
-    found, how = folders.read_folders(root)
-    for split, group in found.items():
+    class_folders, layout = folders.read_folders(root)
+    for split, group in class_folders.items():
         groups[split] = _Group(FileImages(group.files), [labels.Column(str(root), group.labels)], group.skipped)
-    return groups, how
+    return groups, layout
 
 
-def _listings_of_splits(root: Path) -> dict[str, Path]:
-    """The tables in folders with a split's name, if all folders have both."""
-    below = [path for path in sorted(root.iterdir()) if path.is_dir() and not folders.is_hidden(path.name)]
-    tables = {folders.SPLITS.get(path.name.lower(), ""): listed.listing(path) for path in below}
-    return tables if all(tables) and all(tables.values()) and len(tables) == len(below) else {}
+def _metadata_tables_of_splits(root: Path) -> dict[str, Path]:
+    """The metadata tables of the sub-folders, if every sub-folder has a split's name and a table; otherwise empty."""
+    subfolders = [path for path in sorted(root.iterdir()) if path.is_dir() and not folders.is_hidden(path.name)]
+    tables = {}
+    for path in subfolders:
+        if table := listed.find_metadata_table(path):
+            tables[folders.SPLITS.get(path.name.lower(), "")] = table
+    return tables if all(tables) and len(tables) == len(subfolders) else {}
 
 
 def _from_parquet(root: Path, files: list[Path], label: str) -> tuple[dict[str, _Group], str]:
     import datasets
 
-    splits, other = parquet.by_split(root, files)
+    splits, unassigned = parquet.by_split(root, files)
     first = next(iter(splits.values()))[0]
     schema = parquet.schema_of(first)
     column = parquet.image_column(schema, lambda name: parquet.first_value(first, name), str(first))
-    answers = parquet.label_column(schema, label, str(first))
-    found = {split: [parquet.labels_of(file, answers) for file in group] for split, group in splits.items()}
+    label_column = parquet.label_column(schema, label, str(first))
+    labels_by_split = {
+        split: [parquet.labels_of(file, label_column) for file in group] for split, group in splits.items()
+    }
     for group in splits.values():
         for file in group:
             one_of(f"image column of {file}:", column, parquet.schema_of(file).names)
@@ -370,17 +395,25 @@ def _from_parquet(root: Path, files: list[Path], label: str) -> tuple[dict[str, 
             features=datasets.Features({column: datasets.Image(decode=False)}),
             cache_dir=str(paths.data_cache()),
         )
-    except Exception as error:  # the library raises many kinds, some its own
+    except Exception as error:  # the library raises many types, some its own
         raise InputError(f"the folder {str(root)!r} could not be read as an image set: {_reason(error)}") from error
     groups = {}
-    for split, columns in found.items():
-        counts = [(each.place, len(each.values)) for each in columns]
+    for split, columns in labels_by_split.items():
+        counts = [(labelled.source, len(labelled.values)) for labelled in columns]
         groups[split] = _Group(TableImages(tables[split], column, counts), columns)
-    how = f"parquet, images in {column!r}, labels in {answers!r}"
-    names = "; ".join(f"{split} is {_some([file.name for file in group])}" for split, group in splits.items())
-    unread = f"; not read, as their names say no split: {_some([file.name for file in other])}" if other else ""
-    loose = sum(1 for _ in folders.images_below(root))
-    return groups, f"{how}; {names}{unread}" + (f"; {loose} image files beside them are not read" if loose else "")
+    layout = f"parquet, images in {column!r}, labels in {label_column!r}"
+    splits_text = "; ".join(
+        f"{split} is {_first_names([file.name for file in group])}" for split, group in splits.items()
+    )
+    unread_text = (
+        f"; not read, as their names say no split: {_first_names([file.name for file in unassigned])}"
+        if unassigned
+        else ""
+    )
+    loose_images = sum(1 for _ in folders.find_images(root))
+    return groups, f"{layout}; {splits_text}{unread_text}" + (
+        f"; {loose_images} image files beside them are not read" if loose_images else ""
+    )
 
 
 def _from_tables(tables: Mapping[str, Any], name: str, label: str) -> tuple[dict[str, _Group], str]:
@@ -388,22 +421,22 @@ def _from_tables(tables: Mapping[str, Any], name: str, label: str) -> tuple[dict
     first = next(iter(tables.values()))
     schema = first.features.arrow_schema
     column = parquet.image_column(schema, lambda key: next((v for v in first[key][:16] if v is not None), None), name)
-    answers = parquet.label_column(schema, label, name)
-    groups, other = {}, []
+    label_column = parquet.label_column(schema, label, name)
+    groups, unread_splits = {}, []
     for key, table in tables.items():
         split = parquet.SPLIT_WORDS.get(key.lower())
         if split is None or split in groups:
-            other.append(key)
+            unread_splits.append(key)
             continue
-        place = f"{name}, split {key}"
-        one_of(f"label column of {place}:", answers, table.column_names)
-        names = parquet.class_names(table.features.arrow_schema, answers)
-        images = TableImages(table, column, [(place, len(table))])
-        groups[split] = _Group(images, [labels.Column(place, list(table[answers]), names)])
+        source = f"{name}, split {key}"
+        one_of(f"label column of {source}:", label_column, table.column_names)
+        names = parquet.class_names(table.features.arrow_schema, label_column)
+        images = TableImages(table, column, [(source, len(table))])
+        groups[split] = _Group(images, [labels.Column(source, list(table[label_column]), names)])
     if not groups:
         raise InputError(f"{name} has splits {', '.join(tables)} but none named train, val or test with labels")
-    how = f"images in {column!r}, labels in {answers!r}"
-    return groups, how + (f"; splits that are not read: {', '.join(other)}" if other else "")
+    layout = f"images in {column!r}, labels in {label_column!r}"
+    return groups, layout + (f"; splits that are not read: {', '.join(unread_splits)}" if unread_splits else "")
 
 
 def _load_tables(name: str, is_path: bool) -> dict[str, Any]:
@@ -412,11 +445,11 @@ def _load_tables(name: str, is_path: bool) -> dict[str, Any]:
     if is_path:
         try:
             loaded = datasets.load_from_disk(str(Path(name).expanduser()))
-        except Exception as error:  # the library raises many kinds, some its own
+        except Exception as error:  # the library raises many types, some its own
             raise InputError(f"the folder {name!r} could not be read as an image set: {_reason(error)}") from error
     else:
-        what = f"unknown dataset {name!r}: it is not 'digits' and not a folder here; the hub's image set of that name"
-        with hub.fetching(what, "give a local folder"):
+        description = f"unknown dataset {name!r}: it is neither 'digits' nor a folder; the hub's image set of that name"
+        with hub.fetching(description, "give a local folder"):
             loaded = datasets.load_dataset(name, cache_dir=str(paths.data_cache()))
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
@@ -425,5 +458,5 @@ def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

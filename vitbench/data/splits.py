@@ -1,7 +1,7 @@
-"""Image sets: a name or a folder becomes train / val / calibration / test splits with a fingerprint of their content.
+"""Load image sets by name or folder, as train / val / calibration / test splits with a fingerprint of their content.
 
-No choice is ever made on `test`. `val` is there to choose settings on, and `calibration` is a part of `train` from
-which methods collect statistics.
+No choice is ever made on `test`. Settings are chosen on `val`. `calibration` is a part of `train` from which methods
+collect statistics.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ from vitbench.base import paths
 from vitbench.base.errors import InputError
 from vitbench.data.sources import ArrayImages, Images, open_images, read_digits
 
-MINIMUM_CLASSES = 2
+MIN_CLASSES = 2
 PHOTOGRAPHS = "photographs"
-VAL, CALIBRATION = 0.1, 256  # how much becomes val and calibration where nothing is given
+DEFAULT_VAL_FRACTION, DEFAULT_CALIBRATION_IMAGES = 0.1, 256
 
-_said: set[str] = set()  # the lines that this process has printed
+_printed_lines: set[str] = set()  # the lines that this process has printed
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Some images of a source: `indices` into it, and the `labels` (int64) of those images."""
+    """Some images of a source: `indices` into it, (N,), and the images' `labels`, (N,) int64."""
 
     name: str
     source: Images
@@ -39,14 +39,13 @@ class Split:
         """Image `i` (RGB) and its label."""
         return self.source[int(self.indices[i])], int(self.labels[i])
 
-    def some(self, count: int) -> "Split":
-        """`count` of the images, spread evenly over the split; all if there are no more."""
-        places = np.linspace(0, len(self), min(count, len(self)), endpoint=False).astype(int)
-        return Split(self.name, self.source, self.indices[places], self.labels[places])
+    def subset(self, count: int) -> "Split":
+        """`count` of the images, spread evenly over the split; all images if it has fewer."""
+        return _select(self, np.linspace(0, len(self), min(count, len(self)), endpoint=False).astype(int))
 
     @property
     def array(self) -> np.ndarray | None:
-        """All images as uint8 (N, H, W, 3) where the source holds them in memory, else None."""
+        """All images as uint8 (N, H, W, 3) if the source holds them in memory; otherwise None."""
         return self.source.array[self.indices] if isinstance(self.source, ArrayImages) else None
 
 
@@ -55,13 +54,13 @@ class ImageData:
     """An image-classification set.
 
     Attributes:
-        name: how rows and figures name the set.
-        classes: class names; a label is an index into it.
+        name: the set's name in rows and figures.
+        classes: class names; a label is an index into them.
         train, val, calibration, test: the splits; any but `test` may be empty.
         fingerprint: 16 hex digits, a hash of the images, the labels and the membership of each split.
         origin: where each split came from, in words ("given", "cut from train", ...).
-        image_size: height and width of the first image, in pixels.
-        recognised: one line: what was taken for splits and classes, and how many images were found, used and skipped.
+        image_size: height and width of the first test image, in pixels.
+        summary: one line: the splits and classes that were recognised, and how many images were found, used and skipped.
     """
 
     name: str
@@ -73,21 +72,21 @@ class ImageData:
     fingerprint: str
     origin: dict[str, str] = field(default_factory=dict)
     image_size: tuple[int, int] = (0, 0)
-    recognised: str = ""
+    summary: str = ""
 
     def require_split(self, split: str) -> Split:
-        """The named split, or `InputError` if this set was cut so that it is empty."""
-        found: Split = getattr(self, split)
-        if len(found) == 0:
+        """The split of that name; raises `InputError` if it is empty."""
+        selected: Split = getattr(self, split)
+        if len(selected) == 0:
             raise InputError(
-                f"{self.name} has no {split} images as it was cut ({self.describe()}); "
-                f"leave more of it out of the test split, for example test=0.2"
+                f"{self.name} has no {split} images as it was split ({self.describe_splits()}); "
+                f"give the test split fewer images, for example test=0.2"
             )
-        return found
+        return selected
 
-    def describe(self) -> str:
+    def describe_splits(self) -> str:
         """One line: the size of each split and where it came from."""
-        return "; ".join(f"{name} {len(getattr(self, name))}: {how}" for name, how in self.origin.items())
+        return "; ".join(f"{name} {len(getattr(self, name))}: {origin}" for name, origin in self.origin.items())
 
 
 def load_data(
@@ -102,28 +101,29 @@ def load_data(
     seed: int = 0,
     skip_broken: bool = False,
 ) -> ImageData:
-    """Load an image-classification set and cut it into fixed, stratified splits; print what was recognised.
+    """Load an image-classification set, cut it into fixed, stratified splits, and print what was recognised.
 
     Args:
         name_or_path: "photographs" (9,000 of CIFAR-10, with the project) or "digits" (8 x 8 pixels), both without
-            network; the name of a Hugging Face set, or a local folder: one sub-folder
-            of images a class (`images.folders` says when sub-folders are splits), images listed in a metadata.csv, or
-            parquet files. How files become pixels: `images.decoding`.
-        name: how rows and figures name the set; by default the last part of `name_or_path`.
-        test: how many test images: a fraction (0 to 1) or a count. Where the set comes with a labelled test split,
-            None takes it whole and a number takes a part of it; where it does not, None means 0.2 of all images, and
-            1.0 makes every image a test image (to score a pretrained model).
-        val: how much of the training images becomes `val`, likewise; None means 0.1 where the set has no val split.
-        calibration: how much of `train` (it stays in `train`) methods may collect statistics from; None means 256, or
-            all if there are fewer.
-        train: keep only so many training images (None: all), for runs at smaller scale.
-        label: the label column, where the set has several (CIFAR-100's fine and coarse labels, say).
-        seed: of the cuts. It is not the seed of training: runs with different seeds share one test split.
-        skip_broken: leave out images that cannot be decoded, and print how many, where otherwise the first is an error.
+            network; the name of a Hugging Face set; or a local folder, which holds one sub-folder of images for each
+            class (`vitbench.data.folders` describes when sub-folders are splits), images listed in a metadata.csv, or
+            parquet files. `vitbench.data.decoding` describes how files are decoded to pixels.
+        name: the set's name in rows and figures; by default the last part of `name_or_path`.
+        test: how many test images, as a fraction (0 to 1) or a count. If the set has a labelled test split, None uses
+            all of it and a number uses a part. Otherwise None uses 0.2 of all images, and 1.0 makes every image a test
+            image (to score a pretrained model).
+        val: how many of the training images become `val`, as a fraction or a count; None means 0.1 if the set has no
+            val split.
+        calibration: how many images of `train` are the calibration set, as a fraction or a count; they stay in
+            `train`. None means 256, or all if there are fewer.
+        train: use only this many training images, as a fraction or a count, for smaller runs; None uses all.
+        label: the label column, if the set has several, such as CIFAR-100's fine and coarse labels.
+        seed: the seed of the splits. Training has its own seed, so runs with different seeds share one test split.
+        skip_broken: leave out images that cannot be decoded, and print how many; otherwise the first is an error.
 
     Raises:
-        InputError: an unknown set, a folder without images, no label column, labels that are no classes, fewer than two
-            classes, an image that cannot be read, or more images asked for than there are.
+        InputError: an unknown set, a folder without images, no label column, labels that are not classes, fewer than
+            two classes, an image that cannot be read, or more images requested than there are.
     """
     for key, amount in {"test": test, "val": val, "calibration": calibration, "train": train}.items():
         _check_amount(key, amount)
@@ -133,33 +133,33 @@ def load_data(
         raise InputError(f"skip_broken = {skip_broken!r}: give true or false")
     name = name or Path(str(name_or_path)).name
     if str(name_or_path) == "digits":
-        opened = read_digits()
+        image_set = read_digits()
     else:
-        opened = open_images(_shipped(name_or_path), label, skip_broken)
-    recognised = f"{name}: {opened.describe()}"
-    _say(recognised)
-    present = np.unique(np.concatenate([part.labels for part in opened.parts.values()]))
-    if len(present) < MINIMUM_CLASSES:
-        raise InputError(f"{name} has {len(present)} class; classification needs at least {MINIMUM_CLASSES}")
+        image_set = open_images(_shipped(name_or_path), label, skip_broken)
+    summary = f"{name}: {image_set.describe()}"
+    _print_once(summary)
+    present = np.unique(np.concatenate([part.labels for part in image_set.parts.values()]))
+    if len(present) < MIN_CLASSES:
+        raise InputError(f"{name} has {len(present)} class; classification needs at least {MIN_CLASSES}")
 
-    pools = {
-        key: Split(key, part.images, np.arange(len(part.labels)), part.labels) for key, part in opened.parts.items()
+    splits = {
+        key: Split(key, part.images, np.arange(len(part.labels)), part.labels) for key, part in image_set.parts.items()
     }
-    pools, origin = _cut_all(pools, test, val, calibration, train, np.random.default_rng(seed))
-    splits = {key: Split(key, pool.source, pool.indices, pool.labels) for key, pool in pools.items()}
+    splits, origin = _split_all(splits, test, val, calibration, train, np.random.default_rng(seed))
+    splits = {key: Split(key, split.source, split.indices, split.labels) for key, split in splits.items()}
     return ImageData(
         name=name,
-        classes=opened.classes,
-        fingerprint=_fingerprint(splits, opened.classes),
+        classes=image_set.classes,
+        fingerprint=_fingerprint(splits, image_set.classes),
         origin={key: origin[key] if len(splits[key]) else "none" for key in ("train", "val", "calibration", "test")},
         image_size=splits["test"][0][0].size[::-1],
-        recognised=recognised,
+        summary=summary,
         **splits,
     )
 
 
 def _shipped(name_or_path: str | Path) -> str | Path:
-    """The folder of the photographs that come with the project, for their name; anything else as it is."""
+    """The folder of the project's photographs, if that is the name; otherwise the argument."""
     if str(name_or_path) != PHOTOGRAPHS:
         return name_or_path
     folder = paths.shipped(PHOTOGRAPHS)
@@ -171,10 +171,10 @@ def _shipped(name_or_path: str | Path) -> str | Path:
     return folder
 
 
-def _say(line: str) -> None:
-    """Print a line once in a process, however often it loads the set."""
-    if line not in _said:
-        _said.add(line)
+def _print_once(line: str) -> None:
+    """Print a line once in a process, even if it loads the set several times."""
+    if line not in _printed_lines:
+        _printed_lines.add(line)
         print(line)
 
 
@@ -187,105 +187,109 @@ def _check_amount(key: str, amount: float | int | None) -> None:
         raise InputError(f"{key} = {amount!r}: give a fraction from 0.0 to 1.0 or a whole number of images")
 
 
-def _name_pools(pools: dict[str, Split], all_test: bool) -> tuple[dict[str, Split], dict[str, str]]:
-    """Name what a set comes with: train, test and perhaps val. A set's only evaluation split serves as `test`."""
-    pools = dict(pools)
-    origin = dict.fromkeys(pools, "given")
-    if "test" not in pools and "val" in pools:
-        pools["test"], origin["test"] = pools.pop("val"), "the set's validation split"
+def _assign_splits(splits: dict[str, Split], all_test: bool) -> tuple[dict[str, Split], dict[str, str]]:
+    """The set's own splits as train, test and perhaps val, with their origins. An only evaluation split is `test`."""
+    splits = dict(splits)
+    origin = dict.fromkeys(splits, "given")
+    if "test" not in splits and "val" in splits:
+        splits["test"], origin["test"] = splits.pop("val"), "the set's validation split"
         origin.pop("val")
-    if "train" not in pools:
-        only = pools.pop("test")
-        pools["train"], origin["train"] = only, origin.pop("test", "given")
-    if all_test and "test" not in pools:
-        pools["test"], origin["test"] = pools["train"], "all images"
-        pools["train"], origin["train"] = _take(pools["train"], np.array([], dtype=int)), "none left"
-    return pools, origin
+    if "train" not in splits:
+        only_split = splits.pop("test")
+        splits["train"], origin["train"] = only_split, origin.pop("test", "given")
+    if all_test and "test" not in splits:
+        splits["test"], origin["test"] = splits["train"], "all images"
+        splits["train"], origin["train"] = _select(splits["train"], np.array([], dtype=int)), "none left"
+    return splits, origin
 
 
-def _cut_all(
-    pools: dict[str, Split],
+def _split_all(
+    splits: dict[str, Split],
     test: float | int | None,
     val: float | int | None,
     calibration: float | int | None,
     train: float | int | None,
     rng: np.random.Generator,
 ) -> tuple[dict[str, Split], dict[str, str]]:
-    """The four splits and where each came from. Each amount is checked against the images that are left for it."""
-    pools, origin = _name_pools(pools, test is not None and test == 1)
-    if "test" not in pools:
-        _check_available("test", test, len(pools["train"]), "images")
-        pools["train"], pools["test"] = _cut(pools["train"], 0.2 if test is None else test, rng)
+    """The four splits and their origins. Each amount is checked against the number of images that remain for it."""
+    splits, origin = _assign_splits(splits, test is not None and test == 1)
+    if "test" not in splits:
+        _check_available("test", test, len(splits["train"]), "images")
+        splits["train"], splits["test"] = _split_off(splits["train"], 0.2 if test is None else test, rng)
         origin["test"] = "cut from the only split"
     elif test is not None and test != 1.0:
-        _check_available("test", test, len(pools["test"]), "test images")
-        _, pools["test"] = _cut(pools["test"], test, rng)
-        origin["test"] += f", a stratified part of {len(pools['test'])}"
-    if len(pools["test"]) == 0:
+        _check_available("test", test, len(splits["test"]), "test images")
+        _, splits["test"] = _split_off(splits["test"], test, rng)
+        origin["test"] += f", a stratified part of {len(splits['test'])}"
+    if len(splits["test"]) == 0:
         raise InputError(f"test = {test!r} leaves no test image; give a larger fraction or count")
     if train is not None:
-        _check_available("train", train, len(pools["train"]), "images that the test split leaves")
-        _, pools["train"] = _cut(pools["train"], train, rng)
-        origin["train"] += f", a stratified part of {len(pools['train'])}"
+        _check_available("train", train, len(splits["train"]), "images that the test split leaves")
+        _, splits["train"] = _split_off(splits["train"], train, rng)
+        origin["train"] += f", a stratified part of {len(splits['train'])}"
     for key, amount in (("test", test), ("train", train)):
-        if isinstance(amount, float) and 0 < amount < 1 and len(pools["train"]) == 0:
+        if isinstance(amount, float) and 0 < amount < 1 and len(splits["train"]) == 0:
             raise InputError(
                 f"{key} = {amount!r} of so few images leaves no training image; give counts, or more images"
             )
-    left = f"training images ({origin['train']})"
-    if "val" not in pools:
-        _check_available("val", val, len(pools["train"]), left, keeps=1)
-        pools["train"], pools["val"] = _cut(pools["train"], VAL if val is None else val, rng)
+    remaining_text = f"training images ({origin['train']})"
+    if "val" not in splits:
+        _check_available("val", val, len(splits["train"]), remaining_text, min_remaining=1)
+        splits["train"], splits["val"] = _split_off(splits["train"], DEFAULT_VAL_FRACTION if val is None else val, rng)
         origin["val"] = "cut from train"
     elif val is not None:
-        _check_available("val", val, len(pools["val"]), "validation images")
-        _, pools["val"] = _cut(pools["val"], val, rng)
-        origin["val"] += f", a stratified part of {len(pools['val'])}"
-    _check_available("calibration", calibration, len(pools["train"]), "training images that val leaves")
-    _, pools["calibration"] = _cut(pools["train"], CALIBRATION if calibration is None else calibration, rng)
+        _check_available("val", val, len(splits["val"]), "validation images")
+        _, splits["val"] = _split_off(splits["val"], val, rng)
+        origin["val"] += f", a stratified part of {len(splits['val'])}"
+    _check_available("calibration", calibration, len(splits["train"]), "training images that val leaves")
+    _, splits["calibration"] = _split_off(
+        splits["train"], DEFAULT_CALIBRATION_IMAGES if calibration is None else calibration, rng
+    )
     origin["calibration"] = "part of train"
-    return pools, origin
+    return splits, origin
 
 
-def _check_available(key: str, amount: float | int | None, available: int, what: str, keeps: int = 0) -> None:
-    """Raise `InputError` if `amount` is more than `available`, or leaves fewer than `keeps` of them."""
-    if amount is None or (isinstance(amount, float) and not keeps):
+def _check_available(
+    key: str, amount: float | int | None, available: int, description: str, min_remaining: int = 0
+) -> None:
+    """Raise `InputError` if `amount` is above `available`, or leaves fewer than `min_remaining` images."""
+    if amount is None or (isinstance(amount, float) and not min_remaining):
         return
     count = round(amount * available) if isinstance(amount, float) else amount
-    if count and count > available - keeps:
-        keep = f", and {keeps} of them has to stay" if keeps and available else ""
+    if count and count > available - min_remaining:
+        remaining_text = f", and {min_remaining} of them has to stay" if min_remaining and available else ""
         raise InputError(
-            f"{key} = {amount!r}: there are {available} {what}{keep}; give at most {max(0, available - keeps)}"
+            f"{key} = {amount!r}: there are {available} {description}{remaining_text}; give at most {max(0, available - min_remaining)}"
         )
 
 
-def _cut(pool: Split, amount: float | int, rng: np.random.Generator) -> tuple[Split, Split]:
-    """Split `pool` in two, the second with `amount` images, keeping the shares of the classes where it can."""
+def _split_off(split: Split, amount: float | int, rng: np.random.Generator) -> tuple[Split, Split]:
+    """Cut a split in two, the second with `amount` images, stratified by class if each class has enough images."""
     from sklearn.model_selection import train_test_split
 
-    count = min(len(pool), round(amount * len(pool)) if isinstance(amount, float) else amount)
-    everything = np.arange(len(pool))
-    if count in (0, len(pool)):
-        rest, taken = (everything, everything[:0]) if count == 0 else (everything[:0], everything)
-        return _take(pool, rest), _take(pool, taken)
-    classes, sizes = np.unique(pool.labels, return_counts=True)
-    can_stratify = sizes.min() >= 2 and min(count, len(pool) - count) >= len(classes)
-    rest, taken = train_test_split(
-        everything,
+    count = min(len(split), round(amount * len(split)) if isinstance(amount, float) else amount)
+    indices = np.arange(len(split))
+    if count in (0, len(split)):
+        first_indices, second_indices = (indices, indices[:0]) if count == 0 else (indices[:0], indices)
+        return _select(split, first_indices), _select(split, second_indices)
+    classes, sizes = np.unique(split.labels, return_counts=True)
+    can_stratify = sizes.min() >= 2 and min(count, len(split) - count) >= len(classes)
+    first_indices, second_indices = train_test_split(
+        indices,
         test_size=count,
         random_state=int(rng.integers(2**31)),
-        stratify=pool.labels if can_stratify else None,
+        stratify=split.labels if can_stratify else None,
     )
-    return _take(pool, np.sort(rest)), _take(pool, np.sort(taken))
+    return _select(split, np.sort(first_indices)), _select(split, np.sort(second_indices))
 
 
-def _take(pool: Split, positions: np.ndarray) -> Split:
-    return Split(pool.name, pool.source, pool.indices[positions], pool.labels[positions])
+def _select(split: Split, positions: np.ndarray) -> Split:
+    return Split(split.name, split.source, split.indices[positions], split.labels[positions])
 
 
 def _fingerprint(splits: dict[str, Split], classes: Sequence[str]) -> str:
     digest = hashlib.sha256("\0".join(classes).encode())
-    hashed: dict[int, str] = {}  # several splits may share one source; hash its images once
+    hashed: dict[int, str] = {}  # several splits may share one source, whose images are hashed once
     for key in sorted(splits):
         split = splits[key]
         content = hashed.setdefault(id(split.source), split.source.content_hash())

@@ -49,7 +49,7 @@ class Scores:
 
 def seen_by(data: ImageData, criterion: Criterion) -> Split:
     """The calibration images that a criterion looks at."""
-    return data.require_split("calibration").some(criterion.samples)
+    return data.require_split("calibration").subset(criterion.samples)
 
 
 def choose(scores: Sequence[Scores], left: Sequence[tuple[int, int, int]]) -> list[Kept]:

@@ -80,7 +80,10 @@ def run_suite(lessons: list[Lesson], values: dict[str, Any], out: Path, workers:
         lacks = {lesson.name: [split for split in lesson.needs if not len(getattr(data, split))] for lesson in lessons}
         left_out = [
             Outcome(
-                lesson, "left out", _copy(run, lesson), f"it needs {lacks[lesson.name][0]} images; {data.describe()}"
+                lesson,
+                "left out",
+                _copy(run, lesson),
+                f"it needs {lacks[lesson.name][0]} images; {data.describe_splits()}",
             )
             for lesson in lessons
             if lacks[lesson.name]
