@@ -3,9 +3,9 @@
     python benchmarks/sweep_faults.py faults --out results/runs/sweep-faults
     python benchmarks/sweep_faults.py scaling --out results/runs/sweep-scaling
 
-`faults` runs the 200 cells of `sweep_digits.yaml` with 4 workers, kills a worker at random 20 times and the process that gives out
+`faults` runs the 200 cells of `sweep_digits.yaml` with 4 workers, kills a random worker 20 times and the process that submits
 the cells once, starts that again, and counts the rows. `scaling` runs 48 of the cells with 1 and with 2 workers, each with
-empty caches, and says what a cell costs beside its own work. Both print what they found and write it to `found.json`.
+empty caches, and measures what a cell costs besides its own work. Both print their result and write it to `found.json`.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def faults(out: Path, workers: int, every: float) -> dict:
-    """Kill and go on; returns what was killed and what there is in the end."""
+    """Kill workers and the sweep while it runs, resume it, and count the rows."""
     rng, killed, stop = random.Random(0), [], threading.Event()
 
     def kill_workers() -> None:
@@ -72,19 +72,19 @@ def faults(out: Path, workers: int, every: float) -> dict:
             time.sleep(0.5)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        at_kill = len(vb.run.latest(out / "records.jsonl"))
+        at_kill = len(vb.run.latest_cell_rows(out / "records.jsonl"))
         status = run(out, workers, home).wait()
         stop.set()
         again = run(out, workers, home).wait()
     rows = vb.rows.read_rows(out / "records.jsonl")
-    cells = [row.context["cell"] for row in rows if row.metric == vb.run.METRIC and row.status == "ok"]
+    cells = [row.context["cell"] for row in rows if row.metric == "cell_seconds" and row.status == "ok"]
     keys = [row.key for row in rows if row.status == "ok"]
     found = {
         "cells": len(set(cells)),
         "doubled": len(cells) - len(set(cells)),
         "rows": len(keys),
         "rows doubled": len(keys) - len(set(keys)),
-        "failed": sum(row.status == "failed" for row in vb.run.latest(out / "records.jsonl")),
+        "failed": sum(row.status == "failed" for row in vb.run.latest_cell_rows(out / "records.jsonl")),
         "workers killed": len(killed),
         "cells done when the scheduler was killed": at_kill,
         "status of the second run, and of a third": [status, again],
@@ -106,12 +106,12 @@ def scaling(out: Path) -> dict:
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as home:
             run(out / f"with-{workers}", workers, home, file).wait()
-        word = json.loads((out / f"with-{workers}" / vb.run.STATE).read_text())
+        status = json.loads((out / f"with-{workers}" / "sweep.json").read_text())
         found[f"{workers} workers"] = {
-            "cells": len(word["cells"]),
-            "seconds": word["passed"],
-            "work, seconds of all workers": word["work"]["seconds"],
-            "starting, seconds of all workers": word["work"]["starting"],
+            "cells": len(status["cells"]),
+            "seconds": status["passed"],
+            "work, seconds of all workers": status["work"]["seconds"],
+            "starting, seconds of all workers": status["work"]["starting"],
         }
     one, two = found.values()
     beyond = one["seconds"] - one["work, seconds of all workers"] - one["starting, seconds of all workers"]

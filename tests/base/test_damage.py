@@ -18,7 +18,7 @@ from vitbench.rows.row_table import load_records
 from vitbench.rows.runs import Run
 from vitbench.run import cache
 from vitbench.run.lessons import find_lessons, parse_setting
-from vitbench.run.sweep.grid import cells, sweep_of
+from vitbench.run.sweep.grid import cells, parse_sweep
 from vitbench.training.config import TrainConfig
 
 
@@ -142,7 +142,7 @@ def test_fuzzed_sweeps(seed):
     whole = SMALL | {"seeds": [0], "measures": {"what": ["size"]}, "retries": 1, "resources": {"memory": 1.0}}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        error = said(lambda: cells(sweep_of(fuzzed(rng, whole))))
+        error = said(lambda: cells(parse_sweep(fuzzed(rng, whole))))
     assert len(error) < 2000
     assert "\n" not in error
 

@@ -21,7 +21,7 @@ from vitbench.rows.row_table import load_records
 from vitbench.rows.runs import Run
 from vitbench.run.lessons import find_lessons, read_profile
 from vitbench.run.suite import preflight
-from vitbench.run.sweep.grid import cells, sweep_of, sweep_values
+from vitbench.run.sweep.grid import cells, parse_sweep, read_sweep_file
 
 pytestmark = pytest.mark.slow
 
@@ -139,7 +139,7 @@ def read_records(folder, out):
 
 READERS = {  # kind -> the files that are mutated, and what reads their folder and writes below `out`
     "profile": (["a.yaml"], read_profile_and_check),
-    "sweep": (["a.yaml"], lambda folder, out: cells(sweep_of(sweep_values(folder / "a.yaml")))),
+    "sweep": (["a.yaml"], lambda folder, out: cells(parse_sweep(read_sweep_file(folder / "a.yaml")))),
     "recipe": (["recipe.json"], lambda folder, out: artifact.load(folder)),
     "records": (["records.jsonl"], read_records),
     "weights": (

@@ -187,10 +187,10 @@ def test_a_sweep_keeps_its_finished_cells(tmp_path, number, status):
     file, out = tmp_path / "sweep.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(sweep))
     ask = Command(tmp_path, "run", file, "--out", out)
-    ask.until(lambda: drive.latest(out / "records.jsonl"))
+    ask.until(lambda: drive.latest_cell_rows(out / "records.jsonl"))
     assert any("vitbench.run.sweep.worker" in kind for kind in kinds(ask.children()))
     assert ask.end(number) == status
-    assert {row.status for row in drive.latest(out / "records.jsonl")} == {"ok"}
+    assert {row.status for row in drive.latest_cell_rows(out / "records.jsonl")} == {"ok"}
 
 
 @SIGNALS

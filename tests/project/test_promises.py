@@ -11,7 +11,7 @@ from tests.run.test_sweep import SMALL
 from vitbench.base.errors import InputError
 from vitbench.model import vit
 from vitbench.run import cache
-from vitbench.run.sweep.grid import cells, sweep_of
+from vitbench.run.sweep.grid import cells, parse_sweep
 
 PACKAGE = sorted((ROOT / "vitbench").rglob("*.py"))
 PROMISES = re.split(r"^- ", (ROOT / "SECURITY.md").read_text(encoding="utf-8").partition("\n\nPlease")[0], flags=re.M)[
@@ -29,7 +29,7 @@ def test_every_promise_names_tests_that_exist(promise):
 
 
 def test_a_cell_travels_as_json():
-    for cell in cells(sweep_of(SMALL)):
+    for cell in cells(parse_sweep(SMALL)):
         assert type(cell)(**json.loads(json.dumps(cell.to_dict()))) == cell
 
 

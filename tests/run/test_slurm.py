@@ -12,7 +12,7 @@ from vitbench.base.errors import InputError
 from vitbench.rows.runs import Run
 from vitbench.run.sweep import drive
 from vitbench.run.sweep.executors import open_workers
-from vitbench.run.sweep.grid import sweep_of
+from vitbench.run.sweep.grid import parse_sweep
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_sweep_on_slurm(slurm, tmp_path):
     wanted |= {"job-extra-directives": ["--mem=0"], "job-cpu": 1}
     with dask.config.set({f"jobqueue.slurm.{key}": value for key, value in wanted.items()}):
         run = Run(tmp_path / "rows")
-        outcome = drive.run_sweep(drive.plan(sweep_of(SMALL), run), run, workers=2, scheduler="slurm")
+        outcome = drive.run_sweep(drive.plan(parse_sweep(SMALL), run), run, workers=2, scheduler="slurm")
     assert outcome["done"] == 4
     jobs = list(slurm.glob("dask-worker-*.out"))
     assert 1 <= len(jobs) <= 2, "the first may have done all before the second began"

@@ -21,9 +21,9 @@ from vitbench.rows import records
 from vitbench.rows.records import Row, read_rows
 from vitbench.rows.runs import Run
 from vitbench.run.sweep import drive, worker
-from vitbench.run.sweep.drive import outlook, progress_of
+from vitbench.run.sweep.drive import estimate_sweep, sweep_status
 from vitbench.run.sweep.executors import open_workers
-from vitbench.run.sweep.grid import Cell, cells, sweep_of, sweep_values
+from vitbench.run.sweep.grid import Cell, cells, parse_sweep, read_sweep_file
 
 SMALL = {
     "models": ["vit_mini_patch2_8"],
@@ -34,7 +34,7 @@ SMALL = {
 
 
 def names(sweep):
-    return [cell.method for cell in cells(sweep_of(sweep))]
+    return [cell.method for cell in cells(parse_sweep(sweep))]
 
 
 def test_a_list_in_place_of_a_value_stands_for_as_many_cells():
@@ -43,27 +43,27 @@ def test_a_list_in_place_of_a_value_stands_for_as_many_cells():
         "methods": ["dynamic_int8", {"weight_only": {"bits": [2, 4], "group": [None, 32]}}],
     }
     assert names(sweep) == ["dynamic_int8", *["weight_only"] * 4] * 2
-    settings = [cell.steps[0].config for cell in cells(sweep_of(sweep))[1:5]]
+    settings = [cell.steps[0].config for cell in cells(parse_sweep(sweep))[1:5]]
     assert [(each["bits"], each["group"]) for each in settings] == [(2, None), (2, 32), (4, None), (4, 32)]
 
 
 def test_combinations_keep_their_order_and_a_list_valued_setting_takes_a_list_of_lists():
     both = [{"pruning": {"neurons": [0.2, 0.4]}}, {"weight_only": {"layers": [["qkv"], ["fc1", "fc2"]]}}]
-    found = cells(sweep_of(SMALL | {"methods": [both, {"weight_only": {"layers": ["qkv", "proj"]}}]}))
+    found = cells(parse_sweep(SMALL | {"methods": [both, {"weight_only": {"layers": ["qkv", "proj"]}}]}))
     assert [cell.method for cell in found] == ["pruning+weight_only"] * 4 + ["weight_only"]
     assert [cell.steps[-1].config["layers"] for cell in found] == [["qkv"], ["fc1", "fc2"]] * 2 + [["qkv", "proj"]]
 
 
 def test_a_seed_is_that_of_all_that_draws_and_of_nothing_else():
     trained = {"lsq": {"train": {"epochs": 1}}}
-    found = cells(sweep_of(SMALL | {"seeds": [0, 7], "methods": [trained]}))
+    found = cells(parse_sweep(SMALL | {"seeds": [0, 7], "methods": [trained]}))
     assert [(cell.train.seed, cell.steps[0].config["train"]["seed"]) for cell in found] == [(0, 0), (7, 7)]
     asis = SMALL | {"train": {"epochs": 0}, "seeds": [0, 7], "methods": [{"lsq": {"train": {"epochs": 0}}}]}
-    assert len(cells(sweep_of(asis))) == 1
+    assert len(cells(parse_sweep(asis))) == 1
 
 
 def test_a_key_is_that_of_the_content():
-    first, second = cells(sweep_of(SMALL))[:2]
+    first, second = cells(parse_sweep(SMALL))[:2]
     assert first.key != second.key
     assert first.base == second.base
     assert first.key == Cell(**first.to_dict()).key
@@ -97,7 +97,7 @@ BAD = [
 @pytest.mark.parametrize(("changes", "message"), BAD)
 def test_a_wrong_file_is_refused_before_anything_starts(changes, message):
     with pytest.raises(InputError, match=message):
-        cells(sweep_of(SMALL | changes))
+        cells(parse_sweep(SMALL | changes))
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_a_wrong_file_is_refused_before_anything_starts(changes, message):
 )
 def test_every_cell_is_checked_against_its_model_and_images(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        drive.plan(sweep_of(SMALL | changes), Run(tmp_path))
+        drive.plan(parse_sweep(SMALL | changes), Run(tmp_path))
 
 
 def swept(tmp_path, sweep=SMALL, workers=1, scheduler=""):
     run = Run(tmp_path / "rows")
-    return drive.run_sweep(drive.plan(sweep_of(sweep), run), run, workers, scheduler), run
+    return drive.run_sweep(drive.plan(parse_sweep(sweep), run), run, workers, scheduler), run
 
 
 @pytest.fixture(scope="module")
@@ -140,15 +140,15 @@ def test_every_cell_has_its_rows(done):
 @pytest.mark.slow
 def test_a_finished_cell_is_not_run_again_and_what_is_left_is_told(done, tmp_path):
     _, run = done
-    again = drive.plan(sweep_of(SMALL), run)
-    assert again.left == []
-    more = drive.plan(sweep_of(SMALL | {"seeds": [0, 1]}), run)
-    assert len(more.left) == 4
-    expected = outlook(more, run)
+    again = drive.plan(parse_sweep(SMALL), run)
+    assert again.remaining == []
+    more = drive.plan(parse_sweep(SMALL | {"seeds": [0, 1]}), run)
+    assert len(more.remaining) == 4
+    expected = estimate_sweep(more, run)
     assert 0 < expected.seconds < 600
     assert 1e5 < expected.bytes < 1e8
-    assert outlook(drive.plan(sweep_of(SMALL), Run(tmp_path)), Run(tmp_path)).seconds is None
-    assert progress_of(run.folder).startswith("4 cells: 4 done, 0 failed, 0 left\nno run is at work here")
+    assert estimate_sweep(drive.plan(parse_sweep(SMALL), Run(tmp_path)), Run(tmp_path)).seconds is None
+    assert sweep_status(run.folder).startswith("4 cells: 4 done, 0 failed, 0 left\nno run is at work here")
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_a_cell_that_fails_is_a_row_and_does_not_stop_the_others(tmp_path):
     sweep = SMALL | {"methods": [{"uct": {"rank": 10_000, "start": "weights", "train": {"epochs": 0}}}, "baseline"]}
     outcome, run = swept(tmp_path, sweep)
     assert dict(outcome) == {"finished before": 0, "failed": 1, "done": 1}
-    (failed,) = (row for row in drive.latest(run.records) if row.status == "failed")
+    (failed,) = (row for row in drive.latest_cell_rows(run.records) if row.status == "failed")
     assert "rank" in failed.error
     assert "Traceback" in (run.folder / "errors" / f"{failed.context['cell']}.txt").read_text()
 
@@ -165,21 +165,23 @@ def test_a_cell_that_fails_is_a_row_and_does_not_stop_the_others(tmp_path):
 def test_a_baseline_that_fails_fails_its_cells(tmp_path):
     outcome, run = swept(tmp_path, SMALL | {"train": {"epochs": 1, "batch_size": 4096}})
     assert dict(outcome) == {"finished before": 0, "failed": 4}
-    assert all("its baseline: InputError: batch_size = 4096" in row.error for row in drive.latest(run.records))
+    assert all(
+        "its baseline: InputError: batch_size = 4096" in row.error for row in drive.latest_cell_rows(run.records)
+    )
 
 
 @pytest.mark.slow
 def test_a_cell_that_hangs_is_stopped_and_its_neighbours_are_done(tmp_path, monkeypatch):
     usual = worker.Worker.run
 
-    def slow(self, order, seconds):
-        steps = order["cell"]["steps"]
-        return usual(self, order, 0.05 if steps and steps[0]["config"]["bits"] == 4 else seconds)
+    def slow(self, request, seconds):
+        steps = request["cell"]["steps"]
+        return usual(self, request, 0.05 if steps and steps[0]["config"]["bits"] == 4 else seconds)
 
     monkeypatch.setattr(worker.Worker, "run", slow)
     outcome, run = swept(tmp_path)
     assert (outcome["done"], outcome["failed"]) == (3, 1)
-    (failed,) = (row for row in drive.latest(run.records) if row.status == "failed")
+    (failed,) = (row for row in drive.latest_cell_rows(run.records) if row.status == "failed")
     assert failed.error == "took more than 0.05 s and was stopped"
 
 
@@ -197,7 +199,7 @@ def sweep_workers():
 @pytest.mark.slow
 def test_killed_workers_lose_and_double_nothing(tmp_path):
     run, killed, stop = Run(tmp_path / "rows"), [], threading.Event()
-    found = drive.plan(sweep_of(SMALL | {"retries": 20, "seeds": [0, 1]}), run)
+    found = drive.plan(parse_sweep(SMALL | {"retries": 20, "seeds": [0, 1]}), run)
 
     def kill():
         while not stop.wait(0.3) and len(killed) < 4:
@@ -212,17 +214,17 @@ def test_killed_workers_lose_and_double_nothing(tmp_path):
     killer.join()
     assert killed
     assert outcome["done"] == 8
-    assert len([row for row in read_rows(run.records) if row.metric == drive.METRIC]) == 8
+    assert len([row for row in read_rows(run.records) if row.metric == drive.CELL_METRIC]) == 8
 
 
 def test_a_cell_whose_worker_always_dies_fails_in_the_end(tmp_path, monkeypatch):
-    def die(self, order, seconds):
+    def die(self, request, seconds):
         raise worker.WorkerDied("the worker died: it was ended by signal 9 (out of memory?)")
 
     monkeypatch.setattr(worker.Worker, "run", die)
     outcome, run = swept(tmp_path, SMALL | {"retries": 1})
     assert outcome["failed"] == 4
-    assert all("out of memory?); tried 2 times" in row.error for row in drive.latest(run.records))
+    assert all("out of memory?); tried 2 times" in row.error for row in drive.latest_cell_rows(run.records))
 
 
 @pytest.mark.slow
@@ -233,17 +235,17 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path):
     command = [sys.executable, "-m", "vitbench.cli", "run", str(file), "--out", str(out)]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not drive.latest(out / "records.jsonl") and time.monotonic() < deadline:
+    while not drive.latest_cell_rows(out / "records.jsonl") and time.monotonic() < deadline:
         time.sleep(0.1)
     workers = sweep_workers()
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     psutil.wait_procs(workers, timeout=10)
     assert not any(process.is_running() for process in workers)
-    before = len(drive.latest(out / "records.jsonl"))
-    assert "`vitbench run` of the same file takes up" in progress_of(out)
+    before = len(drive.latest_cell_rows(out / "records.jsonl"))
+    assert "`vitbench run` of the same file takes up" in sweep_status(out)
     assert main(["run", str(file), "--out", str(out)]) == 0
-    rows = [row for row in read_rows(out / "records.jsonl") if row.metric == drive.METRIC]
+    rows = [row for row in read_rows(out / "records.jsonl") if row.metric == drive.CELL_METRIC]
     assert before >= 1
     assert len(rows) == 4
 
@@ -252,27 +254,27 @@ def test_two_sweeps_in_one_folder(tmp_path):
     from vitbench.base.locks import locked
 
     run = Run(tmp_path)
-    found = drive.plan(sweep_of(SMALL), run)
+    found = drive.plan(parse_sweep(SMALL), run)
     with locked(run.folder / "sweep.lock"), pytest.raises(InputError, match="another sweep is at work"):
         drive.run_sweep(found, run)
 
 
 @pytest.mark.slow
-def test_a_worker_answers_in_one_process_until_it_dies():
+def test_a_worker_runs_requests_in_one_process_until_it_dies():
     own = worker.Worker()
-    order = {"what": "base", "cell": {"no": "cell"}, "threads": 1}
+    request = {"what": "base", "cell": {"no": "cell"}, "threads": 1}
     try:
-        first, second = own.run(order, 60), own.run(order, 60)
+        first, second = own.run(request, 60), own.run(request, 60)
         assert first["starting"] > second["starting"] == 0
         assert "Cell: " in first["error"]
         own.process.process.kill()
         own.process.process.wait()
-        assert own.run(order, 60)["starting"] > 0
+        assert own.run(request, 60)["starting"] > 0
     finally:
         own.close()
 
 
-def test_room_for_workers():
+def test_workers_fit_into_memory():
     with open_workers("", 3, {"memory": psutil.virtual_memory().total / 2.5}) as engine:
         assert engine.alive()
     with pytest.raises(InputError, match="a cell needs memory = 1e"):
@@ -285,8 +287,8 @@ def test_room_for_workers():
 def test_the_command(tmp_path, capsys, monkeypatch):
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(SMALL | {"methods": ["baseline"]}))
-    assert sweep_values(file)
-    assert not sweep_values(ROOT / "notebooks" / "profiles" / "quick.yaml")
+    assert read_sweep_file(file)
+    assert not read_sweep_file(ROOT / "notebooks" / "profiles" / "quick.yaml")
     out = str(tmp_path / "out")
     assert main(["run", str(file), "--out", out, "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -305,11 +307,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "did you mean 'slurm'" in capsys.readouterr().err
     assert main(["status", str(tmp_path)]) == 2
     assert "holds no sweep" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / drive.STATE).read_text())["busy"] == []
+    assert json.loads((tmp_path / "out" / drive.STATE_FILE).read_text())["busy"] == []
 
 
 def test_the_benchmarks_sweep_has_200_cells():
-    assert len(cells(sweep_of(yaml.safe_load((ROOT / "benchmarks" / "sweep_digits.yaml").read_text())))) == 200
+    assert len(cells(parse_sweep(yaml.safe_load((ROOT / "benchmarks" / "sweep_digits.yaml").read_text())))) == 200
 
 
 @pytest.mark.slow
@@ -318,7 +320,7 @@ def test_a_dask_cluster_does_the_same(tmp_path):
     outcome, run = swept(tmp_path, SMALL, workers=1, scheduler="dask")
     assert outcome["done"] == 4
     with pytest.raises(InputError, match="does not answer"):
-        drive.run_sweep(drive.plan(sweep_of(SMALL | {"seeds": [1]}), run), run, 1, "tcp://127.0.0.1:1")
+        drive.run_sweep(drive.plan(parse_sweep(SMALL | {"seeds": [1]}), run), run, 1, "tcp://127.0.0.1:1")
     with pytest.raises(InputError, match="unknown scheduler 'slrum' .did you mean 'slurm'"):
         open_workers("slrum", 1, {}).__enter__()
 
@@ -353,22 +355,22 @@ def cluster(tmp_path):
 def test_a_scheduler_that_is_killed_and_comes_back(cluster, tmp_path):
     first, run = cluster("scheduler"), Run(tmp_path / "rows")
     cluster("worker")
-    found = drive.plan(sweep_of(SMALL | {"seeds": [0, 1]}), run)
+    found = drive.plan(parse_sweep(SMALL | {"seeds": [0, 1]}), run)
     outcome = []
     sweep = threading.Thread(target=lambda: outcome.append(drive.run_sweep(found, run, 1, cluster.address)))
     sweep.start()
     deadline = time.monotonic() + 120
-    while not drive.latest(run.records) and time.monotonic() < deadline:
+    while not drive.latest_cell_rows(run.records) and time.monotonic() < deadline:
         time.sleep(0.05)
     first.kill()
     first.wait()
-    before = len(drive.latest(run.records))
+    before = len(drive.latest_cell_rows(run.records))
     cluster("scheduler")
     cluster("worker")
     sweep.join(timeout=180)
     assert 1 <= before < 8
     assert outcome[0]["done"] == 8
-    assert len([row for row in read_rows(run.records) if row.metric == drive.METRIC]) == 8
+    assert len([row for row in read_rows(run.records) if row.metric == drive.CELL_METRIC]) == 8
 
 
 @pytest.mark.slow
@@ -387,7 +389,7 @@ def test_a_full_disk_ends_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch
         patch.setattr(records, "append_bytes", append)
         assert main(["run", str(file), "--out", str(out)]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert len(drive.latest(out / "records.jsonl")) == 2
+    assert len(drive.latest_cell_rows(out / "records.jsonl")) == 2
     assert not sweep_workers()
     assert main(["run", str(file), "--out", str(out)]) == 0
     assert "2 done, 2 finished before, 0 failed" in capsys.readouterr().out

@@ -77,12 +77,12 @@ def _run(options: argparse.Namespace) -> int:
     from vitbench.base import paths
     from vitbench.cli import sweep
     from vitbench.run import lessons, suite
-    from vitbench.run.sweep.grid import sweep_values
+    from vitbench.run.sweep.grid import read_sweep_file
 
     if options.workers < 1:
         raise InputError(f"--workers {options.workers}: give a whole number of 1 or more")
     out = Path(options.out) if options.out else paths.home() / "results" / "runs" / Path(options.profile).stem
-    if (sweep_settings := sweep_values(options.profile)) is not None:
+    if (sweep_settings := read_sweep_file(options.profile)) is not None:
         if options.notebooks:
             raise InputError("--notebooks is for profiles; a sweep runs no notebook")
         return sweep.run(options, sweep_settings, out.resolve())

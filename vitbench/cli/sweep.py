@@ -21,20 +21,20 @@ def run(options: argparse.Namespace, values: dict[str, Any], out: Path) -> int:
     """Run the sweep whose file holds `values`, or with --dry-run print its cells and what they would take."""
     from vitbench.rows.runs import Run
     from vitbench.run.lessons import parse_setting
-    from vitbench.run.sweep.drive import outlook, plan, run_sweep
+    from vitbench.run.sweep.drive import estimate_sweep, plan, run_sweep
     from vitbench.run.sweep.executors import check_scheduler
-    from vitbench.run.sweep.grid import sweep_of
+    from vitbench.run.sweep.grid import parse_sweep
 
     if options.only:
         raise InputError("--only is for notebooks; leave models, methods or seeds out of the sweep's file instead")
     check_scheduler(options.scheduler)
     for setting in options.settings:
         set_nested(values, *parse_setting(setting), setting)
-    sweep, folder = sweep_of(values), Run(out)
+    sweep, folder = parse_sweep(values), Run(out)
     sweep_plan = plan(sweep, folder)
-    estimate = outlook(sweep_plan, folder)
-    print(f"{len(sweep_plan.cells)} cells, {len(sweep_plan.cells) - len(sweep_plan.left)} of them finished before")
-    if sweep_plan.left:
+    estimate = estimate_sweep(sweep_plan, folder)
+    print(f"{len(sweep_plan.cells)} cells, {len(sweep_plan.cells) - len(sweep_plan.remaining)} of them finished before")
+    if sweep_plan.remaining:
         gigabytes = (
             f"at most {estimate.bytes / 1e9:.2g} GB for models and checkpoints, {estimate.free / 1e9:.3g} GB are free"
         )
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, values: dict[str, Any], out: Path) -> int:
     if options.workers > 1 and "latency" in sweep.measures.what:
         print("vitbench: warning: cells that run beside each other disturb each other's timings", file=sys.stderr)
     if options.dry_run:
-        for cell in sweep_plan.left:
+        for cell in sweep_plan.remaining:
             print(f"  {cell.key} {cell.model.name} {cell.data.dataset} {cell.method}")
         return 0
     outcome = run_sweep(sweep_plan, folder, options.workers, options.scheduler)
@@ -60,16 +60,16 @@ def run(options: argparse.Namespace, values: dict[str, Any], out: Path) -> int:
 
 
 def _print_failed(folder: Any) -> None:
-    from vitbench.run.sweep.drive import latest
+    from vitbench.run.sweep.drive import latest_cell_rows
 
-    for row in latest(folder.records):
+    for row in latest_cell_rows(folder.records):
         if row.status == "failed":
             trace = folder.folder / "errors" / f"{row.context['cell']}.txt"
             print(f"failed {row.model} {row.method}: {row.error}" + (f"\n       {trace}" if trace.exists() else ""))
 
 
 def _status(options: argparse.Namespace) -> int:
-    from vitbench.run.sweep.drive import progress_of
+    from vitbench.run.sweep.drive import sweep_status
 
-    print(progress_of(Path(options.folder)))
+    print(sweep_status(Path(options.folder)))
     return 0

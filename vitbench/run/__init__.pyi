@@ -23,9 +23,7 @@ from .lessons import (
 )
 from .suite import open_data as open_data
 from .sweep.drive import (
-    METRIC as METRIC,
-    STATE as STATE,
-    latest as latest,
+    latest_cell_rows as latest_cell_rows,
 )
 from .verification import (
     remake as remake,

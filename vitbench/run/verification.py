@@ -1,4 +1,4 @@
-"""Rows made again: whether the numbers of a results folder come out here too, from what the rows say of themselves."""
+"""Verification: rebuild models from the configs in their rows, and compare the numbers."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from vitbench.rows.runs import Run
 from vitbench.run import cache
 from vitbench.training.config import TrainConfig
 
-METRICS = {  # what can be made again, and how near it has to come
+METRICS = {  # metric -> the tolerance, in words
     "top1": "inside the row's 95 % interval",
     "macs": "the same",
     "params": "the same",
@@ -28,19 +28,19 @@ METRICS = {  # what can be made again, and how near it has to come
 
 @dataclass(frozen=True)
 class Check:
-    """A row and what came out here."""
+    """A row and the value that was measured here."""
 
     row: pd.Series
-    found: float
+    measured: float
 
     @property
     def within(self) -> bool:
-        """Whether `found` is within the metric's tolerance (`METRICS`)."""
-        wanted = self.row["value"]
+        """Whether `measured` is within the metric's tolerance (`METRICS`)."""
+        expected = self.row["value"]
         if self.row["metric"] == "top1":
-            return self.row["low"] - 1e-12 <= self.found <= self.row["high"] + 1e-12
-        slack = 512 + 0.001 * wanted if self.row["metric"] == "bytes" else 0
-        return abs(self.found - wanted) <= slack
+            return self.row["low"] - 1e-12 <= self.measured <= self.row["high"] + 1e-12
+        slack = 512 + 0.001 * expected if self.row["metric"] == "bytes" else 0
+        return abs(self.measured - expected) <= slack
 
 
 def verify(
@@ -53,64 +53,68 @@ def verify(
     checkpoint: str | Path = "",
     img_size: int | None = None,
 ) -> list[Check]:
-    """Make some of the models that rows are about again, by the configs in the rows, and measure them.
+    """Rebuild some of the models of the rows from their configs, and measure them.
 
     Args:
-        rows: as `load_records` gives them; those on other images than `data` are left out.
+        rows: as `load_records` returns them; those on other images than `data` are left out.
         only: methods; none for all.
-        models: how many, spread evenly over those in the rows, in their order; 0 for all.
+        models: how many, spread evenly over those in the rows; 0 for all.
         metrics: of `METRICS`.
-        checkpoint, img_size: what the baselines start from, if not at random and at the name's own size.
+        checkpoint, img_size: of the baselines, where they do not start at random with the model's own size.
 
     Returns:
         A check for each row of those models with one of the metrics.
 
     Raises:
-        InputError: no such rows on these images, or a start that is not the rows'.
+        InputError: no such rows on these images, or a baseline that starts from other weights than the rows'.
     """
     for metric in metrics:
         one_of("metric", metric, METRICS)
-    good = rows[
+    ok_rows = rows[
         (rows["status"] == "ok") & rows["metric"].isin(metrics) & (rows["data_fingerprint"] == data.fingerprint)
     ]
-    good = good[good["backend"].isna() | (good["backend"] == "eager")]
+    ok_rows = ok_rows[ok_rows["backend"].isna() | (ok_rows["backend"] == "eager")]
     for method in only:
-        one_of("method among the rows", method, dict.fromkeys(good["method"]))
-    good = good[good["method"].isin(only)] if only else good
-    if not len(good):
+        one_of("method among the rows", method, dict.fromkeys(ok_rows["method"]))
+    ok_rows = ok_rows[ok_rows["method"].isin(only)] if only else ok_rows
+    if not len(ok_rows):
         raise InputError(
             f"no row of {', '.join(metrics)} is on these images ({data.name}, fingerprint {data.fingerprint}); give the "
             "dataset and splits that the rows were made with"
         )
-    texts = [json.dumps([row.model, row.config], sort_keys=True) for row in good.itertuples()]
-    groups = [group for _, group in good.groupby(texts, sort=False)]
+    texts = [json.dumps([row.model, row.config], sort_keys=True) for row in ok_rows.itertuples()]
+    groups = [group for _, group in ok_rows.groupby(texts, sort=False)]
     if models and len(groups) > models:
         groups = [groups[round(i * (len(groups) - 1) / max(1, models - 1))] for i in range(models)]
-    return [check for group in groups for check in _again(group, data, checkpoint, img_size)]
+    return [check for group in groups for check in _remake_and_check(group, data, checkpoint, img_size)]
 
 
-def _again(group: pd.DataFrame, data: ImageData, checkpoint: str | Path, img_size: int | None) -> list[Check]:
+def _remake_and_check(
+    group: pd.DataFrame, data: ImageData, checkpoint: str | Path, img_size: int | None
+) -> list[Check]:
     first = group.iloc[0]
-    made = remake(first["model"], first["config"], data, checkpoint, img_size)
+    cached = remake(first["model"], first["config"], data, checkpoint, img_size)
     what = [
         name
         for name, metrics in {"accuracy": {"top1"}, "size": set(METRICS) - {"top1"}}.items()
         if metrics & set(group["metric"])
     ]
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(made.path, data, Run(folder), what=what).set_index("metric")["value"]
+        measured = measure(cached.path, data, Run(folder), what=what).set_index("metric")["value"]
     return [
-        Check(row, float(found[row["metric"]])) for _, row in group.iterrows() if not math.isnan(found[row["metric"]])
+        Check(row, float(measured[row["metric"]]))
+        for _, row in group.iterrows()
+        if not math.isnan(measured[row["metric"]])
     ]
 
 
 def remake(
     model: str, config: dict[str, Any], data: ImageData, checkpoint: str | Path = "", img_size: int | None = None
 ) -> cache.CachedModel:
-    """Make the model of a row again, from the row's `model` and `config`.
+    """Rebuild the model of a row from the row's `model` and `config`.
 
     Raises:
-        InputError: the baseline does not start from the row's weights.
+        InputError: the baseline starts from other weights than the row's.
     """
     origin = config.get("origin", {})
     train = TrainConfig(**origin.get("train", {"epochs": 0}))

@@ -1,5 +1,5 @@
-"""Sweeps: the cells of a grid of models, methods and seeds, made and measured by workers, here or on a cluster.
+"""Sweeps: workers here or on a cluster make and measure the cells of a grid of models, data sets, methods and seeds.
 
 The command line imports `drive` to plan and run one, and `grid` to read its file.
-A new setting is a field of `Sweep` in `grid`, which checks it; `work` is what a worker does with a cell.
+A new setting is a field of `Sweep` in `grid`, which checks it; `work` makes and measures a cell.
 """

@@ -1,6 +1,6 @@
 """Run a sweep and report its progress: finished cells are skipped, a failure is a row, a worker that died is replaced.
 
-An outlook estimates time and bytes before it runs, from rows of earlier cells.
+`estimate_sweep` estimates time and bytes before a sweep runs, from rows of earlier cells.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from vitbench.base import paths, progress
 from vitbench.base.errors import InputError
 from vitbench.base.files import write_text
 from vitbench.base.locks import is_locked, locked
+from vitbench.data.splits import ImageData
 from vitbench.measurement.cost import model_row_fields
 from vitbench.model import vit
 from vitbench.model.recipe import Recipe
@@ -27,114 +28,121 @@ from vitbench.rows.records import Row, read_rows
 from vitbench.rows.runs import Run
 from vitbench.run.cache import prepare
 from vitbench.run.sweep.executors import Workers, open_workers
-from vitbench.run.sweep.grid import Cell, Sweep, cells, checked
-from vitbench.run.sweep.worker import CellHung
+from vitbench.run.sweep.grid import Cell, Sweep, cells, with_fingerprints
+from vitbench.run.sweep.worker import CellTimeout
 
-METRIC = "cell_seconds"
-STATE = "sweep.json"  # what `status` reads
-RETURN_SECONDS = 120  # how long a scheduler that went away is waited for
-BEAT_SECONDS = 2.0
+CELL_METRIC = "cell_seconds"
+STATE_FILE = "sweep.json"  # read by `status`
+RECONNECT_SECONDS = 120  # how long a sweep waits for a scheduler that went away
+STATUS_SECONDS = 2.0  # between two writings of the state file
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked sweep: its cells, what a row says of each one's model before it is compressed, and those that are done."""
+    """A checked sweep.
+
+    Attributes:
+        row_fields: by `Cell.key`, the fields that rows of the cell's model share.
+        recipes: by `Cell.base`, the recipes of the models before compression.
+        done: the keys of the cells that are finished.
+    """
 
     sweep: Sweep
     cells: list[Cell]
-    about: dict[str, dict[str, Any]]
-    recipes: dict[str, Recipe]  # of the models before compression, by `Cell.base`
+    row_fields: dict[str, dict[str, Any]]
+    recipes: dict[str, Recipe]
     done: set[str]
 
     @property
-    def left(self) -> list[Cell]:
+    def remaining(self) -> list[Cell]:
         """The cells to run."""
         return [cell for cell in self.cells if cell.key not in self.done]
 
 
 def plan(sweep: Sweep, run: Run) -> Plan:
-    """Check every cell against its images and its model, before anything starts; nothing is trained.
+    """Check every cell against its images and its model before any training.
 
     Raises:
-        InputError: images that are not there, a model that is unknown or does not fit them.
+        InputError: missing images, or a model that is unknown or does not fit them.
     """
     from vitbench.run.sweep.work import open_images
 
-    starts: dict[str, tuple[Any, Recipe]] = {}
-    found, facts, recipes = [], {}, {}
+    untrained_models: dict[str, tuple[ImageData, Recipe]] = {}
+    checked_cells, row_fields, recipes = [], {}, {}
     for cell in cells(sweep):
-        if cell.base not in starts:
+        if cell.base not in untrained_models:
             data = open_images(cell)
             start = prepare(cell.model.name, data, cell.train, **cell.model.start())
-            starts[cell.base] = data, start.recipe
-        data, recipe = starts[cell.base]
-        cell = checked(cell, data, recipe)
+            untrained_models[cell.base] = data, start.recipe
+        data, recipe = untrained_models[cell.base]
+        cell = with_fingerprints(cell, data, recipe)
         recipes[cell.base] = recipe
-        found.append(cell)
+        checked_cells.append(cell)
         methods = [step.to_dict() for step in cell.steps]
-        facts[cell.key] = model_row_fields(recipe, data) | {"method": cell.method}
-        facts[cell.key]["config"] = {**facts[cell.key]["config"], "methods": methods}
-    done = {row.context["cell"] for row in latest(run.records) if row.status == "ok"}
-    return Plan(sweep, found, facts, recipes, done)
+        fields = model_row_fields(recipe, data)
+        config = {**fields["config"], "methods": methods}
+        row_fields[cell.key] = fields | {"method": cell.method, "config": config}
+    done = {row.context["cell"] for row in latest_cell_rows(run.records) if row.status == "ok"}
+    return Plan(sweep, checked_cells, row_fields, recipes, done)
 
 
-def latest(records: Path) -> list[Row]:
-    """The rows that say what became of each cell, the last of each."""
+def latest_cell_rows(records: Path) -> list[Row]:
+    """The last row of each cell's outcome: its seconds, or its error."""
     if not records.exists():
         return []
-    rows = [row for row in read_rows(records, containing=f'"metric":"{METRIC}"') if row.metric == METRIC]
+    rows = [row for row in read_rows(records, containing=f'"metric":"{CELL_METRIC}"') if row.metric == CELL_METRIC]
     return list({row.context["cell"]: row for row in rows}.values())
 
 
 def run_sweep(plan: Plan, run: Run, workers: int = 1, scheduler: str = "") -> Counter:
-    """Run what is left of a sweep; every cell becomes rows in `run`, one of them `cell_seconds`, done or failed.
+    """Run the remaining cells of a sweep; each becomes rows in `run`, one of them `cell_seconds`, done or failed.
 
     Returns:
-        How many cells were done, failed, and finished before.
+        The numbers of cells done, failed, and finished before.
 
     Raises:
         InputError: another run of a sweep is at work in the folder, or its rows cannot be written.
     """
-    busy = f"another sweep is at work in {str(run.folder)!r}; wait for it or give another --out"
-    with locked(run.folder / "sweep.lock", busy):
-        outcome = Counter({"finished before": len(plan.cells) - len(plan.left)})
-        drive = _Drive(plan, run, outcome)
+    busy_message = f"another sweep is at work in {str(run.folder)!r}; wait for it or give another --out"
+    with locked(run.folder / "sweep.lock", busy_message):
+        outcome = Counter({"finished before": len(plan.cells) - len(plan.remaining)})
+        sweep_run = _SweepRun(plan, run, outcome)
         with progress.progress_bar(None, "cells", total=len(plan.cells), unit="cell") as bar:
             bar.update(outcome["finished before"])
-            drive.until_done(scheduler, workers, bar)
+            sweep_run.run_to_end(scheduler, workers, bar)
         return outcome
 
 
 @dataclass
-class _Drive:
-    """The state of a sweep that runs."""
+class _SweepRun:
+    """The state of a running sweep."""
 
     plan: Plan
     run: Run
     outcome: Counter
     tries: Counter = field(default_factory=Counter)
-    made: set[str] = field(default_factory=set)  # keys of baselines that are made
-    work: Counter = field(default_factory=Counter)  # seconds of all workers
+    finished_baselines: set[str] = field(default_factory=set)  # by `Cell.base`
+    worker_seconds: Counter = field(default_factory=Counter)  # of all workers, by kind
     begin: float = field(default_factory=time.monotonic)
-    since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    link: str = ""
-    beat: float = 0.0
+    started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    dashboard_link: str = ""
+    last_status_time: float = 0.0
 
-    def until_done(self, scheduler: str, workers: int, bar: Any) -> None:
-        """Give cells out until each has an outcome; a scheduler that went away is waited for."""
-        left = {cell.key: cell for cell in self.plan.left}
-        while left:
-            with self._opened(scheduler, workers) as engine:
-                if engine.link != self.link:
-                    bar.write(f"dashboard: {engine.link}")
-                self.link = engine.link
-                self._through(engine, left, bar)
-            if left:
+    def run_to_end(self, scheduler: str, workers: int, bar: Any) -> None:
+        """Submit cells until each has an outcome; wait for a scheduler that went away."""
+        remaining = {cell.key: cell for cell in self.plan.remaining}
+        while remaining:
+            with self._open_workers(scheduler, workers) as engine:
+                if engine.dashboard_link != self.dashboard_link:
+                    bar.write(f"dashboard: {engine.dashboard_link}")
+                self.dashboard_link = engine.dashboard_link
+                self._run_with(engine, remaining, bar)
+            if remaining:
                 bar.write("the scheduler went away; waiting for it")
 
     @contextlib.contextmanager
-    def _opened(self, scheduler: str, workers: int) -> Iterator[Workers]:
-        until = time.monotonic() + (RETURN_SECONDS if self.tries or self.made else 0)
+    def _open_workers(self, scheduler: str, workers: int) -> Iterator[Workers]:
+        until = time.monotonic() + (RECONNECT_SECONDS if self.tries or self.finished_baselines else 0)
         while True:
             try:
                 opened = open_workers(scheduler, workers, self.plan.sweep.resources)
@@ -147,61 +155,61 @@ class _Drive:
         try:
             yield engine
         finally:
-            with contextlib.suppress(OSError, TimeoutError):  # of a scheduler that is gone
+            with contextlib.suppress(OSError, TimeoutError):  # raised by a scheduler that is gone
                 opened.__exit__(None, None, None)
 
-    def _through(self, engine: Workers, left: dict[str, Cell], bar: Any) -> None:
-        """Run what is left with one engine, or as much as it lives for. A baseline comes before its cells."""
+    def _run_with(self, engine: Workers, remaining: dict[str, Cell], bar: Any) -> None:
+        """Run the remaining cells while the engine is alive, baselines first; take out those with an outcome."""
         waiting: dict[str, list[Cell]] = defaultdict(list)
         running: dict[Future, tuple[str, Cell]] = {}
 
-        def give(what: str, cell: Cell) -> None:
-            order = {"what": what, "cell": cell.to_dict(), "threads": cell.measures.threads}
-            running[engine.submit(order, self.plan.sweep.seconds)] = what, cell
+        def submit(what: str, cell: Cell) -> None:
+            request = {"what": what, "cell": cell.to_dict(), "threads": cell.measures.threads}
+            running[engine.submit(request, self.plan.sweep.seconds)] = what, cell
 
-        for cell in left.values():
-            if cell.base in self.made:
-                give("cell", cell)
+        for cell in remaining.values():
+            if cell.base in self.finished_baselines:
+                submit("cell", cell)
             else:
                 waiting[cell.base].append(cell)
         for group in waiting.values():
-            give("base", group[0])
+            submit("base", group[0])
         while running:
-            done, _ = wait(running, timeout=BEAT_SECONDS, return_when=FIRST_COMPLETED)
+            done, _ = wait(running, timeout=STATUS_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 what, cell = running.pop(future)
-                answer = self._answer(future, cell, engine)
-                if answer is None:  # its worker died: again
+                result = self._result(future, cell, engine)
+                if result is None:  # its worker died
                     if engine.alive():
-                        give(what, cell)
+                        submit(what, cell)
                     continue
-                if what == "base" and "error" not in answer:
-                    self.made.add(cell.base)
-                    for each in waiting.pop(cell.base):
-                        give("cell", each)
+                if what == "base" and "error" not in result:
+                    self.finished_baselines.add(cell.base)
+                    for waiting_cell in waiting.pop(cell.base):
+                        submit("cell", waiting_cell)
                     continue
                 if what == "base":
-                    answer = answer | {"error": f"its baseline: {answer['error']}"}
-                for each in waiting.pop(cell.base) if what == "base" else [cell]:
-                    self._record(each, answer)
-                    del left[each.key]
+                    result = result | {"error": f"its baseline: {result['error']}"}
+                for ended_cell in waiting.pop(cell.base) if what == "base" else [cell]:
+                    self._record(ended_cell, result)
+                    del remaining[ended_cell.key]
                     bar.update(1)
             bar.set_postfix_str(f"{self.outcome['failed']} failed", refresh=sys.stdout.isatty())
-            self._tell(running)
+            self._write_status(running)
             if not engine.alive():
                 return
 
-    def _answer(self, future: Future, cell: Cell, engine: Workers) -> dict[str, Any] | None:
-        """What a worker said, or why it said nothing; None if it is to be asked again."""
+    def _result(self, future: Future, cell: Cell, engine: Workers) -> dict[str, Any] | None:
+        """A worker's result, or why there is none as `error`; None if the request is to be submitted again."""
         try:
-            answer = future.result()
-            self.work.update({kind: answer[kind] for kind in ("seconds", "starting") if kind in answer})
-            return answer
-        except CellHung as error:
+            result = future.result()
+            self.worker_seconds.update({kind: result[kind] for kind in ("seconds", "starting") if kind in result})
+            return result
+        except CellTimeout as error:
             return {"error": str(error)}
-        except CancelledError:  # the scheduler is gone, and the cell with it; that is no failure of the cell
+        except CancelledError:  # the scheduler is gone, which is no failure of the cell
             return None
-        except Exception as error:  # a worker that died, in whatever way an engine tells it
+        except Exception as error:  # a worker that died; each engine raises its own exception
             if not engine.alive():
                 return None
             self.tries[cell.key] += 1
@@ -209,102 +217,108 @@ class _Drive:
                 return None
             return {"error": f"{' '.join(str(error).split())[:300]}; tried {self.tries[cell.key]} times"}
 
-    def _record(self, cell: Cell, answer: dict[str, Any]) -> None:
-        """All rows of a cell, at once."""
-        rows = [Row(**values) for values in answer.get("rows", [])]
-        for facts in answer.get("environments", {}).values():
-            self.run.keep_environment(facts)
-        error = answer.get("error") or next(
+    def _record(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Append all rows of a cell at once."""
+        rows = [Row(**values) for values in result.get("rows", [])]
+        for environment in result.get("environments", {}).values():
+            self.run.keep_environment(environment)
+        error = result.get("error") or next(
             (f"{row.metric}: {row.error}" for row in rows if row.status == "failed"), ""
         )
-        ended = {"status": "failed", "error": error} if error else {"value": answer["seconds"]}
-        note = Row(
-            **self.plan.about[cell.key],
+        ended = {"status": "failed", "error": error} if error else {"value": result["seconds"]}
+        cell_row = Row(
+            **self.plan.row_fields[cell.key],
             **({"value": 0.0} | ended),
-            metric=METRIC,
+            metric=CELL_METRIC,
             unit="s",
             source="measured: making and measuring, in its worker",
             context={"cell": cell.key, "threads": cell.measures.threads},
         )
-        self.run.append([*rows, note])
+        self.run.append([*rows, cell_row])
         self.outcome["failed" if error else "done"] += 1
-        if trace := answer.get("traceback"):
+        if trace := result.get("traceback"):
             folder = self.run.folder / "errors"
             folder.mkdir(exist_ok=True)
             write_text(folder / f"{cell.key}.txt", f"{json.dumps(cell.to_dict(), indent=1)}\n\n{trace}")
 
-    def _tell(self, running: dict[Future, tuple[str, Cell]]) -> None:
-        """Leave word for `status`, now and then."""
-        if time.monotonic() - self.beat < BEAT_SECONDS and running:
+    def _write_status(self, running: dict[Future, tuple[str, Cell]]) -> None:
+        """Write the state file for `status`, at most every `STATUS_SECONDS` while cells run."""
+        if time.monotonic() - self.last_status_time < STATUS_SECONDS and running:
             return
-        self.beat = time.monotonic()
+        self.last_status_time = time.monotonic()
         busy = [
             f"{what} {cell.key} {cell.model.name} {cell.method}"
             for future, (what, cell) in running.items()
             if future.running()
         ]
-        word = {"cells": [cell.key for cell in self.plan.cells], "since": self.since, "link": self.link, "busy": busy}
-        word |= {"passed": time.monotonic() - self.begin, "work": dict(self.work)}
-        write_text(self.run.folder / STATE, json.dumps(word))
+        status = {
+            "cells": [cell.key for cell in self.plan.cells],
+            "since": self.started_at,
+            "link": self.dashboard_link,
+            "busy": busy,
+            "passed": time.monotonic() - self.begin,
+            "work": dict(self.worker_seconds),
+        }
+        write_text(self.run.folder / STATE_FILE, json.dumps(status))
 
 
-TRAINING = 3  # a checkpoint holds the weights and two moments of each
+CHECKPOINT_COPIES = 3  # a checkpoint holds the weights and two moments of each
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """Seconds of one worker (None: nothing to go by), bytes of disk at most, and bytes that are free."""
+class SweepEstimate:
+    """Seconds with one worker (None without rows of earlier cells), bytes to write at most, and free bytes of the disk."""
 
     seconds: float | None
     bytes: int
     free: int
 
 
-def outlook(plan: Plan, run: Run) -> Outlook:
-    """What is left of a sweep, by what cells of the same model and method took, else of the same model."""
+def estimate_sweep(plan: Plan, run: Run) -> SweepEstimate:
+    """Estimate the remaining cells from earlier cells of the same model and method, else of the same model."""
     times: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for row in latest(run.records):
-        if row.status == "ok":
+    for row in latest_cell_rows(run.records):
+        if row.status == "ok" and row.value is not None:
             times[row.model, row.method].append(row.value)
             times[(row.model,)].append(row.value)
     seconds: list[float] = []
     sizes: dict[str, int] = {}
-    for cell in plan.left:
-        about = plan.about[cell.key]
-        known = times.get((about["model"], cell.method)) or times.get((about["model"],))
-        seconds += [sum(known) / len(known)] if known else []
+    for cell in plan.remaining:
+        model_name = plan.row_fields[cell.key]["model"]
+        past_seconds = times.get((model_name, cell.method)) or times.get((model_name,))
+        seconds += [sum(past_seconds) / len(past_seconds)] if past_seconds else []
         if cell.base not in sizes:
             model = vit.meta_model(plan.recipes[cell.base].architecture)
             sizes[cell.base] = 4 * sum(parameter.numel() for parameter in model.parameters())
-    disk = sum(sizes[cell.base] for cell in plan.left) + (1 + TRAINING) * sum(sizes.values())
-    whole = len(seconds) == len(plan.left)
+    disk = sum(sizes[cell.base] for cell in plan.remaining) + (1 + CHECKPOINT_COPIES) * sum(sizes.values())
+    is_complete = len(seconds) == len(plan.remaining)
     cache = paths.writable_folder(paths.model_cache(), "model cache")
-    return Outlook(sum(seconds) if whole else None, disk, shutil.disk_usage(cache).free)
+    return SweepEstimate(sum(seconds) if is_complete else None, disk, shutil.disk_usage(cache).free)
 
 
-def progress_of(folder: Path) -> str:
-    """How far the sweep of a results folder is, in a few lines.
+def sweep_status(folder: Path) -> str:
+    """The progress of the sweep of a results folder, in a few lines of text.
 
     Raises:
         InputError: no sweep ran there.
     """
-    state = folder / STATE
+    state = folder / STATE_FILE
     try:
-        word = json.loads(state.read_text(encoding="utf-8"))
+        status = json.loads(state.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(
             f"{str(folder)!r} holds no sweep; give the folder that `vitbench run SWEEP.yaml` names"
         ) from None
-    rows = [row for row in latest(folder / "records.jsonl") if row.context["cell"] in set(word["cells"])]
-    counts = {status: sum(row.status == status for row in rows) for status in ("ok", "failed")}
-    left = len(word["cells"]) - len(rows)
-    lines = [f"{len(word['cells'])} cells: {counts['ok']} done, {counts['failed']} failed, {left} left"]
+    rows = [row for row in latest_cell_rows(folder / "records.jsonl") if row.context["cell"] in set(status["cells"])]
+    done, failed = (sum(row.status == outcome for row in rows) for outcome in ("ok", "failed"))
+    remaining = len(status["cells"]) - len(rows)
+    lines = [f"{len(status['cells'])} cells: {done} done, {failed} failed, {remaining} left"]
     if not is_locked(folder / "sweep.lock"):
-        again = f"`vitbench run` of the same file takes up the {left + counts['failed']} that are not done"
-        return "\n".join([*lines, "no run is at work here" + (f"; {again}" if left or counts["failed"] else "")])
-    since = [row for row in rows if row.time >= word["since"]]
-    if since and left:
-        passed = time.time() - datetime.fromisoformat(word["since"]).timestamp()
-        lines.append(f"about {timedelta(seconds=round(left * passed / len(since)))} left, as it went so far")
-    lines += [f"dashboard: {word['link']}"] if word["link"] else []
-    return "\n".join([*lines, *(f"at work: {busy}" for busy in word["busy"])])
+        rerun_text = f"`vitbench run` of the same file takes up the {remaining + failed} that are not done"
+        return "\n".join([*lines, "no run is at work here" + (f"; {rerun_text}" if remaining or failed else "")])
+    recent = [row for row in rows if row.time >= status["since"]]
+    if recent and remaining:
+        passed = time.time() - datetime.fromisoformat(status["since"]).timestamp()
+        lines.append(f"about {timedelta(seconds=round(remaining * passed / len(recent)))} left, as it went so far")
+    lines += [f"dashboard: {status['link']}"] if status["link"] else []
+    return "\n".join([*lines, *(f"at work: {busy}" for busy in status["busy"])])

@@ -1,4 +1,4 @@
-"""Who runs the cells: processes of this machine, or a Dask cluster. Both are `concurrent.futures` executors."""
+"""Run cells in processes of this machine or on a Dask cluster. Both are `concurrent.futures` executors."""
 
 import atexit
 import contextlib
@@ -20,35 +20,39 @@ CONNECT_SECONDS = 30
 
 @dataclass(frozen=True)
 class Workers:
-    """`submit(order, seconds)` gives a `concurrent.futures.Future` of `Worker.run`; `alive` says whether it still can.
+    """Workers that run requests.
 
-    `link` is where the engine shows itself, "" for nowhere.
+    Attributes:
+        submit: `submit(request, seconds)` returns a `concurrent.futures.Future` of `Worker.run`.
+        alive: whether requests can still be submitted.
+        dashboard_link: the address of the scheduler's dashboard, "" if it has none.
     """
 
     submit: Callable[[dict[str, Any], float], Future]
     alive: Callable[[], bool]
-    link: str = ""
+    dashboard_link: str = ""
 
 
 def open_workers(scheduler: str, count: int, resources: dict[str, float]) -> contextlib.AbstractContextManager[Workers]:
-    """`count` workers, closed at the end.
+    """Open `count` workers, which the context manager closes.
 
     Args:
-        scheduler: "" for processes of this machine; `dask` for a Dask cluster on it; a queue of `QUEUES` for one that is
-            started there, as the user's Dask configuration says; or the address of a running one, whose workers count.
+        scheduler: "" for processes of this machine; `dask` for a Dask cluster on it; a queue of `QUEUES` for a
+            cluster that is started there with the user's Dask configuration; or the address of a running scheduler, which
+            has workers of its own, so that `count` is not used.
         resources: what a cell occupies.
 
     Raises:
-        InputError: no such scheduler, one that does not answer, or resources that this machine does not have.
+        InputError: no such scheduler, one that does not answer, or more resources than this machine has.
     """
     check_scheduler(scheduler)
     if not scheduler:
-        return _local(_room(count, resources), resources)
+        return _local(_workers_that_fit(count, resources), resources)
     return _dask(scheduler, count, resources)
 
 
 def check_scheduler(scheduler: str) -> None:
-    """Raise `InputError` if there is no such scheduler, or if what it needs is not installed."""
+    """Raise `InputError` if there is no such scheduler, or if a package that it needs is not installed."""
     if scheduler and "://" not in scheduler:
         one_of("scheduler", scheduler, ("dask", *QUEUES, "tcp://HOST:PORT"))
     if scheduler:
@@ -60,35 +64,37 @@ def check_scheduler(scheduler: str) -> None:
 @contextlib.contextmanager
 def _local(count: int, resources: dict[str, float]) -> Iterator[Workers]:
     """Threads, each with a worker process of its own."""
-    own, every, lock = threading.local(), [], threading.Lock()
-    cards = int(resources.get("GPU", 0))
+    local_state, lock = threading.local(), threading.Lock()
+    all_workers: list[Worker] = []
+    gpus_per_worker = int(resources.get("GPU", 0))
 
     def begin() -> None:
         with lock:
-            first = len(every) * cards
-            shown = {"CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(cards))} if cards else {}
-            own.worker = Worker(shown)
-            every.append(own.worker)
+            gpus = range(len(all_workers) * gpus_per_worker, (len(all_workers) + 1) * gpus_per_worker)
+            local_state.worker = Worker({"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {})
+            all_workers.append(local_state.worker)
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="cells", initializer=begin)
     try:
-        yield Workers(lambda order, seconds: pool.submit(lambda: own.worker.run(order, seconds)), lambda: True)
+        yield Workers(
+            lambda request, seconds: pool.submit(lambda: local_state.worker.run(request, seconds)), lambda: True
+        )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for worker in every:
+        for worker in all_workers:
             worker.close()
 
 
-def _room(count: int, resources: dict[str, float]) -> int:
-    """How many workers of `count` this machine has room for."""
+def _workers_that_fit(count: int, resources: dict[str, float]) -> int:
+    """How many of `count` workers this machine's memory and GPUs allow."""
     import torch
 
-    here = {"memory": float(psutil.virtual_memory().total), "GPU": float(torch.cuda.device_count())}
+    available = {"memory": float(psutil.virtual_memory().total), "GPU": float(torch.cuda.device_count())}
     for name, amount in resources.items():
-        whole = here[one_of("resource of this machine", name, here)]
-        if amount > whole:
-            raise InputError(f"resources: a cell needs {name} = {amount:g} and this machine has {whole:g}")
-        count = min(count, int(whole // amount))
+        available_amount = available[one_of("resource of this machine", name, available)]
+        if amount > available_amount:
+            raise InputError(f"resources: a cell needs {name} = {amount:g} and this machine has {available_amount:g}")
+        count = min(count, int(available_amount // amount))
     return count
 
 
@@ -100,7 +106,7 @@ def _dask(scheduler: str, count: int, resources: dict[str, float]) -> Iterator[W
             pure=False, retries=0, **({"resources": resources} if resources else {})
         )
         yield Workers(
-            lambda order, seconds: executor.submit(run_here, order, seconds),
+            lambda request, seconds: executor.submit(run_in_worker_process, request, seconds),
             lambda: client.status == "running",
             client.dashboard_link or "",
         )
@@ -123,23 +129,23 @@ def _client(scheduler: str, count: int, resources: dict[str, float], stack: cont
         )
     else:
         kind = getattr(import_optional("dask_jobqueue", "dask"), QUEUES[scheduler])
-        wanted = (
+        worker_arguments = (
             ["--resources", " ".join(f"{name}={amount:g}" for name, amount in resources.items())] if resources else []
         )
         try:
-            cluster = kind(processes=1, worker_extra_args=wanted)
+            cluster = kind(processes=1, worker_extra_args=worker_arguments)
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"{scheduler}: {str(error)[:160]}; say what a job gets under jobqueue.{scheduler} in ~/.config/dask/jobqueue.yaml"
+                f"{scheduler}: {str(error)[:160]}; set the resources of a job under jobqueue.{scheduler} in ~/.config/dask/jobqueue.yaml"
             ) from None
         cluster.scale(jobs=count)
     stack.enter_context(cluster)
     return distributed.Client(cluster, set_as_default=False)
 
 
-def run_here(order: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Run an order in this Dask worker's own worker process, which a hanging cell can be killed with."""
-    return _worker().run(order, seconds)
+def run_in_worker_process(request: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Run a request in a process of this Dask worker, so that a cell that hangs can be killed."""
+    return _worker().run(request, seconds)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A sweep as data: the file that describes it, and its cells, one for each combination of what the file names."""
+"""A sweep as data: its file, and its cells, one for each combination of models, data sets, methods and seeds."""
 
 import itertools
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ BASELINE = "baseline"
 
 
 class ModelChoice(Config):
-    """A model by name and where its weights come from; `train` stands over the sweep's."""
+    """A model by name and the source of its weights; `train` overrides the sweep's."""
 
     name: str
     pretrained: bool = False
@@ -30,12 +30,12 @@ class ModelChoice(Config):
     train: dict[str, Any] = {}
 
     def start(self) -> dict[str, Any]:
-        """What `baseline` and `prepare` take of it beside the name."""
+        """The arguments of `baseline` and `prepare` besides the name."""
         return {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "img_size": self.img_size}
 
 
 class DataChoice(Config):
-    """An image set, how rows name it, and how it is cut (`load_data`)."""
+    """A data set, its name in rows, and its splits (see `load_data`)."""
 
     dataset: str
     name: str = ""
@@ -49,29 +49,29 @@ class SweepMeasures(Measures):
     threads: int = Field(default=1, ge=1)
 
 
-def _named(field: str) -> BeforeValidator:
+def _from_string(field: str) -> BeforeValidator:
     """A bare string stands for a mapping with that one field."""
-    return BeforeValidator(lambda given: {field: given} if isinstance(given, str) else given)
+    return BeforeValidator(lambda value: {field: value} if isinstance(value, str) else value)
 
 
 class Sweep(Config):
-    """What a sweep's file says.
+    """The content of a sweep's file.
 
     Attributes:
-        models, datasets, seeds: all of each are combined. A seed is that of every training and of every method that draws.
-        methods: a name; a mapping of names to settings, applied in that order; or a list of those. A list in place of
-            a setting's value stands for as many cells; where the value is itself a list, give a list of lists.
-            `baseline` is the model as it is.
+        models, datasets, seeds: every combination is a cell. A seed sets every training and every random method.
+        methods: a name; a mapping of names to settings, applied in that order; or a list of those. A list in place
+            of a setting's value makes one cell for each item; where the value is itself a list, give a list of lists.
+            `baseline` is the uncompressed model.
         train: how baselines are trained.
         measures: what is measured.
         seconds: a cell that takes longer is stopped, and fails.
-        retries: how often a cell is tried again whose worker died.
-        resources: what a cell occupies, by name: `memory` in bytes and `GPU` in cards bound how many local workers there
-            are, and a scheduler gets them as they are.
+        retries: how often a cell whose worker died is tried again.
+        resources: what a cell occupies, by name. `memory` in bytes and the number of `GPU` limit the local workers; a
+            scheduler gets all of them unchanged.
     """
 
-    models: tuple[Annotated[ModelChoice, _named("name")], ...] = Field(min_length=1)
-    datasets: tuple[Annotated[DataChoice, _named("dataset")], ...] = Field(min_length=1)
+    models: tuple[Annotated[ModelChoice, _from_string("name")], ...] = Field(min_length=1)
+    datasets: tuple[Annotated[DataChoice, _from_string("dataset")], ...] = Field(min_length=1)
     methods: tuple[Any, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     train: dict[str, Any] = {}
@@ -82,7 +82,7 @@ class Sweep(Config):
 
 
 class Cell(Config):
-    """One model, compressed and measured. `start` and `fingerprint` are the hashes of where it begins and of the images."""
+    """One model, compressed and measured; `start` and `fingerprint` hash the model before training and the images."""
 
     model: ModelChoice
     data: DataChoice
@@ -94,12 +94,12 @@ class Cell(Config):
 
     @property
     def key(self) -> str:
-        """16 hex digits of the hash of all that decides the cell's rows, and of nothing else."""
+        """16 hex digits of the hash of all that decides the cell's rows."""
         return digest(self.to_dict())
 
     @property
     def base(self) -> str:
-        """Likewise of the model that is compressed; cells with the same one share it."""
+        """The hash of all that decides the cell's baseline; cells with the same hash share it."""
         return digest(self.replace(steps=(), measures=SweepMeasures(threads=self.measures.threads)).to_dict())
 
     @property
@@ -108,8 +108,8 @@ class Cell(Config):
         return "+".join(step.method for step in self.steps) or BASELINE
 
 
-def sweep_values(path: str | Path) -> dict[str, Any] | None:
-    """What a YAML file of a sweep holds; None of any other file, such as one of notebooks' parameters.
+def read_sweep_file(path: str | Path) -> dict[str, Any] | None:
+    """The content of a sweep's YAML file; None for any other file, such as a profile of notebook parameters.
 
     Raises:
         InputError: a YAML file that cannot be read as plain data.
@@ -121,11 +121,11 @@ def sweep_values(path: str | Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and "methods" in values else None
 
 
-def sweep_of(values: Any) -> Sweep:
-    """A sweep from what its file holds.
+def parse_sweep(values: Any) -> Sweep:
+    """The sweep that the content of a file describes.
 
     Raises:
-        InputError: a key, type or value that is not allowed, in the sweep, in a method or in the training.
+        InputError: an unknown key, or a type or value that is not allowed, in the sweep, a method or the training.
     """
     if not isinstance(values, dict):
         raise InputError("a sweep is a mapping with models, datasets and methods")
@@ -140,30 +140,30 @@ def sweep_of(values: Any) -> Sweep:
 
 
 def cells(sweep: Sweep) -> list[Cell]:
-    """All cells in order, each once; without `start` and `fingerprint`, which `checked` fills in."""
-    found: dict[str, Cell] = {}
+    """All cells in order, each once; without `start` and `fingerprint`, which `with_fingerprints` fills in."""
+    cells_by_key: dict[str, Cell] = {}
     for model, data, seed in itertools.product(sweep.models, sweep.datasets, sweep.seeds):
         train = {"seed": seed} | sweep.train | model.train
         if train.get("epochs") == 0:
-            train.pop("seed")  # nothing is drawn
-        shared = {"model": model, "data": data, "train": TrainConfig(**train), "measures": sweep.measures}
-        for given in sweep.methods:
-            for steps in _steps(given, seed):
-                cell = Cell(**shared, steps=steps)
-                found.setdefault(cell.key, cell)
-    return list(found.values())
+            train.pop("seed")  # no training, so no random numbers
+        baseline = Cell(model=model, data=data, train=TrainConfig(**train), measures=sweep.measures)
+        for entry in sweep.methods:
+            for steps in _steps(entry, seed):
+                cell = baseline.replace(steps=steps)
+                cells_by_key.setdefault(cell.key, cell)
+    return list(cells_by_key.values())
 
 
-def checked(cell: Cell, data: ImageData, start: Recipe) -> Cell:
-    """The cell with the hashes of its images and of the model before training."""
-    return cell.replace(fingerprint=data.fingerprint, start=digest(start.to_dict()))
+def with_fingerprints(cell: Cell, data: ImageData, recipe: Recipe) -> Cell:
+    """The cell with the hashes of its images and of the recipe of the model before training."""
+    return cell.replace(fingerprint=data.fingerprint, start=digest(recipe.to_dict()))
 
 
-def _steps(given: Any, seed: int) -> Iterator[tuple[Step, ...]]:
-    """The methods of the cells that one entry of `methods` stands for."""
-    if isinstance(given, str):
-        given = {given: {}}
-    parts = given if isinstance(given, list) else [given]
+def _steps(entry: Any, seed: int) -> Iterator[tuple[Step, ...]]:
+    """The steps of each cell that one entry of `methods` describes."""
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    parts = entry if isinstance(entry, list) else [entry]
     named: list[tuple[str, dict]] = []
     for part in parts:
         part = {part: {}} if isinstance(part, str) else part
@@ -177,27 +177,27 @@ def _steps(given: Any, seed: int) -> Iterator[tuple[Step, ...]]:
     for name, values in named:
         one_of("method", name, (*METHODS, BASELINE))
         if name == BASELINE:
-            raise InputError(f"methods: {given!r}: baseline is the model as it is; it stands alone")
+            raise InputError(f"methods: {entry!r}: baseline is the uncompressed model; it stands alone")
         values = {} if values is None else values
         if not isinstance(values, dict):
             raise InputError(f"methods: {name}: {values!r} is not a mapping of settings")
-        usual = METHODS[name].config().to_dict()
-        choices.append([_step(name, each, usual, seed) for each in _settings(values, usual)])
+        defaults = METHODS[name].config().to_dict()
+        choices.append([_step(name, settings, defaults, seed) for settings in _setting_combinations(values, defaults)])
     yield from itertools.product(*choices)
 
 
-def _step(name: str, values: dict[str, Any], usual: dict[str, Any], seed: int) -> Step:
-    return Step(method=name, config=make_config(name, _seeded(values, usual, seed)).to_dict())
+def _step(name: str, values: dict[str, Any], defaults: dict[str, Any], seed: int) -> Step:
+    return Step(method=name, config=make_config(name, _with_seed(values, defaults, seed)).to_dict())
 
 
-def _settings(values: dict[str, Any], usual: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of the values in lists; a setting whose usual value is a list takes one of lists."""
+def _setting_combinations(values: dict[str, Any], defaults: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values in lists; a setting whose default is a list takes a list of lists."""
     axes = []
     for key, value in values.items():
-        own = usual.get(key)
-        if isinstance(value, dict) and isinstance(own, dict):
-            axes.append(list(_settings(value, own)))
-        elif isinstance(value, list) and (not isinstance(own, list) or (value and isinstance(value[0], list))):
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            axes.append(list(_setting_combinations(value, default)))
+        elif isinstance(value, list) and (not isinstance(default, list) or (value and isinstance(value[0], list))):
             if not value:
                 raise InputError(f"methods: {key} = []: give at least one value")
             axes.append(value)
@@ -207,14 +207,14 @@ def _settings(values: dict[str, Any], usual: dict[str, Any]) -> Iterator[dict[st
         yield dict(zip(values, combination, strict=True))
 
 
-def _seeded(values: dict[str, Any], usual: dict[str, Any], seed: int) -> dict[str, Any]:
-    """`values` with the seed wherever a method draws and was not given one of its own."""
-    found = dict(values)
-    if found.get("epochs", usual.get("epochs")) == 0:
-        return found  # a training of no epochs draws nothing
-    for key, own in usual.items():
+def _with_seed(values: dict[str, Any], defaults: dict[str, Any], seed: int) -> dict[str, Any]:
+    """`values` with the seed for each field `seed` that they do not set."""
+    seeded = dict(values)
+    if seeded.get("epochs", defaults.get("epochs")) == 0:
+        return seeded  # a training of no epochs uses no random numbers
+    for key, default in defaults.items():
         if key == "seed":
-            found.setdefault(key, seed)
-        elif isinstance(own, dict) and (inner := _seeded(found.get(key) or {}, own, seed)):
-            found[key] = inner
-    return found
+            seeded.setdefault(key, seed)
+        elif isinstance(default, dict) and (inner := _with_seed(seeded.get(key) or {}, default, seed)):
+            seeded[key] = inner
+    return seeded

@@ -1,4 +1,4 @@
-"""What a cell is: make the baseline or take it from the cache, compress it likewise, measure the saved model."""
+"""The work of a cell: make its baseline and compressed model, or take them from the cache, and measure the file."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from vitbench.run.sweep.grid import Cell, DataChoice
 
 
 def open_images(cell: Cell) -> ImageData:
-    """The images of a cell; a worker that goes on with the same ones does not read them again."""
+    """The images of a cell; the last ones stay loaded for the next cell."""
     return _images(json.dumps(cell.data.to_dict()))
 
 
@@ -32,15 +32,15 @@ def _images(choice: str) -> ImageData:
 def make_base(values: dict[str, Any]) -> dict[str, Any]:
     """Make the cell's baseline, or find it in the cache."""
     cell = _cell(values)
-    _base(cell, open_images(cell))
+    _baseline(cell, open_images(cell))
     return {}
 
 
 def compress_and_measure(values: dict[str, Any]) -> dict[str, Any]:
-    """The rows of a cell.
+    """Compress and measure the cell's model; returns its rows and their environments as JSON.
 
     Raises:
-        InputError: settings that do not fit the model, or images that are not those that the sweep was checked with.
+        InputError: settings that do not fit the model, or other images than those that the sweep was checked with.
     """
     cell = _cell(values)
     data = open_images(cell)
@@ -48,12 +48,12 @@ def compress_and_measure(values: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"the images of {data.name} are not those that the sweep was started with; give all workers the same"
         )
-    made = base = _base(cell, data)
+    cached = base = _baseline(cell, data)
     if cell.steps:
-        made = cache.compressed(base, [make_config(step.method, step.config) for step in cell.steps], data)
+        cached = cache.compressed(base, [make_config(step.method, step.config) for step in cell.steps], data)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
-        measure(made.path, data, run, cell.measures, versus=base.path if cell.steps else "")
+        measure(cached.path, data, run, cell.measures, versus=base.path if cell.steps else "")
         rows = read_rows(run.records)
         environments = {
             path.stem: json.loads(path.read_text(encoding="utf-8"))
@@ -68,5 +68,5 @@ def _cell(values: dict[str, Any]) -> Cell:
     return cell
 
 
-def _base(cell: Cell, data: ImageData) -> cache.CachedModel:
+def _baseline(cell: Cell, data: ImageData) -> cache.CachedModel:
     return cache.baseline(cell.model.name, data, cell.train, **cell.model.start())

@@ -1,7 +1,7 @@
-"""A process that runs cells one after the other: kept from cell to cell, killed with a cell that hangs, replaced when it dies.
+"""A process that runs cells one after the other; it is killed with a cell that hangs, and replaced when it dies.
 
-It ends when its channel closes, so that none is left behind by a process that was killed. `multiprocessing` is no choice here:
-a Dask worker may not start its children.
+The process ends when its channel closes, so a parent that was killed leaves none behind. It is no `multiprocessing` process:
+a Dask worker may not start those.
 """
 
 import threading
@@ -14,18 +14,18 @@ from vitbench.base.processes import Channel, ChildProcess, ProcessError, child_e
 
 
 class WorkerDied(RuntimeError):
-    """The process ended before it answered; the message says how."""
+    """The process ended without a result; the message says why."""
 
 
-class CellHung(RuntimeError):
-    """The cell took longer than it may, and its process was stopped."""
+class CellTimeout(RuntimeError):
+    """The cell exceeded its time limit, and its process was stopped."""
 
 
 class Worker:
-    """The process, seen from outside; it starts with the first order.
+    """The parent's side of a worker process, which starts with the first request.
 
     Args:
-        environment: variables it gets beside this process's own.
+        environment: variables that the process gets in addition to this process's own.
     """
 
     def __init__(self, environment: dict[str, str] | None = None):
@@ -33,69 +33,78 @@ class Worker:
         self.process: ChildProcess | None = None
         self._closed = False
 
-    def run(self, order: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer to an order (`answer`), with the seconds of `starting` a process for it, 0 if there was one.
+    def run(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The result of `run_request` in the process; `starting` is the seconds that its start took, 0 if it ran.
 
         Raises:
-            WorkerDied: the process ended; the next order gets a new one.
-            CellHung: no answer within `seconds`, which count from when the process was ready.
+            WorkerDied: the process ended; the next request starts a new one.
+            CellTimeout: no result within `seconds` after the process was ready.
         """
-        begin, starting = time.monotonic(), 0.0
+        begin, process, is_new = time.monotonic(), self.process, False
+        if process is None or not process.alive():
+            process, is_new = self._start(request["threads"]), True
         try:
-            if self.process is None or not self.process.alive():
-                self._start(order["threads"])
-                starting = time.monotonic() - begin
-            self.process.channel.send(order)
-            return {**self.process.channel.receive(seconds), "starting": starting}
+            if is_new:
+                process.wait_ready()
+                process.channel.receive()  # its long imports are done
+            starting = time.monotonic() - begin if is_new else 0.0
+            process.channel.send(request)
+            return {**process.channel.receive(seconds), "starting": starting}
         except TimeoutError:
-            self.process.close()
-            raise CellHung(f"took more than {seconds:g} s and was stopped") from None
+            process.close()
+            raise CellTimeout(f"took more than {seconds:g} s and was stopped") from None
         except (EOFError, OSError):
-            raise WorkerDied(f"the worker died: {self.process.failure_reason()}") from None
+            raise WorkerDied(f"the worker died: {process.failure_reason()}") from None
         except ProcessError as error:
             raise WorkerDied(f"the worker died: {error}") from None
 
     def close(self) -> None:
-        """End the process, and all that it started; no other one is started."""
+        """End the process and its children; the worker starts no other process."""
         self._closed = True
         if self.process:
             self.process.close()
 
-    def _start(self, threads: int) -> None:
-        self.process = ChildProcess(__name__, child_environment(threads) | self.environment)
-        if self._closed:  # by another thread, perhaps just now
-            self.process.close()
-        self.process.wait_ready()
-        self.process.channel.receive()  # its long imports are done
+    def _start(self, threads: int) -> ChildProcess:
+        self.process = process = ChildProcess(__name__, child_environment(threads) | self.environment)
+        if self._closed:  # another thread may have called `close` just now
+            process.close()
+        return process
 
 
-def answer(order: dict[str, Any]) -> dict[str, Any]:
-    """What a cell gave: `rows` as JSON, the `environments` that they name, `seconds`; or `error` and its `traceback`."""
+def run_request(request: dict[str, Any]) -> dict[str, Any]:
+    """Do what a request asks for, in the worker process.
+
+    Args:
+        request: `what` to make ("base" or "cell"), the `cell` as a dict, and the number of `threads`.
+
+    Returns:
+        `rows` as JSON, the `environments` that they name, and `seconds`; or `error` and its `traceback`.
+    """
     from vitbench.run.sweep.work import compress_and_measure, make_base
 
     start = time.monotonic()
     try:
-        found = (make_base if order["what"] == "base" else compress_and_measure)(order["cell"])
-    except Exception as error:  # whatever a cell raises is its own failure, and never that of its neighbours
-        said = " ".join(str(error).split())[:500]
-        return {"error": f"{type(error).__name__}: {said}", "traceback": traceback.format_exc()}
-    return {**found, "seconds": time.monotonic() - start}
+        result = (make_base if request["what"] == "base" else compress_and_measure)(request["cell"])
+    except Exception as error:  # an exception fails this cell and no other one
+        message = " ".join(str(error).split())[:500]
+        return {"error": f"{type(error).__name__}: {message}", "traceback": traceback.format_exc()}
+    return {**result, "seconds": time.monotonic() - start}
 
 
 def main(channel: Channel) -> None:
-    """The child's side."""
-    orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    """The worker process: run requests until the channel closes."""
+    requests: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     def listen() -> None:
         while True:
             try:
-                orders.put(channel.receive())
-            except EOFError:  # whoever gave the orders is gone
+                requests.put(channel.receive())
+            except EOFError:  # the parent is gone
                 kill_process_group()
 
-    import vitbench.run.sweep.work  # noqa: F401  (the long imports, before the first order)
+    import vitbench.run.sweep.work  # noqa: F401  (the long imports, before the first request)
 
     channel.send("ready")
     threading.Thread(target=listen, daemon=True).start()
     while True:
-        channel.send(answer(orders.get()))
+        channel.send(run_request(requests.get()))
