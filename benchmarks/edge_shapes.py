@@ -99,8 +99,8 @@ def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str
     timed |= vb.measurement.shared_rounds(options.rounds, options.starts)
     timed |= {"batch": batch, "versus": f"baseline:{sha}"}
     slots = {path: list(_slots(path, data, timed, references)) for path in models.values()}
-    done = run.done()
-    if all(row.identity() in done for rows in slots.values() for row in rows):
+    done = run.finished_keys()
+    if all(row.compute_key() in done for rows in slots.values() for row in rows):
         return
     able = {path: vb.measurement.unsupported_reason(backend, vb.model.read_manifest(path).recipe) for path in slots}
     racing = [path for path, why in able.items() if not why]

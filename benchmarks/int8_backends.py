@@ -187,7 +187,7 @@ def compare(args: argparse.Namespace) -> None:
         order |= {"rounds": args.rounds, "dataset": args.dataset if scored else "", "splits": splits}
         for name in args.only:
             rows = _slots(VARIANTS[name], files, len(images), args, scored)
-            if {row.identity() for row in rows} <= run.done():
+            if {row.compute_key() for row in rows} <= run.finished_keys():
                 print(f"{name:28} is in {args.out} already")
             else:
                 run.append(_measured(name, rows, files[VARIANTS[name].file], args.threads, order))
@@ -256,7 +256,7 @@ def _values(found: dict[str, Any]) -> list[dict[str, Any]]:
     values = [{"value": found["bytes"], "source": "measured: what is saved"}]
     for own, eager in found["times"]:
         how = f"measured: {len(own)} calls in a fresh process after warm-up, in turn with the baseline"
-        ratio, low, high = vb.rows.quiet_ratio(own, eager)
+        ratio, low, high = vb.rows.quiet_latency_ratio(own, eager)
         values.append({"value": float(np.median(own)), "source": how, "samples": own})
         how += "; median ratio of the quietest quarter of the rounds, bootstrap 95 %"
         values.append({"value": ratio, "source": how, "low": low, "high": high, "samples": eager})
@@ -273,7 +273,7 @@ def _values(found: dict[str, Any]) -> list[dict[str, Any]]:
 def _line(batches: list[int], found: dict[str, Any]) -> str:
     parts = [f"{found['bytes'] / 1e6:6.2f} MB"]
     for batch, (own, eager), apart in zip(batches, found["times"], found["apart"], strict=True):
-        ratio, low, high = vb.rows.quiet_ratio(own, eager)
+        ratio, low, high = vb.rows.quiet_latency_ratio(own, eager)
         parts.append(
             f"b{batch}: {np.median(own):7.1f} ms, eager {np.median(eager):7.1f}, ratio {ratio:.3f} "
             f"[{low:.3f}, {high:.3f}], logits off by {apart:.3g}"

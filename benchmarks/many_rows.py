@@ -43,7 +43,7 @@ def main() -> int:
         start = time.monotonic()
         rows = vb.load_records(file)
         loaded = time.monotonic()
-        chosen = vb.rows.subject(rows)
+        chosen = vb.rows.experiment_rows(rows)
         filtered = time.monotonic()
         vb.figures.tradeoff(chosen, "bytes")[0].savefig(Path(folder, "figure.png"))
         drawn = time.monotonic()
@@ -96,7 +96,7 @@ def write(file: Path, count: int) -> None:
                 for metric, value in values.items():
                     if made < count:
                         row = vb.Row(**shared, metric=metric, unit="one", value=value, source="measured: made up")
-                        rows.append(row.stamped("9a4a9199a0e4", "f03b6538caec"))
+                        rows.append(row.with_provenance("9a4a9199a0e4", "f03b6538caec"))
                         made += 1
         vb.rows.append_rows(file, rows)
 

@@ -72,12 +72,12 @@ def merge(folder: Path, again: Path) -> int:
     lines, moved = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         for line in (folder / "records.jsonl").read_bytes().splitlines(keepends=True):
-            old = vb.Row.model_validate_json(vb.rows.split_check(line)[0])
+            old = vb.Row.model_validate_json(vb.rows.split_checksum(line)[0])
             twin = new.pop(place(old), None)
             if twin is not None and old.status == "ok":
                 twin = twin.replace(config=old.config)
                 file = Path(scratch, f"{moved}.jsonl")
-                vb.rows.append_rows(file, [twin.replace(key=twin.identity())])
+                vb.rows.append_rows(file, [twin.replace(key=twin.compute_key())])
                 line, moved = file.read_bytes(), moved + 1
                 if old.metric in METRICS:
                     print(

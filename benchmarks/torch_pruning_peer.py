@@ -123,7 +123,7 @@ def compare(values: dict, keep: float, out: str) -> None:
             paths.append(vb.compressed(base, config, data).path)
         for path in paths:
             vb.measure(path, data, run, versus=base.path, what=("accuracy", "size", "latency"))
-    print(vb.rows.comparison(vb.rows.subject(run.rows())).round(2).to_string())
+    print(vb.rows.comparison(vb.rows.experiment_rows(run.rows())).round(2).to_string())
 
 
 if __name__ == "__main__":

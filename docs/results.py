@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from vitbench.rows.comparison_table import accuracy_text, paired_loss, paired_rows, subject
+from vitbench.rows.comparison_table import accuracy_text, experiment_rows, paired_loss, paired_rows
 from vitbench.rows.row_table import load_records
 
 BATCHES = (1, 8)
@@ -50,7 +50,7 @@ class Results:
 
     Attributes:
         name: of the folder, or of all.
-        rows: as `vitbench.rows.comparison_table.subject` gives them, with a label for each model.
+        rows: as `vitbench.rows.comparison_table.experiment_rows` gives them, with a label for each model.
         every: the rows of all models, seeds and statuses, the last about each thing.
         measured: all rows, those that were measured again later too.
     """
@@ -61,7 +61,7 @@ class Results:
             pd.concat([load_records(folder, latest=latest) for folder in folders], ignore_index=True)
             for latest in (True, False)
         )
-        self.rows = subject(self.every)
+        self.rows = experiment_rows(self.every)
         self._kept: dict[int, pd.Series] = {}
 
     def row(

@@ -15,8 +15,8 @@ from docs.results import BATCHES, Difference, MissingRow, Results, points
 from vitbench.edge.rows import backend_table, fastest
 from vitbench.figures import attention
 from vitbench.figures.ranking import at_budgets
-from vitbench.rows.budgets import scored, winners
-from vitbench.rows.comparison_table import accuracy_text, across_seeds, methods
+from vitbench.rows.budgets import models_with_cost, winners
+from vitbench.rows.comparison_table import accuracy_text, across_seeds, timed_labels
 from vitbench.rows.statistics import mean_interval
 
 TABLES: dict[str, Callable[..., Any]] = {}
@@ -55,7 +55,7 @@ def every_run(runs: Iterable[Results]) -> Iterator[Cells]:
         if not (results.every["metric"] == "bytes").any() or results.name.startswith("edge-deit-"):
             continue
         model = results.rows["model"].iloc[-1]
-        labels = methods(results.rows)
+        labels = timed_labels(results.rows)
         if all(results.find(label, "latency_p50", 1) is None for label in labels):
             continue
         for label in labels:
@@ -96,7 +96,7 @@ def budgets(results: Results) -> Any:
 @known
 def how_many_scored(results: Results) -> int:
     """How many compressed models have an accuracy and a size."""
-    return int((scored(results.rows, "bytes")["family"] != "baseline").sum())
+    return int((models_with_cost(results.rows, "bytes")["family"] != "baseline").sum())
 
 
 @known
@@ -150,7 +150,7 @@ def mean_top1(results: Results, method: str) -> float:
 @table
 def shapes(runs: Sequence[Results]) -> Iterator[Cells]:
     """A line for each method; for each shape MB, multiply-accumulates (G), and the time in eager mode."""
-    for method in methods(runs[0].rows):
+    for method in timed_labels(runs[0].rows):
         cells = [method]
         for results in runs:
             times = "1 / 1" if method == "baseline" else results.times(method)
@@ -186,7 +186,7 @@ def largest_distance(results: Results) -> float:
 @table
 def executorch_times(results: Results) -> Iterator[Cells]:
     """A line for each model that ExecuTorch runs: times over eager fp32's and over fp32's in ExecuTorch."""
-    for method in methods(results.rows):
+    for method in timed_labels(results.rows):
         own = "1 / 1" if method == "baseline" else results.times(method, backend="executorch")
         yield method, results.times(method, backend="executorch", versus="eager"), own
 
@@ -197,7 +197,7 @@ def floors(runs: Sequence[Results]) -> Iterator[Cells]:
     for results in runs:
         rows, shape = results.rows, results.name.rpartition("-")[2]
         for batch in BATCHES:
-            found = {name: fastest(rows, name, batch) for name in methods(rows)}
+            found = {name: fastest(rows, name, batch) for name in timed_labels(rows)}
             best, least = found["baseline"], results.value("baseline", "latency_floor", batch)
             products = results.value("baseline", "products_time", batch) / least
             worst = max(found, key=lambda name: found[name][1])
@@ -295,7 +295,7 @@ def core_journey(results: Results, cores: str) -> Any:
 def outdone(results: Results, backend: str, batch: int) -> float:
     """The share of the methods whose time in eager mode is above that of the dense model in a backend."""
     dense = results.time("baseline", batch, backend, "eager")
-    times = [results.time(method, batch) for method in methods(results.rows) if method != "baseline"]
+    times = [results.time(method, batch) for method in timed_labels(results.rows) if method != "baseline"]
     return sum(time > dense for time in times) / len(times)
 
 

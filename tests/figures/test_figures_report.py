@@ -14,7 +14,15 @@ from vitbench.base.errors import InputError
 from vitbench.figures import drawing, one_model
 from vitbench.figures.accuracy_cost import COSTS, tradeoff
 from vitbench.figures.report import write_report
-from vitbench.rows.comparison_table import across_seeds, comparison, findings, label_of, methods, running_table, subject
+from vitbench.rows.comparison_table import (
+    across_seeds,
+    comparison,
+    experiment_rows,
+    label_of,
+    progress_table,
+    summary_sentences,
+    timed_labels,
+)
 from vitbench.rows.records import Row, append_rows
 from vitbench.rows.row_table import load_records
 
@@ -66,11 +74,11 @@ def test_the_table_holds_the_rows_numbers(folder):
 
 
 def test_the_sentence_says_whether_intervals_overlap(folder, tmp_path):
-    (sentence,) = findings(load_records(folder))
+    (sentence,) = summary_sentences(load_records(folder))
     assert "0.300 of the baseline's bytes" in sentence
     assert "-1.00 points; the 95 % intervals overlap" in sentence
     append_rows(tmp_path / "far.jsonl", make_rows(top1=(0.97, 0.80)))
-    assert "do not overlap" in findings(load_records(tmp_path / "far.jsonl"))[0]
+    assert "do not overlap" in summary_sentences(load_records(tmp_path / "far.jsonl"))[0]
 
 
 def test_another_training_is_another_subject(folder):
@@ -95,9 +103,9 @@ def test_rows_that_have_labels_keep_them(folder):
     for step in steps:
         row = make_rows()[6].replace(config={"origin": {"start": "random"}, "methods": [step]})
         append_rows(folder / "records.jsonl", [row])
-    rows = subject(load_records(folder))
+    rows = experiment_rows(load_records(folder))
     last = rows[rows["label"] == "dynamic_int8 (bits=3)"]
-    assert set(subject(last)["label"]) == {"dynamic_int8 (bits=3)"}
+    assert set(experiment_rows(last)["label"]) == {"dynamic_int8 (bits=3)"}
 
 
 def test_what_was_not_timed_is_left_to_its_own_figures(folder):
@@ -105,7 +113,7 @@ def test_what_was_not_timed_is_left_to_its_own_figures(folder):
     row = make_rows()[6].replace(config={"origin": {"start": "random"}, "methods": steps})
     append_rows(folder / "records.jsonl", [row])
     rows = load_records(folder)
-    assert "dynamic_int8 (bits=2)" in set(subject(rows)["label"])
+    assert "dynamic_int8 (bits=2)" in set(experiment_rows(rows)["label"])
     assert list(comparison(rows).index) == ["baseline", "dynamic_int8"]
 
 
@@ -251,7 +259,7 @@ def test_figures_are_readable_with_few_methods_and_with_many(tmp_path, make, cou
 def test_a_list_names_every_method_and_the_tradeoff_of_many_its_front(tmp_path):
     append_rows(tmp_path / "records.jsonl", rows_of(31))
     rows = load_records(tmp_path)
-    labels = set(subject(rows)["label"])
+    labels = set(experiment_rows(rows)["label"])
     figure, shown = drawing.latencies(rows)
     names = {" ".join(text.get_text().split()) for text in figure.axes[0].get_yticklabels()}
     assert names == labels == {"baseline", *shown["label"]}
@@ -300,7 +308,7 @@ def test_nothing_to_report(tmp_path):
     failed = make_rows()[0].replace(status="failed", value=None, error="broken")
     append_rows(tmp_path / "records.jsonl", [failed])
     with pytest.raises(InputError, match="no ok row"):
-        subject(load_records(tmp_path))
+        experiment_rows(load_records(tmp_path))
 
 
 def test_a_model_timed_against_a_baseline_without_rows_of_its_own(tmp_path):
@@ -347,9 +355,11 @@ def test_a_knob_draws_anew_where_it_is_turned():
 
 def test_the_running_table_has_a_line_for_each_method_s_first_setting():
     rows = load_records(ROOT / "results" / "reference" / "digits-quick")
-    table = running_table(rows)
+    table = progress_table(rows)
     assert table.index[0] == "baseline"
-    assert list(table.index) == list(dict.fromkeys(label.split(" (")[0] for label in methods(subject(rows))))
+    assert list(table.index) == list(
+        dict.fromkeys(label.split(" (")[0] for label in timed_labels(experiment_rows(rows)))
+    )
     own = rows[rows["metric"] == "bytes"].drop_duplicates("method").set_index("method")["value"]
     assert table.loc["dynamic_int8", "x smaller"] == round(own["baseline"] / own["dynamic_int8"], 2)
     assert table.loc["baseline", ["x smaller", "MACs", "time"]].tolist() == [1, 1, 1]

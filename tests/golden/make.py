@@ -135,11 +135,11 @@ def rows() -> dict:
         name: {"type": _type(field.annotation), "default": "none" if field.is_required() else repr(field.default)}
         for name, field in Row.model_fields.items()
     }
-    made = {name: Row(**LABELLED, **facts, value=1.0, source="measured").identity() for name, facts in FACTS.items()}
+    made = {name: Row(**LABELLED, **facts, value=1.0, source="measured").compute_key() for name, facts in FACTS.items()}
     return {
         "version": records.SCHEMA_VERSION,
         "fields": fields,
-        "identity": list(records.IDENTITY),
+        "identity": list(records.KEY_FIELDS),
         "sources": list(records.SOURCES),
         "groups": [*records.GROUPS, *records.DEVICE_GROUPS],
         "keys": made,

@@ -21,7 +21,7 @@ from vitbench.measurement.measuring import measure
 from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, vit
 from vitbench.rows import statistics
-from vitbench.rows.comparison_table import comparison, paired_loss, subject, value
+from vitbench.rows.comparison_table import comparison, experiment_rows, find_row, paired_loss
 from vitbench.rows.records import read_rows
 from vitbench.rows.runs import Run
 from vitbench.run.history import training_rows
@@ -63,8 +63,8 @@ def test_values_make_sense(measured, base):
 
 @pytest.mark.slow
 def test_the_cross_entropy_is_kept_image_by_image(measured, base, digits):
-    rows = subject(measured[0].rows())
-    own = value(rows, "baseline", "cross_entropy")
+    rows = experiment_rows(measured[0].rows())
+    own = find_row(rows, "baseline", "cross_entropy")
     x, y = (torch.cat(parts) for parts in zip(*eval_batches(digits.test, base.model.recipe.preprocess)))
     with torch.inference_mode():
         wanted = -base.model(x).log_softmax(1)[torch.arange(len(y)), y]
@@ -245,7 +245,7 @@ def test_the_ratio_is_inside_its_interval_and_sees_through_a_slow_spell_of_half_
     spell = np.where(np.arange(60) < 30, 3.0, 1.0)  # a ratio of the medians would be anywhere between the two halves
     b = spell * rng.normal(10, 0.3, 60)
     a = 0.5 * spell * rng.normal(10, 0.3, 60)
-    ratio, low, high = statistics.quiet_ratio(a, b)
+    ratio, low, high = statistics.quiet_latency_ratio(a, b)
     assert low <= ratio <= high
     assert high - low < 0.04
     assert ratio == pytest.approx(0.5, abs=0.02)
@@ -261,7 +261,7 @@ def test_a_ratio_is_that_of_the_undisturbed_rounds():
             np.where(spell, slowed, 1) * rng.normal(base, 0.01 * base, 60) for slowed, base in ((2.0, 5), (1.3, 10))
         )
         assert (np.median(a / b) > 0.7) == (share > 0.5)
-        found.append(statistics.quiet_ratio(a, b)[0])
+        found.append(statistics.quiet_latency_ratio(a, b)[0])
     assert found == pytest.approx([0.5, 0.5], abs=0.01)
 
 
@@ -269,7 +269,7 @@ def test_what_moves_a_whole_process_widens_the_interval_only_if_processes_are_to
     rng = np.random.default_rng(0)
     ratios = np.repeat([0.4, 0.5, 0.5, 0.6], 10) * rng.normal(1, 0.01, 40)
     b = 1 / np.sqrt(ratios)  # no process is quieter than another
-    found = {starts: statistics.quiet_ratio(ratios * b, b, starts) for starts in (1, 4)}
+    found = {starts: statistics.quiet_latency_ratio(ratios * b, b, starts) for starts in (1, 4)}
     widths = {starts: high - low for starts, (_, low, high) in found.items()}
     assert found[1][0] == found[4][0] == pytest.approx(0.5, abs=0.01)
     assert widths[1] < 0.02 < 0.08 < widths[4]
@@ -310,23 +310,23 @@ def test_paired_means_against_t_by_hand():
     first, second = [1.0, 2.0, 4.0, 3.0], [0.5, 1.0, 2.5, 3.5]
     gaps = np.subtract(first, second)
     spread = gaps.std(ddof=1) / 2
-    found = statistics.paired_means(first, second)
+    found = statistics.compare_means(first, second)
     assert found.difference == pytest.approx(gaps.mean())
     assert found.high - found.difference == pytest.approx(3.182446 * spread, rel=1e-5)  # t of 3 degrees at 97.5 %
     with pytest.raises(ValueError, match="not of the same images"):
-        statistics.paired_means(first, second[:3])
+        statistics.compare_means(first, second[:3])
 
 
 def test_paired_answers_against_mcnemar_by_hand():
     first = np.array([1, 1, 1, 1, 1, 1, 0, 1, 1, 0], bool)
     second = np.array([1, 1, 1, 0, 0, 0, 1, 0, 0, 0], bool)
-    found = statistics.paired(first, second)
+    found = statistics.compare_hits(first, second)
     assert found.difference == pytest.approx(0.4)  # five gained, one lost
     assert found.p == pytest.approx(2 * (1 + 6) / 2**6)
     assert found.low < 0.4 < found.high
-    assert statistics.paired(first, first).p == 1.0
+    assert statistics.compare_hits(first, first).p == 1.0
     with pytest.raises(ValueError, match="not to the same images"):
-        statistics.paired(first, second[:5])
+        statistics.compare_hits(first, second[:5])
 
 
 @pytest.mark.slow

@@ -179,12 +179,14 @@ def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, 
     run.append(search_rows(base.path, digits, QUICK, found.search))
     measure(found.path, digits, run, versus=base.path, what=("accuracy", "size"))
     rows = run.rows()
-    (label,) = comparison_table.subject(rows).query("metric == 'search_score'")["label"]
-    scores = comparison_table.value(comparison_table.subject(rows), label, "search_score")
+    (label,) = comparison_table.experiment_rows(rows).query("metric == 'search_score'")["label"]
+    scores = comparison_table.find_row(comparison_table.experiment_rows(rows), label, "search_score")
     assert scores["samples"] == [step["score"] for step in found.search]
-    policies = comparison_table.value(comparison_table.subject(rows), label, "search_policies")
+    policies = comparison_table.find_row(comparison_table.experiment_rows(rows), label, "search_policies")
     assert len(policies["samples"]) == 6 * 13
-    assert "search" not in comparison_table.methods(comparison_table.subject(rows)[lambda all: all["metric"] == "top1"])
+    assert "search" not in comparison_table.timed_labels(
+        comparison_table.experiment_rows(rows)[lambda all: all["metric"] == "top1"]
+    )
     for figure, shown in (
         search_policies.search_progress(rows, {"guided": [label]}),
         search_policies.policies(rows, {label: "found"}),

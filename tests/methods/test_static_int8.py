@@ -179,9 +179,9 @@ def test_openvino_scores_and_times_against_eager(base, small, digits, tmp_path):
         batches=[1],
     )
     assert set(rows["backend"]) == {"openvino"}
-    rows = comparison_table.subject(run.rows())
-    assert comparison_table.value(rows, "static_int8", "latency_ratio", 1, "openvino") is None
-    assert comparison_table.value(rows, "static_int8", "latency_ratio", 1, "openvino", versus="eager")["value"] > 0
-    top1 = comparison_table.value(rows, "static_int8", "top1", backend="openvino")
+    rows = comparison_table.experiment_rows(run.rows())
+    assert comparison_table.find_row(rows, "static_int8", "latency_ratio", 1, "openvino") is None
+    assert comparison_table.find_row(rows, "static_int8", "latency_ratio", 1, "openvino", versus="eager")["value"] > 0
+    top1 = comparison_table.find_row(rows, "static_int8", "top1", backend="openvino")
     assert top1["value"] == pytest.approx(evaluate(small, digits.test).top1.mean(), abs=0.01)
     assert top1["context"]["images"] == len(digits.test)

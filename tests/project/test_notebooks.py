@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from vitbench.base.errors import InputError
-from vitbench.rows.comparison_table import subject
+from vitbench.rows.comparison_table import experiment_rows
 from vitbench.rows.records import read_rows
 from vitbench.rows.row_table import load_records
 from vitbench.run import lessons
@@ -193,7 +193,7 @@ def test_no_row_twice_and_none_lost(killed_then_finished):
 @pytest.mark.slow
 def test_the_quick_numbers(killed_then_finished):
     out, _ = killed_then_finished
-    rows = subject(load_records(out))
+    rows = experiment_rows(load_records(out))
     value = {(row.label, row.metric): row.value for row in rows.itertuples()}
     assert value["baseline", "top1"] >= 0.97
     assert value["dynamic_int8", "bytes"] <= 0.35 * value["baseline", "bytes"]

@@ -11,7 +11,7 @@ from docs import render
 from docs.render import ClaimError, Pages, claim
 from docs.results import MissingRow
 from tests.conftest import ROOT
-from vitbench.rows.records import split_check
+from vitbench.rows.records import split_checksum
 
 REFERENCE = ROOT / "results" / "reference"
 PAGES = Pages()
@@ -38,7 +38,7 @@ def other_rows(tmp_path):
                 (tmp_path / each.name).symlink_to(each)
         shutil.copytree(REFERENCE / folder, tmp_path / folder)
         file = tmp_path / folder / "records.jsonl"
-        rows = [json.loads(split_check(line)[0]) for line in file.read_bytes().splitlines()]
+        rows = [json.loads(split_checksum(line)[0]) for line in file.read_bytes().splitlines()]
         file.write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
         return Pages(tmp_path)
 

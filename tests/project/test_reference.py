@@ -9,10 +9,10 @@ from matplotlib.testing.compare import compare_images
 from docs.render import listed
 from tests.conftest import ROOT
 from vitbench.cli import main
-from vitbench.rows.comparison_table import subject
+from vitbench.rows.comparison_table import experiment_rows
 from vitbench.rows.records import read_rows
 from vitbench.rows.row_table import load_records
-from vitbench.rows.statistics import quiet_ratio
+from vitbench.rows.statistics import quiet_latency_ratio
 
 pytestmark = pytest.mark.slow
 
@@ -49,11 +49,11 @@ def test_the_readmes_figures_are_drawn_again_from_committed_rows(command, tmp_pa
 
 @pytest.mark.parametrize("name", TWICE)
 def test_a_ratio_over_the_quietest_rounds_is_that_of_its_samples(name):
-    rows = subject(load_records(REFERENCE / name))
+    rows = experiment_rows(load_records(REFERENCE / name))
     own = rows[rows["metric"] == "latency_p50"].set_index(["method", "backend", "batch"])["samples"]
     ratios = rows[(rows["metric"] == "latency_ratio") & (rows["method"] != "baseline")]
     assert len(ratios)
     for row in ratios.itertuples():
         assert "quietest quarter" in row.source
         times = own.loc[(row.method, row.backend, row.batch)]
-        assert quiet_ratio(times, row.samples)[0] == pytest.approx(row.value)
+        assert quiet_latency_ratio(times, row.samples)[0] == pytest.approx(row.value)

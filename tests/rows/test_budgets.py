@@ -51,15 +51,15 @@ def test_within_a_budget_the_most_accurate_wins_and_its_equals_are_named(folder)
     won = budgets.winners(load_records(folder), shares=(1 / 2, 1 / 4, 1 / 8, 1 / 100))
     assert [each.count for each in won] == [4, 3, 1, 0]
     assert [None if each.top1 is None else each.top1["label"] for each in won] == ["pruning", "uct", "diffq", None]
-    assert won[0].equals == ()
-    assert won[1].equals == ("lsq",)
+    assert won[0].indistinguishable == ()
+    assert won[1].indistinguishable == ("lsq",)
     assert won[1].cost["value"] == 190_000
 
 
 def test_without_answers_image_by_image_the_intervals_decide(folder):
     rows = load_records(folder)
     rows["hits"] = ""
-    assert budgets.winners(rows, shares=(1 / 2,))[0].equals == ("uct", "lsq")
+    assert budgets.winners(rows, shares=(1 / 2,))[0].indistinguishable == ("uct", "lsq")
 
 
 def test_the_table_of_budgets_is_for_reading(folder):

@@ -398,10 +398,10 @@ def test_a_full_disk_ends_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch
 def test_a_clock_that_goes_back_changes_nothing(tmp_path):
     run = Run(tmp_path)
     facts = {"model": "m", "dataset": "d", "data_fingerprint": "f", "method": "baseline", "metric": "top1"}
-    later = Row(**facts, value=0.5, source="measured: x", context={"artifact": "new"}).stamped()
+    later = Row(**facts, value=0.5, source="measured: x", context={"artifact": "new"}).with_provenance()
     earlier = (
         later.replace(value=0.4, context={"artifact": "old"}, key="")
-        .stamped()
+        .with_provenance()
         .replace(time="2031-01-01T00:00:00+00:00")
     )
     run.append([earlier])

@@ -14,7 +14,7 @@ from vitbench.data.splits import load_data
 from vitbench.measurement.measuring import measure
 from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, blocks, vit
-from vitbench.rows.comparison_table import subject
+from vitbench.rows.comparison_table import experiment_rows
 from vitbench.rows.runs import Run
 from vitbench.training import distilling, loop
 from vitbench.training.config import TrainConfig
@@ -209,7 +209,7 @@ def test_a_student_of_another_architecture_stands_beside_its_teacher(few, base, 
     path = artifact.save(distilled(base.model, few), tmp_path / "small")
     measure(base.path, few, run, what=("accuracy", "size"))
     measure(path, few, run, versus=base.path, what=("accuracy", "size", "outputs"))
-    rows = subject(run.rows())
+    rows = experiment_rows(run.rows())
     assert set(rows["label"]) == {"baseline", "distillation"}
     assert set(rows["model"]) == {"vit_mini_patch2_8"}
     assert artifact.read_manifest(path).recipe.architecture.name == "vit_micro_patch2_8"

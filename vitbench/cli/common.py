@@ -59,13 +59,13 @@ def set_nested(values: dict[str, Any], key: str, value: Any, setting: str) -> No
 def print_results(out: Path) -> None:
     """Print the table of a results folder and the findings in it, and write its report."""
     from vitbench.figures.report import table_text, write_report
-    from vitbench.rows.comparison_table import findings
+    from vitbench.rows.comparison_table import summary_sentences
     from vitbench.rows.row_table import load_records
 
     rows = load_records(out)
     if not (rows["status"] == "ok").any():
         return
     print(f"\n{table_text(rows)}\n")
-    for sentence in findings(rows):
+    for sentence in summary_sentences(rows):
         print(sentence)
     print(f"\nreport: {write_report(out)}")

@@ -15,7 +15,7 @@ from vitbench.base.errors import InputError
 from vitbench.edge.model import PARTS, Device, Link, Profiles, transfer_energy
 from vitbench.edge.rows import place
 from vitbench.figures.drawing import COLOURS, heading, note, style, wrapped
-from vitbench.rows.comparison_table import MEGA, subject, value
+from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
 
 # where the weights come from, darker is dearer
 PLACES = {"memory": "#FFFFFF", "storage": "#BFD7EA", "server": "#E8A27C"}
@@ -30,7 +30,7 @@ def chosen(rows: pd.DataFrame, metric: str, **context: Any) -> pd.DataFrame:
     Raises:
         InputError: there is none.
     """
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     rows = rows[rows["metric"] == metric]
     for key, wanted in context.items():
         rows = rows[[found.get(key) == wanted for found in rows["context"]]]
@@ -65,14 +65,16 @@ def fits(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figure, pd.
             handles, [f"weights from {name}" for name in PLACES], ncols=3, loc="lower left", bbox_to_anchor=(0, 1)
         )
         figure.suptitle(
-            heading(subject(rows), f"what fits where, and the time of an answer (link: {link})"), x=0.01, ha="left"
+            heading(experiment_rows(rows), f"what fits where, and the time of an answer (link: {link})"),
+            x=0.01,
+            ha="left",
         )
         note(figure, "modelled from measured bytes, memory and multiply-accumulates, and from the profiles' constants")
     return figure, shown
 
 
 def _with_size(rows: pd.DataFrame, label: str) -> str:
-    held = value(subject(rows), label, "peak_tensors")
+    held = find_row(experiment_rows(rows), label, "peak_tensors")
     return f"{wrapped(label, 34)} ({held['value'] / MEGA:.3g} MB)"
 
 
@@ -126,7 +128,7 @@ def cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str) -> tup
         )
         for _, row in held.iterrows()
     }
-    sizes = {label: value(subject(rows), label, "peak_tensors")["value"] for label in lines}
+    sizes = {label: find_row(experiment_rows(rows), label, "peak_tensors")["value"] for label in lines}
     span = min(sizes.values()) / 2, max(sizes.values()) * 2
     with style():
         figure, axes = plt.subplots(figsize=(9, 4.6))
@@ -178,7 +180,7 @@ def claims(rows: pd.DataFrame, profiles: Profiles, dense: str, small: str, link:
     Raises:
         InputError: the small model fits nowhere.
     """
-    size, bandwidth, used = value(subject(rows), dense, "bytes")["value"], np.logspace(4.5, 9, 200), []
+    size, bandwidth, used = find_row(experiment_rows(rows), dense, "bytes")["value"], np.logspace(4.5, 9, 200), []
     with style():
         figure, panels = plt.subplots(1, 3, figsize=(13, 4.2))
         kinds = (("edge_time", "board"), ("edge_energy", "board"), ("edge_energy", "operations"))

@@ -15,11 +15,11 @@ from vitbench.base import progress
 from vitbench.base.configs import digest
 from vitbench.base.errors import InputError
 from vitbench.edge.model import PARTS, Cost, Link, Profiles, Setting, Work, cost, transfer_time
-from vitbench.rows.comparison_table import EAGER, MEGA, methods, subject, value
-from vitbench.rows.records import IDENTITY, Row
+from vitbench.rows.comparison_table import EAGER, MEGA, experiment_rows, find_row, timed_labels
+from vitbench.rows.records import KEY_FIELDS, Row
 
 METRICS = {"edge_time": "s", "edge_energy": "J"}
-ABOUT = tuple(name for name in IDENTITY if name not in ("metric", "context"))
+ABOUT = tuple(name for name in KEY_FIELDS if name not in ("metric", "context"))
 FROM = "weights from "
 NEEDED = ("bytes", "peak_tensors", "macs", "int8_macs")
 
@@ -30,9 +30,9 @@ def works(rows: pd.DataFrame) -> dict[str, Work]:
     Raises:
         InputError: none is left.
     """
-    rows, found = subject(rows), {}
-    for label in methods(rows):
-        have = [value(rows, label, metric) for metric in NEEDED]
+    rows, found = experiment_rows(rows), {}
+    for label in timed_labels(rows):
+        have = [find_row(rows, label, metric) for metric in NEEDED]
         if all(row is not None for row in have):
             size, resident, macs, int8 = (row["value"] for row in have)
             found[label] = Work(size, resident, macs - int8, int8)
@@ -55,10 +55,10 @@ def modelled(
     The samples are the parts, in the order of `PARTS`.
     """
     setting = setting or Setting()
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     made = []
     for label, work in works(rows).items():
-        like = value(rows, label, "bytes")
+        like = find_row(rows, label, "bytes")
         for device in devices or profiles.devices:
             for link in links or profiles.links:
                 found = cost(work, profiles.device(device), profiles.link(link), profiles.operations, setting)
@@ -145,14 +145,14 @@ def backend_table(rows: pd.DataFrame) -> str:
     same backend. `floor` is the median of the fastest backend that computes in fp32 or integers over the least time that
     the machine's measured peaks allow (`measure.roofline`).
     """
-    good, why = subject(rows), _reasons(rows)
+    good, why = experiment_rows(rows), _reasons(rows)
     timed = good[good["metric"] == "latency_ratio"]
     backends = sorted(dict.fromkeys(timed["backend"]), key=lambda name: name != EAGER)
     batches = sorted(int(batch) for batch in timed["batch"].unique())
     held = sorted(dict.fromkeys(good["backend"][good["metric"] == "peak_rss"]), key=lambda name: name != EAGER)
     head = ["method", "MB", "G MACs", *(f"peak MB {name}" for name in held), *backends]
     lines, notes = [[*head, *(f"floor, batch {batch}" for batch in batches)]], {}
-    for label in methods(good):
+    for label in timed_labels(good):
         cells = [label, _number(good, label, "bytes", MEGA, ".1f"), _number(good, label, "macs", 1e9, ".2f")]
         cells += [_number(good, label, "peak_rss", MEGA, ".0f", backend) for backend in held]
         for backend in backends:
@@ -173,7 +173,7 @@ def fastest(rows: pd.DataFrame, label: str, batch: int) -> tuple[str, float] | N
     Args:
         rows: as `subject` gives them.
     """
-    floor = value(rows, label, "latency_floor", batch)
+    floor = find_row(rows, label, "latency_floor", batch)
     own = rows[(rows["label"] == label) & (rows["metric"] == "latency_p50") & (rows["batch"] == batch)]
     own = own[~own["backend"].isin(HALF)].drop_duplicates("backend", keep="last")
     if floor is None or not len(own):
@@ -188,7 +188,7 @@ def _best(rows: pd.DataFrame, label: str, batch: int) -> str:
 
 
 def _number(rows: pd.DataFrame, label: str, metric: str, scale: float, form: str, backend: str = EAGER) -> str:
-    row = value(rows, label, metric, backend=backend)
+    row = find_row(rows, label, metric, backend=backend)
     elsewhere = row is None or not (pd.isna(row["backend"]) or row["backend"] == backend)
     return "-" if elsewhere else f"{row['value'] / scale:{form}}"
 
@@ -206,7 +206,7 @@ def _times(rows: pd.DataFrame, label: str, backend: str, batches: list[int]) -> 
 def _ratios(rows: pd.DataFrame, label: str, backend: str, versus: str, batches: list[int]) -> Iterator[str]:
     for batch in batches:
         itself = label == "baseline" and not versus
-        row = value(rows, label, "latency_p50" if itself else "latency_ratio", batch, backend, versus)
+        row = find_row(rows, label, "latency_p50" if itself else "latency_ratio", batch, backend, versus)
         yield "-" if row is None or row["backend"] != backend else "1" if itself else f"{row['value']:.2f}"
 
 

@@ -16,8 +16,8 @@ from matplotlib.transforms import Bbox
 
 from vitbench.base.errors import InputError, one_of
 from vitbench.figures.drawing import COLOURS, SMALL, heading, look, note, style, wrapped
-from vitbench.rows.budgets import SHARES, scored
-from vitbench.rows.comparison_table import MEGA, methods, subject, value
+from vitbench.rows.budgets import SHARES, models_with_cost
+from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row, timed_labels
 from vitbench.rows.statistics import pareto_front
 
 COSTS = {  # cost -> what the title calls it, the axis label, and the scale of the axis
@@ -57,7 +57,7 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
     Returns the figure and the rows that it shows.
     """
     word, label, _ = COSTS[one_of("cost", cost, COSTS)]
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     points, shown = _points(rows, cost, batch)
     if not points:
         raise InputError(
@@ -94,8 +94,11 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
 def _points(rows: pd.DataFrame, cost: str, batch: int) -> tuple[list[Point], list[pd.Series]]:
     """The methods with both numbers, and the rows behind them."""
     points, used, scale = [], [], COSTS[cost][2]
-    for method in methods(rows):
-        gain, price = value(rows, method, "top1"), value(rows, method, cost, batch if cost == "latency_ratio" else None)
+    for method in timed_labels(rows):
+        gain, price = (
+            find_row(rows, method, "top1"),
+            find_row(rows, method, cost, batch if cost == "latency_ratio" else None),
+        )
         if gain is None or (price is None and not (cost == "latency_ratio" and method == "baseline")):
             continue
         x, *ends = (1.0, None, None) if price is None else (price["value"] * scale, price["low"], price["high"])
@@ -209,8 +212,8 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
     Returns the figure and the rows that it shows.
     """
     word, label, scale = COSTS[one_of("cost", cost, ("bytes", "macs"))]
-    rows = subject(rows)
-    models, base = scored(rows, cost), value(rows, "baseline", cost)
+    rows = experiment_rows(rows)
+    models, base = models_with_cost(rows, cost), find_row(rows, "baseline", cost)
     families = [family for family in dict.fromkeys(models["family"]) if family != "baseline"]
     if not families or base is None:
         raise InputError(
@@ -220,7 +223,7 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
     points = points.assign(x=[row["value"] * scale for row in models["cost"]], family=models["family"])
     front = points.iloc[pareto_front(points["x"], points["value"])]
     bottom = min(front["low"].min(), points["value"].quantile(0.25)) - 1
-    reference = value(rows, "baseline", "top1")
+    reference = find_row(rows, "baseline", "top1")
     columns = min(COLUMNS, len(families))
     lines = math.ceil(len(families) / columns)
     with style():

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, style
-from vitbench.rows.comparison_table import subject, value
+from vitbench.rows.comparison_table import experiment_rows, find_row
 
 TITLES = {"attention": "one attention layer", "model": "the whole model, {depth} block{s}"}
 
@@ -116,13 +116,13 @@ def speed_for_accuracy(
     rows: pd.DataFrame, named: dict[str, dict[int, str]], what: str, batches: tuple[int, ...] = (1, 8)
 ) -> tuple[Figure, pd.DataFrame]:
     """Accuracy against the time over the baseline's, a panel a batch size; `named`: family -> r -> the model's label."""
-    rows, shown = subject(rows), []
+    rows, shown = experiment_rows(rows), []
     with style():
         figure, panels = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4), sharey=True, squeeze=False)
         for axes, batch in zip(panels[0], batches, strict=True):
             for place, (family, labels) in enumerate(named.items(), 1):
-                top1 = [value(rows, label, "top1") for label in labels.values()]
-                time = [value(rows, label, "latency_ratio", batch) for label in labels.values()]
+                top1 = [find_row(rows, label, "top1") for label in labels.values()]
+                time = [find_row(rows, label, "latency_ratio", batch) for label in labels.values()]
                 x, y = [row["value"] for row in time], [100 * row["value"] for row in top1]
                 spread = {"xerr": _reach(time), "yerr": 100 * _reach(top1), "capsize": 2, "elinewidth": 0.7}
                 colour = COLOURS[2 * place - 1]

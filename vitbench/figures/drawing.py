@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from vitbench.base.errors import InputError
 from vitbench.base.files import figure_bytes, write_bytes, write_text
 from vitbench.base.paths import writable_folder
-from vitbench.rows.comparison_table import in_backend, methods, ratios, subject, value
+from vitbench.rows.comparison_table import experiment_rows, find_row, in_backend, ratios, timed_labels
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
 COLOURS = ("#000000", "#D55E00", "#56B4E9", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -120,7 +120,7 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     same process, so that a method's median is its ratio to the baseline, drawn with its 95 % interval; a baseline alone
     is given in ms.
     """
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     rows = rows[in_backend(rows) & rows["samples"].notna()]
     paired = rows[rows["metric"] == "latency_ratio"]
     in_turn = len(paired) > 0
@@ -135,7 +135,7 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         figure, panels, places = _method_lines(names, len(calls))
         for axes, (batch, own) in zip(panels, calls.items(), strict=True):
             for name, times in own.items():
-                _draw_times(axes, places[name], times, value(shown, name, "latency_ratio", batch))
+                _draw_times(axes, places[name], times, find_row(shown, name, "latency_ratio", batch))
             # one slow call must not press all the others together
             slow, slowest = (max(np.percentile(times, p) for times in own.values()) for p in (90, 99))
             axes.set_xlim(0, 1.05 * min(slowest, 2 * slow))
@@ -183,8 +183,8 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
 
     A line for each compressed method, the smallest file first; its size in one panel, its time in the other.
     """
-    rows = subject(rows)
-    names = [method for method in methods(rows) if method != "baseline"]
+    rows = experiment_rows(rows)
+    names = [method for method in timed_labels(rows) if method != "baseline"]
     promises = {name: _promises(rows, name) for name in names}
     names.sort(key=lambda name: promises[name][0].get("on disk", (np.inf,)))
     with style():
@@ -219,7 +219,7 @@ def _promises(rows: pd.DataFrame, method: str) -> tuple[Marks, Marks, list[pd.Se
         (size, "on disk", "bytes"),
         (time, "MACs", "macs"),
     ):
-        base, own = value(rows, "baseline", metric), value(rows, method, metric)
+        base, own = find_row(rows, "baseline", metric), find_row(rows, method, metric)
         if base is not None and own is not None:
             marks[label] = (own["value"] / base["value"],) * 3
             used += [base, own]

@@ -13,7 +13,7 @@ from vitbench.base.paths import writable_folder
 from vitbench.figures import drawing, measured_edge
 from vitbench.figures.accuracy_cost import small_multiples, tradeoff
 from vitbench.figures.ranking import equal_budgets, ranks
-from vitbench.rows.comparison_table import subject
+from vitbench.rows.comparison_table import experiment_rows
 from vitbench.rows.row_table import load_records
 
 Draw = Callable[
@@ -80,10 +80,10 @@ def draw(name: str, rows: pd.DataFrame, out: str | Path, *, batch: int = 1, look
         )
     plt.close(figure)
     good = rows[rows["status"] == "ok"]
-    return len(good) - (len(subject(rows)) if name not in OVER_SEEDS else _of_the_last(good))
+    return len(good) - (len(experiment_rows(rows)) if name not in OVER_SEEDS else _same_images_count(good))
 
 
-def _of_the_last(rows: pd.DataFrame) -> int:
+def _same_images_count(rows: pd.DataFrame) -> int:
     """How many rows are of the last one's model and images, of any seed."""
     same = [rows[name] == rows[name].iloc[-1] for name in ("model", "dataset", "data_fingerprint")]
     return int(np.logical_and.reduce(same).sum())

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from vitbench.base.errors import InputError
 from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, style, wrapped
-from vitbench.rows.comparison_table import EAGER, MEGA, subject, value
+from vitbench.rows.comparison_table import EAGER, MEGA, experiment_rows, find_row
 
 Ratio = Callable[[str, int, str], float | None]
 
@@ -49,7 +49,7 @@ def _bars(
     rows: pd.DataFrame, metric: str, part: str, group: str, scale: float, extra: tuple[str, ...] = ()
 ) -> tuple[Figure, Axes, pd.DataFrame, pd.DataFrame]:
     """A bar for each model and backend with a metric, its part hatched, the number at its end; the rows, and those of the bars."""
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     shown = rows[rows["metric"].isin([metric, part, *extra])]
     bars = shown[shown["metric"] == metric].drop_duplicates(["label", "backend"], keep="last")
     if not len(bars):
@@ -81,7 +81,7 @@ def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
     The floor counts products and the bytes of the weights; what it leaves out is the rest of the way to 1.
     """
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     floor = rows[rows["metric"] == "latency_floor"]
     timed = rows[(rows["metric"] == "latency_p50") & rows["versus_backend"].isna()]
     if not len(floor) or not len(timed):
@@ -90,7 +90,7 @@ def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         )
 
     def over_floor(label: str, batch: int, backend: str) -> float | None:
-        own, least = value(rows, label, "latency_p50", batch, backend), value(rows, label, "latency_floor", batch)
+        own, least = find_row(rows, label, "latency_p50", batch, backend), find_row(rows, label, "latency_floor", batch)
         return None if own is None or least is None or own["backend"] != backend else own["value"] / least["value"]
 
     batches = sorted(set(floor["batch"]) & set(timed["batch"]))
@@ -102,7 +102,7 @@ def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 @style()
 def in_backends(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Median time over that of eager fp32, in turn with which it was taken, by model and backend, one panel a batch size."""
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     against = rows["versus_backend"].eq(EAGER) | (rows["versus_backend"].isna() & rows["backend"].eq(EAGER))
     timed = rows[(rows["metric"] == "latency_ratio") & against]
     if not len(timed):
@@ -110,7 +110,7 @@ def in_backends(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
     def over_eager(label: str, batch: int, backend: str) -> float | None:
         versus = "" if backend == EAGER else EAGER
-        own = value(rows, label, "latency_ratio", batch, backend, versus)
+        own = find_row(rows, label, "latency_ratio", batch, backend, versus)
         return None if own is None or own["backend"] != backend else own["value"]
 
     figure = _marks(

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, style
-from vitbench.rows.comparison_table import MEGA, subject, value
+from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
 
 PARTS = {  # what the bytes of a saved model hold -> colour
     "block weights": COLOURS[3],
@@ -24,7 +24,7 @@ Drawn = tuple[Figure, pd.DataFrame]
 
 def training_curves(rows: pd.DataFrame, named: dict[str, str] | None = None) -> Drawn:
     """Loss on the training images and accuracy on the val split, step by step; `named`: label -> name in the legend."""
-    rows, named = subject(rows), named or {"baseline": "baseline"}
+    rows, named = experiment_rows(rows), named or {"baseline": "baseline"}
     metrics = [metric for metric in ("train_loss", "val_top1") if (rows["metric"] == metric).any()]
     shown = []
     with style():
@@ -32,7 +32,7 @@ def training_curves(rows: pd.DataFrame, named: dict[str, str] | None = None) -> 
         for axes, metric in zip(panels[0], metrics, strict=False):
             percent = metric == "val_top1"
             for place, (label, name) in enumerate(named.items()):
-                row = value(rows, label, metric)
+                row = find_row(rows, label, metric)
                 if row is None:
                     continue
                 curve = np.array(row["samples"]) * (100 if percent else 1)
@@ -52,7 +52,7 @@ def training_curves(rows: pd.DataFrame, named: dict[str, str] | None = None) -> 
 
 def parts(rows: pd.DataFrame, named: dict[str, str]) -> Drawn:
     """What the bytes on disk hold, one bar a model; `named`: label -> name."""
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     shown = rows[(rows["metric"] == "part_bytes") & rows["label"].isin(named)]
     held = shown["context"].map(lambda context: context["part"])
     with style():
@@ -77,12 +77,12 @@ def layer_errors(
     rows: pd.DataFrame, named: dict[str, str], metric: str = "weight_error", scale: str = "linear"
 ) -> Drawn:
     """An error of each layer, one line a model; `named`: label -> name in the legend; `metric`: one of `ERRORS`."""
-    rows, shown = subject(rows), []
+    rows, shown = experiment_rows(rows), []
     axis, title = ERRORS[metric]
     with style():
         figure, axes = plt.subplots(figsize=(8.2, 3.4))
         for place, (label, name) in enumerate(named.items()):
-            row = value(rows, label, metric)
+            row = find_row(rows, label, metric)
             if row is None:
                 continue
             layers, errors = _by_depth(row)
@@ -103,11 +103,11 @@ def layer_errors(
 
 def layer_map(rows: pd.DataFrame, named: dict[str, str]) -> Drawn:
     """Which share of its weights each layer keeps, with its rank: a heat map over depth and type, one a model."""
-    rows, shown = subject(rows), []
+    rows, shown = experiment_rows(rows), []
     with style():
         figure, panels = plt.subplots(len(named), 1, figsize=(9.6, 0.6 + 1.75 * len(named)), squeeze=False)
         for axes, (label, name) in zip(panels[:, 0], named.items(), strict=True):
-            keep, rank = (value(rows, label, metric) for metric in ("layer_keep", "layer_rank"))
+            keep, rank = (find_row(rows, label, metric) for metric in ("layer_keep", "layer_rank"))
             layers, shares = _by_depth(keep)
             kinds = list(dict.fromkeys(layer.rpartition(".")[-1] for layer in keep["context"]["layers"]))
             depth = 1 + max(int(layer.split(".")[1]) for layer in layers)
@@ -140,15 +140,15 @@ def _by_depth(row: pd.Series) -> tuple[list[str], np.ndarray]:
 
 def families(rows: pd.DataFrame, named: dict[str, list[str]], against: str = "bytes") -> Drawn:
     """Test error against bytes or weights, a line for each family: its name -> the labels of its settings."""
-    rows, shown = subject(rows), []
-    base, unit = value(rows, "baseline", "top1"), {"bytes": "MB", "params": "M weights"}[against]
+    rows, shown = experiment_rows(rows), []
+    base, unit = find_row(rows, "baseline", "top1"), {"bytes": "MB", "params": "M weights"}[against]
     palette = (3, 3, 1, 1) if len(named) <= 4 else (2, 4, 6, 1, 5, 3, 0)  # up to four families are two pairs
     least = 0.5 / base["context"]["images"]  # no error at all has no place on a logarithmic axis
     level = 100 * max(1 - base["value"], least)
     with style():
         figure, axes = plt.subplots(figsize=(7.2, 4.4))
         for place, (name, labels) in enumerate(named.items()):
-            found = [(value(rows, label, against), value(rows, label, "top1")) for label in labels]
+            found = [(find_row(rows, label, against), find_row(rows, label, "top1")) for label in labels]
             found = sorted(
                 ((size, gain) for size, gain in found if size is not None), key=lambda pair: pair[0]["value"]
             )
@@ -162,7 +162,7 @@ def families(rows: pd.DataFrame, named: dict[str, list[str]], against: str = "by
             shown += [row for pair in found for row in pair]
         axes.axhline(level, color="black", lw=1)
         corner = {"xycoords": ("axes fraction", "data"), "xytext": (0, 3), "textcoords": "offset points"}
-        whole = value(rows, "baseline", against)["value"] / MEGA
+        whole = find_row(rows, "baseline", against)["value"] / MEGA
         axes.annotate(f"baseline, {whole:.3g} {unit}", (0.01, level), **corner)
         axes.set(xlabel={"bytes": "size on disk (MB)", "params": "weights (millions)"}[against])
         axes.set(ylabel="wrong on test images (%)", yscale="log" if level < 10 else "linear")

@@ -17,7 +17,7 @@ from vitbench.base.paths import writable_folder
 from vitbench.figures import drawing
 from vitbench.figures.accuracy_cost import tradeoff
 from vitbench.rows import budgets
-from vitbench.rows.comparison_table import comparison, findings, in_backend, subject
+from vitbench.rows.comparison_table import comparison, experiment_rows, in_backend, summary_sentences
 from vitbench.rows.records import records_file
 from vitbench.rows.row_table import load_records
 
@@ -68,12 +68,12 @@ def table_text(rows: pd.DataFrame) -> str:
 
 
 def _content(folder: Path, rows: pd.DataFrame, sources: list[Path]) -> dict[str, Any]:
-    chosen = subject(rows)
+    chosen = experiment_rows(rows)
     table = comparison(chosen)
     return {
         "title": f"{chosen.iloc[-1]['model']} on {chosen.iloc[-1]['dataset']}",
         "rows": len(rows),
-        "findings": findings(chosen),
+        "findings": summary_sentences(chosen),
         "failures": [
             f"{row.method}, {row.metric}: {row.status}, {row.error}"
             for row in rows[rows["status"] != "ok"].itertuples()

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vitbench.figures.drawing import COLOURS, heading, look, note, style
-from vitbench.rows.comparison_table import subject, value
+from vitbench.rows.comparison_table import experiment_rows, find_row
 
 POLICY = {
     "policy_neurons": "neurons",
@@ -26,7 +26,7 @@ def _line(place: int) -> dict[str, str]:
 
 def search_progress(rows: pd.DataFrame, named: dict[str, list[str]]) -> tuple[Figure, pd.DataFrame]:
     """The best score so far against the policies scored; name -> labels of the searches (one a seed): mean and range."""
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     shown = rows[
         (rows["metric"] == "search_score") & rows["label"].isin([label for each in named.values() for label in each])
     ]
@@ -54,7 +54,7 @@ def search_progress(rows: pd.DataFrame, named: dict[str, list[str]]) -> tuple[Fi
 
 def policies(rows: pd.DataFrame, named: dict[str, str]) -> tuple[Figure, pd.DataFrame]:
     """What the best policy of each search leaves of every block, over depth; label -> name."""
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     shown = rows[rows["metric"].isin(POLICY) & rows["label"].isin(named)]
     with style():
         cut = {metric: what for metric, what in POLICY.items() if _differs(shown[shown["metric"] == metric])}
@@ -76,8 +76,8 @@ def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]
 
     `panels`: name -> {(budget, kind): label}.
     """
-    rows, shown = subject(rows), []
-    dense, whole = value(rows, "baseline", "macs"), value(rows, "baseline", "top1")
+    rows, shown = experiment_rows(rows), []
+    dense, whole = find_row(rows, "baseline", "macs"), find_row(rows, "baseline", "top1")
     with style():
         figure, drawn = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), sharey=True, squeeze=False)
         for axes, (name, labels) in zip(drawn[0], panels.items(), strict=True):
@@ -85,7 +85,7 @@ def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]
             axes.axhline(100 * whole["value"], color="black", lw=1, ls=":", label="baseline")
             for kind in kinds:
                 own = [label for (_, other), label in labels.items() if other == kind]
-                macs, top1 = ([value(rows, label, metric) for label in own] for metric in ("macs", "top1"))
+                macs, top1 = ([find_row(rows, label, metric) for label in own] for metric in ("macs", "top1"))
                 shown += [*macs, *top1]
                 x, y = [row["value"] / dense["value"] for row in macs], [100 * row["value"] for row in top1]
                 reach = [[100 * abs(row[end] - row["value"]) for row in top1] for end in ("low", "high")]

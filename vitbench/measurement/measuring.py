@@ -81,7 +81,7 @@ def measure(
             f"give the images that the model was made for, or train it on these first"
         )
     facts = model_row_fields(manifest.recipe, data)
-    done = run.done()
+    done = run.finished_keys()
     todo, wanted = [], set()
     every = [
         *_model_groups(path, data, versus, measures),
@@ -99,7 +99,7 @@ def measure(
             )
             for metric, unit, context in group.metrics
         ]
-        keys = {row.identity() for row in rows}
+        keys = {row.compute_key() for row in rows}
         wanted |= keys
         if not keys <= done:
             todo.append((group, rows))

@@ -16,7 +16,7 @@ from vitbench.base.standalone import time_alternating
 from vitbench.measurement.child import ChildError, in_child, job
 from vitbench.measurement.cost import Measurement
 from vitbench.measurement.measures import Measures
-from vitbench.rows.statistics import quiet_ratio
+from vitbench.rows.statistics import quiet_latency_ratio
 
 PERCENTILES = (50, 90, 95, 99)
 MALLOC_NOTE = " (malloc told to keep freed memory)"  # see `standalone.keep_freed_memory`
@@ -60,7 +60,7 @@ def latency_values(
         samples = own.times if p == 50 else None
         yield Measurement(f"latency_p{p}", float(np.percentile(own.times, p)), how, samples=samples)
     for other in others:
-        ratio, low, high = quiet_ratio(own.times, other, starts)
+        ratio, low, high = quiet_latency_ratio(own.times, other, starts)
         yield Measurement(
             "latency_ratio",
             ratio,

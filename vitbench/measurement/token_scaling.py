@@ -19,7 +19,7 @@ from vitbench.model.recipe import Architecture
 from vitbench.rows import runs
 from vitbench.rows.records import Row
 from vitbench.rows.runs import Run
-from vitbench.rows.statistics import quiet_ratio
+from vitbench.rows.statistics import quiet_latency_ratio
 
 PARTS = ("attention", "model")
 CLASSES = 10
@@ -57,7 +57,7 @@ def measure_token_scaling(
         )
     steps = [None, *({"method": method_of(config).name, "config": config.to_dict()} for config in configs)]
     machine = {"backend": "eager", "batch": batch, "threads": threads, "device": runs.device_name()}
-    done, wanted = run.done(), set()
+    done, wanted = run.finished_keys(), set()
     for side in progress.progress_bar(sides, "tokens", unit="size"):
         shape = vit.meta_model(Architecture(name=model, num_classes=CLASSES, img_size=side, depth=depth))
         about = {
@@ -68,7 +68,7 @@ def measure_token_scaling(
             **machine,
         }
         rows = [row for step in steps for row in _expected_rows(model, step, about)]
-        keys = [row.identity() for row in rows]
+        keys = [row.compute_key() for row in rows]
         wanted |= set(keys)
         if set(keys) <= done:
             continue
@@ -105,7 +105,7 @@ def _values(variants: list[dict[str, Any] | str]) -> list[dict[str, Any]]:
             values.append({"value": variant[part]["macs"], "source": "measured: torch FlopCounterMode / 2"})
             how = f"measured: {len(own)} calls in a fresh process after warm-up, in turn with all variants"
             values.append({"value": float(np.median(own)), "source": how, "samples": own})
-            ratio, low, high = quiet_ratio(own, full)
+            ratio, low, high = quiet_latency_ratio(own, full)
             how += "; median ratio of the quietest quarter of the rounds, bootstrap 95 %"
             values.append({"value": ratio, "low": low, "high": high, "source": how})
     return values

@@ -2,20 +2,20 @@ from .budgets import budget_table as budget_table
 from .comparison_table import (
     across_seeds as across_seeds,
     comparison as comparison,
-    findings as findings,
+    experiment_rows as experiment_rows,
+    find_row as find_row,
     label_of as label_of,
-    percent as percent,
-    points as points,
+    progress_table as progress_table,
     ratios as ratios,
-    running_table as running_table,
-    subject as subject,
-    value as value,
+    summary_sentences as summary_sentences,
+    top1_difference_text as top1_difference_text,
+    top1_text as top1_text,
 )
 from .records import (
     Row as Row,
     append_rows as append_rows,
     read_rows as read_rows,
-    split_check as split_check,
+    split_checksum as split_checksum,
 )
 from .row_table import load_records as load_records
 from .runs import (
@@ -27,6 +27,6 @@ from .runs import (
 from .statistics import (
     mean_interval as mean_interval,
     pack_hits as pack_hits,
-    quiet_ratio as quiet_ratio,
+    quiet_latency_ratio as quiet_latency_ratio,
     wilson as wilson,
 )

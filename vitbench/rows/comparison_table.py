@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 
 from vitbench.base.errors import InputError
-from vitbench.rows.statistics import Paired, paired, paired_means, unpack_hits
+from vitbench.rows.statistics import PairedComparison, compare_hits, compare_means, unpack_hits
 
 MEGA = 1e6
 EAGER = "eager"
 
 
-def subject(rows: pd.DataFrame) -> pd.DataFrame:
+def experiment_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """The ok rows of one baseline and what was made from it: the baseline of the last row.
 
     Rows of another model or data set, or of the same model trained in another way (other epochs, another seed), are
@@ -24,12 +24,12 @@ def subject(rows: pd.DataFrame) -> pd.DataFrame:
     """
     if "label" in rows:
         return rows
-    good = rows[rows["status"] == "ok"]
-    if not len(good):
+    ok_rows = rows[rows["status"] == "ok"]
+    if not len(ok_rows):
         raise InputError("the records hold no ok row; run the baseline and a method first")
-    good = good[_of_the_last(good)].copy()
-    good["label"] = labels_of(good)
-    return good
+    ok_rows = ok_rows[_same_experiment(ok_rows)].copy()
+    ok_rows["label"] = row_labels(ok_rows)
+    return ok_rows
 
 
 def label_of(rows: pd.DataFrame, measured: pd.DataFrame) -> str:
@@ -38,7 +38,7 @@ def label_of(rows: pd.DataFrame, measured: pd.DataFrame) -> str:
     Raises:
         InputError: none of these is an ok row among all.
     """
-    rows = subject(rows)
+    rows = experiment_rows(rows)
     labels = rows["label"][rows["key"].isin(measured["key"])]
     if not len(labels):
         raise InputError("the rows hold none of what was measured; read them after `measure`, not before")
@@ -50,11 +50,11 @@ def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
     A seed is that of the whole way, baseline and method; all other settings are the label's.
     """
-    good = rows[(rows["status"] == "ok") & (rows["metric"] == metric)]
-    good = good.assign(config=good["config"].map(_seedless))
-    good = good[_of_the_last(good)].copy()
-    good["label"] = labels_of(good)
-    return good.drop_duplicates(["label", "seed"], keep="last")[["label", "seed", "value", "key"]]
+    ok_rows = rows[(rows["status"] == "ok") & (rows["metric"] == metric)]
+    ok_rows = ok_rows.assign(config=ok_rows["config"].map(_seedless))
+    ok_rows = ok_rows[_same_experiment(ok_rows)].copy()
+    ok_rows["label"] = row_labels(ok_rows)
+    return ok_rows.drop_duplicates(["label", "seed"], keep="last")[["label", "seed", "value", "key"]]
 
 
 def _seedless(config: dict[str, Any]) -> dict[str, Any]:
@@ -63,17 +63,17 @@ def _seedless(config: dict[str, Any]) -> dict[str, Any]:
     return [_seedless(item) for item in config] if isinstance(config, list) else config
 
 
-def _of_the_last(rows: pd.DataFrame) -> pd.Series:
+def _same_experiment(rows: pd.DataFrame) -> pd.Series:
     """Which rows have the images, the model and the baseline's origin of the last one."""
     last = rows.iloc[-1]
-    same = rows["model"].eq(last["model"]) & rows["data_fingerprint"].eq(last["data_fingerprint"])
-    same &= rows["dataset"].eq(last["dataset"])
+    is_same = rows["model"].eq(last["model"]) & rows["data_fingerprint"].eq(last["data_fingerprint"])
+    is_same &= rows["dataset"].eq(last["dataset"])
     origin = last["config"].get("origin")
-    same[same] = [config.get("origin") == origin for config in rows["config"][same]]
-    return same
+    is_same[is_same] = [config.get("origin") == origin for config in rows["config"][is_same]]
+    return is_same
 
 
-def methods(rows: pd.DataFrame) -> list[str]:
+def timed_labels(rows: pd.DataFrame) -> list[str]:
     """The labels that were timed (all, if none was), the baseline first, the others in the order they came.
 
     Settings of which only accuracy and size were measured, such as the points of a sweep, are left to figures of their
@@ -88,28 +88,28 @@ def in_backend(rows: pd.DataFrame, backend: str = EAGER, versus: str = "") -> pd
 
     `versus` is the backend that a ratio's baseline ran in, by default the same.
     """
-    own = (rows["backend"] == backend) | rows["backend"].isna()
-    return own & (rows["versus_backend"].eq(versus) if versus else rows["versus_backend"].isna())
+    is_in_backend = (rows["backend"] == backend) | rows["backend"].isna()
+    return is_in_backend & (rows["versus_backend"].eq(versus) if versus else rows["versus_backend"].isna())
 
 
-def value(
+def find_row(
     rows: pd.DataFrame, method: str, metric: str, batch: int | None = None, backend: str = EAGER, versus: str = ""
 ) -> pd.Series | None:
     """The last row of a metric of the method with that label (at a batch size, `in_backend`), or None.
 
     A row of that very backend goes before one without.
     """
-    chosen = (rows["label"] == method) & (rows["metric"] == metric) & in_backend(rows, backend, versus)
+    matches = (rows["label"] == method) & (rows["metric"] == metric) & in_backend(rows, backend, versus)
     if batch is not None:
-        chosen &= rows["batch"] == batch
-    exact = chosen & (rows["backend"] == backend)
-    places = np.flatnonzero(exact if exact.any() else chosen)
-    return rows.iloc[places[-1]] if len(places) else None
+        matches &= rows["batch"] == batch
+    exact_matches = matches & (rows["backend"] == backend)
+    indices = np.flatnonzero(exact_matches if exact_matches.any() else matches)
+    return rows.iloc[indices[-1]] if len(indices) else None
 
 
-def percent(rows: pd.DataFrame, label: str, backend: str = EAGER) -> str:
+def top1_text(rows: pd.DataFrame, label: str, backend: str = EAGER) -> str:
     """Top-1 in per cent with its 95 % interval, as tables show it; "-" where it was not measured."""
-    row = value(subject(rows), label, "top1", backend=backend)
+    row = find_row(experiment_rows(rows), label, "top1", backend=backend)
     return "-" if row is None else accuracy_text(row)
 
 
@@ -118,49 +118,49 @@ def accuracy_text(row: pd.Series) -> str:
     return f"{100 * row['value']:.2f} [{100 * row['low']:.2f}, {100 * row['high']:.2f}]"
 
 
-def points(rows: pd.DataFrame, first: str, second: str) -> str:
+def top1_difference_text(rows: pd.DataFrame, first: str, second: str) -> str:
     """`paired_top1` in points with its 95 % interval and p, as tables show it."""
-    test = paired_top1(subject(rows), first, second)
+    test = paired_top1(experiment_rows(rows), first, second)
     return f"{100 * test.difference:+.2f} [{100 * test.low:+.2f}, {100 * test.high:+.2f}] p = {test.p:.2g}"
 
 
-def nats(rows: pd.DataFrame, first: str, second: str) -> str:
+def loss_difference_text(rows: pd.DataFrame, first: str, second: str) -> str:
     """`paired_loss` in nats with its 95 % interval and p, as tables show it."""
-    test = paired_loss(subject(rows), first, second)
+    test = paired_loss(experiment_rows(rows), first, second)
     return f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}] p = {test.p:.2g}"
 
 
-def paired_top1(rows: pd.DataFrame, first: str, second: str) -> Paired:
+def paired_top1(rows: pd.DataFrame, first: str, second: str) -> PairedComparison:
     """By how much the model labelled `first` is right more often than `second` on the same test images."""
-    return paired_rows(*_both(rows, (first, second), "top1", "hits"))
+    return paired_rows(*_require_both(rows, (first, second), "top1", "hits"))
 
 
-def _both(rows: pd.DataFrame, labels: tuple[str, str], metric: str, field: str) -> list[pd.Series]:
+def _require_both(rows: pd.DataFrame, labels: tuple[str, str], metric: str, field: str) -> list[pd.Series]:
     """The rows of a metric of both models, with their answers image by image in `field`."""
-    found = [value(rows, label, metric) for label in labels]
-    for label, row in zip(labels, found, strict=True):
+    pair = [find_row(rows, label, metric) for label in labels]
+    for label, row in zip(labels, pair, strict=True):
         if row is None or not row[field]:
             raise InputError(f"the rows hold no {metric} of {label!r} image by image; measure its accuracy again")
-    return found
+    return pair
 
 
-def paired_rows(first: pd.Series, second: pd.Series) -> Paired:
+def paired_rows(first: pd.Series, second: pd.Series) -> PairedComparison:
     """Two rows of accuracy, both with their answers image by image, compared on the same images."""
-    return paired(*(unpack_hits(row.hits, row.context["images"]) for row in (first, second)))
+    return compare_hits(*(unpack_hits(row.hits, row.context["images"]) for row in (first, second)))
 
 
-def paired_loss(rows: pd.DataFrame, first: str, second: str) -> Paired:
+def paired_loss(rows: pd.DataFrame, first: str, second: str) -> PairedComparison:
     """By how many nats the cross-entropy of the model labelled `first` is above that of `second` on the same test images.
 
     It sees what top-1 does not, how sure a right or wrong answer is, and so tells apart what top-1 needs more images for.
     """
-    return paired_means(*(row["samples"] for row in _both(rows, (first, second), "cross_entropy", "samples")))
+    return compare_means(*(row["samples"] for row in _require_both(rows, (first, second), "cross_entropy", "samples")))
 
 
 def ratios(rows: pd.DataFrame, method: str) -> list[pd.Series]:
     """The method's latency ratios in eager mode, one for each batch size, smallest first."""
-    own = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio") & in_backend(rows)]
-    return [value(rows, method, "latency_ratio", batch) for batch in sorted(own["batch"].unique())]
+    ratio_rows = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio") & in_backend(rows)]
+    return [find_row(rows, method, "latency_ratio", batch) for batch in sorted(ratio_rows["batch"].unique())]
 
 
 def comparison(rows: pd.DataFrame) -> pd.DataFrame:
@@ -170,64 +170,66 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
     other than eager, named) the median latency (ms) and its ratio to the baseline timed in turn in the same backend;
     peak RSS (MB), likewise. A number that was not measured is NaN.
     """
-    rows = subject(rows)
-    found = rows[(rows["metric"] == "latency_p50") & rows["versus_backend"].isna()]
+    rows = experiment_rows(rows)
+    latency_rows = rows[(rows["metric"] == "latency_p50") & rows["versus_backend"].isna()]
     timed = sorted(
-        {(row.backend, int(row.batch)) for row in found.itertuples()}, key=lambda pair: (pair[0] != EAGER, *pair)
+        {(row.backend, int(row.batch)) for row in latency_rows.itertuples()}, key=lambda pair: (pair[0] != EAGER, *pair)
     )
-    held = sorted(set(rows["backend"][rows["metric"] == "peak_rss"]), key=lambda backend: (backend != EAGER, backend))
-    base = value(rows, "baseline", "bytes")
+    memory_backends = sorted(
+        set(rows["backend"][rows["metric"] == "peak_rss"]), key=lambda backend: (backend != EAGER, backend)
+    )
+    base = find_row(rows, "baseline", "bytes")
     table = []
-    for method in methods(rows):
+    for method in timed_labels(rows):
 
-        def number(metric: str, scale: float = 1.0, field: str = "value", method=method, **where: Any) -> float:
-            row = value(rows, method, metric, **where)
+        def cell(metric: str, scale: float = 1.0, field: str = "value", method=method, **selection: Any) -> float:
+            row = find_row(rows, method, metric, **selection)
             return float("nan") if row is None or row[field] is None else row[field] * scale
 
         line = {
             "method": method,
-            "top1 %": number("top1", 100),
-            "low %": number("top1", 100, field="low"),
-            "high %": number("top1", 100, field="high"),
-            "MB": number("bytes", 1 / MEGA),
-            "x smaller": (base["value"] if base is not None else float("nan")) / number("bytes"),
-            "M MACs": number("macs", 1 / MEGA),
+            "top1 %": cell("top1", 100),
+            "low %": cell("top1", 100, field="low"),
+            "high %": cell("top1", 100, field="high"),
+            "MB": cell("bytes", 1 / MEGA),
+            "x smaller": (base["value"] if base is not None else float("nan")) / cell("bytes"),
+            "M MACs": cell("macs", 1 / MEGA),
         }
         for backend, batch in timed:
-            where, name = (
+            selection, name = (
                 {"batch": batch, "backend": backend},
                 f"b{batch}" if backend == EAGER else f"b{batch} {backend}",
             )
-            line[f"p50 ms {name}"] = number("latency_p50", **where)
-            line[f"ratio {name}"] = 1.0 if method == "baseline" else number("latency_ratio", **where)
-        for backend in held:
+            line[f"p50 ms {name}"] = cell("latency_p50", **selection)
+            line[f"ratio {name}"] = 1.0 if method == "baseline" else cell("latency_ratio", **selection)
+        for backend in memory_backends:
             name = "peak MB" if backend == EAGER else f"peak MB {backend}"
-            line[name] = number("peak_rss", 1 / MEGA, backend=backend)
+            line[name] = cell("peak_rss", 1 / MEGA, backend=backend)
         table.append(line)
     return pd.DataFrame(table).set_index("method")
 
 
-def running_table(rows: pd.DataFrame) -> pd.DataFrame:
+def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
     """What the lessons so far have made of one baseline: a line for each method, in order, at the first of its settings that was timed.
 
     Columns: top-1 (per cent, 95 %), MB, how many times smaller, multiply-accumulates and time at the smallest batch size over
     the baseline's.
     """
-    rows = subject(rows)
+    rows = experiment_rows(rows)
 
     def number(label: str, metric: str) -> float:
-        row = value(rows, label, metric)
+        row = find_row(rows, label, metric)
         return float("nan") if row is None else row["value"]
 
     first, lines = {}, []
-    for label in methods(rows):
+    for label in timed_labels(rows):
         first.setdefault(label.partition(" (")[0], label)
     for method, label in first.items():
         size, times = number(label, "bytes"), ratios(rows, label)
         lines.append(
             {
                 "method": method,
-                "top-1 %": percent(rows, label),
+                "top-1 %": top1_text(rows, label),
                 "MB": size / MEGA,
                 "x smaller": number("baseline", "bytes") / size,
                 "MACs": number(label, "macs") / number("baseline", "macs"),
@@ -237,12 +239,12 @@ def running_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).set_index("method").round(2)
 
 
-def findings(rows: pd.DataFrame) -> list[str]:
+def summary_sentences(rows: pd.DataFrame) -> list[str]:
     """One sentence a compressed method: what it saves, what it costs, and whether the accuracies can be told apart."""
-    rows, sentences = subject(rows), []
-    base_accuracy, base_bytes = value(rows, "baseline", "top1"), value(rows, "baseline", "bytes")
-    for method in methods(rows):
-        accuracy, size = value(rows, method, "top1"), value(rows, method, "bytes")
+    rows, sentences = experiment_rows(rows), []
+    base_accuracy, base_bytes = find_row(rows, "baseline", "top1"), find_row(rows, "baseline", "bytes")
+    for method in timed_labels(rows):
+        accuracy, size = find_row(rows, method, "top1"), find_row(rows, method, "bytes")
         if method == "baseline" or any(row is None for row in (accuracy, size, base_accuracy, base_bytes)):
             continue
         points = 100 * (accuracy["value"] - base_accuracy["value"])
@@ -260,24 +262,30 @@ def findings(rows: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def labels_of(rows: pd.DataFrame) -> list[str]:
+def row_labels(rows: pd.DataFrame) -> list[str]:
     """Each row's method, with `key=value` for the settings that are not those of the method's first row."""
-    usual: dict[str, dict[str, Any]] = {}
-    known: dict[tuple[str, int], str] = {}  # many rows share a config, the object
+    default_settings: dict[str, dict[str, Any]] = {}
+    label_cache: dict[tuple[str, int], str] = {}  # many rows share a config, the object
     labels = []
     for method, config in zip(rows["method"], rows["config"], strict=True):
-        label = known.get((method, id(config)))
+        label = label_cache.get((method, id(config)))
         if label is None:
-            own = _settings(config)
-            label = known[method, id(config)] = _label(method, own, usual.setdefault(method, own))
+            settings = _settings(config)
+            label = label_cache[method, id(config)] = _label(
+                method, settings, default_settings.setdefault(method, settings)
+            )
         labels.append(label)
     return labels
 
 
-def _label(method: str, own: dict[str, Any], usual: dict[str, Any]) -> str:
+def _label(method: str, settings: dict[str, Any], default_settings: dict[str, Any]) -> str:
     """The method with the settings that are not the usual ones."""
-    apart = sorted(key for key, value in own.items() if value != usual.get(key, value) and _matters(key, own))
-    return method + (f" ({', '.join(f'{key}={_short(own[key])}' for key in apart)})" if apart else "")
+    differing = sorted(
+        key
+        for key, value in settings.items()
+        if value != default_settings.get(key, value) and _has_effect(key, settings)
+    )
+    return method + (f" ({', '.join(f'{key}={_short(settings[key])}' for key in differing)})" if differing else "")
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -293,16 +301,16 @@ def _short(setting: Any) -> Any:
     return f"{setting:.6g}" if isinstance(setting, float) else setting
 
 
-def _matters(key: str, settings: dict[str, Any]) -> bool:
+def _has_effect(key: str, settings: dict[str, Any]) -> bool:
     """Whether a setting does anything: how to train does not where there are 0 epochs of it."""
     group, _, name = key.rpartition(".")
     return name == "epochs" or settings.get(f"{group}.epochs") != 0
 
 
-def _flatten(config: dict[str, Any], before: str, flat: dict[str, Any]) -> None:
-    """Put the settings of nested configs into `flat`, as `train.epochs` and the like."""
+def _flatten(config: dict[str, Any], prefix: str, target: dict[str, Any]) -> None:
+    """Put the settings of nested configs into `target`, as `train.epochs` and the like."""
     for key, value in config.items():
         if isinstance(value, dict):
-            _flatten(value, f"{before}{key}.", flat)
+            _flatten(value, f"{prefix}{key}.", target)
         else:
-            flat[before + key] = value
+            target[prefix + key] = value

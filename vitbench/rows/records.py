@@ -24,7 +24,7 @@ from vitbench.base.locks import locked
 
 SCHEMA_VERSION = 1
 SOURCES = ("measured", "modelled", "estimated")  # what a source begins with
-IDENTITY = ("model", "dataset", "data_fingerprint", "method", "config", "seed", "metric", "context")
+KEY_FIELDS = ("model", "dataset", "data_fingerprint", "method", "config", "seed", "metric", "context")
 GROUPS = ("accuracy", "size", "weights", "outputs", "latency", "memory")  # of metrics, as `measure` takes them
 DEVICE_GROUPS = ("startup", "limit", "energy", "roofline")  # only if asked for
 
@@ -73,7 +73,7 @@ class Row(Config):
     commit: str = ""
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _check_complete(self) -> Self:
         if self.status == "ok" and (self.value is None or not math.isfinite(self.value)):
             raise ValueError(f"an ok row needs a finite value, {self.metric} has {self.value}")
         if self.status == "ok" and not self.source.startswith(SOURCES):
@@ -82,15 +82,17 @@ class Row(Config):
             raise ValueError(f"a {self.status} row needs an error")
         return self
 
-    def stamped(self, env_id: str = "", commit: str = "") -> "Row":
+    def with_provenance(self, env_id: str = "", commit: str = "") -> "Row":
         """The row with its key, the time, and where it was made."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return self.replace(key=self.identity(), time=now, env_id=env_id or self.env_id, commit=commit or self.commit)
+        return self.replace(
+            key=self.compute_key(), time=now, env_id=env_id or self.env_id, commit=commit or self.commit
+        )
 
-    def identity(self) -> str:
+    def compute_key(self) -> str:
         """The key of this row: 16 hex digits of the hash of what it is about."""
-        facts = self.model_dump(mode="json", include=set(IDENTITY))
-        return digest(facts)
+        key_values = self.model_dump(mode="json", include=set(KEY_FIELDS))
+        return digest(key_values)
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> int:
@@ -106,8 +108,8 @@ def append_rows(path: str | Path, rows: Iterable[Row]) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(f"{path}.lock"):
-            done = _done(path)
-            new = [row if row.key else row.stamped() for row in rows]
+            done = _ok_keys(path)
+            new = [row if row.key else row.with_provenance() for row in rows]
             new = [row for row in new if row.key.encode() not in done]
             append_bytes(path, b"".join(map(_line, new)))
     except OSError as error:
@@ -117,31 +119,31 @@ def append_rows(path: str | Path, rows: Iterable[Row]) -> int:
     return len(new)
 
 
-_read: dict[
+_read_state: dict[
     Path, tuple[int, bytes, set[bytes]]
 ] = {}  # how far this process read a file, its end there, keys of ok rows
 
 
-def _done(path: Path) -> set[bytes]:
+def _ok_keys(path: Path) -> set[bytes]:
     """The keys of a file's ok rows; of a file that grew only the rest is read."""
-    place, end, done = _read.get(path.absolute(), (0, b"", set()))
+    offset, last_bytes, keys = _read_state.get(path.absolute(), (0, b"", set()))
     if not path.exists():
         return set()
     with open(path, "rb") as file:
-        file.seek(max(0, place - len(end)))
-        if file.read(len(end)) != end:  # it is another file by now
-            place, done = 0, set()
+        file.seek(max(0, offset - len(last_bytes)))
+        if file.read(len(last_bytes)) != last_bytes:  # it is another file by now
+            offset, keys = 0, set()
             file.seek(0)
         text = file.read()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        append_bytes(f"{path}.torn", text[whole:] + b"\n")
-        os.truncate(path, place + whole)
-    if whole:
-        end = text[max(0, whole - 100) : whole]
-    done |= set(re.findall(rb'"key":"([0-9a-f]+)"[^\n]*?"status":"ok"', text[:whole]))
-    _read[path.absolute()] = place + whole, end, done
-    return done
+    complete_size = text.rfind(b"\n") + 1
+    if complete_size < len(text):
+        append_bytes(f"{path}.torn", text[complete_size:] + b"\n")
+        os.truncate(path, offset + complete_size)
+    if complete_size:
+        last_bytes = text[max(0, complete_size - 100) : complete_size]
+    keys |= set(re.findall(rb'"key":"([0-9a-f]+)"[^\n]*?"status":"ok"', text[:complete_size]))
+    _read_state[path.absolute()] = offset + complete_size, last_bytes, keys
+    return keys
 
 
 def _line(row: Row) -> bytes:
@@ -179,16 +181,16 @@ def lines_of(path: Path, after: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def _row(path: Path, number: int, line: bytes) -> Row:
-    text, apart = split_check(line)
-    if apart:
-        raise InputError(_torn(path, number, "its checksum is another: it was changed"))
+    text, is_damaged = split_checksum(line)
+    if is_damaged:
+        raise InputError(_damaged_line_message(path, number, "its checksum is another: it was changed"))
     try:
         return Row.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise InputError(_torn(path, number, format_validation_error(error, Row))) from None
+        raise InputError(_damaged_line_message(path, number, format_validation_error(error, Row))) from None
 
 
-def split_check(line: bytes) -> tuple[bytes, bool]:
+def split_checksum(line: bytes) -> tuple[bytes, bool]:
     """A line without its checksum, and whether the two are apart; older lines have none."""
     text, mark, check = line.rstrip().rpartition(b',"check":"')
     if not mark or len(check) != 10:
@@ -202,8 +204,8 @@ def records_file(path: str | Path) -> Path:
     return path / "records.jsonl" if path.is_dir() else path
 
 
-def _torn(path: Path, number: int, why: str) -> str:
+def _damaged_line_message(path: Path, number: int, reason: str) -> str:
     return (
-        f"line {number} of {str(path)!r} is not a whole row ({why[:200]}); the {number - 1} rows before it are good: "
+        f"line {number} of {str(path)!r} is not a whole row ({reason[:200]}); the {number - 1} rows before it are good: "
         f"keep them with `head -n {number - 1}` into a new file, or take that line out"
     )

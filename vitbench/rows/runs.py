@@ -25,9 +25,15 @@ from vitbench.rows.records import Row, append_rows
 from vitbench.rows.row_table import load_records
 from vitbench.version import __version__
 
-MARKS = ("records.jsonl", "environments", "searches", "suite.lock", "sweep.lock")  # what a results folder is known by
+RESULTS_MARKERS = (
+    "records.jsonl",
+    "environments",
+    "searches",
+    "suite.lock",
+    "sweep.lock",
+)  # what a results folder is known by
 # what results would write over, or be taken for, where somebody else's lies in a folder
-TAKEN = (
+RESERVED_NAMES = (
     "notebooks",
     "figures",
     "errors",
@@ -51,7 +57,7 @@ class Run:
 
     def __init__(self, folder: str | Path = ""):
         folder = Path(folder or paths.home() / "results" / "runs" / "quick").expanduser()
-        _refuse_others(folder)
+        _check_results_folder(folder)
         self.folder = paths.writable_folder(folder, "results folder")
         (self.folder / "environments").mkdir(exist_ok=True)  # from now on it is known as a results folder
         self.records = self.folder / "records.jsonl"
@@ -59,19 +65,19 @@ class Run:
         self.figures = self.folder / "figures"
         self.notebooks = self.folder / "notebooks"
 
-    def append(self, rows: Iterable[Row], facts: dict | None = None) -> None:
-        """Add rows with the environment, this process's or another device's `facts`, and the commit they were made with.
+    def append(self, rows: Iterable[Row], environment: dict | None = None) -> None:
+        """Add rows with the environment, this process's or another device's `environment`, and the commit they were made with.
 
         Rows that have a key already, of another process, stay as they are; `keep_environment` keeps what they name.
         """
-        env_id = self.keep_environment(facts)
-        append_rows(self.records, [row if row.key else row.stamped(env_id, commit()) for row in rows])
+        env_id = self.keep_environment(environment)
+        append_rows(self.records, [row if row.key else row.with_provenance(env_id, commit()) for row in rows])
 
-    def keep_environment(self, facts: dict | None = None) -> str:
+    def keep_environment(self, environment: dict | None = None) -> str:
         """Keep an environment, by default this process's; returns its name."""
-        return write_environment(self.folder / "environments", facts)
+        return write_environment(self.folder / "environments", environment)
 
-    def done(self) -> set[str]:
+    def finished_keys(self) -> set[str]:
         """Keys of the rows that are there as ok or skipped."""
         if not self.records.exists():
             return set()
@@ -83,11 +89,11 @@ class Run:
         return load_records(self.records)
 
 
-def _refuse_others(folder: Path) -> None:
-    taken = [name for name in TAKEN if (folder / name).exists()]
-    if taken and not any((folder / name).exists() for name in MARKS):
+def _check_results_folder(folder: Path) -> None:
+    conflicts = [name for name in RESERVED_NAMES if (folder / name).exists()]
+    if conflicts and not any((folder / name).exists() for name in RESULTS_MARKERS):
         raise InputError(
-            f"{str(folder)!r} holds {taken[0]!r} and no results, so it is left alone; give a new folder or one of results"
+            f"{str(folder)!r} holds {conflicts[0]!r} and no results, so it is left alone; give a new folder or one of results"
         )
 
 
@@ -109,7 +115,7 @@ def device_name(backend: str = "") -> str:
 
 
 @functools.cache
-def environment() -> dict:
+def current_environment() -> dict:
     """Machine and versions; no host name, user or path."""
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -132,14 +138,14 @@ def environment() -> dict:
     }
 
 
-def write_environment(folder: Path, facts: dict | None = None) -> str:
-    """Keep the environment, this process's or another device's `facts`, as `folder`/<id>.json; returns the id, its hash."""
-    facts = environment() if facts is None else facts
-    name = digest(facts, 12)
+def write_environment(folder: Path, environment: dict | None = None) -> str:
+    """Keep the environment, this process's or another device's `environment`, as `folder`/<id>.json; returns the id, its hash."""
+    environment = current_environment() if environment is None else environment
+    name = digest(environment, 12)
     target = folder / f"{name}.json"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(target, json.dumps(facts, indent=1) + "\n")
+        write_text(target, json.dumps(environment, indent=1) + "\n")
     return name
 
 
@@ -158,11 +164,13 @@ def commit_of(package: Path) -> str:
     checkout = package.parent
     if not (checkout / ".git").exists() or _project(checkout) != package.name:
         return f"version {__version__}"
-    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    clean_environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(checkout), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=own).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10, env=clean_environment
+        ).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", "--", str(package / "__init__.py"))

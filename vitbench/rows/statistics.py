@@ -28,7 +28,7 @@ def unpack_hits(text: str, count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedComparison:
     """Two models on the same images: by how much the first's mean is above the second's, its 95 % interval, and p."""
 
     difference: float
@@ -37,7 +37,7 @@ class Paired:
     p: float
 
 
-def paired(first: np.ndarray, second: np.ndarray) -> Paired:
+def compare_hits(first: np.ndarray, second: np.ndarray) -> PairedComparison:
     """Compare the right and wrong answers of two models, image by image.
 
     The difference is a fraction of the images, its interval normal, from the discordant pairs; p is that of the exact
@@ -47,14 +47,18 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
 
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} answers: they are not to the same images")
-    gained, lost, count = int((first & ~second).sum()), int((~first & second).sum()), len(first)
-    difference = (gained - lost) / count
-    spread = norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(max(gained + lost - (gained - lost) ** 2 / count, 0)) / count
-    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return Paired(difference, difference - spread, difference + spread, float(p))
+    only_first, only_second, count = int((first & ~second).sum()), int((~first & second).sum()), len(first)
+    difference = (only_first - only_second) / count
+    half_width = (
+        norm.ppf((1 + CONFIDENCE) / 2)
+        * np.sqrt(max(only_first + only_second - (only_first - only_second) ** 2 / count, 0))
+        / count
+    )
+    p = binomtest(only_first, only_first + only_second).pvalue if only_first + only_second else 1.0
+    return PairedComparison(difference, difference - half_width, difference + half_width, float(p))
 
 
-def paired_means(first: Sequence[float], second: Sequence[float]) -> Paired:
+def compare_means(first: Sequence[float], second: Sequence[float]) -> PairedComparison:
     """Compare two models' values on the same images, cross-entropies say, by the paired t test."""
     from scipy.stats import ttest_rel
 
@@ -62,10 +66,12 @@ def paired_means(first: Sequence[float], second: Sequence[float]) -> Paired:
         raise ValueError(f"{len(first)} and {len(second)} values: they are not of the same images")
     test = ttest_rel(first, second)
     interval = test.confidence_interval(CONFIDENCE)
-    return Paired(float(np.mean(first) - np.mean(second)), *map(float, interval), float(test.pvalue))
+    return PairedComparison(float(np.mean(first) - np.mean(second)), *map(float, interval), float(test.pvalue))
 
 
-def quiet_ratio(a: Sequence[float], b: Sequence[float], starts: int = 1, seed: int = 0) -> tuple[float, float, float]:
+def quiet_latency_ratio(
+    a: Sequence[float], b: Sequence[float], starts: int = 1, seed: int = 0
+) -> tuple[float, float, float]:
     """The median of a[i] / b[i] over the quarter of the rounds in which the machine was least disturbed, and its 95 % bootstrap interval.
 
     a[i] and b[i] are timings of one round, taken in turn. What else runs on a machine slows one model more than another, for minutes
@@ -80,20 +86,20 @@ def quiet_ratio(a: Sequence[float], b: Sequence[float], starts: int = 1, seed: i
     from scipy.stats import bootstrap
 
     a, b = np.asarray(a, float), np.asarray(b, float)
-    ratios, load = a / b, a / np.median(a) + b / np.median(b)
-    parts = np.arange(len(a)).reshape(starts if starts > 1 else len(a), -1)
-    quiet = min(len(a), max(QUIET_ROUNDS, len(a) // 4))
+    ratios, disturbance = a / b, a / np.median(a) + b / np.median(b)
+    rounds_by_start = np.arange(len(a)).reshape(starts if starts > 1 else len(a), -1)
+    quiet_count = min(len(a), max(QUIET_ROUNDS, len(a) // 4))
 
     def median(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-        rounds = parts[drawn].reshape(*drawn.shape[:-1], -1)
-        least = np.argsort(load[rounds], axis=-1, kind="stable")[..., :quiet]
-        return np.median(np.take_along_axis(ratios[rounds], least, -1), axis=-1)
+        rounds = rounds_by_start[drawn].reshape(*drawn.shape[:-1], -1)
+        quietest = np.argsort(disturbance[rounds], axis=-1, kind="stable")[..., :quiet_count]
+        return np.median(np.take_along_axis(ratios[rounds], quietest, -1), axis=-1)
 
-    every = np.arange(len(parts))
+    all_starts = np.arange(len(rounds_by_start))
     interval = bootstrap(
-        (every,), median, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=seed
+        (all_starts,), median, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=seed
     ).confidence_interval
-    return float(median(every)), float(interval.low), float(interval.high)
+    return float(median(all_starts)), float(interval.low), float(interval.high)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:

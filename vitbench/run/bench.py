@@ -51,23 +51,23 @@ class Bench:
 
     @property
     def rows(self) -> pd.DataFrame:
-        """The baseline's rows and those of what was made of it, with their labels (see `comparison.subject`)."""
-        return comparison_table.subject(self.run.rows())
+        """The baseline's rows and those of what was made of it, with their labels (see `comparison_table.experiment_rows`)."""
+        return comparison_table.experiment_rows(self.run.rows())
 
-    def value(
+    def find_row(
         self, label: str, metric: str, batch: int | None = None, backend: str = comparison_table.EAGER
     ) -> pd.Series | None:
         """The row of a metric (see `comparison.value`), or None."""
-        return comparison_table.value(self.rows, label, metric, batch, backend)
+        return comparison_table.find_row(self.rows, label, metric, batch, backend)
 
-    def percent(self, label: str, backend: str = comparison_table.EAGER) -> str:
+    def top1_text(self, label: str, backend: str = comparison_table.EAGER) -> str:
         """Top-1 in per cent with its 95 % interval."""
-        return comparison_table.percent(self.rows, label, backend)
+        return comparison_table.top1_text(self.rows, label, backend)
 
-    def points(self, first: str, second: str) -> str:
+    def top1_difference_text(self, first: str, second: str) -> str:
         """By how many points of top-1 the first is better than the second, on the same images, with 95 % interval and p."""
-        return comparison_table.points(self.rows, first, second)
+        return comparison_table.top1_difference_text(self.rows, first, second)
 
-    def nats(self, first: str, second: str) -> str:
+    def loss_difference_text(self, first: str, second: str) -> str:
         """By how many nats the first's cross-entropy is above the second's, on the same images, likewise."""
-        return comparison_table.nats(self.rows, first, second)
+        return comparison_table.loss_difference_text(self.rows, first, second)

@@ -27,7 +27,7 @@ from vitbench.measurement.cost import count_macs, model_row_fields
 from vitbench.methods.registry import METHODS, compress, make_config
 from vitbench.model import artifact
 from vitbench.rows.records import Row
-from vitbench.rows.statistics import quiet_ratio
+from vitbench.rows.statistics import quiet_latency_ratio
 from vitbench.training.config import TrainConfig
 from vitbench.training.loop import evaluate, pick_device
 
@@ -304,6 +304,6 @@ def counter(cost: str, base: Path, batch: int = 1, threads: int = 2, rounds: int
 
     def latency(path: Path) -> float:
         ((own, other),) = timing.compare_latency([(str(path), "eager"), (str(base), "eager")], [batch], threads, rounds)
-        return quiet_ratio(own.times, other.times)[0]
+        return quiet_latency_ratio(own.times, other.times)[0]
 
     return latency
