@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,9 +26,9 @@ COSTS = {  # cost -> what the title calls it, the axis label, and the scale of t
     "macs": ("work", "multiply-accumulates for one image (M)", 1 / MEGA),
     "energy": ("energy", "energy for one image (J)", 1.0),
 }
-Place = tuple[float, float]
-Stroke = tuple[float, float, float, float]  # x0, y0, x1, y1
-FEW = 8  # so many points have their names beside them; of more, only those that matter most
+Position = tuple[float, float]
+Segment = tuple[float, float, float, float]  # x0, y0, x1, y1
+MAX_NAMED_POINTS = 8  # of more points, only the baseline and the Pareto front are named
 
 
 class Point(NamedTuple):
@@ -56,71 +56,75 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
 
     Returns the figure and the rows that it shows.
     """
-    word, label, _ = COSTS[one_of("cost", cost, COSTS)]
+    cost_name, label, _ = COSTS[one_of("cost", cost, COSTS)]
     rows = experiment_rows(rows)
-    points, shown = _points(rows, cost, batch)
+    points, figure_rows = _points(rows, cost, batch)
     if not points:
         raise InputError(
-            f"no model has both an accuracy and {'an' if word[0] in 'aeiou' else 'a'} {word} among these rows; measure both first"
+            f"no model has both an accuracy and {'an' if cost_name[0] in 'aeiou' else 'a'} {cost_name} among these rows; measure both first"
         )
-    front = [points[place] for place in pareto_front([point.x for point in points], [point.y for point in points])]
+    front = [points[index] for index in pareto_front([point.x for point in points], [point.y for point in points])]
     best = list(dict.fromkeys([*(point for point in points if point.name == "baseline"), *front]))
-    named = best if len(points) > FEW else list(dict.fromkeys([*best, *points]))
+    named = best if len(points) > MAX_NAMED_POINTS else list(dict.fromkeys([*best, *points]))
     families = list(dict.fromkeys(point.family for point in points))
-    columns = math.ceil(len(families) / 20) if len(points) > FEW else 0
+    columns = math.ceil(len(families) / 20) if len(points) > MAX_NAMED_POINTS else 0
     with style():
         figure, axes = plt.subplots(figsize=(6.6 + 1.9 * columns, 4.6))
-        floor = _limits(axes, points, best)
+        floor = _set_limits(axes, points, best)
         for point in points:
             _draw_point(axes, point, look(point.family, families), point in named, floor)
         edge = (axes.get_xlim()[1], front[-1].y)  # to the right, nothing better was found
         ends = [*((point.x, point.y) for point in front), edge]
         axes.plot(*zip(*ends, strict=True), color="#777777", lw=1, ls="--", zorder=1, drawstyle="steps-post")
         axes.set(xlabel=label.format(batch=batch), ylabel="top-1 on test images (%)")
-        axes.set_title(heading(rows, f"accuracy against {word}"))
+        axes.set_title(heading(rows, f"accuracy against {cost_name}"))
         if columns:
             marks = [Line2D([], [], ls="", label=wrapped(name, 26), **look(name, families)) for name in families]
             figure.legend(handles=marks, loc="outside right upper", ncols=columns, fontsize=SMALL)
-        had = dict.fromkeys(row["source"].split(":")[0] for row in shown if row["metric"] == "energy")
-        how = f"; energy {' and '.join(had)}" if had else ""
-        note(figure, f"bars: 95 % intervals; dashed: Pareto front; left and up is better{how}" + _below(points, floor))
+        energy_sources = dict.fromkeys(row["source"].split(":")[0] for row in figure_rows if row["metric"] == "energy")
+        energy_note = f"; energy {' and '.join(energy_sources)}" if energy_sources else ""
+        note(
+            figure,
+            f"bars: 95 % intervals; dashed: Pareto front; left and up is better{energy_note}" + _below(points, floor),
+        )
         bars = [bar for point in named for bar in _bars(point)]
-        steps = [stroke for (a, b), (c, d) in pairwise(ends) for stroke in ((a, b, c, b), (c, b, c, d))]
-        places = {point.name: (point.x, max(point.y, floor)) for point in (*named, *points)}
-        _name_points(axes, {point.name: places[point.name] for point in named}, places.values(), [*bars, *steps])
-    return figure, pd.DataFrame(shown)
+        steps = [segment for (a, b), (c, d) in pairwise(ends) for segment in ((a, b, c, b), (c, b, c, d))]
+        positions = {point.name: (point.x, max(point.y, floor)) for point in (*named, *points)}
+        _name_points(axes, {point.name: positions[point.name] for point in named}, positions.values(), [*bars, *steps])
+    return figure, pd.DataFrame(figure_rows)
 
 
 def _points(rows: pd.DataFrame, cost: str, batch: int) -> tuple[list[Point], list[pd.Series]]:
     """The methods with both numbers, and the rows behind them."""
     points, used, scale = [], [], COSTS[cost][2]
     for method in timed_labels(rows):
-        gain, price = (
-            find_row(rows, method, "top1"),
-            find_row(rows, method, cost, batch if cost == "latency_ratio" else None),
-        )
-        if gain is None or (price is None and not (cost == "latency_ratio" and method == "baseline")):
+        top1_row = find_row(rows, method, "top1")
+        cost_row = find_row(rows, method, cost, batch if cost == "latency_ratio" else None)
+        if top1_row is None or (cost_row is None and not (cost == "latency_ratio" and method == "baseline")):
             continue
-        x, *ends = (1.0, None, None) if price is None else (price["value"] * scale, price["low"], price["high"])
-        left, right = (x if pd.isna(end) else end for end in ends)
-        low, high = (gain["value"] if pd.isna(gain[end]) else gain[end] for end in ("low", "high"))
-        points.append(Point(method, x, left, right, 100 * gain["value"], 100 * low, 100 * high))
-        used += [row for row in (gain, price) if row is not None]
+        x = left = right = 1.0  # the baseline's ratio to itself, which has no row
+        if cost_row is not None:
+            x = cost_row["value"] * scale
+            left, right = (x if pd.isna(cost_row[end]) else cost_row[end] for end in ("low", "high"))
+        top1 = top1_row["value"]
+        low, high = (top1 if pd.isna(top1_row[end]) else top1_row[end] for end in ("low", "high"))
+        points.append(Point(method, x, left, right, 100 * top1, 100 * low, 100 * high))
+        used += [row for row in (top1_row, cost_row) if row is not None]
     return points, used
 
 
-def _limits(axes: Axes, points: list[Point], best: list[Point]) -> float:
+def _set_limits(axes: Axes, points: list[Point], best: list[Point]) -> float:
     """Set the axes' limits, and return where those stand that are too far below the best for them: on a strip below.
 
     The baseline and the front have at least a fourth of the axis: a method that failed must not press them together.
     """
-    top, least = max(point.high for point in points), min(point.low for point in best)
-    inside = [point for point in points if point.y >= least - 3 * (top - least)]
-    bottom = min(point.low for point in inside)
+    top, lowest_best = max(point.high for point in points), min(point.low for point in best)
+    points_in_range = [point for point in points if point.y >= lowest_best - 3 * (top - lowest_best)]
+    bottom = min(point.low for point in points_in_range)
     margin = 0.04 * (top - bottom)
     axes.set_xlim(0, 1.1 * max(point.right for point in points))
     axes.set_ylim(bottom - margin, top + margin)
-    if len(inside) < len(points):
+    if len(points_in_range) < len(points):
         axes.set_yticks([tick for tick in axes.get_yticks() if bottom - margin <= tick <= top + margin])
         axes.set_ylim(bottom - 3 * margin, top + margin)
         axes.axhspan(bottom - 3 * margin, bottom - margin, color="#EEEEEE", zorder=0)
@@ -129,39 +133,43 @@ def _limits(axes: Axes, points: list[Point], best: list[Point]) -> float:
 
 def _below(points: list[Point], floor: float) -> str:
     """What the note says of the points on the strip."""
-    sunk = [point.y for point in points if point.y < floor]
-    ends = dict.fromkeys(f"{end:.1f}" for end in (min(sunk), max(sunk))) if sunk else ()
-    return f"\ngrey strip: points further down, at {' to '.join(ends)} %" if sunk else ""
+    off_axis = [point.y for point in points if point.y < floor]
+    ends = dict.fromkeys(f"{end:.1f}" for end in (min(off_axis), max(off_axis))) if off_axis else ()
+    return f"\ngrey strip: points further down, at {' to '.join(ends)} %" if off_axis else ""
 
 
-def _draw_point(axes: Axes, point: Point, kind: dict[str, str], named: bool, floor: float) -> None:
+def _draw_point(axes: Axes, point: Point, mark_style: dict[str, Any], named: bool, floor: float) -> None:
     for x0, y0, x1, y1 in _bars(point) if point.y > floor else ():
-        colour, width = (kind["color"], 1.4) if named else ("#CCCCCC", 0.7)
+        colour, width = (mark_style["color"], 1.4) if named else ("#CCCCCC", 0.7)
         axes.plot([x0, x1], [y0, y1], color=colour, lw=width, zorder=2 + named)
-    strength = {"ms": 8, "alpha": 1, "zorder": 3.5} if named else {"ms": 6, "alpha": 0.55, "zorder": 2.5}
-    axes.plot(point.x, max(point.y, floor), ls="", **kind, **strength)
+    emphasis: dict[str, Any] = (
+        {"ms": 8, "alpha": 1, "zorder": 3.5} if named else {"ms": 6, "alpha": 0.55, "zorder": 2.5}
+    )
+    axes.plot(point.x, max(point.y, floor), ls="", **mark_style, **emphasis)
 
 
-def _bars(point: Point) -> list[Stroke]:
+def _bars(point: Point) -> list[Segment]:
     """The two intervals."""
     return [(point.x, point.low, point.x, point.high), (point.left, point.y, point.right, point.y)]
 
 
-def _name_points(axes: Axes, names: Mapping[str, Place], marks: Iterable[Place], strokes: list[Stroke]) -> None:
+def _name_points(axes: Axes, names: Mapping[str, Position], marks: Iterable[Position], segments: list[Segment]) -> None:
     """Write each name as near its point as it covers no mark and no other name; a thin line leads to one further off.
 
-    It stays off the strokes too, where that costs little distance. A name for which no room is left
+    It stays off the segments too, where that costs little distance. A name for which no room is left
     nearby is not written. Comes after all else in the figure, since the layout moves the axes.
     """
-    axes.figure.draw_without_rendering()
-    to_pixels, frame, dot = axes.transData.transform, axes.get_window_extent(), axes.figure.dpi / 72
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    to_pixels, frame, dot = axes.transData.transform, axes.get_window_extent(), figure.dpi / 72
     reach = 6 * dot
     taken = [np.concatenate([centre - reach, centre + reach]) for centre in to_pixels(list(marks))]
-    lines = np.sort(to_pixels(np.array(strokes).reshape(-1, 2)).reshape(-1, 2, 2), axis=1).reshape(-1, 4)
-    for name, place in names.items():
+    lines = np.sort(to_pixels(np.array(segments).reshape(-1, 2)).reshape(-1, 2, 2), axis=1).reshape(-1, 4)
+    for name, position in names.items():
         text = axes.annotate(
             wrapped(name, 26),
-            place,
+            position,
             xytext=(0, 0),
             textcoords="offset points",
             va="bottom",
@@ -170,7 +178,7 @@ def _name_points(axes: Axes, names: Mapping[str, Place], marks: Iterable[Place],
             bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1},
             zorder=5,
         )
-        centre, size = to_pixels(place), np.array(text.get_window_extent().size) + 8 * dot
+        centre, size = to_pixels(position), np.array(text.get_window_extent().size) + 8 * dot
         boxes = _boxes(frame, size, 3 * dot)
         gap = np.linalg.norm(np.maximum(0, np.maximum(boxes[:, :2] - centre, centre - boxes[:, 2:])), axis=1)
         free = (gap < 60 * dot) & (_overlaps(boxes, np.array(taken)) == 0)
@@ -182,6 +190,7 @@ def _name_points(axes: Axes, names: Mapping[str, Place], marks: Iterable[Place],
         best = np.argmin(gap + 0.1 * off_centre + 40 * dot * _overlaps(boxes, lines))
         taken.append(boxes[best])
         text.set_position((boxes[best, :2] + 4 * dot - centre) / dot)
+        assert text.arrow_patch is not None  # since `arrowprops` was given
         text.arrow_patch.set_visible(bool(gap[best] > 2 * reach))
 
 
@@ -192,16 +201,16 @@ def _boxes(frame: Bbox, size: np.ndarray, step: float) -> np.ndarray:
     return np.concatenate([corners, corners + size], axis=1)
 
 
-def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """With how many of the others each box overlaps."""
-    apart = (boxes[:, None, :2] > others[None, :, 2:]) | (boxes[:, None, 2:] < others[None, :, :2])
-    return (~apart.any(-1)).sum(1)
+def _overlaps(boxes: np.ndarray, other_boxes: np.ndarray) -> np.ndarray:
+    """How many of the other boxes each box overlaps, (boxes,)."""
+    is_disjoint = (boxes[:, None, :2] > other_boxes[None, :, 2:]) | (boxes[:, None, 2:] < other_boxes[None, :, :2])
+    return (~is_disjoint.any(-1)).sum(1)
 
 
 COLUMNS = 4
 TICKS = [digit * 10**power for power in range(-2, 6) for digit in (1, 2, 5)]
-SEEN = {"ls": "", "marker": "o", "ms": 3.5, "color": COLOURS[3], "elinewidth": 1, "zorder": 3}
-SUNK = {"ls": "", "marker": "v", "ms": 4, "color": COLOURS[1], "zorder": 3}
+POINT_STYLE: dict[str, Any] = {"ls": "", "marker": "o", "ms": 3.5, "color": COLOURS[3], "elinewidth": 1, "zorder": 3}
+OFF_AXIS_STYLE: dict[str, Any] = {"ls": "", "marker": "v", "ms": 4, "color": COLOURS[1], "zorder": 3}
 
 
 def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
@@ -211,7 +220,7 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
 
     Returns the figure and the rows that it shows.
     """
-    word, label, scale = COSTS[one_of("cost", cost, ("bytes", "macs"))]
+    cost_name, label, scale = COSTS[one_of("cost", cost, ("bytes", "macs"))]
     rows = experiment_rows(rows)
     models, base = models_with_cost(rows, cost), find_row(rows, "baseline", cost)
     families = [family for family in dict.fromkeys(models["family"]) if family != "baseline"]
@@ -249,7 +258,7 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
         panels[0, 0].xaxis.set_minor_locator(NullLocator())
         for axes in panels[:, 0]:
             axes.set_ylabel("top-1 (%)", fontsize=SMALL)
-        figure.suptitle(heading(rows, f"accuracy against {word}, method by method"), x=0.01, ha="left")
+        figure.suptitle(heading(rows, f"accuracy against {cost_name}, method by method"), x=0.01, ha="left")
         shares = ", ".join(f"1/{1 / share:.0f}" for share in SHARES)
         marks = (
             "grey: all models, their front, and the baseline's accuracy; bars: 95 % intervals; triangles: further down"
@@ -258,11 +267,11 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
     return figure, pd.DataFrame([row for column in ("top1", "cost") for row in models[column]])
 
 
-def _panel(axes: Axes, own: pd.DataFrame, bottom: float) -> None:
+def _panel(axes: Axes, points: pd.DataFrame, bottom: float) -> None:
     """One method's points with their intervals, those that are too low at the edge, and its front."""
-    seen, sunk = own[own["value"] > bottom], own[own["value"] <= bottom]
-    spread = [(seen["value"] - seen["low"]).clip(lower=0), (seen["high"] - seen["value"]).clip(lower=0)]
-    axes.errorbar(seen["x"], seen["value"], spread, **SEEN)
-    axes.plot(sunk["x"], np.full(len(sunk), bottom), **SUNK)
-    best = own.iloc[pareto_front(own["x"], own["value"])]
+    visible, off_axis = points[points["value"] > bottom], points[points["value"] <= bottom]
+    error_bars = [(visible["value"] - visible["low"]).clip(lower=0), (visible["high"] - visible["value"]).clip(lower=0)]
+    axes.errorbar(visible["x"], visible["value"], error_bars, **POINT_STYLE)
+    axes.plot(off_axis["x"], np.full(len(off_axis), bottom), **OFF_AXIS_STYLE)
+    best = points.iloc[pareto_front(points["x"], points["value"])]
     axes.step(best["x"], best["value"].clip(lower=bottom), where="post", color=COLOURS[3], lw=1.2, zorder=2)

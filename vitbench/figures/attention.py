@@ -5,10 +5,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, style
-from vitbench.rows.comparison_table import experiment_rows, find_row
+from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, require_row, style
+from vitbench.rows.comparison_table import experiment_rows
 
 TITLES = {"attention": "one attention layer", "model": "the whole model, {depth} block{s}"}
 
@@ -89,19 +90,27 @@ def against_tokens(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return figure, rows
 
 
-def _panel(axes: plt.Axes, rows: pd.DataFrame, part: str) -> None:
-    macs, times, found = curves(rows, "macs", part), curves(rows, "latency_ratio", part), crossings(rows, part)
+def _panel(axes: Axes, rows: pd.DataFrame, part: str) -> None:
+    macs, times, break_evens = curves(rows, "macs", part), curves(rows, "latency_ratio", part), crossings(rows, part)
     full = macs["full attention"].set_index("tokens")["value"]
     axes.axhline(1, color="black", lw=1)
-    for place, name in enumerate(found, 1):
-        own, kind = times[name], {"color": COLOURS[place % len(COLOURS)]}
-        reach = [own["value"] - own["low"], own["high"] - own["value"]]
+    for index, name in enumerate(break_evens, 1):
+        variant_rows = times[name]
+        line_style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)]}
+        error_bars = [variant_rows["value"] - variant_rows["low"], variant_rows["high"] - variant_rows["value"]]
         axes.errorbar(
-            own["tokens"], own["value"], yerr=reach, capsize=2, ms=4, marker=MARKERS[place], label=name, **kind
+            variant_rows["tokens"],
+            variant_rows["value"],
+            yerr=error_bars,
+            capsize=2,
+            ms=4,
+            marker=MARKERS[index],
+            label=name,
+            **line_style,
         )
-        axes.plot(macs[name]["tokens"], macs[name]["value"] / macs[name]["tokens"].map(full), ls=":", **kind)
-        if np.isfinite(found[name][1]) and found[name][1] > own["tokens"].iloc[0]:
-            axes.plot(found[name][1], 1, marker="o", ms=11, mfc="none", **kind)
+        axes.plot(macs[name]["tokens"], macs[name]["value"] / macs[name]["tokens"].map(full), ls=":", **line_style)
+        if np.isfinite(break_evens[name][1]) and break_evens[name][1] > variant_rows["tokens"].iloc[0]:
+            axes.plot(break_evens[name][1], 1, marker="o", ms=11, mfc="none", **line_style)
     ticks = list(full.index)
     axes.set(xscale="log", yscale="log", xlabel="tokens")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -113,34 +122,43 @@ def _panel(axes: plt.Axes, rows: pd.DataFrame, part: str) -> None:
 
 
 def speed_for_accuracy(
-    rows: pd.DataFrame, named: dict[str, dict[int, str]], what: str, batches: tuple[int, ...] = (1, 8)
+    rows: pd.DataFrame, names: dict[str, dict[int, str]], what: str, batches: tuple[int, ...] = (1, 8)
 ) -> tuple[Figure, pd.DataFrame]:
-    """Accuracy against the time over the baseline's, a panel a batch size; `named`: family -> r -> the model's label."""
-    rows, shown = experiment_rows(rows), []
+    """Accuracy against the time over the baseline's, a panel a batch size; `names`: family -> r -> the model's label."""
+    rows, figure_rows = experiment_rows(rows), []
     with style():
         figure, panels = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4), sharey=True, squeeze=False)
         for axes, batch in zip(panels[0], batches, strict=True):
-            for place, (family, labels) in enumerate(named.items(), 1):
-                top1 = [find_row(rows, label, "top1") for label in labels.values()]
-                time = [find_row(rows, label, "latency_ratio", batch) for label in labels.values()]
-                x, y = [row["value"] for row in time], [100 * row["value"] for row in top1]
-                spread = {"xerr": _reach(time), "yerr": 100 * _reach(top1), "capsize": 2, "elinewidth": 0.7}
-                colour = COLOURS[2 * place - 1]
-                axes.errorbar(x, y, **spread, color=colour, marker=MARKERS[place], label=family)
-                beside = {"xytext": (-6, 5), "ha": "right"} if place == 1 else {"xytext": (6, -13)}
+            for index, (family, labels) in enumerate(names.items(), 1):
+                top1 = [require_row(rows, label, "top1") for label in labels.values()]
+                times = [require_row(rows, label, "latency_ratio", batch) for label in labels.values()]
+                x, y = [row["value"] for row in times], [100 * row["value"] for row in top1]
+                spread: dict[str, Any] = {
+                    "xerr": _error_bars(times),
+                    "yerr": 100 * _error_bars(top1),
+                    "capsize": 2,
+                    "elinewidth": 0.7,
+                }
+                colour = COLOURS[2 * index - 1]
+                axes.errorbar(x, y, **spread, color=colour, marker=MARKERS[index], label=family)
+                text_position: dict[str, Any] = (
+                    {"xytext": (-6, 5), "ha": "right"} if index == 1 else {"xytext": (6, -13)}
+                )
                 for r, *point in zip(labels, x, y, strict=True):
-                    if r or place == 1:  # no pairs are the same model in every family
-                        axes.annotate(f"r = {r}", point, textcoords="offset points", fontsize=8, color=colour, **beside)
-                shown += top1 + time
+                    if r or index == 1:  # no pairs are the same model in every family
+                        axes.annotate(
+                            f"r = {r}", point, textcoords="offset points", fontsize=8, color=colour, **text_position
+                        )
+                figure_rows += top1 + times
             axes.axvline(1, color="black", lw=0.8, ls=":")
             axes.set_xlabel(f"median time over the baseline's, batch {batch}")
         panels[0, 0].set_ylabel("top-1 (%)")
         panels[0, 0].set_title(heading(rows, what))
         panels[0, -1].legend(fontsize=8, loc="lower right")
         note(figure, "bars: 95 % intervals; left and up is better")
-    return figure, pd.DataFrame(shown).drop_duplicates("key")
+    return figure, pd.DataFrame(figure_rows).drop_duplicates("key")
 
 
-def _reach(rows: list[pd.Series]) -> np.ndarray:
+def _error_bars(rows: list[pd.Series]) -> np.ndarray:
     """How far the intervals of rows reach below and above, (2, rows)."""
     return np.array([[abs(row[end] - row["value"]) for row in rows] for end in ("low", "high")])

@@ -73,7 +73,7 @@ def draw(name: str, rows: pd.DataFrame, out: str | Path, *, batch: int = 1, look
         raise InputError(
             f"the rows of the figure go into {str(beside)!r}, where another table lies; give --out another name"
         )
-    with drawing.restyled(look):
+    with drawing.user_style(look):
         figure, shown = GALLERY[name][1](rows, batch)
         drawing.save_figure(
             figure, writable_folder(out.parent, "figures folder"), out.stem, shown, kinds=[out.suffix[1:]]

@@ -1,11 +1,13 @@
 """Figures that look into one model or one family of settings; like all figures, from rows alone."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, style
+from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, require_row, style
 from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
 
 PARTS = {  # what the bytes of a saved model hold -> colour
@@ -19,95 +21,100 @@ ERRORS = {  # metric of each layer -> axis and title
     "weight_error": ("||W' - W|| / ||W|| (%)", "error of the weights, layer by layer"),
     "output_error": ("error of outputs (% of variance)", "error of the layers' outputs"),
 }
-Drawn = tuple[Figure, pd.DataFrame]
+FigureAndRows = tuple[Figure, pd.DataFrame]
 
 
-def training_curves(rows: pd.DataFrame, named: dict[str, str] | None = None) -> Drawn:
-    """Loss on the training images and accuracy on the val split, step by step; `named`: label -> name in the legend."""
-    rows, named = experiment_rows(rows), named or {"baseline": "baseline"}
+def training_curves(rows: pd.DataFrame, names: dict[str, str] | None = None) -> FigureAndRows:
+    """Loss on the training images and accuracy on the val split, step by step; `names`: label -> name in the legend."""
+    rows, names = experiment_rows(rows), names or {"baseline": "baseline"}
     metrics = [metric for metric in ("train_loss", "val_top1") if (rows["metric"] == metric).any()]
-    shown = []
+    figure_rows = []
     with style():
         figure, panels = plt.subplots(1, max(1, len(metrics)), figsize=(8.2, 3.3), squeeze=False)
         for axes, metric in zip(panels[0], metrics, strict=False):
             percent = metric == "val_top1"
-            for place, (label, name) in enumerate(named.items()):
+            for index, (label, name) in enumerate(names.items()):
                 row = find_row(rows, label, metric)
                 if row is None:
                     continue
                 curve = np.array(row["samples"]) * (100 if percent else 1)
                 steps = row["context"].get("steps_per_epoch", 1) * np.arange(1, len(curve) + 1)
-                kind = {"color": COLOURS[(3, 1, 5, 4)[place % 4]], "ls": ("-", "--", ":", "-.")[place % 4]}
-                axes.plot(steps, curve, **kind, marker="." if len(curve) < 30 else "", label=name)
-                if len(named) == 1:
-                    end, place = (steps[-1], curve[-1]), {"xytext": (-6, 8), "textcoords": "offset points"}
-                    axes.annotate(f"{curve[-1]:.3g}", end, **place, ha="right")
-                shown.append(row)
+                line_style: dict[str, Any] = {
+                    "color": COLOURS[(3, 1, 5, 4)[index % 4]],
+                    "ls": ("-", "--", ":", "-.")[index % 4],
+                }
+                axes.plot(steps, curve, **line_style, marker="." if len(curve) < 30 else "", label=name)
+                if len(names) == 1:
+                    end = (steps[-1], curve[-1])
+                    axes.annotate(f"{end[1]:.3g}", end, xytext=(-6, 8), textcoords="offset points", ha="right")
+                figure_rows.append(row)
             axes.set(xlabel="optimiser step", ylabel="top-1 on val images (%)" if percent else "training loss (nats)")
-        if len(named) > 1:
+        if len(names) > 1:
             panels[0][-1].legend(fontsize=8)
         panels[0][0].set_title(heading(rows, "training"))
-    return figure, pd.DataFrame(shown)
+    return figure, pd.DataFrame(figure_rows)
 
 
-def parts(rows: pd.DataFrame, named: dict[str, str]) -> Drawn:
-    """What the bytes on disk hold, one bar a model; `named`: label -> name."""
+def parts(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
+    """What the bytes on disk hold, one bar a model; `names`: label -> name."""
     rows = experiment_rows(rows)
-    shown = rows[(rows["metric"] == "part_bytes") & rows["label"].isin(named)]
-    held = shown["context"].map(lambda context: context["part"])
+    figure_rows = rows[(rows["metric"] == "part_bytes") & rows["label"].isin(names)]
+    parts_held = figure_rows["context"].map(lambda context: context["part"])
     with style():
-        figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.5 * len(named)))
-        for place, label in enumerate(named):
-            left = 0.0
+        figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.5 * len(names)))
+        for index, label in enumerate(names):
+            bar_start = 0.0
             for part, colour in PARTS.items():
-                width = shown["value"][(shown["label"] == label) & (held == part)].sum() / MEGA
-                axes.barh(place, width, left=left, color=colour, edgecolor="white", label=None if place else part)
-                left += width
-            axes.annotate(f"{left:.3g} MB", (left, place), xytext=(4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(named)), named.values())
+                width = figure_rows["value"][(figure_rows["label"] == label) & (parts_held == part)].sum() / MEGA
+                axes.barh(index, width, left=bar_start, color=colour, edgecolor="white", label=None if index else part)
+                bar_start += width
+            axes.annotate(
+                f"{bar_start:.3g} MB", (bar_start, index), xytext=(4, 0), textcoords="offset points", va="center"
+            )
+        axes.set_yticks(range(len(names)), names.values())
         axes.margins(x=0.15)
         axes.set(xlabel="size on disk (MB)", title=heading(rows, "what the bytes hold"))
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.32))
-    return figure, shown
+    return figure, figure_rows
 
 
 def layer_errors(
-    rows: pd.DataFrame, named: dict[str, str], metric: str = "weight_error", scale: str = "linear"
-) -> Drawn:
-    """An error of each layer, one line a model; `named`: label -> name in the legend; `metric`: one of `ERRORS`."""
-    rows, shown = experiment_rows(rows), []
+    rows: pd.DataFrame, names: dict[str, str], metric: str = "weight_error", scale: str = "linear"
+) -> FigureAndRows:
+    """An error of each layer, one line a model; `names`: label -> name in the legend; `metric`: one of `ERRORS`."""
+    rows, figure_rows = experiment_rows(rows), []
     axis, title = ERRORS[metric]
     with style():
         figure, axes = plt.subplots(figsize=(8.2, 3.4))
-        for place, (label, name) in enumerate(named.items()):
+        for index, (label, name) in enumerate(names.items()):
             row = find_row(rows, label, metric)
             if row is None:
                 continue
             layers, errors = _by_depth(row)
-            kind = {
-                "marker": MARKERS[place],
-                "color": COLOURS[(3, 1, 5, 4)[place % 4]],
-                "ls": ("-", "--", ":", "-.")[place % 4],
+            line_style: dict[str, Any] = {
+                "marker": MARKERS[index],
+                "color": COLOURS[(3, 1, 5, 4)[index % 4]],
+                "ls": ("-", "--", ":", "-.")[index % 4],
             }
-            axes.plot([layer.removeprefix("blocks.") for layer in layers], 100 * errors, **kind, ms=5, label=name)
-            shown.append(row)
-        axes.tick_params(axis="x", rotation=90, labelsize=7 if len(shown) and len(layers) > 24 else 8)
+            axes.plot([layer.removeprefix("blocks.") for layer in layers], 100 * errors, **line_style, ms=5, label=name)
+            figure_rows.append(row)
+        axes.tick_params(axis="x", rotation=90, labelsize=7 if len(figure_rows) and len(layers) > 24 else 8)
         axes.set(ylabel=axis, title=heading(rows, title), yscale=scale)
         if scale == "linear":
             axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
-    return figure, pd.DataFrame(shown)
+    return figure, pd.DataFrame(figure_rows)
 
 
-def layer_map(rows: pd.DataFrame, named: dict[str, str]) -> Drawn:
+def layer_map(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
     """Which share of its weights each layer keeps, with its rank: a heat map over depth and type, one a model."""
-    rows, shown = experiment_rows(rows), []
+    rows, figure_rows = experiment_rows(rows), []
     with style():
-        figure, panels = plt.subplots(len(named), 1, figsize=(9.6, 0.6 + 1.75 * len(named)), squeeze=False)
-        for axes, (label, name) in zip(panels[:, 0], named.items(), strict=True):
-            keep, rank = (find_row(rows, label, metric) for metric in ("layer_keep", "layer_rank"))
+        figure, panels = plt.subplots(len(names), 1, figsize=(9.6, 0.6 + 1.75 * len(names)), squeeze=False)
+        for axes, (label, name) in zip(panels[:, 0], names.items(), strict=True):
+            keep, rank = (require_row(rows, label, metric) for metric in ("layer_keep", "layer_rank"))
             layers, shares = _by_depth(keep)
             kinds = list(dict.fromkeys(layer.rpartition(".")[-1] for layer in keep["context"]["layers"]))
             depth = 1 + max(int(layer.split(".")[1]) for layer in layers)
@@ -124,52 +131,61 @@ def layer_map(rows: pd.DataFrame, named: dict[str, str]) -> Drawn:
             axes.set_xticks(range(depth), range(depth))
             axes.grid(False)
             axes.set_title(name, fontsize=9)
-            shown += [keep, rank]
+            figure_rows += [keep, rank]
         panels[-1, 0].set_xlabel("block")
         figure.colorbar(image, ax=list(panels[:, 0]), label="share of weights kept", fraction=0.03, pad=0.01)
         figure.suptitle(heading(rows, "what each layer keeps; the numbers are ranks"), fontsize=10)
-    return figure, pd.DataFrame(shown)
+    return figure, pd.DataFrame(figure_rows)
 
 
 def _by_depth(row: pd.Series) -> tuple[list[str], np.ndarray]:
     """The layers of a row in the order of depth, and its samples in that order."""
     pairs = zip(row["context"]["layers"], row["samples"], strict=True)
-    found = sorted(pairs, key=lambda pair: [int(part) if part.isdigit() else 0 for part in pair[0].split(".")])
-    return [name for name, _ in found], np.array([sample for _, sample in found])
+    sorted_pairs = sorted(pairs, key=lambda pair: [int(part) if part.isdigit() else 0 for part in pair[0].split(".")])
+    return [name for name, _ in sorted_pairs], np.array([sample for _, sample in sorted_pairs])
 
 
-def families(rows: pd.DataFrame, named: dict[str, list[str]], against: str = "bytes") -> Drawn:
+def families(rows: pd.DataFrame, names: dict[str, list[str]], cost: str = "bytes") -> FigureAndRows:
     """Test error against bytes or weights, a line for each family: its name -> the labels of its settings."""
-    rows, shown = experiment_rows(rows), []
-    base, unit = find_row(rows, "baseline", "top1"), {"bytes": "MB", "params": "M weights"}[against]
-    palette = (3, 3, 1, 1) if len(named) <= 4 else (2, 4, 6, 1, 5, 3, 0)  # up to four families are two pairs
-    least = 0.5 / base["context"]["images"]  # no error at all has no place on a logarithmic axis
-    level = 100 * max(1 - base["value"], least)
+    rows, figure_rows = experiment_rows(rows), []
+    base, unit = require_row(rows, "baseline", "top1"), {"bytes": "MB", "params": "M weights"}[cost]
+    palette = (3, 3, 1, 1) if len(names) <= 4 else (2, 4, 6, 1, 5, 3, 0)  # up to four families are two pairs
+    min_error = 0.5 / base["context"]["images"]  # no error at all has no place on a logarithmic axis
+    baseline_error = 100 * max(1 - base["value"], min_error)
     with style():
         figure, axes = plt.subplots(figsize=(7.2, 4.4))
-        for place, (name, labels) in enumerate(named.items()):
-            found = [(find_row(rows, label, against), find_row(rows, label, "top1")) for label in labels]
-            found = sorted(
-                ((size, gain) for size, gain in found if size is not None), key=lambda pair: pair[0]["value"]
+        for index, (name, labels) in enumerate(names.items()):
+            sizes = [(label, find_row(rows, label, cost)) for label in labels]
+            size_and_top1 = sorted(
+                ((size, require_row(rows, label, "top1")) for label, size in sizes if size is not None),
+                key=lambda pair: pair[0]["value"],
             )
-            x = [size["value"] / MEGA for size, _ in found]
+            x = [size["value"] / MEGA for size, _ in size_and_top1]
             error, low, high = (
-                100 * np.array([max(1 - gain[key], least) for _, gain in found]) for key in ("value", "high", "low")
+                100 * np.array([max(1 - top1[key], min_error) for _, top1 in size_and_top1])
+                for key in ("value", "high", "low")
             )
-            kind = {"color": COLOURS[palette[place % len(palette)]], "marker": MARKERS[place % len(MARKERS)]}
-            spread = {"yerr": [error - low, high - error], "capsize": 2, "elinewidth": 0.7}
-            axes.errorbar(x, error, **spread, **kind, ls=(":", "-")[place % 2], label=name)
-            shown += [row for pair in found for row in pair]
-        axes.axhline(level, color="black", lw=1)
-        corner = {"xycoords": ("axes fraction", "data"), "xytext": (0, 3), "textcoords": "offset points"}
-        whole = find_row(rows, "baseline", against)["value"] / MEGA
-        axes.annotate(f"baseline, {whole:.3g} {unit}", (0.01, level), **corner)
-        axes.set(xlabel={"bytes": "size on disk (MB)", "params": "weights (millions)"}[against])
-        axes.set(ylabel="wrong on test images (%)", yscale="log" if level < 10 else "linear")
-        axes.set_title(heading(rows, f"errors against {'size' if against == 'bytes' else 'weights'}"))
+            line_style: dict[str, Any] = {
+                "color": COLOURS[palette[index % len(palette)]],
+                "marker": MARKERS[index % len(MARKERS)],
+            }
+            spread: dict[str, Any] = {"yerr": [error - low, high - error], "capsize": 2, "elinewidth": 0.7}
+            axes.errorbar(x, error, **spread, **line_style, ls=(":", "-")[index % 2], label=name)
+            figure_rows += [row for pair in size_and_top1 for row in pair]
+        axes.axhline(baseline_error, color="black", lw=1)
+        corner: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"),
+            "xytext": (0, 3),
+            "textcoords": "offset points",
+        }
+        baseline_cost = require_row(rows, "baseline", cost)["value"] / MEGA
+        axes.annotate(f"baseline, {baseline_cost:.3g} {unit}", (0.01, baseline_error), **corner)
+        axes.set(xlabel={"bytes": "size on disk (MB)", "params": "weights (millions)"}[cost])
+        axes.set(ylabel="wrong on test images (%)", yscale="log" if baseline_error < 10 else "linear")
+        axes.set_title(heading(rows, f"errors against {'size' if cost == 'bytes' else 'weights'}"))
         axes.set_xlim(left=0)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}" if axes.get_ylim()[1] < 10 * axes.get_ylim()[0] else "")
         axes.legend(fontsize=8)
         note(figure, "bars: 95 % intervals of the test images; left and down is better")
-    return figure, pd.DataFrame([*shown, base])
+    return figure, pd.DataFrame([*figure_rows, base])

@@ -61,8 +61,8 @@ def at_budgets(rows: pd.DataFrame, cost: str = "bytes", shares: Sequence[float] 
 def _line(both: pd.DataFrame, means: pd.Series, label: str, share: float) -> dict[str, object]:
     values = both.loc[label]["top1"]
     mean, low, high = mean_interval(values)
-    found = {"share": share, "method": label.partition(" (")[0], "label": label, "cost": means[label]}
-    return found | {"seeds": len(values), "top1": mean, "low": low, "high": high}
+    line = {"share": share, "method": label.partition(" (")[0], "label": label, "cost": means[label]}
+    return line | {"seeds": len(values), "top1": mean, "low": low, "high": high}
 
 
 def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
@@ -70,8 +70,8 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
 
     Returns the figure and the rows that it shows.
     """
-    word, found = _reached(rows, cost)
-    dense, lines = found.iloc[0], found.iloc[1:]
+    cost_name, table = _budget_table(rows, cost)
+    dense, lines = table.iloc[0], table.iloc[1:]
     families = list(dict.fromkeys(lines["method"]))
     shares = sorted(set(lines["share"]), reverse=True)
     bottom = 100 * max(lines["top1"].min(), dense["top1"] - 0.35) - 1
@@ -80,20 +80,24 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
         axes.axhline(100 * dense["top1"], color="#777777", lw=1, zorder=1)
         if dense["high"] > dense["low"]:
             axes.axhspan(100 * dense["low"], 100 * dense["high"], color="#EEEEEE", zorder=0)
-        for place, family in enumerate(families):
-            own = lines[lines["method"] == family]
-            shift = WIDTH * ((place + 0.5) / len(families) - 0.5)
-            x = np.array([shares.index(share) for share in own["share"]]) + shift
-            y = 100 * own["top1"].to_numpy()
-            kind, sunk = look(family, families), y < bottom
-            spread = [np.nan_to_num(100 * (own["top1"] - own["low"])), np.nan_to_num(100 * (own["high"] - own["top1"]))]
-            spread = np.where(sunk, 0, spread)
-            shown = np.maximum(y, bottom)
-            axes.errorbar(x, shown, spread, ls="", lw=1, ecolor=kind["color"], **kind, ms=6, label=wrapped(family, 26))
-            for at, value in zip(x[sunk], y[sunk], strict=True):
+        for index, family in enumerate(families):
+            family_lines = lines[lines["method"] == family]
+            shift = WIDTH * ((index + 0.5) / len(families) - 0.5)
+            x = np.array([shares.index(share) for share in family_lines["share"]]) + shift
+            y = 100 * family_lines["top1"].to_numpy()
+            mark_style, is_below = look(family, families), y < bottom
+            top1, low, high = (family_lines[key] for key in ("top1", "low", "high"))
+            intervals = [np.nan_to_num(100 * (top1 - low)), np.nan_to_num(100 * (high - top1))]
+            error_bars = np.where(is_below, 0, intervals)
+            y_shown = np.maximum(y, bottom)
+            label = wrapped(family, 26)
+            axes.errorbar(
+                x, y_shown, error_bars, ls="", lw=1, ecolor=mark_style["color"], **mark_style, ms=6, label=label
+            )
+            for mark_x, top1_percent in zip(x[is_below], y[is_below], strict=True):
                 axes.annotate(
-                    f"{value:.0f}",
-                    (at, bottom),
+                    f"{top1_percent:.0f}",
+                    (mark_x, bottom),
                     xytext=(0, -4),
                     textcoords="offset points",
                     ha="center",
@@ -101,23 +105,23 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
                     fontsize=7,
                 )
         axes.set_xticks(range(len(shares)), _names(shares, cost))
-        axes.set(xlabel=f"budget: share of the baseline's {word}", ylabel="top-1 on test images (%)")
+        axes.set(xlabel=f"budget: share of the baseline's {cost_name}", ylabel="top-1 on test images (%)")
         axes.set_xlim(-0.5, len(shares) - 0.5)
-        tops = found[["top1", "high"]].max(axis=1).max()
+        tops = table[["top1", "high"]].max(axis=1).max()
         axes.set_ylim(bottom - 2, min(100.0, 100 * tops) + 0.6)
         axes.grid(visible=False, axis="x")
         for edge in np.arange(0.5, len(shares) - 1):
             axes.axvline(edge, color="#EEEEEE", lw=1, zorder=0)
         figure.legend(loc="outside right upper", fontsize=8)
-        axes.set_title(heading(rows, f"accuracy at equal {word}"))
-        seeds = sorted(set(found["seeds"]))
+        axes.set_title(heading(rows, f"accuracy at equal {cost_name}"))
+        seeds = sorted(set(table["seeds"]))
         over = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         note(
             figure,
             f"means over {over} of baseline and method, bars: their 95 % t intervals; line and band: the baseline's\n"
             "each method at its setting that fills the budget most; numbers at the edge: further down",
         )
-    return figure, _behind(rows, found, cost)
+    return figure, _source_rows(rows, table, cost)
 
 
 def ranks(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
@@ -125,42 +129,44 @@ def ranks(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame
 
     A method that is out of reach of a share has no rank there. Returns the figure and the rows that it shows.
     """
-    word, found = _reached(rows, cost)
-    accuracy = found.iloc[1:].pivot(index="method", columns="share", values="top1").sort_index(axis=1, ascending=False)
-    place = accuracy.rank(ascending=False, method="min")
-    order = place.mean(axis=1).sort_values(kind="stable").index
-    accuracy, place = accuracy.loc[order], place.loc[order]
+    cost_name, table = _budget_table(rows, cost)
+    accuracy = table.iloc[1:].pivot(index="method", columns="share", values="top1").sort_index(axis=1, ascending=False)
+    rank = accuracy.rank(ascending=False, method="min")
+    order = rank.mean(axis=1).sort_values(kind="stable").index
+    accuracy, rank = accuracy.loc[order], rank.loc[order]
     with style():
         figure, axes = plt.subplots(figsize=(2.6 + 0.9 * accuracy.shape[1], 1.5 + 0.34 * len(order)))
-        axes.imshow(place, cmap="Greys_r", vmin=-0.5, vmax=1.6 * len(order), aspect="auto")
+        axes.imshow(rank, cmap="Greys_r", vmin=-0.5, vmax=1.6 * len(order), aspect="auto")
         for (i, j), mean in np.ndenumerate(accuracy.to_numpy()):
             if not np.isnan(mean):
-                rank = int(place.iloc[i, j])
-                light = rank < 0.35 * len(order)
-                text = f"{rank}   {100 * mean:.1f}"
+                method_rank = int(rank.iloc[i, j])
+                light = method_rank < 0.35 * len(order)
+                text = f"{method_rank}   {100 * mean:.1f}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
         axes.set_xticks(range(accuracy.shape[1]), _names(accuracy.columns, cost))
         axes.set_yticks(range(len(order)), order)
-        axes.set_xlabel(f"budget: share of the baseline's {word}")
+        axes.set_xlabel(f"budget: share of the baseline's {cost_name}")
         axes.grid(visible=False)
-        axes.set_title(heading(rows, f"rank and top-1 (%) at equal {word}"))
+        axes.set_title(heading(rows, f"rank and top-1 (%) at equal {cost_name}"))
         note(figure, "means over seeds; neighbours may not be told apart: see the intervals; empty: out of reach")
-    return figure, _behind(rows, found, cost)
+    return figure, _source_rows(rows, table, cost)
 
 
-def _reached(rows: pd.DataFrame, cost: str) -> tuple[str, pd.DataFrame]:
+def _budget_table(rows: pd.DataFrame, cost: str) -> tuple[str, pd.DataFrame]:
     """What a figure calls the cost, and `at_budgets` with a method in it."""
-    found, word = at_budgets(rows, cost), COSTS[cost][0]
-    if len(found) < 2:
-        raise InputError(f"no method is within {SHARES[cost][0]:g} of the baseline's {word}; measure smaller models")
-    return word, found
+    table, cost_name = at_budgets(rows, cost), COSTS[cost][0]
+    if len(table) < 2:
+        raise InputError(
+            f"no method is within {SHARES[cost][0]:g} of the baseline's {cost_name}; measure smaller models"
+        )
+    return cost_name, table
 
 
 def _names(shares: Sequence[float], cost: str) -> list[str]:
     return [f"1/{1 / share:.0f}" if cost == "bytes" else f"{share:g}" for share in shares]
 
 
-def _behind(rows: pd.DataFrame, found: pd.DataFrame, cost: str) -> pd.DataFrame:
+def _source_rows(rows: pd.DataFrame, table: pd.DataFrame, cost: str) -> pd.DataFrame:
     """The rows of accuracy and cost of the models that lines of `at_budgets` are about."""
     both = pd.concat([across_seeds(rows, metric) for metric in ("top1", cost)])
-    return rows[rows["key"].isin(both["key"][both["label"].isin(found["label"])])]
+    return rows[rows["key"].isin(both["key"][both["label"].isin(table["label"])])]

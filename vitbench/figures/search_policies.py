@@ -1,12 +1,14 @@
 """Figures of searches for a policy and of the policies found; from rows alone."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitbench.figures.drawing import COLOURS, heading, look, note, style
-from vitbench.rows.comparison_table import experiment_rows, find_row
+from vitbench.figures.drawing import COLOURS, heading, look, note, require_row, style
+from vitbench.rows.comparison_table import experiment_rows
 
 POLICY = {
     "policy_neurons": "neurons",
@@ -16,59 +18,68 @@ POLICY = {
 }
 
 
-def _line(place: int) -> dict[str, str]:
-    """Colour and stroke of the line at this place."""
+def _line(index: int) -> dict[str, Any]:
+    """Colour and stroke of the line with this index."""
     return {
-        "color": COLOURS[(3, 1, 5, 4, 6, 0)[place % 6]],
-        "ls": ("-", "--", ":", "-.", (0, (6, 3)), (0, (1, 3)))[place % 6],
+        "color": COLOURS[(3, 1, 5, 4, 6, 0)[index % 6]],
+        "ls": ("-", "--", ":", "-.", (0, (6, 3)), (0, (1, 3)))[index % 6],
     }
 
 
-def search_progress(rows: pd.DataFrame, named: dict[str, list[str]]) -> tuple[Figure, pd.DataFrame]:
+def search_progress(rows: pd.DataFrame, names: dict[str, list[str]]) -> tuple[Figure, pd.DataFrame]:
     """The best score so far against the policies scored; name -> labels of the searches (one a seed): mean and range."""
     rows = experiment_rows(rows)
-    shown = rows[
-        (rows["metric"] == "search_score") & rows["label"].isin([label for each in named.values() for label in each])
+    figure_rows = rows[
+        (rows["metric"] == "search_score")
+        & rows["label"].isin([label for labels in names.values() for label in labels])
     ]
     with style():
         figure, axes = plt.subplots(figsize=(7.2, 3.8))
-        for place, (name, labels) in enumerate(named.items()):
-            best = np.array([np.maximum.accumulate(row) for row in shown["samples"][shown["label"].isin(labels)]])
-            x, line = 1 + np.arange(best.shape[1]), _line(place)
+        for index, (name, labels) in enumerate(names.items()):
+            best = np.array(
+                [np.maximum.accumulate(row) for row in figure_rows["samples"][figure_rows["label"].isin(labels)]]
+            )
+            x, line = 1 + np.arange(best.shape[1]), _line(index)
             axes.plot(x, best.mean(0), **line, label=name)
             axes.fill_between(x, best.min(0), best.max(0), color=line["color"], alpha=0.2, lw=0)
-        late = np.stack([np.maximum.accumulate(row) for row in shown["samples"]])[
-            :, shown["samples"].map(len).min() // 4 :
+        later_scores = np.stack([np.maximum.accumulate(row) for row in figure_rows["samples"]])[
+            :, figure_rows["samples"].map(len).min() // 4 :
         ]
-        axes.set_ylim(late.min() - 0.1 * np.ptp(late), late.max() + 0.1 * np.ptp(late))  # the first steps are far below
-        nats = (shown["unit"] == "nats").all()
+        axes.set_ylim(
+            later_scores.min() - 0.1 * np.ptp(later_scores), later_scores.max() + 0.1 * np.ptp(later_scores)
+        )  # the first steps are far below
+        nats = (figure_rows["unit"] == "nats").all()
         axes.set(
             xlabel="policies scored", ylabel="best so far: " + ("-cross-entropy on val" if nats else "top-1 on val")
         )
         axes.set_title(heading(rows, "search for a policy"))
         axes.legend(fontsize=8, loc="lower right")
-        seeds = min(len(labels) for labels in named.values())
+        seeds = min(len(labels) for labels in names.values())
         note(figure, f"line: mean of {seeds} seeds; band: the worst and the best of them")
-    return figure, shown
+    return figure, figure_rows
 
 
-def policies(rows: pd.DataFrame, named: dict[str, str]) -> tuple[Figure, pd.DataFrame]:
+def policies(rows: pd.DataFrame, names: dict[str, str]) -> tuple[Figure, pd.DataFrame]:
     """What the best policy of each search leaves of every block, over depth; label -> name."""
     rows = experiment_rows(rows)
-    shown = rows[rows["metric"].isin(POLICY) & rows["label"].isin(named)]
+    figure_rows = rows[rows["metric"].isin(POLICY) & rows["label"].isin(names)]
     with style():
-        cut = {metric: what for metric, what in POLICY.items() if _differs(shown[shown["metric"] == metric])}
-        figure, panels = plt.subplots(1, len(cut), figsize=(10.4, 3.1), squeeze=False)
-        for axes, (metric, what) in zip(panels[0], cut.items(), strict=True):
-            for place, (label, name) in enumerate(named.items()):
-                left = shown["samples"][(shown["metric"] == metric) & (shown["label"] == label)].iloc[-1]
-                axes.step(range(len(left)), left, where="mid", **_line(place), label=name)
-            axes.set(xlabel="block", ylabel=f"{what} left")
+        changed_metrics = {
+            metric: unit for metric, unit in POLICY.items() if _differs(figure_rows[figure_rows["metric"] == metric])
+        }
+        figure, panels = plt.subplots(1, len(changed_metrics), figsize=(10.4, 3.1), squeeze=False)
+        for axes, (metric, unit) in zip(panels[0], changed_metrics.items(), strict=True):
+            for index, (label, name) in enumerate(names.items()):
+                remaining = figure_rows["samples"][
+                    (figure_rows["metric"] == metric) & (figure_rows["label"] == label)
+                ].iloc[-1]
+                axes.step(range(len(remaining)), remaining, where="mid", **_line(index), label=name)
+            axes.set(xlabel="block", ylabel=f"{unit} left")
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
         panels[0, -1].legend(fontsize=8, loc="lower left")
         figure.suptitle(heading(rows, "what the policy leaves"), fontsize=10)
-    return figure, shown
+    return figure, figure_rows
 
 
 def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]]) -> tuple[Figure, pd.DataFrame]:
@@ -76,26 +87,28 @@ def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]
 
     `panels`: name -> {(budget, kind): label}.
     """
-    rows, shown = experiment_rows(rows), []
-    dense, whole = find_row(rows, "baseline", "macs"), find_row(rows, "baseline", "top1")
+    rows, figure_rows = experiment_rows(rows), []
+    baseline_macs, baseline_top1 = (require_row(rows, "baseline", metric) for metric in ("macs", "top1"))
     with style():
         figure, drawn = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), sharey=True, squeeze=False)
         for axes, (name, labels) in zip(drawn[0], panels.items(), strict=True):
             kinds = list(dict.fromkeys(kind for _, kind in labels))
-            axes.axhline(100 * whole["value"], color="black", lw=1, ls=":", label="baseline")
+            axes.axhline(100 * baseline_top1["value"], color="black", lw=1, ls=":", label="baseline")
             for kind in kinds:
-                own = [label for (_, other), label in labels.items() if other == kind]
-                macs, top1 = ([find_row(rows, label, metric) for label in own] for metric in ("macs", "top1"))
-                shown += [*macs, *top1]
-                x, y = [row["value"] / dense["value"] for row in macs], [100 * row["value"] for row in top1]
-                reach = [[100 * abs(row[end] - row["value"]) for row in top1] for end in ("low", "high")]
-                axes.errorbar(x, y, yerr=reach, capsize=2, label=kind, **look(kind, kinds))
+                labels_of_kind = [label for (_, label_kind), label in labels.items() if label_kind == kind]
+                macs, top1 = (
+                    [require_row(rows, label, metric) for label in labels_of_kind] for metric in ("macs", "top1")
+                )
+                figure_rows += [*macs, *top1]
+                x, y = [row["value"] / baseline_macs["value"] for row in macs], [100 * row["value"] for row in top1]
+                error_bars = [[100 * abs(row[end] - row["value"]) for row in top1] for end in ("low", "high")]
+                axes.errorbar(x, y, yerr=error_bars, capsize=2, label=kind, **look(kind, kinds))
             axes.set(xlabel="multiply-accumulates left, of the baseline's", title=name)
         drawn[0, 0].set_ylabel("top-1 (%)")
         drawn[0, -1].legend(fontsize=8)
         figure.suptitle(heading(rows, "one kind of unit, or all of them"), fontsize=10)
         note(figure, "bars: 95 % intervals; a kind that is missing could not reach the budget")
-    return figure, pd.DataFrame([dense, whole, *shown])
+    return figure, pd.DataFrame([baseline_macs, baseline_top1, *figure_rows])
 
 
 def _differs(rows: pd.DataFrame) -> bool:
