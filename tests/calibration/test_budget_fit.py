@@ -66,7 +66,7 @@ def test_latency_in_turn_with_the_model_itself(base, digits):
 @pytest.mark.parametrize(
     ("name", "cost", "target", "message"),
     [
-        ("dynamic_int8", "bytes", 0.5, "no setting that a budget could turn"),
+        ("dynamic_int8", "bytes", 0.5, "no setting that a budget could choose"),
         ("uct", "bits", 0.5, "unknown cost 'bits'"),
         ("uct", "bytes", 0.0, "give a share"),
         ("uct", "latency", 2.0, r"in \(0, 1\]"),
@@ -80,7 +80,7 @@ def test_budgets_that_cannot_be_had(name, cost, target, message, base, digits):
 
 
 def test_what_the_budget_finds_cannot_be_set(base, digits):
-    with pytest.raises(InputError, match="the budget finds keep"):
+    with pytest.raises(InputError, match="the budget chooses keep"):
         fit_budget(base.model, "mixed_rank", digits, target=0.5, settings={"keep": 0.5})
 
 

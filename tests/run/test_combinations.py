@@ -92,7 +92,7 @@ def test_every_order_is_tried_and_what_cannot_be_says_why(base, digits):
     ("values", "message"),
     [
         ({"structures": ("prunning",)}, "did you mean 'pruning'"),
-        ({"structures": ("dynamic_int8",)}, "no ladder"),
+        ({"structures": ("dynamic_int8",)}, "no operating points"),
         ({"settings": {"pruning": {"neuron": 0.5}}}, "unknown key 'neuron'"),
     ],
 )

@@ -17,7 +17,7 @@ from vitbench.base import paths
 from vitbench.cli import main
 from vitbench.figures import gallery
 from vitbench.run import lessons
-from vitbench.run.lessons import KINDS, as_declared, lesson
+from vitbench.run.lessons import KINDS, convert_parameter, lesson
 
 GOOD = [
     ("false", "bool", False),
@@ -47,14 +47,14 @@ WRONG = [
 def test_a_parameter_has_its_declared_type(value, kind, wanted):
     names = {"__annotations__": {"train": KINDS[kind] if isinstance(KINDS[kind], type) else float}, "train": value}
     lesson(names)
-    assert names["train"] == wanted == as_declared("train", value, kind)
+    assert names["train"] == wanted == convert_parameter("train", value, kind)
     assert type(names["train"]) is type(wanted)
 
 
 @pytest.mark.parametrize(("value", "kind", "message"), WRONG)
 def test_a_parameter_of_another_type_is_refused_by_name(value, kind, message):
     with pytest.raises(vb.InputError) as refused:
-        as_declared("train", value, kind)
+        convert_parameter("train", value, kind)
     assert str(refused.value).startswith("parameter train = ")
     assert message in str(refused.value)
 

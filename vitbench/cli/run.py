@@ -94,8 +94,8 @@ def _run(options: argparse.Namespace) -> int:
     outcomes = suite.run_suite(selected, values, out.resolve(), options.workers)
     for outcome in outcomes:
         print(f"{outcome.status:8} {outcome.lesson.name}" + (f": {outcome.error}" if outcome.error else ""))
-        if outcome.status == "failed" and outcome.copy.exists():
-            print(f"         {outcome.copy}")
+        if outcome.status == "failed" and outcome.executed_path.exists():
+            print(f"         {outcome.executed_path}")
     if (out / "records.jsonl").exists():
         print_results(out)
     not_run = [lesson.name for lesson in selected if lesson.name not in {outcome.lesson.name for outcome in outcomes}]

@@ -1,4 +1,4 @@
-"""Runs of much work: lessons and the suite, sweeps, cached models, searches for combinations, verifying.
+"""Runs of many models: lessons and the suite, sweeps, cached models, searches for combinations, verification.
 
 Only the command line imports it, and notebooks through `vitbench`.
 A new kind of run is a module here that calls the rooms below and writes rows.

@@ -1,4 +1,4 @@
-"""What lessons measure on: a baseline, its images and a results folder; what is made of it is looked up by its label."""
+"""A bench for lessons: a baseline, its images and a results folder; models made from it are found by their labels."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from vitbench.base.configs import Config
 from vitbench.data.splits import ImageData
 from vitbench.measurement.measures import Measures
 from vitbench.measurement.measuring import measure
+from vitbench.methods.multidimensional import MultiDimensional
 from vitbench.rows import comparison_table
 from vitbench.rows.runs import Run
 from vitbench.run.cache import CachedModel, compressed
@@ -15,12 +16,12 @@ from vitbench.run.history import search_rows
 
 
 class Bench:
-    """Makes models of one baseline, measures their files against its file, and looks rows up.
+    """Compresses one baseline, measures the saved models against its file, and looks up their rows.
 
     Args:
-        base: the baseline, as `baseline` gives it.
-        data: accuracy is that of its test split; methods train on its train split and choose on the others.
-        run: where the rows go.
+        base: the baseline, as `baseline` returns it.
+        data: accuracy is measured on its test split; methods train on its train split and choose on the others.
+        run: the results folder for the rows.
         threads, rounds: of timings (see `measure`).
     """
 
@@ -29,10 +30,10 @@ class Bench:
         self.measures = Measures(what=("accuracy", "size"), threads=threads, rounds=rounds)
 
     def measured(self, *configs: Config, **settings: Any) -> str:
-        """The label of the model that the configs make of the baseline, one after the other, once its file was measured.
+        """Compress the baseline with the configs in order, measure the saved model, and return its label.
 
-        None at all is the baseline itself. The policies that a search tried become rows too. What was made or measured
-        before is not done again, nor what two combinations begin with.
+        Without configs the baseline itself is measured. The policies that a search tried become rows too. Models and
+        metrics that exist are not made again, nor are the first steps that two combinations share.
 
         Args:
             settings: fields of `Measures`; by default accuracy and size are measured.
@@ -40,24 +41,24 @@ class Bench:
         Raises:
             InputError: a config that does not fit the model; a setting that is not allowed.
         """
-        made = self.base
+        cached = self.base
         for config in configs:
-            made = compressed(made, config, self.data)
-        if made.search:
-            self.run.append(search_rows(self.base.path, self.data, configs[-1], made.search))
+            cached = compressed(cached, config, self.data)
+        if configs and isinstance(configs[-1], MultiDimensional) and cached.search:
+            self.run.append(search_rows(self.base.path, self.data, configs[-1], cached.search))
         versus = self.base.path if configs else ""
-        rows = measure(made.path, self.data, self.run, self.measures, versus=versus, **settings)
+        rows = measure(cached.path, self.data, self.run, self.measures, versus=versus, **settings)
         return comparison_table.label_of(self.run.rows(), rows)
 
     @property
     def rows(self) -> pd.DataFrame:
-        """The baseline's rows and those of what was made of it, with their labels (see `comparison_table.experiment_rows`)."""
+        """The rows of the baseline and of the models made from it, with their labels (see `comparison_table.experiment_rows`)."""
         return comparison_table.experiment_rows(self.run.rows())
 
     def find_row(
         self, label: str, metric: str, batch: int | None = None, backend: str = comparison_table.EAGER
     ) -> pd.Series | None:
-        """The row of a metric (see `comparison.value`), or None."""
+        """The row of a metric (see `comparison_table.find_row`), or None."""
         return comparison_table.find_row(self.rows, label, metric, batch, backend)
 
     def top1_text(self, label: str, backend: str = comparison_table.EAGER) -> str:
@@ -69,5 +70,5 @@ class Bench:
         return comparison_table.top1_difference_text(self.rows, first, second)
 
     def loss_difference_text(self, first: str, second: str) -> str:
-        """By how many nats the first's cross-entropy is above the second's, on the same images, likewise."""
+        """By how many nats the first's cross-entropy is above the second's, on the same images, with 95 % interval and p."""
         return comparison_table.loss_difference_text(self.rows, first, second)

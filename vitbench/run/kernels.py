@@ -1,7 +1,7 @@
-"""Kernels of notebooks that run one after the other, forked from a process that has imported what all of them need.
+"""Kernels for a suite of notebooks, forked from a process that has imported what they need.
 
-Where nothing can be forked, each notebook's kernel starts and imports by itself. A kernel works in a temporary folder, and
-imports nothing from the folder that the suite was started in.
+Where processes cannot be forked, each kernel starts and imports by itself. A kernel works in a temporary folder and imports
+nothing from the folder in which the suite was started.
 """
 
 import atexit
@@ -16,7 +16,7 @@ from jupyter_client import AsyncKernelManager, BlockingKernelClient
 from vitbench.base.forks import CAN_FORK, ForkedProcess, ForkServer
 from vitbench.base.processes import child_environment
 
-# matplotlib reads it as it is imported; a kernel says it later, so that pyplot, which needs a kernel, is not imported before
+# matplotlib reads it at import; the kernel sets the backend only later, so that pyplot, which needs a kernel, is not imported early
 INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 IMPORTS = (
     "ipykernel.kernelapp",
@@ -28,13 +28,13 @@ IMPORTS = (
     "vitbench.run.cache",
     "vitbench.measurement.measuring",
 )
-# a kernel's own warnings are not the user's, and the folder that it works in is not on its path
+# hides the kernel's own warnings, and keeps its working folder off its path
 OPTIONS = ("--IPKernelApp.log_level=ERROR", "--IPKernelApp.ignore_cwd=True")
 STOP_SECONDS = 10.0
 
 
 class Kernels:
-    """Gives out kernels; to be closed, as by `with`. The process that forks them starts with the first."""
+    """Provides kernels; a context manager. The process that forks them starts with the first kernel."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,24 +50,24 @@ class Kernels:
         self._folder.cleanup()
 
     def stop(self) -> None:
-        """End all kernels, whatever they are at; no other one is given out."""
+        """End all kernels at once; no further one starts."""
         self.stopped = True
         if self._server:
             self._server.close()
 
     @contextlib.contextmanager
     def kernel(self) -> Iterator[AsyncKernelManager]:
-        """A kernel that is shut down at the end."""
+        """A kernel, which is shut down at the end of the block."""
         variables = _variables()
         if not CAN_FORK:
-            yield _Started(self._folder.name, variables, kernel_name="python3")
+            yield _StartedKernel(self._folder.name, variables, kernel_name="python3")
             return
-        manager = _Forked(kernel_name="python3")
+        manager = _ForkedKernel(kernel_name="python3")
         manager.write_connection_file()
         try:
             with self._lock:
                 self._server = self._server or ForkServer(IMPORTS, variables)
-                if self.stopped:  # by another thread, perhaps just now
+                if self.stopped:  # another thread may have called `stop` just now
                     self._server.close()
             connection = {"connection": manager.connection_file}
             manager.process = self._server.fork(__name__, connection, variables, self._folder.name)
@@ -80,25 +80,25 @@ class Kernels:
 
 
 def _variables() -> dict[str, str]:
-    """The environment of a kernel; how many threads it computes with is for its notebook to say."""
+    """The environment of a kernel; its notebook sets the number of threads."""
     return child_environment() | INLINE
 
 
-class _Started(AsyncKernelManager):
+class _StartedKernel(AsyncKernelManager):
     """A kernel that nbclient starts, in `folder` and with `variables` as its environment."""
 
     def __init__(self, folder: str, variables: dict[str, str], **options: Any):
         super().__init__(**options)
-        self._where = {"cwd": folder, "env": variables}
+        self._process_options = {"cwd": folder, "env": variables}
 
     async def _async_start_kernel(self, **options: Any) -> None:
-        await super()._async_start_kernel(**(options | self._where))
+        await super()._async_start_kernel(**(options | self._process_options))
 
     start_kernel = _async_start_kernel
 
 
-class _Forked(AsyncKernelManager):
-    """A kernel whose process is another's child."""
+class _ForkedKernel(AsyncKernelManager):
+    """A kernel whose process was forked by the server, and so is no child of this process."""
 
     process: ForkedProcess
     has_kernel = True
@@ -109,7 +109,7 @@ class _Forked(AsyncKernelManager):
     is_alive = _async_is_alive
 
     def stop(self) -> None:
-        """Ask it to end, and make it end if it does not."""
+        """Ask the kernel to end, and kill it after `STOP_SECONDS`."""
         if self.process.ended():
             return
         client = BlockingKernelClient()
@@ -123,7 +123,7 @@ class _Forked(AsyncKernelManager):
 
 
 def work(connection: str) -> None:
-    """The kernel's side: serve the notebook until it is shut down."""
+    """The kernel process: serve the notebook until the kernel is shut down."""
     from ipykernel import kernelapp
 
     from vitbench.measurement import child

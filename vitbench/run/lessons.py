@@ -1,4 +1,4 @@
-"""The notebooks as data, their order, parameters and profiles, and what a notebook's kernel needs: typed parameters, inline figures."""
+"""Notebooks as data, with their order, parameters and profiles; and the setup inside a notebook."""
 
 import sys
 from dataclasses import dataclass
@@ -17,8 +17,12 @@ STAGES = ("baseline", "method", "comparison")
 class Lesson:
     """A notebook.
 
-    `stage` says when it runs, `minutes` how long its quick run takes, `parameters` name -> type name, and `needs` which
-    splits of the data must hold images.
+    Attributes:
+        stage: when it runs, one of `STAGES`.
+        minutes: the time of its quick run.
+        parameters: name -> name of the type.
+        cells: the number of code cells.
+        required_splits: the splits of the data that must hold images.
     """
 
     path: Path
@@ -27,37 +31,37 @@ class Lesson:
     minutes: float
     parameters: dict[str, str]
     cells: int
-    needs: tuple[str, ...] = ()
+    required_splits: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return self.path.stem
 
 
-def lessons_folder(given: str | Path = "") -> Path:
-    """The folder `given`, or the project's own notebooks beside the package; no other folder is looked at.
+def lessons_folder(folder: str | Path = "") -> Path:
+    """The folder, by default the project's notebooks beside the package; no other folder is searched.
 
     Raises:
         InputError: no such folder, or an installation without notebooks.
     """
-    if given:
-        folder = Path(given).expanduser()
-        if not folder.is_dir():
-            raise InputError(f"--notebooks {str(given)!r} is not a folder; give one that holds notebooks")
-        return folder
-    if (own := paths.checkout()) is None:
+    if folder:
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise InputError(f"--notebooks {str(folder)!r} is not a folder; give one that holds notebooks")
+        return path
+    if (checkout := paths.checkout()) is None:
         raise InputError(
             "this installation of vitbench has no notebooks; get a checkout of the project, or name a folder of "
             "notebooks that you trust with --notebooks DIR"
         )
-    return own / "notebooks"
+    return checkout / "notebooks"
 
 
 def find_lessons(folder: str | Path = "") -> list[Lesson]:
     """All lessons of a folder (see `lessons_folder`), in the order in which they run.
 
     Raises:
-        InputError: no such folder, a file that is not a notebook, or one whose metadata are of another form.
+        InputError: no such folder, or a file that is no valid notebook.
     """
     lessons = [_lesson(path) for path in sorted(lessons_folder(folder).glob("[0-9]*.ipynb"))]
     return sorted(lessons, key=lambda lesson: (STAGES.index(lesson.stage), lesson.name))
@@ -75,36 +79,36 @@ def _lesson(path: Path) -> Lesson:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{str(path)!r} is not a notebook ({reason}); take it out of the folder") from None
     notebook = nbformat.read(path, as_version=4)
-    about = notebook.metadata.get("vitbench", {})
-    first = notebook.cells[0].source.partition("\n")[0].lstrip("# ") if notebook.cells else path.stem
+    metadata = notebook.metadata.get("vitbench", {})
+    title = notebook.cells[0].source.partition("\n")[0].lstrip("# ") if notebook.cells else path.stem
     return Lesson(
         path=path,
-        title=first,
-        stage=one_of(f"stage of {path.name}", about.get("stage", "method"), STAGES),
-        minutes=float(about.get("minutes", 1)),
-        parameters={name: known["inferred_type_name"] for name, known in papermill.inspect_notebook(path).items()},
+        title=title,
+        stage=one_of(f"stage of {path.name}", metadata.get("stage", "method"), STAGES),
+        minutes=float(metadata.get("minutes", 1)),
+        parameters={name: info["inferred_type_name"] for name, info in papermill.inspect_notebook(path).items()},
         cells=sum(cell.cell_type == "code" for cell in notebook.cells),
-        needs=tuple(about.get("needs", ())),
+        required_splits=tuple(metadata.get("needs", ())),
     )
 
 
 def choose(lessons: list[Lesson], only: list[str]) -> list[Lesson]:
-    """The lessons named in `only`, by name or number; all of them if it is empty."""
+    """The lessons whose name or number is in `only`; all lessons if it is empty."""
     by_name = {lesson.name: lesson.name for lesson in lessons} | {
         lesson.name.split("_")[0]: lesson.name for lesson in lessons
     }
-    wanted = {by_name[one_of("notebook", name.removesuffix(".ipynb"), by_name)] for name in only}
-    return [lesson for lesson in lessons if not only or lesson.name in wanted]
+    selected_names = {by_name[one_of("notebook", name.removesuffix(".ipynb"), by_name)] for name in only}
+    return [lesson for lesson in lessons if not only or lesson.name in selected_names]
 
 
 def profiles(folder: str | Path = "") -> dict[str, Path]:
-    """Profile name -> papermill parameter file, of the folder's `profiles/` (see `lessons_folder`)."""
-    found = {path.stem: path for path in (lessons_folder(folder) / "profiles").glob("*.yaml")}
-    return dict(sorted(found.items()))
+    """Name -> file of each profile in the folder's `profiles/` (see `lessons_folder`)."""
+    paths_by_name = {path.stem: path for path in (lessons_folder(folder) / "profiles").glob("*.yaml")}
+    return dict(sorted(paths_by_name.items()))
 
 
 def read_profile(name: str, settings: list[str], lessons: list[Lesson], folder: str | Path = "") -> dict[str, Any]:
-    """The parameters of a profile (a name, or a path to a YAML file) with `key=value` settings on top.
+    """The parameters of a profile (a name, or a path to a YAML file) overridden by `key=value` settings.
 
     A dotted key reaches into a parameter that is a mapping: train.epochs=5.
 
@@ -114,8 +118,8 @@ def read_profile(name: str, settings: list[str], lessons: list[Lesson], folder: 
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
     else:
-        known = profiles(folder)
-        path = known[one_of("profile", name, known)]
+        profile_paths = profiles(folder)
+        path = profile_paths[one_of("profile", name, profile_paths)]
     values = configs.read_yaml(path, "profile")
     if not isinstance(values, dict):
         raise InputError(f"profile {path.name!r} is not a mapping of parameter names to values")
@@ -123,13 +127,13 @@ def read_profile(name: str, settings: list[str], lessons: list[Lesson], folder: 
         key, value = parse_setting(setting)
         outer, _, inner = key.partition(".")
         if inner:
-            held = values.get(outer, {})
-            if not isinstance(held, dict):
+            current_value = values.get(outer, {})
+            if not isinstance(current_value, dict):
                 raise InputError(f"--set {key}: {outer} is not a mapping, so it has no {inner!r}")
-            values[outer] = {**held, inner: value}
+            values[outer] = {**current_value, inner: value}
         else:
             values[outer] = value
-    return _of_declared_types(values, lessons)
+    return _convert_parameters(values, lessons)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -140,59 +144,66 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return key, configs.yaml_value(value, f"setting {key}") if value.strip() else ""
 
 
-def _of_declared_types(values: dict[str, Any], lessons: list[Lesson]) -> dict[str, Any]:
+def _convert_parameters(values: dict[str, Any], lessons: list[Lesson]) -> dict[str, Any]:
     declared: dict[str, str] = {}
     for lesson in lessons:
         declared |= lesson.parameters
-    return {key: as_declared(key, value, declared[one_of("parameter", key, declared)]) for key, value in values.items()}
+    return {
+        key: convert_parameter(key, value, declared[one_of("parameter", key, declared)])
+        for key, value in values.items()
+    }
 
 
-KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
-_TEXT_OF_BOOLS = {"true": True, "false": False}
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+    "dict": dict,
+    "list": list,
+}
+_BOOLS_BY_TEXT = {"true": True, "false": False}
 
 
-def lesson(names: dict[str, Any]) -> None:
+def lesson(namespace: dict[str, Any]) -> None:
     """Set a notebook up: `vb.lesson(globals())` after its parameters.
 
-    Parameters are given their declared types in place: papermill's `-p pretrained false` gives the text 'false', which
-    would count as true. Figures are drawn inline whatever MPLBACKEND says, with matplotlib's defaults whatever a
-    matplotlibrc says.
+    Parameters are converted to their declared types in place: papermill's `-p pretrained false` passes the text 'false',
+    which would be true. Figures are drawn inline with matplotlib's defaults, whatever MPLBACKEND and a matplotlibrc say.
 
     Args:
-        names: the notebook's global names, with the annotations of its parameters.
+        namespace: the notebook's global names, with the annotations of its parameters.
 
     Raises:
         InputError: a parameter of another type than the notebook declares.
     """
-    declared = names.get("__annotations__") or {}
-    if (
-        not declared and "__annotate__" in names
-    ):  # from Python 3.14 on, annotations are computed when they are asked for
-        declared = names["__annotate__"](1)
+    declared = namespace.get("__annotations__") or {}
+    if not declared and "__annotate__" in namespace:  # Python 3.14 computes annotations on demand
+        declared = namespace["__annotate__"](1)
     for name, kind in declared.items():
-        if name in names:
-            names[name] = as_declared(name, names[name], getattr(kind, "__name__", str(kind)))
+        if name in namespace:
+            namespace[name] = convert_parameter(name, namespace[name], getattr(kind, "__name__", str(kind)))
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if hasattr(shell, "kernel"):
+    if shell is not None and hasattr(shell, "kernel"):
         import matplotlib as mpl
 
         shell.run_line_magic("matplotlib", "inline")
         mpl.rcdefaults()
 
 
-def as_declared(name: str, value: Any, kind: str) -> Any:
-    """The value of a parameter that a notebook declares as `kind`; "true" and "false" are read where that is bool.
+def convert_parameter(name: str, value: Any, kind: str) -> Any:
+    """The value of a parameter that a notebook declares as `kind`; the texts "true" and "false" become a bool.
 
     Raises:
         InputError: a value of another type.
     """
     if kind not in KINDS:
         return value
-    if kind == "bool" and isinstance(value, str) and value.lower() in _TEXT_OF_BOOLS:
-        return _TEXT_OF_BOOLS[value.lower()]
+    if kind == "bool" and isinstance(value, str) and value.lower() in _BOOLS_BY_TEXT:
+        return _BOOLS_BY_TEXT[value.lower()]
     if isinstance(value, KINDS[kind]) and not (isinstance(value, bool) and kind in ("int", "float")):
         return value
-    given = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
+    shown_value = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
     hint = ""
     if isinstance(value, str) and kind in ("dict", "list"):
         example = "{epochs: 1}" if kind == "dict" else "[1, 2]"
@@ -200,5 +211,5 @@ def as_declared(name: str, value: Any, kind: str) -> Any:
     elif kind == "str" and isinstance(value, bool | int | float):
         hint = f"; with papermill write -r {name} {value}, since -p reads numbers"
     raise InputError(
-        f"parameter {name} = {given} is a {type(value).__name__}; the notebooks declare it as {kind}{hint}"
+        f"parameter {name} = {shown_value} is a {type(value).__name__}; the notebooks declare it as {kind}{hint}"
     )

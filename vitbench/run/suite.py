@@ -20,7 +20,7 @@ from vitbench.base.locks import locked
 from vitbench.base.paths import home
 from vitbench.data.splits import ImageData, load_data
 from vitbench.rows.runs import Run
-from vitbench.run.cache import prepare
+from vitbench.run.cache import create_initial_model
 from vitbench.run.kernels import OPTIONS, Kernels
 from vitbench.run.lessons import STAGES, Lesson
 from vitbench.training.config import TrainConfig
@@ -31,14 +31,17 @@ PATHS = ("dataset", "checkpoint", "profiles_file")  # parameters that may name a
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a lesson: done, skipped (finished before), left out or failed, and then why: `error`.
+    """The outcome of a lesson.
 
-    `copy` is its executed copy.
+    Attributes:
+        status: "done", "skipped" (finished before), "left out" or "failed".
+        executed_path: its executed copy.
+        error: the reason, if it was left out or failed.
     """
 
     lesson: Lesson
     status: str
-    copy: Path
+    executed_path: Path
     error: str = ""
 
 
@@ -51,9 +54,9 @@ def open_data(dataset: str, name: str = "", splits: dict[str, Any] | None = None
 
 
 def preflight(values: dict[str, Any]) -> ImageData:
-    """Load the data and check the model against it, so that a wrong setting ends before any work."""
+    """Load the data and check the model against it, so that a wrong setting is found before any work."""
     data = open_data(values.get("dataset", "digits"), values.get("dataset_name", ""), values.get("splits"))
-    prepare(
+    create_initial_model(
         values.get("model", "vit_mini_patch2_8"),
         data,
         TrainConfig(**values.get("train", {})),
@@ -67,29 +70,32 @@ def preflight(values: dict[str, Any]) -> ImageData:
 def run_suite(lessons: list[Lesson], values: dict[str, Any], out: Path, workers: int = 1) -> list[Outcome]:
     """Run `lessons` with the parameters `values` into the results folder `out`.
 
-    A lesson whose executed copy was made from the same notebook, package sources, parameters and data is skipped.
-    A lesson that fails does not stop its neighbours, but nothing is compared or compressed without a baseline. A lesson
-    that needs images of a split that is empty, as the data was cut, is left out.
+    A lesson is skipped if its executed copy was made from the same notebook, package sources, parameters and data, and left
+    out if it needs images of an empty split. A lesson that fails does not stop the others of its stage; without a baseline
+    no later stage runs.
     """
     configs.check_plain_data(values, "the parameters")
     data = preflight(values)
     run = Run(out)
-    os.environ["VITBENCH_HOME"] = str(home())  # the kernels, wherever they start, use these caches
-    busy = f"another run is at work in {str(run.folder)!r}; wait for it or give another --out"
-    with locked(run.folder / "suite.lock", busy):
-        lacks = {lesson.name: [split for split in lesson.needs if not len(getattr(data, split))] for lesson in lessons}
+    os.environ["VITBENCH_HOME"] = str(home())  # the kernels use the same caches, wherever they start
+    busy_message = f"another run is at work in {str(run.folder)!r}; wait for it or give another --out"
+    with locked(run.folder / "suite.lock", busy_message):
+        missing_splits = {
+            lesson.name: [split for split in lesson.required_splits if not len(getattr(data, split))]
+            for lesson in lessons
+        }
         left_out = [
             Outcome(
                 lesson,
                 "left out",
-                _copy(run, lesson),
-                f"it needs {lacks[lesson.name][0]} images; {data.describe_splits()}",
+                _executed_path(run, lesson),
+                f"it needs {missing_splits[lesson.name][0]} images; {data.describe_splits()}",
             )
             for lesson in lessons
-            if lacks[lesson.name]
+            if missing_splits[lesson.name]
         ]
-        able = [lesson for lesson in lessons if not lacks[lesson.name]]
-        return left_out + _run_stages(able, values, run, workers, data.fingerprint)
+        runnable = [lesson for lesson in lessons if not missing_splits[lesson.name]]
+        return left_out + _run_stages(runnable, values, run, workers, data.fingerprint)
 
 
 def _run_stages(
@@ -97,41 +103,49 @@ def _run_stages(
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     sources = code.PACKAGE_SOURCES.digest_all()
-    upstream = ""
+    upstream_keys = ""
     expected = sum(60 * lesson.minutes for lesson in lessons)
     with (
         progress.progress_bar(None, "notebooks", expected, bar_format=progress.TIME_ONLY) as bar,
         Kernels() as kernels,
     ):
         for stage in STAGES:
-            here = [lesson for lesson in lessons if lesson.stage == stage]
+            stage_lessons = [lesson for lesson in lessons if lesson.stage == stage]
             if stage != "baseline" and any(
                 outcome.status == "failed" and outcome.lesson.stage == "baseline" for outcome in outcomes
             ):
                 break
-            keys = {lesson.name: _key(lesson, values, sources, fingerprint, upstream) for lesson in here}
-            outcomes += _run_stage(here, keys, values, run, workers, bar, kernels)
-            upstream += "".join(keys.values())  # what is compared depends on what was measured
+            keys = {lesson.name: _key(lesson, values, sources, fingerprint, upstream_keys) for lesson in stage_lessons}
+            outcomes += _run_stage(stage_lessons, keys, values, run, workers, bar, kernels)
+            upstream_keys += "".join(keys.values())  # a comparison depends on all measured lessons
     return outcomes
 
 
 def _run_stage(
-    lessons: list[Lesson], keys: dict[str, str], values: dict[str, Any], run: Run, workers: int, bar, kernels
+    lessons: list[Lesson],
+    keys: dict[str, str],
+    values: dict[str, Any],
+    run: Run,
+    workers: int,
+    bar: Any,
+    kernels: Kernels,
 ) -> list[Outcome]:
-    outcomes, waiting = [], []
+    outcomes, pending_lessons = [], []
     for lesson in lessons:
-        if _finished_key(_copy(run, lesson)) == keys[lesson.name]:
-            outcomes.append(Outcome(lesson, "skipped", _copy(run, lesson)))
+        if _finished_key(_executed_path(run, lesson)) == keys[lesson.name]:
+            outcomes.append(Outcome(lesson, "skipped", _executed_path(run, lesson)))
             bar.update(60 * lesson.minutes)
         else:
-            waiting.append(lesson)
-    if not waiting:
+            pending_lessons.append(lesson)
+    if not pending_lessons:
         return outcomes
     pool = ThreadPoolExecutor(max_workers=workers)
     try:
-        running = {pool.submit(_run_one, lesson, keys[lesson.name], values, run, kernels): lesson for lesson in waiting}
+        running = {
+            pool.submit(_run_one, lesson, keys[lesson.name], values, run, kernels): lesson for lesson in pending_lessons
+        }
         outcomes += _watch(running, run, bar)
-    except BaseException:  # interrupted: what waits is not started, and what runs ends with its kernel
+    except BaseException:  # interrupted: pending lessons do not start, and running ones end with their kernels
         pool.shutdown(wait=False, cancel_futures=True)
         kernels.stop()
         raise
@@ -140,18 +154,18 @@ def _run_stage(
     return outcomes
 
 
-def _watch(running: dict[Future, Lesson], run: Run, bar) -> list[Outcome]:
-    """Move the bar with the cells that are done, until every future is."""
-    moved = dict.fromkeys((lesson.name for lesson in running.values()), 0.0)
+def _watch(running: dict[Future, Lesson], run: Run, bar: Any) -> list[Outcome]:
+    """Advance the bar with the finished cells until every future is done."""
+    shown_fraction = dict.fromkeys((lesson.name for lesson in running.values()), 0.0)
     pending = set(running)
     while pending:
         _, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
         busy = []
         for future, lesson in running.items():
-            share = 1.0 if future.done() else _share_done(_copy(run, lesson, running=True), lesson)
-            if share > moved[lesson.name]:
-                bar.update(min(60 * lesson.minutes * (share - moved[lesson.name]), bar.total - bar.n))
-                moved[lesson.name] = share
+            fraction = 1.0 if future.done() else _fraction_done(_executed_path(run, lesson, running=True), lesson)
+            if fraction > shown_fraction[lesson.name]:
+                bar.update(min(60 * lesson.minutes * (fraction - shown_fraction[lesson.name]), bar.total - bar.n))
+                shown_fraction[lesson.name] = fraction
             if future.running():
                 busy.append(lesson.name)
         bar.set_postfix_str(", ".join(busy), refresh=sys.stdout.isatty())
@@ -161,17 +175,17 @@ def _watch(running: dict[Future, Lesson], run: Run, bar) -> list[Outcome]:
 def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels: Kernels) -> Outcome:
     import papermill
 
-    _write_whole(str(run.notebooks))
-    partial, final = _copy(run, lesson, running=True), _copy(run, lesson)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    _make_papermill_atomic(str(run.notebooks))
+    partial_path, final_path = _executed_path(run, lesson, running=True), _executed_path(run, lesson)
+    partial_path.parent.mkdir(parents=True, exist_ok=True)
     parameters = {name: value for name, value in values.items() if name in lesson.parameters}
     parameters |= _absolute(parameters) | {"out": str(run.folder.absolute())}
-    error, start, begun = "", time.monotonic(), time.time()
+    error, start, started_at = "", time.monotonic(), time.time()
     try:
         with kernels.kernel() as kernel:
             papermill.execute_notebook(
                 str(lesson.path),
-                str(partial),
+                str(partial_path),
                 parameters,
                 progress_bar=False,
                 kernel_name="python3",
@@ -185,12 +199,12 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
     except Exception as failure:  # a kernel that died or did not start
         error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else 'no message'}"
     if kernels.stopped:
-        partial.unlink(missing_ok=True)
-        return Outcome(lesson, "failed", final, "interrupted")
-    if partial.exists():
-        notebook = nbformat.read(partial, as_version=4)
-        partial.unlink()
-        error = error or _lacks_figures(notebook, lesson, run, begun)
+        partial_path.unlink(missing_ok=True)
+        return Outcome(lesson, "failed", final_path, "interrupted")
+    if partial_path.exists():
+        notebook = nbformat.read(partial_path, as_version=4)
+        partial_path.unlink()
+        error = error or _missing_figures_reason(notebook, lesson, run, started_at)
         notebook.metadata["vitbench"] = {
             **notebook.metadata.get("vitbench", {}),
             "seconds": round(time.monotonic() - start, 1),
@@ -198,35 +212,37 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
         if not error:
             notebook.metadata["vitbench"]["run_key"] = key
         try:
-            write_text(final, nbformat.writes(notebook) + "\n")
+            write_text(final_path, nbformat.writes(notebook) + "\n")
         except OSError as failure:
-            error = error or f"{str(final)!r} cannot be written ({failure.strerror}); free some space"
-    return Outcome(lesson, "failed" if error else "done", final, error)
+            error = error or f"{str(final_path)!r} cannot be written ({failure.strerror}); free some space"
+    return Outcome(lesson, "failed" if error else "done", final_path, error)
 
 
 @functools.cache
-def _write_whole(folder: str) -> None:
-    """Let papermill write its copies below `folder` whole or not at all: a full disk would leave half a notebook."""
+def _make_papermill_atomic(folder: str) -> None:
+    """Let papermill write its copies below `folder` atomically: a full disk would leave half a notebook."""
     from papermill.iorw import LocalHandler, papermill_io
 
-    class Whole(LocalHandler):
+    class AtomicHandler(LocalHandler):
         def write(self, buf: str, path: str) -> None:
             write_text(path, buf)
 
-    papermill_io.register(folder, Whole())
+    papermill_io.register(folder, AtomicHandler())
 
 
 def _absolute(parameters: dict[str, Any]) -> dict[str, str]:
-    """The parameters that name a file or folder here, in full: a kernel works in a folder of its own."""
-    named = {name: parameters[name] for name in PATHS if parameters.get(name) and parameters[name] != "digits"}
-    found = {name: Path(value).expanduser() for name, value in named.items()}
-    return {name: str(path.absolute()) for name, path in found.items() if path.exists()}
+    """The absolute paths of the parameters that name an existing file or folder: a kernel works in another folder."""
+    path_parameters = {
+        name: parameters[name] for name in PATHS if parameters.get(name) and parameters[name] != "digits"
+    }
+    path_by_name = {name: Path(value).expanduser() for name, value in path_parameters.items()}
+    return {name: str(path.absolute()) for name, path in path_by_name.items() if path.exists()}
 
 
-def _lacks_figures(notebook: nbformat.NotebookNode, lesson: Lesson, run: Run, begun: float) -> str:
-    """Why an executed copy counts as failed: it shows fewer figures than it saved under its number; "" if it does not."""
+def _missing_figures_reason(notebook: nbformat.NotebookNode, lesson: Lesson, run: Run, started_at: float) -> str:
+    """Why an executed copy fails if it shows fewer figures than it saved under its number; "" if it shows all."""
     number = lesson.name.split("_")[0]
-    saved = [file for file in run.figures.glob(f"{number}_*.png") if file.stat().st_mtime >= begun]
+    saved = [file for file in run.figures.glob(f"{number}_*.png") if file.stat().st_mtime >= started_at]
     kinds = [
         kind
         for cell in notebook.cells
@@ -242,11 +258,11 @@ def _lacks_figures(notebook: nbformat.NotebookNode, lesson: Lesson, run: Run, be
     )
 
 
-def _copy(run: Run, lesson: Lesson, running: bool = False) -> Path:
+def _executed_path(run: Run, lesson: Lesson, running: bool = False) -> Path:
     return run.notebooks / f"{lesson.name}{'.running' if running else ''}.ipynb"
 
 
-def _share_done(partial: Path, lesson: Lesson) -> float:
+def _fraction_done(partial: Path, lesson: Lesson) -> float:
     try:
         cells = json.loads(partial.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError):  # not written yet, or being written
@@ -266,13 +282,13 @@ def _finished_key(copy: Path) -> str:
         return ""
 
 
-def _key(lesson: Lesson, values: dict[str, Any], sources: str, fingerprint: str, upstream: str) -> str:
-    used = {name: value for name, value in values.items() if name in lesson.parameters}
-    facts = [
+def _key(lesson: Lesson, values: dict[str, Any], sources: str, fingerprint: str, upstream_keys: str) -> str:
+    lesson_parameters = {name: value for name, value in values.items() if name in lesson.parameters}
+    key_inputs = [
         lesson.path.read_text(encoding="utf-8"),
-        used,
+        lesson_parameters,
         sources,
         fingerprint,
-        upstream if lesson.stage == "comparison" else "",
+        upstream_keys if lesson.stage == "comparison" else "",
     ]
-    return digest(facts)
+    return digest(key_inputs)

@@ -118,7 +118,9 @@ def remake(
     """
     origin = config.get("origin", {})
     train = TrainConfig(**origin.get("train", {"epochs": 0}))
-    start = cache.prepare(model, data, train, checkpoint=checkpoint, img_size=img_size).recipe.origin["start"]
+    start = cache.create_initial_model(model, data, train, checkpoint=checkpoint, img_size=img_size).recipe.origin[
+        "start"
+    ]
     if start != origin.get("start", "random"):
         raise InputError(
             f"the rows' {model} starts from {origin.get('start')}, and this one from {start}; give that checkpoint"

@@ -26,7 +26,7 @@ from vitbench.model import vit
 from vitbench.model.recipe import Recipe
 from vitbench.rows.records import Row, read_rows
 from vitbench.rows.runs import Run
-from vitbench.run.cache import prepare
+from vitbench.run.cache import create_initial_model
 from vitbench.run.sweep.executors import Workers, open_workers
 from vitbench.run.sweep.grid import Cell, Sweep, cells, with_fingerprints
 from vitbench.run.sweep.worker import CellTimeout
@@ -72,7 +72,7 @@ def plan(sweep: Sweep, run: Run) -> Plan:
     for cell in cells(sweep):
         if cell.base not in untrained_models:
             data = open_images(cell)
-            start = prepare(cell.model.name, data, cell.train, **cell.model.start())
+            start = create_initial_model(cell.model.name, data, cell.train, **cell.model.start())
             untrained_models[cell.base] = data, start.recipe
         data, recipe = untrained_models[cell.base]
         cell = with_fingerprints(cell, data, recipe)

@@ -30,7 +30,7 @@ class ModelChoice(Config):
     train: dict[str, Any] = {}
 
     def start(self) -> dict[str, Any]:
-        """The arguments of `baseline` and `prepare` besides the name."""
+        """The arguments of `baseline` and `create_initial_model` besides the name."""
         return {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "img_size": self.img_size}
 
 
