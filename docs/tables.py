@@ -807,14 +807,14 @@ def won_back(results: Results) -> dict[str, float]:
 @known
 def attention_times(results: Results, part: str) -> dict[str, dict[int, float]]:
     """Kind of attention -> tokens -> its time over full attention's, of one layer or of the whole model."""
-    curves = attention.curves(results.every, "latency_ratio", part)
+    curves = attention.rows_by_variant(results.every, "latency_ratio", part)
     return {name: dict(zip(own["tokens"], own["value"])) for name, own in curves.items() if name != "full attention"}
 
 
 @known
 def pays_from(results: Results, part: str) -> dict[str, tuple[float, float]]:
     """Kind of attention -> the tokens from which on its multiply-accumulates and its time are below full attention's."""
-    return attention.crossings(results.every, part)
+    return attention.break_even_by_variant(results.every, part)
 
 
 @known

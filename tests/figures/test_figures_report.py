@@ -139,7 +139,7 @@ CLOSEUPS = {
     "training_curves": {"dynamic_int8": "ours"},
     "parts": {"baseline": "dense", "dynamic_int8": "ours"},
     "layer_errors": {"dynamic_int8": "ours"},
-    "families": {"codes": ["dynamic_int8"]},
+    "error_by_family": {"codes": ["dynamic_int8"]},
 }
 
 
@@ -333,7 +333,7 @@ def test_a_model_scored_in_eager_mode_and_timed_elsewhere_has_a_report(tmp_path)
 def test_a_knob_draws_anew_where_it_is_turned():
     import matplotlib.pyplot as plt
 
-    from vitbench.figures.sliders import knob
+    from vitbench.figures.sliders import figure_slider
 
     drawn, before = [], plt.get_fignums()
 
@@ -343,7 +343,7 @@ def test_a_knob_draws_anew_where_it_is_turned():
         axes.plot([0, value])
         return figure
 
-    slider, image = knob(draw, "bits", 2, 8, start=3).children
+    slider, image = figure_slider(draw, "bits", 2, 8, start=3).children
     first = bytes(image.value)
     slider.value = 5
     assert drawn == [3, 5]

@@ -48,9 +48,9 @@ def test_what_does_not_suit_a_size_is_skipped_with_the_reason(rows):
 
 @pytest.mark.slow
 def test_multiply_accumulates_of_the_layer_are_the_formula(rows):
-    full = attention.curves(rows, "macs", "attention")["full attention"]
+    full = attention.rows_by_variant(rows, "macs", "attention")["full attention"]
     assert full["value"].tolist() == [4 * n * 64 * 64 + 2 * n * n * 64 for n in (5, 65)]
-    linear = attention.curves(rows, "macs", "attention")["linear"]
+    linear = attention.rows_by_variant(rows, "macs", "attention")["linear"]
     assert linear["value"].tolist() == [4 * n * 64 * 64 + 2 * n * 16 * 64 + n * 64 for n in (5, 65)]
 
 
@@ -65,7 +65,7 @@ def test_multiply_accumulates_of_the_layer_are_the_formula(rows):
     ],
 )
 def test_the_crossing_is_where_the_ratio_stays_below_one(ratios, wanted):
-    assert attention.crossing(np.array([10, 100, 1000]), np.array(ratios)) == pytest.approx(wanted)
+    assert attention.break_even_tokens(np.array([10, 100, 1000]), np.array(ratios)) == pytest.approx(wanted)
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_the_figure_and_its_crossings_come_from_the_rows(rows):
     figure, shown = attention.against_tokens(rows)
     assert len(figure.axes) == 2
     assert set(shown["key"]) == set(rows["key"])
-    assert set(attention.crossings(rows, "model")) == {"Nystroem, m = 8, 6 iterations", "linear"}
+    assert set(attention.break_even_by_variant(rows, "model")) == {"Nystroem, m = 8, 6 iterations", "linear"}
 
 
 def test_speed_for_accuracy_shows_the_rows_it_names():

@@ -232,8 +232,8 @@ def test_every_figure_is_seen_in_the_executed_notebook(path, killed_then_finishe
     for cell in nbformat.read(out / "notebooks" / path.name, as_version=4).cells:
         if cell.cell_type == "code" and ("plt.subplots" in cell.source or "save_figure(" in cell.source):
             kinds = [kind for output in cell.outputs for kind in output.get("data", {})]
-            knob = "application/vnd.jupyter.widget-view+json" in kinds and "knob(" in cell.source
-            assert "image/png" in kinds or knob, cell.source
+            slider = "application/vnd.jupyter.widget-view+json" in kinds and "figure_slider(" in cell.source
+            assert "image/png" in kinds or slider, cell.source
 
 
 @pytest.mark.slow

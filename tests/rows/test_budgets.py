@@ -190,7 +190,7 @@ def test_a_style_file_of_nonsense_is_refused(folder, tmp_path):
     style = tmp_path / "own.mplstyle"
     style.write_text("font.size: large-ish\nno such thing\n")
     with pytest.raises(InputError, match="no matplotlib style file"):
-        draw("size", load_records(folder), tmp_path / "x.png", look=style)
+        draw("size", load_records(folder), tmp_path / "x.png", style_file=style)
 
 
 def in_another_backend(rows):

@@ -113,7 +113,7 @@ def test_figures_are_there_whatever_matplotlib_was_told(by_papermill):
 
 @pytest.mark.slow
 def test_no_figure_of_the_gallery_asks_for_latex():
-    rows = gallery.rows_of(
+    rows = gallery.load_folders(
         [ROOT / "results" / "reference" / "edge-deit-tiny", ROOT / "results" / "reference" / "digits-quick"]
     )
     drawn = 0

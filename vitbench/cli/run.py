@@ -147,8 +147,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _figure(options: argparse.Namespace) -> int:
-    from vitbench.figures.gallery import draw, rows_of
+    from vitbench.figures.gallery import draw, load_folders
 
-    others = draw(options.name, rows_of(options.rows), options.out, batch=options.batch, look=options.style)
+    others = draw(options.name, load_folders(options.rows), options.out, batch=options.batch, style_file=options.style)
     print(options.out + (f" ({others} rows of other models or images are not in it)" if others else ""))
     return 0

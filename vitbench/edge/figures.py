@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from vitbench.base.errors import InputError
 from vitbench.edge.model import PARTS, Device, Link, Profiles, transfer_energy
 from vitbench.edge.rows import place
-from vitbench.figures.drawing import COLOURS, heading, note, style, wrapped
+from vitbench.figures.drawing import COLOURS, figure_title, footnote, style, wrap_label
 from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
 
 # where the weights come from, darker is dearer
@@ -49,7 +49,9 @@ def fits(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figure, pd.
     codes = shown.assign(code=[names.index(place(source)) for source in shown["source"]])
     codes = codes.pivot(index="label", columns="profile", values="code").loc[order]
     seconds = shown.pivot(index="label", columns="profile", values="value").loc[order, codes.columns]
-    titles = [wrapped(profiles.devices[name].title, 16) if name in profiles.devices else name for name in codes.columns]
+    titles = [
+        wrap_label(profiles.devices[name].title, 16) if name in profiles.devices else name for name in codes.columns
+    ]
     with style():
         figure, axes = plt.subplots(figsize=(2.4 + 1.35 * len(codes.columns), 1.6 + 0.36 * len(order)))
         colours = ListedColormap(list(PLACES.values()))
@@ -65,17 +67,19 @@ def fits(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figure, pd.
             handles, [f"weights from {name}" for name in PLACES], ncols=3, loc="lower left", bbox_to_anchor=(0, 1)
         )
         figure.suptitle(
-            heading(experiment_rows(rows), f"what fits where, and the time of an answer (link: {link})"),
+            figure_title(experiment_rows(rows), f"what fits where, and the time of an answer (link: {link})"),
             x=0.01,
             ha="left",
         )
-        note(figure, "modelled from measured bytes, memory and multiply-accumulates, and from the profiles' constants")
+        footnote(
+            figure, "modelled from measured bytes, memory and multiply-accumulates, and from the profiles' constants"
+        )
     return figure, shown
 
 
 def _with_size(rows: pd.DataFrame, label: str) -> str:
     held = find_row(experiment_rows(rows), label, "peak_tensors")
-    return f"{wrapped(label, 34)} ({held['value'] / MEGA:.3g} MB)"
+    return f"{wrap_label(label, 34)} ({held['value'] / MEGA:.3g} MB)"
 
 
 def _seconds(seconds: float) -> str:
@@ -97,8 +101,8 @@ def stacks(rows: pd.DataFrame, device: str, link: str, **setting: Any) -> tuple[
                 _stack(axes, shown, parts)
                 axes.set_xlabel(UNITS[metric] + ("" if parts == PARTS else ", without the transfer"))
         panels[0][0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
-        figure.suptitle(heading(used[0], f"of what an answer consists on {device} over {link}"), x=0.01, ha="left")
-        note(figure, "modelled; energy on a board is measured power times modelled time, and the radio's")
+        figure.suptitle(figure_title(used[0], f"of what an answer consists on {device} over {link}"), x=0.01, ha="left")
+        footnote(figure, "modelled; energy on a board is measured power times modelled time, and the radio's")
     return figure, pd.concat(used)
 
 
@@ -112,7 +116,7 @@ def _stack(axes: Axes, shown: pd.DataFrame, parts: Sequence[str]) -> None:
         ends = ends + np.array(values[part])
     for position, end in enumerate(ends):
         axes.annotate(f"{end:.3g}", (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(shown)), [wrapped(label, 30) for label in shown["label"]], fontsize=8)
+    axes.set_yticks(range(len(shown)), [wrap_label(label, 30) for label in shown["label"]], fontsize=8)
     axes.set_xlim(0, 1.18 * max(ends.max(), 1e-12))
     axes.set_ylim(len(shown) - 0.4, -0.6)
 
@@ -163,11 +167,11 @@ def cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str) -> tup
         )
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         figure.suptitle(
-            heading(held, f"the memory cliff: {device}, weights fetched over {link} where they do not fit"),
+            figure_title(held, f"the memory cliff: {device}, weights fetched over {link} where they do not fit"),
             x=0.01,
             ha="left",
         )
-        note(figure, "modelled; in the paper's setting nothing is stored on the device")
+        footnote(figure, "modelled; in the paper's setting nothing is stored on the device")
     return figure, pd.concat([held, fetched])
 
 
@@ -202,8 +206,8 @@ def claims(rows: pd.DataFrame, profiles: Profiles, dense: str, small: str, link:
             )
         panels[2].legend(fontsize=7)
         title = f"{dense} fetched for every answer, {small} held in memory"
-        figure.suptitle(heading(used[0], title), x=0.01, ha="left")
-        note(figure, f"modelled; energy of a byte over {link}; names below: bandwidths of the links")
+        figure.suptitle(figure_title(used[0], title), x=0.01, ha="left")
+        footnote(figure, f"modelled; energy of a byte over {link}; names below: bandwidths of the links")
     return figure, pd.concat(used)
 
 
@@ -251,5 +255,5 @@ def streams(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             ylabel="measured / modelled time",
             ylim=(0.8, 1.2),
         )
-        note(figure, "dotted: 10 % off")
+        footnote(figure, "dotted: 10 % off")
     return figure, rows

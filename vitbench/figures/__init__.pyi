@@ -4,15 +4,15 @@ from .accuracy_cost import (
 )
 from .attention import (
     against_tokens as against_tokens,
-    crossings as crossings,
+    break_even_by_variant as break_even_by_variant,
     speed_for_accuracy as speed_for_accuracy,
 )
 from .drawing import (
     COLOURS as COLOURS,
-    heading as heading,
+    figure_title as figure_title,
+    footnote as footnote,
     latencies as latencies,
-    look as look,
-    note as note,
+    method_style as method_style,
     predicted_beside_measured as predicted_beside_measured,
     save_figure as save_figure,
     style as style,
@@ -24,7 +24,7 @@ from .measured_edge import (
     startup as startup,
 )
 from .one_model import (
-    families as families,
+    error_by_family as error_by_family,
     layer_errors as layer_errors,
     layer_map as layer_map,
     parts as parts,
@@ -40,4 +40,4 @@ from .search_policies import (
     policies as policies,
     search_progress as search_progress,
 )
-from .sliders import knob as knob
+from .sliders import figure_slider as figure_slider

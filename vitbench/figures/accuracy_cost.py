@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 from matplotlib.transforms import Bbox
 
 from vitbench.base.errors import InputError, one_of
-from vitbench.figures.drawing import COLOURS, SMALL, heading, look, note, style, wrapped
+from vitbench.figures.drawing import COLOURS, SMALL_FONT_SIZE, figure_title, footnote, method_style, style, wrap_label
 from vitbench.rows.budgets import SHARES, models_with_cost
 from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row, timed_labels
 from vitbench.rows.statistics import pareto_front
@@ -72,18 +72,20 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
         figure, axes = plt.subplots(figsize=(6.6 + 1.9 * columns, 4.6))
         floor = _set_limits(axes, points, best)
         for point in points:
-            _draw_point(axes, point, look(point.family, families), point in named, floor)
+            _draw_point(axes, point, method_style(point.family, families), point in named, floor)
         edge = (axes.get_xlim()[1], front[-1].y)  # to the right, nothing better was found
         ends = [*((point.x, point.y) for point in front), edge]
         axes.plot(*zip(*ends, strict=True), color="#777777", lw=1, ls="--", zorder=1, drawstyle="steps-post")
         axes.set(xlabel=label.format(batch=batch), ylabel="top-1 on test images (%)")
-        axes.set_title(heading(rows, f"accuracy against {cost_name}"))
+        axes.set_title(figure_title(rows, f"accuracy against {cost_name}"))
         if columns:
-            marks = [Line2D([], [], ls="", label=wrapped(name, 26), **look(name, families)) for name in families]
-            figure.legend(handles=marks, loc="outside right upper", ncols=columns, fontsize=SMALL)
+            marks = [
+                Line2D([], [], ls="", label=wrap_label(name, 26), **method_style(name, families)) for name in families
+            ]
+            figure.legend(handles=marks, loc="outside right upper", ncols=columns, fontsize=SMALL_FONT_SIZE)
         energy_sources = dict.fromkeys(row["source"].split(":")[0] for row in figure_rows if row["metric"] == "energy")
         energy_note = f"; energy {' and '.join(energy_sources)}" if energy_sources else ""
-        note(
+        footnote(
             figure,
             f"bars: 95 % intervals; dashed: Pareto front; left and up is better{energy_note}" + _below(points, floor),
         )
@@ -168,12 +170,12 @@ def _name_points(axes: Axes, names: Mapping[str, Position], marks: Iterable[Posi
     lines = np.sort(to_pixels(np.array(segments).reshape(-1, 2)).reshape(-1, 2, 2), axis=1).reshape(-1, 4)
     for name, position in names.items():
         text = axes.annotate(
-            wrapped(name, 26),
+            wrap_label(name, 26),
             position,
             xytext=(0, 0),
             textcoords="offset points",
             va="bottom",
-            fontsize=SMALL,
+            fontsize=SMALL_FONT_SIZE,
             arrowprops={"arrowstyle": "-", "color": "#777777", "lw": 0.7, "shrinkA": 0, "shrinkB": 4},
             bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1},
             zorder=5,
@@ -248,7 +250,7 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
             )
             axes.step(front["x"], front["value"], where="post", color="#999999", lw=1, ls="--", zorder=1)
             _panel(axes, points[points["family"] == family], bottom)
-            axes.set_title(wrapped(family, 24), fontsize=9)
+            axes.set_title(wrap_label(family, 24), fontsize=9)
             axes.set(xscale="log", ylim=(bottom - 0.6, points["high"].max() + 0.6))
             axes.grid(visible=False, axis="x")
         for axes in panels.flat[len(families) :]:
@@ -257,13 +259,13 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
         panels[0, 0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panels[0, 0].xaxis.set_minor_locator(NullLocator())
         for axes in panels[:, 0]:
-            axes.set_ylabel("top-1 (%)", fontsize=SMALL)
-        figure.suptitle(heading(rows, f"accuracy against {cost_name}, method by method"), x=0.01, ha="left")
+            axes.set_ylabel("top-1 (%)", fontsize=SMALL_FONT_SIZE)
+        figure.suptitle(figure_title(rows, f"accuracy against {cost_name}, method by method"), x=0.01, ha="left")
         shares = ", ".join(f"1/{1 / share:.0f}" for share in SHARES)
         marks = (
             "grey: all models, their front, and the baseline's accuracy; bars: 95 % intervals; triangles: further down"
         )
-        note(figure, f"{label}; {marks}\nlines at {shares} of the baseline's")
+        footnote(figure, f"{label}; {marks}\nlines at {shares} of the baseline's")
     return figure, pd.DataFrame([row for column in ("top1", "cost") for row in models[column]])
 
 

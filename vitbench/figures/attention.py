@@ -1,4 +1,4 @@
-"""What efficient attention costs, and where it starts to pay; like all figures, from rows alone."""
+"""Figures of efficient attention: its cost over full attention's, and the number of tokens from which it is cheaper."""
 
 from typing import Any
 
@@ -8,42 +8,45 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, require_row, style
+from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, require_row, style
 from vitbench.rows.comparison_table import experiment_rows
 
 TITLES = {"attention": "one attention layer", "model": "the whole model, {depth} block{s}"}
 
 
-def variant(config: dict[str, Any]) -> str:
+def attention_name(config: dict[str, Any]) -> str:
     """A model's attention in a few words, from the `config` of its row."""
     if not config["methods"]:
         return "full attention"
     step = config["methods"][-1]
-    own = step["config"]
+    settings = step["config"]
     if step["method"] == "linear_attention":
         return "linear"
     if step["method"] != "nystroem":
         return step["method"]
-    count = "default" if own["landmarks"] is None else own["landmarks"]
-    how = f"{own['iterations']} iterations" if own["iterations"] else "exact"
-    return f"Nystroem, m = {count}, {how}" + (", class token averaged" if own["class_token"] == "averaged" else "")
-
-
-def curves(rows: pd.DataFrame, metric: str, part: str) -> dict[str, pd.DataFrame]:
-    """Variant -> its rows of a metric and a part in the order of tokens; columns tokens, value, low, high."""
-    rows = rows[(rows["status"] == "ok") & (rows["metric"] == metric)]
-    about = rows["context"].map(lambda context: context["part"] == part)
-    rows = rows[about.astype(bool)]
-    rows = rows.assign(
-        tokens=rows["context"].map(lambda context: context["tokens"]), variant=rows["config"].map(variant)
+    count = "default" if settings["landmarks"] is None else settings["landmarks"]
+    inverse_text = f"{settings['iterations']} iterations" if settings["iterations"] else "exact"
+    return f"Nystroem, m = {count}, {inverse_text}" + (
+        ", class token averaged" if settings["class_token"] == "averaged" else ""
     )
-    return {name: own.sort_values("tokens") for name, own in rows.groupby("variant", sort=False)}
 
 
-def crossing(tokens: np.ndarray, ratios: np.ndarray) -> float:
-    """From how many tokens on a variant's ratio to full attention stays below 1, between sizes in straight lines of logarithms.
+def rows_by_variant(rows: pd.DataFrame, metric: str, part: str) -> dict[str, pd.DataFrame]:
+    """Attention variant -> its rows of a metric and a part, sorted by tokens; columns `tokens` and `variant` are added."""
+    rows = rows[(rows["status"] == "ok") & (rows["metric"] == metric)]
+    is_part = rows["context"].map(lambda context: context["part"] == part)
+    rows = rows[is_part.astype(bool)]
+    rows = rows.assign(
+        tokens=rows["context"].map(lambda context: context["tokens"]), variant=rows["config"].map(attention_name)
+    )
+    return {name: variant_rows.sort_values("tokens") for name, variant_rows in rows.groupby("variant", sort=False)}
 
-    The smallest size measured where it is below from the start, infinity where it is not at the largest.
+
+def break_even_tokens(tokens: np.ndarray, ratios: np.ndarray) -> float:
+    """The number of tokens above which a variant's cost ratio to full attention stays below 1.
+
+    Between measured sizes, the logarithm of the ratio is interpolated linearly in the logarithm of the tokens. The result is
+    the smallest measured size if all ratios are below 1, and infinity if the last is not.
     """
     above = np.flatnonzero(np.asarray(ratios) >= 1)
     if not len(above):
@@ -55,22 +58,24 @@ def crossing(tokens: np.ndarray, ratios: np.ndarray) -> float:
     return float(np.exp(x0 + (x1 - x0) * y0 / (y0 - y1)))
 
 
-def crossings(rows: pd.DataFrame, part: str) -> dict[str, tuple[float, float]]:
-    """Variant -> the `crossing` of its multiply-accumulates and that of its median time."""
-    macs, times = curves(rows, "macs", part), curves(rows, "latency_ratio", part)
+def break_even_by_variant(rows: pd.DataFrame, part: str) -> dict[str, tuple[float, float]]:
+    """Attention variant -> the `break_even_tokens` of its multiply-accumulates, and of its median latency."""
+    macs, times = rows_by_variant(rows, "macs", part), rows_by_variant(rows, "latency_ratio", part)
     full = macs["full attention"].set_index("tokens")["value"]
     return {
         name: (
-            crossing(own["tokens"].to_numpy(), (own["value"] / own["tokens"].map(full)).to_numpy()),
-            crossing(times[name]["tokens"].to_numpy(), times[name]["value"].to_numpy()),
+            break_even_tokens(
+                macs_rows["tokens"].to_numpy(), (macs_rows["value"] / macs_rows["tokens"].map(full)).to_numpy()
+            ),
+            break_even_tokens(times[name]["tokens"].to_numpy(), times[name]["value"].to_numpy()),
         )
-        for name, own in macs.items()
+        for name, macs_rows in macs.items()
         if name != "full attention"
     }
 
 
 def against_tokens(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Time and multiply-accumulates over full attention's against the number of tokens, with the points where they cross 1."""
+    """Latency and multiply-accumulates over full attention's against the number of tokens, with the points where they cross 1."""
     with style():
         figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
         for axes, (part, title) in zip(panels, TITLES.items(), strict=True):
@@ -83,7 +88,7 @@ def against_tokens(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         figure.suptitle(
             f"{last['model']}'s shape, batch {last['batch']}, {last['threads']} threads, eager", fontsize=10
         )
-        note(
+        footnote(
             figure,
             "solid: median time, with 95 % intervals; dotted: multiply-accumulates; rings: where the time falls below full attention's",
         )
@@ -91,7 +96,11 @@ def against_tokens(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def _panel(axes: Axes, rows: pd.DataFrame, part: str) -> None:
-    macs, times, break_evens = curves(rows, "macs", part), curves(rows, "latency_ratio", part), crossings(rows, part)
+    macs, times, break_evens = (
+        rows_by_variant(rows, "macs", part),
+        rows_by_variant(rows, "latency_ratio", part),
+        break_even_by_variant(rows, part),
+    )
     full = macs["full attention"].set_index("tokens")["value"]
     axes.axhline(1, color="black", lw=1)
     for index, name in enumerate(break_evens, 1):
@@ -145,7 +154,7 @@ def speed_for_accuracy(
                     {"xytext": (-6, 5), "ha": "right"} if index == 1 else {"xytext": (6, -13)}
                 )
                 for r, *point in zip(labels, x, y, strict=True):
-                    if r or index == 1:  # no pairs are the same model in every family
+                    if r or index == 1:  # r = 0 is the same model in every family
                         axes.annotate(
                             f"r = {r}", point, textcoords="offset points", fontsize=8, color=colour, **text_position
                         )
@@ -153,12 +162,12 @@ def speed_for_accuracy(
             axes.axvline(1, color="black", lw=0.8, ls=":")
             axes.set_xlabel(f"median time over the baseline's, batch {batch}")
         panels[0, 0].set_ylabel("top-1 (%)")
-        panels[0, 0].set_title(heading(rows, what))
+        panels[0, 0].set_title(figure_title(rows, what))
         panels[0, -1].legend(fontsize=8, loc="lower right")
-        note(figure, "bars: 95 % intervals; left and up is better")
+        footnote(figure, "bars: 95 % intervals; left and up is better")
     return figure, pd.DataFrame(figure_rows).drop_duplicates("key")
 
 
 def _error_bars(rows: list[pd.Series]) -> np.ndarray:
-    """How far the intervals of rows reach below and above, (2, rows)."""
+    """Lengths of the rows' intervals below and above the value, (2, rows)."""
     return np.array([[abs(row[end] - row["value"]) for row in rows] for end in ("low", "high")])

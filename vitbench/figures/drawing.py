@@ -42,7 +42,7 @@ STYLE: dict[Any, Any] = {  # matplotlib's keys are typed as literals, so `str` d
     "svg.fonttype": "none",
     "axes.prop_cycle": cycler(color=COLOURS),
 }
-SMALL = 8  # points, of the names and numbers of which there are many
+SMALL_FONT_SIZE = 8  # points, of the names and numbers of which there are many
 PREDICTED = ("weights x bits", "MACs")
 RING: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8, "color": "black", "mfc": "white"}
 MEDIAN: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4.5, "color": COLOURS[3], "zorder": 4}
@@ -88,7 +88,7 @@ def user_style(file: str | Path) -> Iterator[None]:
         _user_style = before
 
 
-def look(method: str, methods: Sequence[str]) -> dict[str, Any]:
+def method_style(method: str, methods: Sequence[str]) -> dict[str, Any]:
     """The colour and marker of a method, by its index among the methods of the figure."""
     index = list(methods).index(method)
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
@@ -153,9 +153,9 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 axes,
                 {"median": MEDIAN} | ({"its 95 % interval": INTERVAL} if in_turn else {}) | {"p90": P90, "p99": P99},
             )
-        figure.suptitle(heading(rows, "how long a call takes"), x=0.01, ha="left")
+        figure.suptitle(figure_title(rows, "how long a call takes"), x=0.01, ha="left")
         numbers = "the median and its 95 % interval" if in_turn else "the median"
-        note(figure, f"numbers: {numbers}; the slowest calls may lie outside")
+        footnote(figure, f"numbers: {numbers}; the slowest calls may lie outside")
     return figure, latency_rows
 
 
@@ -215,8 +215,8 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
             _legend(axes, kinds)
         if not names:
             panels[0].text(0, 0.2, "no compressed method has been measured yet")
-        figure.suptitle(heading(rows, "predicted beside measured"), x=0.01, ha="left")
-        note(
+        figure.suptitle(figure_title(rows, "predicted beside measured"), x=0.01, ha="left")
+        footnote(
             figure,
             "hollow: predicted; filled: measured; bars: 95 % intervals; numbers: predicted \N{RIGHTWARDS ARROW} measured",
         )
@@ -272,11 +272,11 @@ def _draw_marks(axes: Axes, y: float, marks: Marks, kinds: dict[str, dict[str, A
 
 def _method_lines(names: Sequence[str], panels: int) -> tuple[Figure, list[Axes], dict[str, float]]:
     """An empty figure with a line for each name, and panels side by side; with it, y of each name's line."""
-    texts = [wrapped(name, 44) for name in names]
+    texts = [wrap_label(name, 44) for name in names]
     heights = np.array([0.085 + 0.135 * (1 + text.count("\n")) for text in texts])  # inches
     total, y = max(0.5, heights.sum()), np.cumsum(heights) - heights / 2
     figure, drawn = plt.subplots(1, panels, figsize=(3 + 3.8 * panels, 1.7 + total), sharey=True, squeeze=False)
-    drawn[0, 0].set_yticks(y, texts, fontsize=SMALL)
+    drawn[0, 0].set_yticks(y, texts, fontsize=SMALL_FONT_SIZE)
     drawn[0, 0].set_ylim(total, 0)
     for axes in drawn[0]:
         axes.spines["left"].set_visible(False)
@@ -286,14 +286,14 @@ def _method_lines(names: Sequence[str], panels: int) -> tuple[Figure, list[Axes]
 
 def _write_at_right(axes: Axes, y: float, text: str) -> None:
     """Write to the right of a panel, on a method's line."""
-    axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), fontsize=SMALL, va="center")
+    axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), fontsize=SMALL_FONT_SIZE, va="center")
 
 
 def _legend(axes: Axes, kinds: dict[str, dict[str, Any]]) -> None:
     """What the marks mean, above the panel: the reading of a long list starts there."""
     marks = [Line2D([], [], label=label, **kind) for label, kind in kinds.items()]
     close: dict[str, Any] = {"borderpad": 0, "columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5}
-    axes.legend(handles=marks, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=SMALL, **close)
+    axes.legend(handles=marks, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=SMALL_FONT_SIZE, **close)
 
 
 def require_row(rows: pd.DataFrame, label: str, metric: str, batch: int | None = None) -> pd.Series:
@@ -308,22 +308,22 @@ def require_row(rows: pd.DataFrame, label: str, metric: str, batch: int | None =
     return row
 
 
-def wrapped(name: str, width: int) -> str:
+def wrap_label(name: str, width: int) -> str:
     """A name on as many lines as it needs; nothing is left out, since two settings may differ in the last of them only."""
     return textwrap.fill(name, width, break_on_hyphens=False)
 
 
-def heading(rows: pd.DataFrame, what: str) -> str:
+def figure_title(rows: pd.DataFrame, what: str) -> str:
     """A figure's title: what it shows, and of which model on which images."""
     last = rows.iloc[-1]
-    return f"{what}\n{plain(last['model'])} on {plain(last['dataset'])}"
+    return f"{what}\n{escape_dollars(last['model'])} on {escape_dollars(last['dataset'])}"
 
 
-def plain(text: str) -> str:
+def escape_dollars(text: str) -> str:
     """Text from outside, in which a dollar is a dollar and begins no formula."""
     return text.replace("$", r"\$")
 
 
-def note(figure: Figure, text: str) -> None:
+def footnote(figure: Figure, text: str) -> None:
     """A line of small print below a figure."""
     figure.supxlabel(text, fontsize=8, color="#555555", x=0.99, ha="right")

@@ -1,4 +1,4 @@
-"""Every figure that the rows of results folders make by themselves, by name: what `vitbench figure` draws."""
+"""The figures that `vitbench figure` draws from the rows of results folders, by name."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,41 +46,41 @@ OVER_SEEDS = ("equal-size", "equal-work", "ranks")
 KINDS = (".png", ".svg", ".pdf")
 
 
-def rows_of(folders: Sequence[str | Path]) -> pd.DataFrame:
-    """The rows of several results folders one after another; figures are of the last row's model and images."""
+def load_folders(folders: Sequence[str | Path]) -> pd.DataFrame:
+    """The rows of several results folders in one table. A figure shows the model and the images of the last row."""
     return pd.concat([load_records(folder) for folder in folders], ignore_index=True)
 
 
-def draw(name: str, rows: pd.DataFrame, out: str | Path, *, batch: int = 1, look: str | Path = "") -> int:
-    """Draw a figure of the gallery into `out` (.png, .svg or .pdf) and the rows behind it into a CSV file beside it.
+def draw(name: str, rows: pd.DataFrame, out: str | Path, *, batch: int = 1, style_file: str | Path = "") -> int:
+    """Draw a figure of the gallery into `out` (.png, .svg or .pdf), and write its rows into a CSV file beside it.
 
     Args:
-        batch: of times.
-        look: a matplotlib style file; what it sets goes before the project's own.
+        batch: batch size of the times.
+        style_file: a matplotlib style file; its settings override the project's.
 
     Returns:
         How many ok rows are of another model or other images, and so not in the figure.
 
     Raises:
-        InputError: no such figure, rows that do not have what it needs, or a file that cannot be written.
+        InputError: no such figure, rows that lack its metrics, or a file that cannot be written.
     """
     one_of("figure", name, GALLERY)
     out = Path(out).expanduser()
     if out.suffix not in KINDS:
         raise InputError(f"--out {str(out)!r} ends in {out.suffix!r}; give a name that ends in {', '.join(KINDS)}")
-    beside = out.with_suffix(".csv")
-    if beside.exists() and not beside.read_bytes().startswith(b"key,model,dataset,"):
+    csv_path = out.with_suffix(".csv")
+    if csv_path.exists() and not csv_path.read_bytes().startswith(b"key,model,dataset,"):
         raise InputError(
-            f"the rows of the figure go into {str(beside)!r}, where another table lies; give --out another name"
+            f"the rows of the figure go into {str(csv_path)!r}, where another table lies; give --out another name"
         )
-    with drawing.user_style(look):
-        figure, shown = GALLERY[name][1](rows, batch)
+    with drawing.user_style(style_file):
+        figure, figure_rows = GALLERY[name][1](rows, batch)
         drawing.save_figure(
-            figure, writable_folder(out.parent, "figures folder"), out.stem, shown, kinds=[out.suffix[1:]]
+            figure, writable_folder(out.parent, "figures folder"), out.stem, figure_rows, kinds=[out.suffix[1:]]
         )
     plt.close(figure)
-    good = rows[rows["status"] == "ok"]
-    return len(good) - (len(experiment_rows(rows)) if name not in OVER_SEEDS else _same_images_count(good))
+    ok_rows = rows[rows["status"] == "ok"]
+    return len(ok_rows) - (len(experiment_rows(rows)) if name not in OVER_SEEDS else _same_images_count(ok_rows))
 
 
 def _same_images_count(rows: pd.DataFrame) -> int:

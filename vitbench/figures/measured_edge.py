@@ -1,4 +1,4 @@
-"""Figures of what a model costs where it was measured: memory, the first answer, every backend, the distance from the floor."""
+"""Figures of measured costs: peak memory, start-up time, time in every backend, and time over the latency floor."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,76 +10,83 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from vitbench.base.errors import InputError
-from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, style, wrapped
+from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, style, wrap_label
 from vitbench.rows.comparison_table import EAGER, MEGA, experiment_rows, find_row
 
 Ratio = Callable[[str, int, str], float | None]
 
 
 def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Peak memory of a fresh process that answers one image, by backend and model; what the imports alone take is hatched.
+    """Peak memory of a fresh process that classifies one image, by backend and model; the imports' share is hatched.
 
-    Where it was measured, a line marks the smallest limit of memory under which the process still answers.
+    A thick line marks the smallest memory limit under which the process still works, if it was measured.
     """
-    figure, axes, shown, peaks = _bars(rows, "peak_rss", "import_rss", "memory", 1 / MEGA, extra=("memory_limit",))
+    figure, axes, figure_rows, peaks = _bars(
+        rows, "peak_rss", "import_rss", "memory", 1 / MEGA, extra=("memory_limit",)
+    )
     for position, row in enumerate(peaks.itertuples()):
-        limit = _exact(shown, row, "memory_limit") / MEGA
+        limit = _exact(figure_rows, row, "memory_limit") / MEGA
         axes.plot([limit, limit], [position - 0.4, position + 0.4], color=COLOURS[1], lw=3)
     with style():
         axes.set_xlabel("peak memory of a fresh process that answers one image (MB)")
-        note(
+        footnote(
             figure,
             "hatched: after the imports, before the model; thick line: smallest memory limit in which it answers",
         )
-    return figure, shown
+    return figure, figure_rows
 
 
 def startup(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Seconds from the start of a process to its first answer, by backend and model: every start a dot; loading is hatched."""
-    figure, axes, shown, starts = _bars(rows, "cold_start", "load_time", "startup", 1.0)
+    """Seconds from the start of a process to its first output, by backend and model; dots are single starts, loading is hatched."""
+    figure, axes, figure_rows, starts = _bars(rows, "cold_start", "load_time", "startup", 1.0)
     for position, row in enumerate(starts.itertuples()):
         axes.plot(row.samples, [position] * len(row.samples), ls="", marker="o", ms=3.5, color="black")
     with style():
         axes.set_xlabel("time from the start of a process to its first answer (s)")
-        note(figure, "dots: single starts; bar: their median; hatched: of it, to load the model")
-    return figure, shown
+        footnote(figure, "dots: single starts; bar: their median; hatched: of it, to load the model")
+    return figure, figure_rows
 
 
 def _bars(
     rows: pd.DataFrame, metric: str, part: str, group: str, scale: float, extra: tuple[str, ...] = ()
 ) -> tuple[Figure, Axes, pd.DataFrame, pd.DataFrame]:
-    """A bar for each model and backend with a metric, its part hatched, the number at its end; the rows, and those of the bars."""
+    """A bar for each model and backend: `metric`, with `part` of it hatched and its value at the end.
+
+    Returns the figure, its axes, all rows that it shows, and the rows of the bars.
+    """
     rows = experiment_rows(rows)
-    shown = rows[rows["metric"].isin([metric, part, *extra])]
-    bars = shown[shown["metric"] == metric].drop_duplicates(["label", "backend"], keep="last")
+    figure_rows = rows[rows["metric"].isin([metric, part, *extra])]
+    bars = figure_rows[figure_rows["metric"] == metric].drop_duplicates(["label", "backend"], keep="last")
     if not len(bars):
         raise InputError(f"the rows hold no {metric}; measure the group {group} first")
     with style():
         figure, axes = plt.subplots(figsize=(9, 1.4 + 0.32 * len(bars)))
         for position, row in enumerate(bars.itertuples()):
             axes.barh(position, row.value * scale, color=COLOURS[2])
-            axes.barh(position, _exact(shown, row, part) * scale, color="white", hatch="///", edgecolor=COLOURS[3])
+            axes.barh(
+                position, _exact(figure_rows, row, part) * scale, color="white", hatch="///", edgecolor=COLOURS[3]
+            )
             end = max(row.samples or [row.value]) * scale
             axes.annotate(
                 f"{row.value * scale:.3g}", (end, position), xytext=(6, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(range(len(bars)), [f"{wrapped(row.label, 34)}, {row.backend}" for row in bars.itertuples()])
+        axes.set_yticks(range(len(bars)), [f"{wrap_label(row.label, 34)}, {row.backend}" for row in bars.itertuples()])
         axes.invert_yaxis()
-        figure.suptitle(heading(rows, "memory" if metric == "peak_rss" else "the first answer"), x=0.01, ha="left")
-    return figure, axes, shown, bars
+        figure.suptitle(figure_title(rows, "memory" if metric == "peak_rss" else "the first answer"), x=0.01, ha="left")
+    return figure, axes, figure_rows, bars
 
 
 def _exact(rows: pd.DataFrame, like: Any, metric: str) -> float:
     """The metric of the same model in the same backend; NaN if it was not measured."""
-    found = rows[(rows["label"] == like.label) & (rows["metric"] == metric) & (rows["backend"] == like.backend)]
-    return found["value"].iloc[-1] if len(found) else float("nan")
+    metric_rows = rows[(rows["label"] == like.label) & (rows["metric"] == metric) & (rows["backend"] == like.backend)]
+    return metric_rows["value"].iloc[-1] if len(metric_rows) else float("nan")
 
 
 @style()
 def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Median time over the least that the machine's measured peaks allow, by model and backend, one panel a batch size.
+    """Median latency over the latency floor, by model and backend, one panel for each batch size.
 
-    The floor counts products and the bytes of the weights; what it leaves out is the rest of the way to 1.
+    The floor is the least time that the machine's measured peaks allow for the products and the bytes of the weights.
     """
     rows = experiment_rows(rows)
     floor = rows[rows["metric"] == "latency_floor"]
@@ -90,18 +97,21 @@ def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         )
 
     def over_floor(label: str, batch: int, backend: str) -> float | None:
-        own, least = find_row(rows, label, "latency_p50", batch, backend), find_row(rows, label, "latency_floor", batch)
-        return None if own is None or least is None or own["backend"] != backend else own["value"] / least["value"]
+        latency_row = find_row(rows, label, "latency_p50", batch, backend)
+        floor_row = find_row(rows, label, "latency_floor", batch)
+        if latency_row is None or floor_row is None or latency_row["backend"] != backend:
+            return None
+        return latency_row["value"] / floor_row["value"]
 
     batches = sorted(set(floor["batch"]) & set(timed["batch"]))
     figure = _marks(rows, timed, batches, over_floor, "median time / floor", "how far from the machine's own limit")
-    note(figure, "1 is the floor: products and bytes at this machine's measured peaks")
+    footnote(figure, "1 is the floor: products and bytes at this machine's measured peaks")
     return figure, pd.concat([floor, timed])
 
 
 @style()
 def in_backends(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Median time over that of eager fp32, in turn with which it was taken, by model and backend, one panel a batch size."""
+    """Median latency over eager fp32's in alternating calls, by model and backend, one panel for each batch size."""
     rows = experiment_rows(rows)
     against = rows["versus_backend"].eq(EAGER) | (rows["versus_backend"].isna() & rows["backend"].eq(EAGER))
     timed = rows[(rows["metric"] == "latency_ratio") & against]
@@ -110,37 +120,45 @@ def in_backends(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
     def over_eager(label: str, batch: int, backend: str) -> float | None:
         versus = "" if backend == EAGER else EAGER
-        own = find_row(rows, label, "latency_ratio", batch, backend, versus)
-        return None if own is None or own["backend"] != backend else own["value"]
+        latency_row = find_row(rows, label, "latency_ratio", batch, backend, versus)
+        return None if latency_row is None or latency_row["backend"] != backend else latency_row["value"]
 
     figure = _marks(
         rows, timed, sorted(set(timed["batch"])), over_eager, "time / eager fp32's", "time in every backend"
     )
-    note(figure, "medians, in turn with eager fp32 in one process; left is faster")
+    footnote(figure, "medians, in turn with eager fp32 in one process; left is faster")
     return figure, timed
 
 
 def _marks(
-    rows: pd.DataFrame, shown: pd.DataFrame, batches: Sequence[float], ratio: Ratio, unit: str, title: str
+    rows: pd.DataFrame, figure_rows: pd.DataFrame, batches: Sequence[float], ratio: Ratio, unit: str, title: str
 ) -> Figure:
-    """A line a model, a mark a backend, a panel a batch size; `ratio(label, batch, backend)` is where the mark stands."""
-    names, backends = list(dict.fromkeys(shown["label"])), list(dict.fromkeys(shown["backend"]))
+    """A line for each model, a mark for each backend, a panel for each batch size.
+
+    `ratio(label, batch, backend)` is the x of a mark, or None where there is no mark.
+    """
+    names, backends = list(dict.fromkeys(figure_rows["label"])), list(dict.fromkeys(figure_rows["backend"]))
     with style():
         size = (3.4 + 3.6 * len(batches), 1.8 + 0.3 * len(names))
         figure, panels = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False)
         for axes, batch in zip(panels[0], batches, strict=True):
-            for number, backend in enumerate(backends):
-                found = [(ratio(name, int(batch), backend), place) for place, name in enumerate(names)]
-                own = [(x, place) for x, place in found if x is not None]
-                look = {"marker": MARKERS[number], "color": COLOURS[(number + 1) % len(COLOURS)]}
-                axes.plot(*(zip(*own, strict=True) if own else ([], [])), ls="", label=backend, **look)
+            for index, backend in enumerate(backends):
+                marks = [(ratio(name, int(batch), backend), y) for y, name in enumerate(names)]
+                visible_marks = [(x, y) for x, y in marks if x is not None]
+                mark_style: dict[str, Any] = {"marker": MARKERS[index], "color": COLOURS[(index + 1) % len(COLOURS)]}
+                axes.plot(
+                    *(zip(*visible_marks, strict=True) if visible_marks else ([], [])),
+                    ls="",
+                    label=backend,
+                    **mark_style,
+                )
             axes.axvline(1, color="black", lw=1)
             axes.set(xscale="log", xlabel=f"{unit}, batch {int(batch)}")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter("{x:g}")
-        panels[0][0].set_yticks(range(len(names)), [wrapped(name, 30) for name in names])
+        panels[0][0].set_yticks(range(len(names)), [wrap_label(name, 30) for name in names])
         panels[0][0].invert_yaxis()
         panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        figure.suptitle(heading(rows, title), x=0.01, ha="left")
+        figure.suptitle(figure_title(rows, title), x=0.01, ha="left")
     return figure

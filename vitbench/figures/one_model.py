@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitbench.figures.drawing import COLOURS, MARKERS, heading, note, require_row, style
+from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, require_row, style
 from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
 
 PARTS = {  # what the bytes of a saved model hold -> colour
@@ -51,7 +51,7 @@ def training_curves(rows: pd.DataFrame, names: dict[str, str] | None = None) -> 
             axes.set(xlabel="optimiser step", ylabel="top-1 on val images (%)" if percent else "training loss (nats)")
         if len(names) > 1:
             panels[0][-1].legend(fontsize=8)
-        panels[0][0].set_title(heading(rows, "training"))
+        panels[0][0].set_title(figure_title(rows, "training"))
     return figure, pd.DataFrame(figure_rows)
 
 
@@ -73,7 +73,7 @@ def parts(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
             )
         axes.set_yticks(range(len(names)), names.values())
         axes.margins(x=0.15)
-        axes.set(xlabel="size on disk (MB)", title=heading(rows, "what the bytes hold"))
+        axes.set(xlabel="size on disk (MB)", title=figure_title(rows, "what the bytes hold"))
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.32))
@@ -101,7 +101,7 @@ def layer_errors(
             axes.plot([layer.removeprefix("blocks.") for layer in layers], 100 * errors, **line_style, ms=5, label=name)
             figure_rows.append(row)
         axes.tick_params(axis="x", rotation=90, labelsize=7 if len(figure_rows) and len(layers) > 24 else 8)
-        axes.set(ylabel=axis, title=heading(rows, title), yscale=scale)
+        axes.set(ylabel=axis, title=figure_title(rows, title), yscale=scale)
         if scale == "linear":
             axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
@@ -134,7 +134,7 @@ def layer_map(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
             figure_rows += [keep, rank]
         panels[-1, 0].set_xlabel("block")
         figure.colorbar(image, ax=list(panels[:, 0]), label="share of weights kept", fraction=0.03, pad=0.01)
-        figure.suptitle(heading(rows, "what each layer keeps; the numbers are ranks"), fontsize=10)
+        figure.suptitle(figure_title(rows, "what each layer keeps; the numbers are ranks"), fontsize=10)
     return figure, pd.DataFrame(figure_rows)
 
 
@@ -145,7 +145,7 @@ def _by_depth(row: pd.Series) -> tuple[list[str], np.ndarray]:
     return [name for name, _ in sorted_pairs], np.array([sample for _, sample in sorted_pairs])
 
 
-def families(rows: pd.DataFrame, names: dict[str, list[str]], cost: str = "bytes") -> FigureAndRows:
+def error_by_family(rows: pd.DataFrame, names: dict[str, list[str]], cost: str = "bytes") -> FigureAndRows:
     """Test error against bytes or weights, a line for each family: its name -> the labels of its settings."""
     rows, figure_rows = experiment_rows(rows), []
     base, unit = require_row(rows, "baseline", "top1"), {"bytes": "MB", "params": "M weights"}[cost]
@@ -182,10 +182,10 @@ def families(rows: pd.DataFrame, names: dict[str, list[str]], cost: str = "bytes
         axes.annotate(f"baseline, {baseline_cost:.3g} {unit}", (0.01, baseline_error), **corner)
         axes.set(xlabel={"bytes": "size on disk (MB)", "params": "weights (millions)"}[cost])
         axes.set(ylabel="wrong on test images (%)", yscale="log" if baseline_error < 10 else "linear")
-        axes.set_title(heading(rows, f"errors against {'size' if cost == 'bytes' else 'weights'}"))
+        axes.set_title(figure_title(rows, f"errors against {'size' if cost == 'bytes' else 'weights'}"))
         axes.set_xlim(left=0)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}" if axes.get_ylim()[1] < 10 * axes.get_ylim()[0] else "")
         axes.legend(fontsize=8)
-        note(figure, "bars: 95 % intervals of the test images; left and down is better")
+        footnote(figure, "bars: 95 % intervals of the test images; left and down is better")
     return figure, pd.DataFrame([*figure_rows, base])

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from vitbench.base.errors import InputError, one_of
 from vitbench.figures.accuracy_cost import COSTS
-from vitbench.figures.drawing import heading, look, note, style, wrapped
+from vitbench.figures.drawing import figure_title, footnote, method_style, style, wrap_label
 from vitbench.rows.comparison_table import across_seeds
 from vitbench.rows.statistics import mean_interval
 
@@ -85,12 +85,12 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
             shift = WIDTH * ((index + 0.5) / len(families) - 0.5)
             x = np.array([shares.index(share) for share in family_lines["share"]]) + shift
             y = 100 * family_lines["top1"].to_numpy()
-            mark_style, is_below = look(family, families), y < bottom
+            mark_style, is_below = method_style(family, families), y < bottom
             top1, low, high = (family_lines[key] for key in ("top1", "low", "high"))
             intervals = [np.nan_to_num(100 * (top1 - low)), np.nan_to_num(100 * (high - top1))]
             error_bars = np.where(is_below, 0, intervals)
             y_shown = np.maximum(y, bottom)
-            label = wrapped(family, 26)
+            label = wrap_label(family, 26)
             axes.errorbar(
                 x, y_shown, error_bars, ls="", lw=1, ecolor=mark_style["color"], **mark_style, ms=6, label=label
             )
@@ -113,10 +113,10 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
         for edge in np.arange(0.5, len(shares) - 1):
             axes.axvline(edge, color="#EEEEEE", lw=1, zorder=0)
         figure.legend(loc="outside right upper", fontsize=8)
-        axes.set_title(heading(rows, f"accuracy at equal {cost_name}"))
+        axes.set_title(figure_title(rows, f"accuracy at equal {cost_name}"))
         seeds = sorted(set(table["seeds"]))
         over = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-        note(
+        footnote(
             figure,
             f"means over {over} of baseline and method, bars: their 95 % t intervals; line and band: the baseline's\n"
             "each method at its setting that fills the budget most; numbers at the edge: further down",
@@ -147,8 +147,8 @@ def ranks(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame
         axes.set_yticks(range(len(order)), order)
         axes.set_xlabel(f"budget: share of the baseline's {cost_name}")
         axes.grid(visible=False)
-        axes.set_title(heading(rows, f"rank and top-1 (%) at equal {cost_name}"))
-        note(figure, "means over seeds; neighbours may not be told apart: see the intervals; empty: out of reach")
+        axes.set_title(figure_title(rows, f"rank and top-1 (%) at equal {cost_name}"))
+        footnote(figure, "means over seeds; neighbours may not be told apart: see the intervals; empty: out of reach")
     return figure, _source_rows(rows, table, cost)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from vitbench.base import configs
 from vitbench.base.errors import InputError
@@ -26,11 +27,11 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def write_report(*folders: str | Path, out: str | Path = "") -> Path:
-    """Write `report.html` into a results folder; it needs no network and nothing beside it but the linked notebooks.
+    """Write `report.html` into a results folder; it needs no network and no other file except the linked notebooks.
 
     Args:
-        folders: results folders, whose rows are taken together.
-        out: where the page goes; by default into the one folder.
+        folders: results folders; their rows are put into one table.
+        out: folder of the page; by default the results folder, if it is one.
 
     Raises:
         InputError: no records there, a damaged records file, or a folder that cannot be written; several folders, and no
@@ -39,7 +40,7 @@ def write_report(*folders: str | Path, out: str | Path = "") -> Path:
     if not out and len(folders) != 1:
         raise InputError(f"a report of {len(folders)} results folders needs a folder of its own; give --out DIR")
     sources = [records_file(folder) for folder in folders]
-    _refuse_another((Path(out).expanduser() if out else sources[0].parent) / "report.html")
+    _check_own_page((Path(out).expanduser() if out else sources[0].parent) / "report.html")
     rows = pd.concat([load_records(source) for source in sources], ignore_index=True)
     folder = writable_folder(out, "report's folder") if out else sources[0].parent
     templates = jinja2.Environment(loader=jinja2.PackageLoader("vitbench.figures"), autoescape=True)
@@ -54,8 +55,8 @@ def write_report(*folders: str | Path, out: str | Path = "") -> Path:
     return folder / "report.html"
 
 
-def _refuse_another(page: Path) -> None:
-    """Raise `InputError` where a page lies that is none of these reports."""
+def _check_own_page(page: Path) -> None:
+    """Raise `InputError` if the file exists and is not a report of vitbench."""
     if page.exists() and b"<title>vitbench: " not in page.read_bytes()[:1000]:
         raise InputError(
             f"{str(page)!r} is a page that vitbench did not make, so it is left alone; give another folder"
@@ -93,7 +94,7 @@ def _content(folder: Path, rows: pd.DataFrame, sources: list[Path]) -> dict[str,
 
 
 def _budgets(rows: pd.DataFrame) -> list[list[str]]:
-    """The table of equal budgets, its head first; nothing where no model was scored."""
+    """The table of equal budgets, its column names first; empty if no model has an accuracy."""
     try:
         table = budgets.budget_table(rows).reset_index()
     except InputError:
@@ -108,23 +109,26 @@ def _cell(number: float) -> str:
 
 
 def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
-    # the figures' times are eager ones, of models that were scored; rows of other backends are the tables'
-    own = rows[in_backend(rows)]
-    timed, scored = own[own["metric"] == "latency_ratio"], own.loc[own["metric"] == "top1", "label"]
+    # figures show eager times of models with an accuracy; the tables have the other backends
+    eager_rows = rows[in_backend(rows)]
+    timed, scored = (
+        eager_rows[eager_rows["metric"] == "latency_ratio"],
+        eager_rows.loc[eager_rows["metric"] == "top1", "label"],
+    )
     batch = int(timed["batch"].min()) if len(timed) else 0
-    made = []
-    if own.loc[own["metric"] == "bytes", "label"].isin(scored).any():
-        made.append(("Accuracy against size on disk.", *tradeoff(rows, "bytes")))
+    figures: list[tuple[str, Figure, pd.DataFrame]] = []
+    if eager_rows.loc[eager_rows["metric"] == "bytes", "label"].isin(scored).any():
+        figures.append(("Accuracy against size on disk.", *tradeoff(rows, "bytes")))
     if timed["label"].isin(scored).any():
         caption = f"Accuracy against median latency at batch {batch}."
-        made.append((caption, *tradeoff(rows, "latency_ratio", batch)))
+        figures.append((caption, *tradeoff(rows, "latency_ratio", batch)))
     if batch:
-        made.append(
-            ("What bits and MACs promise, and what disk and clock say.", *drawing.predicted_beside_measured(rows))
+        figures.append(
+            ("Size and time, predicted by bits and MACs and measured.", *drawing.predicted_beside_measured(rows))
         )
-        made.append(("How long a call takes.", *drawing.latencies(rows)))
+        figures.append(("How long a call takes.", *drawing.latencies(rows)))
     pages = []
-    for caption, figure, _ in made:
+    for caption, figure, _ in figures:
         with drawing.style():
             svg = figure_bytes(figure, "svg", metadata={"Date": None})
         plt.close(figure)
@@ -133,11 +137,11 @@ def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _protocol(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    facts = [("data", f"{rows.iloc[-1]['dataset']}, fingerprint {rows.iloc[-1]['data_fingerprint']}")]
+    lines = [("data", f"{rows.iloc[-1]['dataset']}, fingerprint {rows.iloc[-1]['data_fingerprint']}")]
     scored = rows[rows["metric"] == "top1"]
     if len(scored):
         context = scored.iloc[-1]["context"]
-        facts.append(
+        lines.append(
             (
                 "accuracy",
                 f"{context.get('images', '?')} test images ({context.get('cut', '?')}), which chose nothing; Wilson 95 % intervals",
@@ -146,23 +150,23 @@ def _protocol(rows: pd.DataFrame) -> list[tuple[str, str]]:
     timed = rows[rows["metric"] == "latency_p50"]
     if len(timed):
         row = timed.iloc[-1]
-        facts.append(
+        lines.append(
             (
                 "latency",
                 f"{row['source'].removeprefix('measured: ')}; {row['context']['threads']} threads; backend {row['context']['backend']}",
             )
         )
     for metric in ("macs", "bytes", "peak_rss"):
-        found = rows[rows["metric"] == metric]
-        if len(found):
-            facts.append((metric, found.iloc[-1]["source"].removeprefix("measured: ")))
-    facts.append(("seeds", ", ".join(str(seed) for seed in sorted(rows["seed"].unique()))))
-    facts.append(("source", ", ".join(sorted(rows["commit"].unique()))))
+        metric_rows = rows[rows["metric"] == metric]
+        if len(metric_rows):
+            lines.append((metric, metric_rows.iloc[-1]["source"].removeprefix("measured: ")))
+    lines.append(("seeds", ", ".join(str(seed) for seed in sorted(rows["seed"].unique()))))
+    lines.append(("source", ", ".join(sorted(rows["commit"].unique()))))
     for origin in {
         json.dumps(origin, sort_keys=True): origin for origin in (config.get("origin", {}) for config in rows["config"])
     }.values():
-        facts.append(("weights", _words(origin)))
-    return facts
+        lines.append(("weights", _words(origin)))
+    return lines
 
 
 def _words(mapping: dict[str, Any]) -> str:
@@ -170,19 +174,19 @@ def _words(mapping: dict[str, Any]) -> str:
 
 
 def _machines(sources: list[Path], rows: pd.DataFrame) -> list[tuple[str, str]]:
-    facts = []
+    lines = []
     for env_id in sorted(rows["env_id"].unique()):
         files = [source / "environments" / f"{env_id}.json" for source in sources]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
-            facts.append((env_id or "unknown", "not kept"))
+            lines.append((env_id or "unknown", "not kept"))
             continue
-        found = configs.read_json(file, "environment")
-        if not isinstance(found, dict) or not isinstance(found.get("packages", {}), dict):
+        environment = configs.read_json(file, "environment")
+        if not isinstance(environment, dict) or not isinstance(environment.get("packages", {}), dict):
             raise InputError(f"environment {str(file)!r} is not a mapping of facts; copy it again, or take it out")
-        text = ", ".join(f"{key} {found[key]}" for key in ENVIRONMENT_FACTS if found.get(key))
+        text = ", ".join(f"{key} {environment[key]}" for key in ENVIRONMENT_FACTS if environment.get(key))
         versions = ", ".join(
-            f"{name} {found['packages'][name]}" for name in PACKAGES if name in found.get("packages", {})
+            f"{name} {environment['packages'][name]}" for name in PACKAGES if name in environment.get("packages", {})
         )
-        facts.append((env_id, f"{text}; {versions}"))
-    return facts
+        lines.append((env_id, f"{text}; {versions}"))
+    return lines

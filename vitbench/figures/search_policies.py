@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitbench.figures.drawing import COLOURS, heading, look, note, require_row, style
+from vitbench.figures.drawing import COLOURS, figure_title, footnote, method_style, require_row, style
 from vitbench.rows.comparison_table import experiment_rows
 
 POLICY = {
@@ -52,10 +52,10 @@ def search_progress(rows: pd.DataFrame, names: dict[str, list[str]]) -> tuple[Fi
         axes.set(
             xlabel="policies scored", ylabel="best so far: " + ("-cross-entropy on val" if nats else "top-1 on val")
         )
-        axes.set_title(heading(rows, "search for a policy"))
+        axes.set_title(figure_title(rows, "search for a policy"))
         axes.legend(fontsize=8, loc="lower right")
         seeds = min(len(labels) for labels in names.values())
-        note(figure, f"line: mean of {seeds} seeds; band: the worst and the best of them")
+        footnote(figure, f"line: mean of {seeds} seeds; band: the worst and the best of them")
     return figure, figure_rows
 
 
@@ -78,7 +78,7 @@ def policies(rows: pd.DataFrame, names: dict[str, str]) -> tuple[Figure, pd.Data
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
         panels[0, -1].legend(fontsize=8, loc="lower left")
-        figure.suptitle(heading(rows, "what the policy leaves"), fontsize=10)
+        figure.suptitle(figure_title(rows, "what the policy leaves"), fontsize=10)
     return figure, figure_rows
 
 
@@ -102,12 +102,12 @@ def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]
                 figure_rows += [*macs, *top1]
                 x, y = [row["value"] / baseline_macs["value"] for row in macs], [100 * row["value"] for row in top1]
                 error_bars = [[100 * abs(row[end] - row["value"]) for row in top1] for end in ("low", "high")]
-                axes.errorbar(x, y, yerr=error_bars, capsize=2, label=kind, **look(kind, kinds))
+                axes.errorbar(x, y, yerr=error_bars, capsize=2, label=kind, **method_style(kind, kinds))
             axes.set(xlabel="multiply-accumulates left, of the baseline's", title=name)
         drawn[0, 0].set_ylabel("top-1 (%)")
         drawn[0, -1].legend(fontsize=8)
-        figure.suptitle(heading(rows, "one kind of unit, or all of them"), fontsize=10)
-        note(figure, "bars: 95 % intervals; a kind that is missing could not reach the budget")
+        figure.suptitle(figure_title(rows, "one kind of unit, or all of them"), fontsize=10)
+        footnote(figure, "bars: 95 % intervals; a kind that is missing could not reach the budget")
     return figure, pd.DataFrame([baseline_macs, baseline_top1, *figure_rows])
 
 

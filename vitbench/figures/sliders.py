@@ -10,7 +10,7 @@ from vitbench.base.files import figure_bytes
 from vitbench.figures.drawing import style
 
 
-def knob(draw: Callable[[int], Figure], name: str, low: int, high: int, start: int) -> ipywidgets.VBox:
+def figure_slider(draw: Callable[[int], Figure], name: str, low: int, high: int, start: int) -> ipywidgets.VBox:
     """A slider from `low` to `high`, and below it `draw(value)` as a picture.
 
     The picture is a value of its own and not the output of a cell, which a notebook that is run by a program, and so has no
