@@ -215,7 +215,7 @@ def test_layers_of_two_thin_matrices_and_in_parts():
     torch.manual_seed(0)
     dense, x = torch.nn.Linear(12, 9), torch.randn(2, 7, 12)
     u, s, v = torch.linalg.svd(dense.weight.detach(), full_matrices=False)
-    layer = LowRankLinear(12, 9, 9).fill(u * s, v, dense.bias)
+    layer = LowRankLinear(12, 9, 9).set_factors(u * s, v, dense.bias)
     assert torch.allclose(layer(x), dense(x), atol=1e-5)
     assert torch.allclose(layer.dense(), dense.weight, atol=1e-5)
     model = vit.create_model("vit_mini_patch2_8")

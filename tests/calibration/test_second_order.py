@@ -104,7 +104,9 @@ def test_weights_are_unpacked_by_blocks_of_rows():
     torch.manual_seed(0)
     for bits, group in itertools.product((2, 3, 5, 8), (None, 4)):
         layer = PackedLinear(12, 600, bits, group=group)
-        layer.fill(torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (600, 12)), torch.randn(layer.step.shape), None)
+        layer.set_codes(
+            torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (600, 12)), torch.randn(layer.step.shape), None
+        )
         x = torch.randn(2, 5, 12)
         assert torch.allclose(layer(x), x @ layer.dense().T, atol=1e-4)
         assert torch.equal(layer.dense(256, 512), layer.dense()[256:512])

@@ -102,7 +102,7 @@ def filled(layer):
     middle = 2 ** (layer.bits - 1)
     codes = torch.randint(-middle, middle, layer.shape)
     bias = None if layer.bias is None else torch.randn(len(codes))
-    return layer.fill(codes, torch.rand(layer.step.shape), bias)
+    return layer.set_codes(codes, torch.rand(layer.step.shape), bias)
 
 
 class Factored(torch.nn.Sequential):
@@ -113,11 +113,11 @@ class Factored(torch.nn.Sequential):
         layers = [FactoredLinear(48, 48, rank, bits, "proj", bias, order) for _ in range(2)]
         super().__init__(*layers)
         factor, zero = SharedFactor(rank, 48, bits), torch.randint(-50, 300, (rank,))
-        factor.fill(torch.randint(-middle, middle, (rank, 48)), torch.rand(48) / 10, torch.rand(rank) / 10, zero)
+        factor.set_codes(torch.randint(-middle, middle, (rank, 48)), torch.rand(48) / 10, torch.rand(rank) / 10, zero)
         self.shared = torch.nn.ModuleDict({"proj": factor})
         for layer in layers:
-            layer.fill(torch.randint(0, 2 * middle, (48, rank)), torch.randn(48) if bias else None)
-            layer.connect(self.shared)
+            layer.set_codes(torch.randint(0, 2 * middle, (48, rank)), torch.randn(48) if bias else None)
+            layer.bind_shared(self.shared)
 
     def forward(self, x):
         return self[1](self[0](x))
@@ -144,7 +144,7 @@ def test_packed_codes_are_multiplied_in_onnxruntime(bits, group):
 def test_rounded_inputs_and_patches_too():
     torch.manual_seed(0)
     rounding, conv = filled(PackedLinear(50, 8, 4)), filled(PackedConv2d(3, 40, 4, 8))
-    rounding.input = Rounded(4).over(-2.0, 2.5)
+    rounding.input = Rounded(4).set_range(-2.0, 2.5)
     assert same(torch.nn.Sequential(rounding), torch.randn(3, 50))
     assert same(torch.nn.Sequential(conv), torch.randn(2, 3, 13, 20)), "what is left of an image is cut off"
 
@@ -321,26 +321,26 @@ def test_the_command_line_names_every_backend(capsys):
     ("engine", "vnni", "kernel", "warning"),
     [
         ("x86", True, "int8 kernel x86 with VNNI", ""),
-        ("x86", False, "int8 kernel x86 without VNNI, activations in 7 bits", "no VNNI .* keep to 7 bits"),
+        ("x86", False, "int8 kernel x86 without VNNI, activations in 7 bits", "no VNNI .* take 7 bits"),
         ("none", False, "no int8 kernel, floating point", "multiplied in floating point, .* say nothing about int8"),
     ],
 )
 def test_a_cpu_that_lacks_something_says_so_once(monkeypatch, engine, vnni, kernel, warning):
     monkeypatch.setattr(int8, "_int8_engine", lambda: engine)
     monkeypatch.setattr(int8, "_has_vnni", lambda: vnni)
-    int8._say_what_is_missing.cache_clear()
+    int8._warn_without_int8_kernel.cache_clear()
     layer, x = DynamicInt8Linear(8, 4), torch.randn(3, 8)
     assert int8.int8_kernel() == kernel
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layer(x)
         layer(x)
-    int8._say_what_is_missing.cache_clear()
+    int8._warn_without_int8_kernel.cache_clear()
     assert len(caught) == bool(warning)
     if warning:
         with pytest.warns(UserWarning, match=warning):
             layer(x)
-    int8._say_what_is_missing.cache_clear()
+    int8._warn_without_int8_kernel.cache_clear()
 
 
 def test_only_an_x86_without_vnni_saturates(monkeypatch):

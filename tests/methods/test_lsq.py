@@ -22,7 +22,7 @@ def test_a_learned_range_rounds_to_its_codes():
     assert len(y.unique()) == 8
     inside = (x > low) & (x < high)
     assert ((y - x).abs()[inside] <= 0.1001).all()
-    assert torch.allclose(Rounded(3).over(low, high)(x), y, atol=1e-6)
+    assert torch.allclose(Rounded(3).set_range(low, high)(x), y, atol=1e-6)
 
 
 def test_what_is_cut_off_widens_the_range_and_gets_no_gradient():

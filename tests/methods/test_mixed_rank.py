@@ -124,7 +124,7 @@ def test_the_learned_residual_lowers_the_error_and_keeps_the_rank(base, digits):
         assert [part.shape for part in new] == [left.shape, right.shape]
         if name == names[0]:
             assert loss(*new) == pytest.approx(loss(left, right), rel=1e-2), "nothing to gain on unchanged inputs"
-            vit.replace_module(model, name, LowRankLinear(64, 256, 16).fill(left, right, layer.bias))
+            vit.replace_module(model, name, LowRankLinear(64, 256, 16).set_factors(left, right, layer.bias))
         else:
             assert loss(*new) < loss(left, right)
 

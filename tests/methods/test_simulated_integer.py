@@ -11,7 +11,7 @@ from vitbench.data.batches import eval_batches
 from vitbench.methods.registry import compress, make_config
 from vitbench.methods.simulated_integer import FQ_VIT, REPQ_VIT, SimulatedInteger, reparameterise
 from vitbench.model import artifact, blocks, vit
-from vitbench.model.layers import Log2Rounded, PackedLinear, Rounded, RoundedAttention, RoundedNorm, rounded
+from vitbench.model.layers import Log2Rounded, PackedLinear, Rounded, RoundedAttention, RoundedNorm, fake_quantize
 from vitbench.training.loop import evaluate
 
 
@@ -38,7 +38,7 @@ def test_a_scale_fits_powers_to_small_shares():
     torch.manual_seed(0)
     shares = (torch.randn(100, 197) / 2).softmax(-1)
     plain, fitted = Log2Rounded(4, 2**0.5), Log2Rounded(4, 2**0.5)
-    fitted.fit(torch.histc(-shares.log2(), 960, 0, 24), 24)
+    fitted.fit_scale(torch.histc(-shares.log2(), 960, 0, 24), 24)
     assert fitted.scale < 0.2
     assert (fitted(shares) - shares).norm() < 0.5 * (plain(shares) - shares).norm()
 
@@ -48,7 +48,7 @@ def test_each_channel_gets_a_range_of_its_own():
     x = torch.randn(20_000, 3) * torch.tensor([1.0, 30, 0.1]) + torch.tensor([0.0, 5, 3])
     low, high = x.amin(0), x.amax(0)
     counts = torch.stack([torch.histc(*one) for one in zip(x.T, [512] * 3, low.tolist(), high.tolist())])
-    whole, fitted = Rounded(4, 3).over(low, high), Rounded(4, 3).fit(counts, low, high)
+    whole, fitted = Rounded(4, 3).set_range(low, high), Rounded(4, 3).fit_range(counts, low, high)
     errors = [(layer(x) - x).square().mean(0) / x.var(0) for layer in (whole, fitted)]
     assert (errors[1] < 0.9 * errors[0]).all()
     assert (errors[1] < 0.02).all()
@@ -58,7 +58,7 @@ def test_attention_answers_as_timms():
     torch.manual_seed(0)
     attn = vit.create_model("vit_mini_patch2_8").blocks[0].attn
     x = torch.randn(2, 17, 64)
-    assert torch.allclose(RoundedAttention.like(attn)(x, attn_mask=None, is_causal=False), attn(x), atol=1e-5)
+    assert torch.allclose(RoundedAttention.from_attention(attn)(x, attn_mask=None, is_causal=False), attn(x), atol=1e-5)
 
 
 def test_factors_are_powers_of_two_of_one_step(fq):
@@ -82,7 +82,7 @@ def test_reparameterised_norms_change_no_answer_and_round_each_channel():
         norm.weight[3] *= 30
         norm.bias.copy_(torch.randn(12))
         x = norm(tokens := 2 * torch.randn(500, 12))
-        each = Rounded(4, 12).over(x.amin(0), x.amax(0))
+        each = Rounded(4, 12).set_range(x.amin(0), x.amax(0))
         wanted, coarse = layer(x), nn.functional.linear(each(x), layer.weight)
         one = reparameterise(norm, layer, each)
         assert one.step.ndim == one.zero.ndim == 0
@@ -148,7 +148,7 @@ def test_the_file_is_small_and_loads_as_it_was(base, digits, images, tmp_path):
     assert loaded.head.bits == loaded.head.input.bits == 8
     x = torch.randn(9, 256)
     made = block.mlp.fc2.input
-    assert torch.equal(made(x), rounded(x, made.step, made.zero, 4))
+    assert torch.equal(made(x), fake_quantize(x, made.step, made.zero, 4))
 
 
 def test_pruned_heads_are_fine(base, digits, images):

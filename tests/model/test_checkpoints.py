@@ -154,7 +154,7 @@ def test_averaged_weights_are_taken_unless_told_not_to(kind, state, loads):
 
 
 def test_averaged_weights_alone_are_not_taken_for_plain_ones(state, loads):
-    with pytest.raises(InputError, match=r"averaged weights alone \('model_ema'\)"):
+    with pytest.raises(InputError, match=r"only averaged weights \('model_ema'\)"):
         loads({"model_ema": state}, ema=False)
 
 

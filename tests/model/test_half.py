@@ -41,7 +41,7 @@ def test_reparameterised_zero_points_are_whole_numbers_in_float16():
         norm.weight[5], norm.bias[5] = 0, 40
         x = norm(tokens := torch.randn(500, 12))
         wanted, low = layer(x), x.amin(0)
-        each = Rounded(4, 12).over(low, x.amax(0).maximum(low + 0.02))
+        each = Rounded(4, 12).set_range(low, x.amax(0).maximum(low + 0.02))
         assert float(each.zero.abs().max()) > 20_000
         one = reparameterise(norm, layer, each)
         assert torch.allclose(layer(norm(tokens)), wanted, atol=1e-3)

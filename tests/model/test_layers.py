@@ -28,9 +28,11 @@ def factored(order="reordered", rank=5, bits=4):
     torch.manual_seed(0)
     layer, factor = FactoredLinear(12, 9, rank, bits, "qkv", order=order), SharedFactor(rank, 9, bits)
     zero = torch.randint(0, 2**bits, (rank,))
-    factor.fill(torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rank, 9)), torch.rand(9), torch.rand(rank), zero)
-    layer.fill(torch.randint(0, 2**bits, (12, rank)), torch.randn(9))
-    layer.connect(torch.nn.ModuleDict({"qkv": factor}))
+    factor.set_codes(
+        torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rank, 9)), torch.rand(9), torch.rand(rank), zero
+    )
+    layer.set_codes(torch.randint(0, 2**bits, (12, rank)), torch.randn(9))
+    layer.bind_shared(torch.nn.ModuleDict({"qkv": factor}))
     return layer
 
 
@@ -46,11 +48,11 @@ def test_both_orders_give_x_times_the_dense_matrix(bits):
 
 def test_the_cheapest_order_is_the_one_with_fewer_products():
     layer = FactoredLinear(100, 100, 72, 4, "proj", order="cheapest")
-    assert layer.reorders(100)  # few tokens: decoding costs more than it saves
-    assert not layer.reorders(1000)
+    assert layer.is_reordered(100)  # few tokens: decoding costs more than it saves
+    assert not layer.is_reordered(1000)
     few, many = 163, 164  # n r (i + o) = i r o + n i o at n = 163.6
-    assert layer.reorders(few)
-    assert not layer.reorders(many)
+    assert layer.is_reordered(few)
+    assert not layer.is_reordered(many)
 
 
 def test_packed_layers_are_dense_layers_with_their_weights():
@@ -62,7 +64,7 @@ def test_packed_layers_are_dense_layers_with_their_weights():
     ):
         codes = torch.randint(-4, 4, old.weight.shape)
         step = torch.rand(len(codes))
-        new.fill(codes, step, old.bias)
+        new.set_codes(codes, step, old.bias)
         old.weight.data = codes * step.view(-1, *[1] * (codes.ndim - 1))
         assert torch.allclose(new(x), old(x), atol=1e-5)
         assert new.param_count == sum(p.numel() for p in old.parameters())

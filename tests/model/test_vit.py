@@ -91,12 +91,12 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     ("arguments", "message"),
     [
         ({"name": "deit_tiny_patch16_224", "img_size": 8}, "smaller than a patch .*16 pixels"),
-        ({"name": "deit_tiny_patch16_224", "img_size": 100}, "not see the last 4 rows and columns; give 96 or 112"),
-        ({"name": "t2t_vit_t_14", "img_size": 50}, "not see the last 1 rows"),
+        ({"name": "deit_tiny_patch16_224", "img_size": 100}, "not cover the last 4 rows and columns; give 96 or 112"),
+        ({"name": "t2t_vit_t_14", "img_size": 50}, "not cover the last 1 rows"),
         ({"name": "vit_tiny_r_s16_p8_224", "img_size": 40}, "img_size=40|last 8 rows"),
         ({"name": "vit_mini_patch2_8", "img_size": (8, 4)}, r"img_size = \(8, 4\): give a whole number .*square"),
         ({"name": "vit_mini_patch2_8", "num_classes": 0}, "num_classes = 0: give a whole number"),
-        ({"name": "vit_small_patch14_dinov2", "img_size": 28}, "no classes of its own; say how many"),
+        ({"name": "vit_small_patch14_dinov2", "img_size": 28}, "no default number of classes; give one"),
     ],
 )
 def test_sizes_that_are_refused(arguments, message):

@@ -54,7 +54,7 @@ class RowCoder(Coder):
     def install(self, model: nn.Module) -> None:
         codes, step, _ = self.steps.export(self.value)
         old = model.get_submodule(self.names[0])
-        new = _packed_like(old, self.bits, self.group).fill(codes, step * self.scale.flatten(), old.bias)
+        new = _packed_like(old, self.bits, self.group).set_codes(codes, step * self.scale.flatten(), old.bias)
         vit.replace_module(model, self.names[0], new)
 
 
@@ -65,7 +65,7 @@ def _packed_like(module: nn.Module, bits: int, group: int | None) -> PackedLinea
         return PackedConv2d(module.in_channels, module.out_channels, module.kernel_size[0], bits, bias)
     packed = PackedLinear(module.in_features, module.out_features, bits, bias, group)
     if isinstance(module, RoundingLinear):
-        packed.input = Rounded(module.input.bits).over(*module.input.ends())
+        packed.input = Rounded(module.input.bits).set_range(*module.input.ends())
     return packed
 
 

@@ -146,7 +146,7 @@ class FactorCoder(Coder):
         latent, latent_step, zero = self.left_steps.export(self.left())
         offset = 2 ** (self.bits - 1)
         factor = SharedFactor(self.rank, self.right.shape[1], self.bits)
-        factor.fill(codes, step * self.right_scale, latent_step * self.left.scale.flatten(), zero + offset)
+        factor.set_codes(codes, step * self.right_scale, latent_step * self.left.scale.flatten(), zero + offset)
         if not hasattr(model, "shared"):
             model.shared = nn.ModuleDict()
         model.shared[self.kind] = factor
@@ -155,7 +155,7 @@ class FactorCoder(Coder):
             new = FactoredLinear(
                 old.in_features, old.out_features, self.rank, self.bits, self.kind, old.bias is not None
             )
-            vit.replace_module(model, name, new.fill(chunk + offset, old.bias))
+            vit.replace_module(model, name, new.set_codes(chunk + offset, old.bias))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from vitbench.base import standalone
 from vitbench.base.errors import InputError, import_optional, one_of
 from vitbench.base.files import copy_file
 from vitbench.model.layers import RUNTIME_LAYERS
-from vitbench.model.layers.onnx_codes import packed, with_forms
+from vitbench.model.layers.onnx_codes import has_packed_layers, replace_for_onnx
 from vitbench.model.recipe import Recipe
 
 # without this package OpenVINO takes its own stand-in and reports nothing to anyone
@@ -81,7 +81,7 @@ def onnx_file(model: nn.Module, x: Tensor) -> bytes:
     """The model as an ONNX file for inputs shaped like `x`."""
     file = io.BytesIO()
     # a copy: packed layers give way to their forms, and int8 layers that have answered before hold what only they can read
-    torch.onnx.export(with_forms(copy.deepcopy(model)), (x,), dynamo=True, verbose=False).save(file)
+    torch.onnx.export(replace_for_onnx(copy.deepcopy(model)), (x,), dynamo=True, verbose=False).save(file)
     return file.getvalue()
 
 
@@ -112,7 +112,7 @@ def openvino_model(model: nn.Module, x: Tensor) -> Any:
     """The model as OpenVINO's own, for inputs shaped like `x`; from ONNX where there are packed codes, which then stay so."""
     import openvino as runtime
 
-    if packed(model):
+    if has_packed_layers(model):
         return runtime.Core().read_model(onnx_file(model, x))
     with torch.no_grad():
         return runtime.convert_model(torch.export.export(model, (x,)))
@@ -222,7 +222,7 @@ def logit_distance(found: Tensor, wanted: Tensor) -> float:
 
 def tolerance(backend: str, model: nn.Module) -> float:
     """How far a backend's logits may be from eager's, as `distance` says it."""
-    rounds = any(getattr(module, "rounds_inputs", False) for module in model.modules())
+    rounds = any(getattr(module, "quantizes_inputs", False) for module in model.modules())
     return QUANTIZED_TOLERANCE if rounds else BACKENDS[backend].tolerance
 
 
@@ -286,6 +286,6 @@ def _runs(backend: str, layer: type | None) -> bool:
     """Whether the backend can run a runtime layer, as `runtime_layer` says it."""
     packages = BACKENDS[backend].packages
     if not packages:
-        return backend != "torch_compile" or getattr(layer, "compiles", True)
-    where = getattr(layer, "portable", False)
+        return backend != "torch_compile" or getattr(layer, "supports_torch_compile", True)
+    where = getattr(layer, "exportable", False)
     return where if isinstance(where, bool) else packages[0] in where

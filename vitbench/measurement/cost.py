@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitbench.data.splits import ImageData
 from vitbench.model import artifact, vit
 from vitbench.model.layers import RUNTIME_LAYERS, flop_formulas
-from vitbench.model.layers.registry import matrix
+from vitbench.model.layers.registry import dense_weight
 from vitbench.model.recipe import Recipe
 from vitbench.model.vit import set_fused_attention
 
@@ -57,7 +57,7 @@ def batch_context(recipe: Recipe, batch: int) -> dict[str, int]:
 
 
 def _depends_on_batch(name: str) -> bool:
-    return getattr(RUNTIME_LAYERS.get(name), "sees_batch", False)
+    return getattr(RUNTIME_LAYERS.get(name), "depends_on_batch", False)
 
 
 def cost(path: Path) -> Iterator[Measurement]:
@@ -97,9 +97,9 @@ def count_int8_macs(model: nn.Module) -> int:
     counts = []
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        counts.append(layer.code_macs(inputs[0], y))
+        counts.append(layer.int8_macs(inputs[0], y))
 
-    hooks = [layer.register_forward_hook(count) for layer in model.modules() if hasattr(layer, "code_macs")]
+    hooks = [layer.register_forward_hook(count) for layer in model.modules() if hasattr(layer, "int8_macs")]
     size = model.recipe.preprocess.size
     model(torch.zeros(1, 3, size, size))
     for hook in hooks:
@@ -130,7 +130,7 @@ def weight_error(path: Path, versus: Path, names: list[str]) -> Iterator[Measure
     own, other = artifact.load(path), artifact.load(versus)
     errors, norms = [], []
     for name in names:
-        new, old = matrix(own.get_submodule(name)), matrix(other.get_submodule(name))
+        new, old = dense_weight(own.get_submodule(name)), dense_weight(other.get_submodule(name))
         errors.append(float((new - old).square().sum()))
         norms.append(float(old.square().sum()))
     each = [(error / norm) ** 0.5 if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]

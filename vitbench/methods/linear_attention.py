@@ -27,7 +27,7 @@ class LinearAttention(Tuning):
 def linear_attention(model: nn.Module, config: LinearAttention, data: ImageData | None) -> nn.Module:
     """Put linear attention in the place of the blocks' softmax attention, and train on."""
     teacher = find_teacher(model, config, data) if config.train.epochs else None
-    blocks.replace_attention(model, config.blocks, Layer.like)
+    blocks.replace_attention(model, config.blocks, Layer.from_attention)
     model = model.requires_grad_(bool(config.train.epochs))
     model.history = tune(model, config, data, teacher, title="training linear attention")
     return model.cpu()

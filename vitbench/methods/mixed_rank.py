@@ -227,7 +227,7 @@ def _replace(
         bias = bias - change @ moments.mean
     shape = layer.in_features, layer.out_features
     if rank:
-        new = LowRankLinear(*shape, rank, bias=bias is not None).fill(*form, bias)
+        new = LowRankLinear(*shape, rank, bias=bias is not None).set_factors(*form, bias)
     else:
         new = nn.Linear(*shape, bias=bias is not None)
         new.weight.data = form[0].float()

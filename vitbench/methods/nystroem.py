@@ -68,7 +68,7 @@ def nystroem(model: nn.Module, config: Nystroem, data: ImageData | None) -> nn.M
     own = {"landmarks": count, "prefix": prefix, "residual": config.residual}
     kind = NystroemAttention if config.iterations else ExactNystroemAttention
     own |= {"iterations": config.iterations} if config.iterations else {}
-    blocks.replace_attention(model, config.blocks, lambda attn: kind.like(attn, **own))
+    blocks.replace_attention(model, config.blocks, lambda attn: kind.from_attention(attn, **own))
     model = model.requires_grad_(bool(config.train.epochs))
     model.history = tune(model, config, data, teacher, title="training Nystroem attention")
     return model.cpu()

@@ -124,7 +124,7 @@ def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: 
     for bits in sorted(set(widths.values())):
         own = {name: module for name, module in modules.items() if widths[name] == bits}
         spans = quantizers.ranges(model, own, {name: seen[name] for name in own}, split, config.range, bits)
-        found |= {name: Rounded(bits).over(*span) for name, span in spans.items()}
+        found |= {name: Rounded(bits).set_range(*span) for name, span in spans.items()}
     return found
 
 
@@ -150,7 +150,7 @@ def _powers(model: nn.Module, names: Sequence[str], split: Split, bits: int) -> 
         counts[name] += torch.histc(-x.float().log2().clamp(-OCTAVES, 0), BINS, 0, OCTAVES).double()
 
     quantizers.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of attention")
-    return {name: Log2Rounded(bits, 2**0.5).fit(counts[name], OCTAVES) for name in names}
+    return {name: Log2Rounded(bits, 2**0.5).fit_scale(counts[name], OCTAVES) for name in names}
 
 
 def _factors(model: nn.Module, split: Split, bits: int) -> dict[str, Rounded]:
@@ -162,21 +162,21 @@ def _factors(model: nn.Module, split: Split, bits: int) -> dict[str, Rounded]:
     names = [f"blocks.{i}.{norm}" for i in range(len(model.blocks)) for norm in ("norm1", "norm2")]
     names += [name for name in ("norm", "fc_norm") if isinstance(model.get_submodule(name), nn.LayerNorm)]
     for name in names:
-        replace_module(model, name, RoundedNorm.like(model.get_submodule(name)))
+        replace_module(model, name, RoundedNorm.from_norm(model.get_submodule(name)))
     seen = quantizers.channels(model, {name: model.get_submodule(name) for name in names}, split)
     ends = {name: (min(0.0, float(c.low.min())), max(1e-6, float(c.high.max()))) for name, c in seen.items()}
     lost = {name: torch.zeros(len(FACTORS), len(c.low), dtype=torch.float64) for name, c in seen.items()}
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         for errors, factor in zip(lost[name], FACTORS):
-            tried = Rounded(bits).over(*(factor * end for end in ends[name]))
+            tried = Rounded(bits).set_range(*(factor * end for end in ends[name]))
             errors += (tried(x) - x).flatten(0, -2).square().sum(0).double()
 
     quantizers.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "factors of two")
     found = {}
     for name in names:
         factors = torch.tensor(FACTORS)[lost[name].argmin(0)]
-        found[f"{name}.input"] = Rounded(bits, len(factors)).over(*(factors * end for end in ends[name]))
+        found[f"{name}.input"] = Rounded(bits, len(factors)).set_range(*(factors * end for end in ends[name]))
     return found
 
 
@@ -225,7 +225,9 @@ def _each_channel(model: nn.Module, names: Sequence[str], split: Split, config: 
     """
     seen = quantizers.channels(model, {name: model.get_submodule(name) for name in names}, split)
     spans = {name: (c.low, c.high.maximum(c.low + 0.01 * (c.high - c.low).mean())) for name, c in seen.items()}
-    found = {name: Rounded(config.activation_bits, len(low)).over(low, high) for name, (low, high) in spans.items()}
+    found = {
+        name: Rounded(config.activation_bits, len(low)).set_range(low, high) for name, (low, high) in spans.items()
+    }
     if config.range == "minmax":
         return found
     bins = max(512, 8 * 2**config.activation_bits)
@@ -238,7 +240,7 @@ def _each_channel(model: nn.Module, names: Sequence[str], split: Split, config: 
         counts[name] += torch.bincount(place.flatten(), minlength=counts[name].numel()).view(-1, bins)
 
     quantizers.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of channels")
-    return {name: found[name].fit(counts[name], *spans[name]) for name in names}
+    return {name: found[name].fit_range(counts[name], *spans[name]) for name in names}
 
 
 def _fit(

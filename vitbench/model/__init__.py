@@ -1,6 +1,6 @@
-"""What a Vision Transformer is here, how it is saved and loaded, and the runtime layers of compressed ones (`layers`).
+"""Vision Transformers: making, changing, saving and loading them, and the runtime layers of compressed ones (`layers`).
 
-Import `vit` to make and change models, `artifact` to save and load them, `blocks` and `tokens` for what is inside.
+Import `vit` to make and change models, `artifact` to save and load them, `blocks` and `tokens` for the blocks' parts.
 A new runtime layer goes into `layers` under `@runtime_layer`, so that a file loads without the method that made it.
 """
 

@@ -1,4 +1,4 @@
-"""A model on disk: a folder with `model.safetensors` and `recipe.json`, and nothing that could be executed."""
+"""A model on disk: a folder with `model.safetensors` and `recipe.json`. Neither can hold code that runs."""
 
 import hashlib
 import json
@@ -23,9 +23,9 @@ MODEL_FOLDER = FolderKind("a saved model", RECIPE, frozenset({"recipe", "sha256"
 
 
 class Manifest(Config):
-    """The content of recipe.json: the recipe, the SHA-256 of the weights file beside it, and the start of that of both.
+    """The content of recipe.json: the recipe, the SHA-256 of the weights file, and `check`, a hash of these two.
 
-    Files of before there was the last do not have it.
+    Files of early versions have no `check`.
     """
 
     recipe: Recipe
@@ -34,10 +34,10 @@ class Manifest(Config):
 
 
 def recipe_of(model: nn.Module) -> Recipe:
-    """The model's recipe with its present structure filled in.
+    """The model's recipe, with its present runtime layers filled in.
 
     Raises:
-        InputError: the model was not made by vitbench, so that nothing says how to rebuild it.
+        InputError: the model was not made by vitbench, so it has no recipe to rebuild it from.
     """
     if not isinstance(getattr(model, "recipe", None), Recipe):
         raise InputError(
@@ -55,10 +55,10 @@ def recipe_of(model: nn.Module) -> Recipe:
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
-    """Write the model to the folder `path`, which appears whole or not at all. Same model, same bytes.
+    """Write the model to the folder `path`, atomically. The same model gives the same bytes.
 
     Raises:
-        InputError: the folder holds something else than a saved model, or cannot be written.
+        InputError: the folder holds other files than a saved model's, or it cannot be written.
     """
     path, recipe = Path(path).expanduser(), recipe_of(model)
     storage_dtype = getattr(torch, recipe.storage)
@@ -80,10 +80,10 @@ def save(model: nn.Module, path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> nn.Module:
-    """Read a model that `save` wrote. Nothing in the folder is executed; sizes, names and the checksum are checked.
+    """Read a model that `save` wrote. Nothing in the folder is executed; sizes, names and checksums are checked.
 
     Raises:
-        InputError: not such a folder, a damaged file, or tensors that do not fit the recipe.
+        InputError: `path` is no saved model, a file is damaged, or the tensors do not fit the recipe.
     """
     path = Path(path).expanduser()
     manifest = read_manifest(path)
@@ -107,20 +107,20 @@ def load(path: str | Path) -> nn.Module:
 
 
 def _build_model(path: Path, recipe: Recipe) -> nn.Module:
-    """The model that a recipe describes, on the meta device: timm's structure with runtime layers in their places."""
+    """Build the model that a recipe describes, on the meta device: timm's structure with runtime layers."""
     model = vit.meta_model(recipe.architecture)
     for name in recipe.shared:
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise InputError(f"the recipe of {str(path)!r} has a shared module {name!r}; allowed are plain names")
     if recipe.shared:
         model.shared = nn.ModuleDict({name: _empty_layer(path, spec) for name, spec in recipe.shared.items()})
-    for name, spec in sorted(recipe.layers.items()):  # a layer comes before the layers inside it
+    for name, spec in sorted(recipe.layers.items()):  # sorted: a layer comes before the layers inside it
         one_of("layer in the recipe", name, dict(model.named_modules()))
         layer = _empty_layer(path, spec)
         vit.replace_module(model, name, layer)
-        if hasattr(layer, "connect"):
+        if hasattr(layer, "bind_shared"):
             one_of("shared module in the recipe", layer.shared, recipe.shared)
-            layer.connect(model.shared)
+            layer.bind_shared(model.shared)
     return model
 
 
@@ -134,7 +134,11 @@ def _empty_layer(path: Path, spec: dict[str, Any]) -> nn.Module:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The recipe of a saved model and its checksum, without reading the weights."""
+    """Read a saved model's recipe and checksums, without its weights.
+
+    Raises:
+        InputError: `path` is no saved model, or recipe.json is damaged.
+    """
     path = Path(path).expanduser()
     if not (path / RECIPE).is_file() or not (path / WEIGHTS).is_file():
         raise InputError(f"{str(path)!r} is not a saved model; give a folder with {WEIGHTS} and {RECIPE}")
@@ -149,7 +153,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _check(content: dict[str, Any]) -> str:
-    """The start of the SHA-256 of all that recipe.json holds, but of this."""
+    """A hash of recipe.json's content without the field `check`."""
     checked_content = {key: value for key, value in content.items() if key != "check"}
     return digest(checked_content)
 
@@ -164,9 +168,9 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """16 hex digits of all that decides what a model answers: its recipe, its modules with their settings, its tensors.
+    """16 hex digits of all that decides a model's outputs: its recipe, its modules with their settings, its tensors.
 
-    Models of one set of tensors and other attention, fewer tokens or other wrappers around them have other digests.
+    Models with the same tensors but with other attention, fewer tokens or other wrappers have different digests.
     """
     modules = [
         [name, f"{type(module).__module__}.{type(module).__qualname__}", _module_settings(module)]
@@ -176,7 +180,7 @@ def model_digest(model: nn.Module) -> str:
 
 
 def _module_settings(module: nn.Module) -> list[Any]:
-    """What a module says of itself; addresses in memory, which change with every process, are left out."""
+    """The settings that a module shows, without memory addresses, which differ in each process."""
     return [re.sub(r"0x[0-9a-f]+", "", module.extra_repr()), module.spec() if hasattr(module, "spec") else None]
 
 
@@ -186,7 +190,7 @@ def size_on_disk(path: str | Path) -> int:
 
 
 def bytes_by_part(path: str | Path) -> dict[str, int]:
-    """Bytes on disk by what they hold; their sum is `size_on_disk`."""
+    """Bytes on disk of each part of the model; their sum is `size_on_disk`."""
     part_bytes = dict.fromkeys(
         ("block weights", "shared factors", "patch embedding and head", "norms, biases, embeddings"), 0
     )

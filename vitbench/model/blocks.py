@@ -1,4 +1,4 @@
-"""A Vision Transformer's blocks: their sizes and parts, read, built, replaced and counted. With vit.py, what knows timm's inside."""
+"""A Vision Transformer's blocks: reading, building, replacing and counting them. Only this file and vit.py use timm's internals."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from vitbench.model.tokens import TokenBlocks, reachable_counts
 
 
 def block_shapes(model: nn.Module) -> tuple[BlockShape, ...]:
-    """The sizes of each block as they are now."""
+    """The present sizes of each block."""
     counts = model.blocks.counts if isinstance(model.blocks, TokenBlocks) else [None] * len(model.blocks)
     return tuple(
         BlockShape(
@@ -29,59 +29,57 @@ def block_shapes(model: nn.Module) -> tuple[BlockShape, ...]:
 
 
 def fc1_rows_per_neuron(block: nn.Module) -> int:
-    """How many outputs of `fc1` make one neuron: 2 in a gated MLP (SwiGLU), else 1."""
+    """How many outputs of `fc1` belong to one neuron: 2 in a gated MLP (SwiGLU), else 1."""
     return block.mlp.fc1.out_features // block.mlp.fc2.in_features
 
 
 def check_standard_blocks(model: nn.Module) -> None:
-    """Raise `InputError` unless each block has attention (qkv, proj) and behind it an MLP (fc1, fc2)."""
+    """Raise `InputError` unless each block has attention (qkv, proj) and then an MLP (fc1, fc2)."""
     for block in model.blocks:
         attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
         if not all(hasattr(*part) for part in ((attn, "qkv"), (attn, "proj"), (mlp, "fc1"), (mlp, "fc2"))):
             raise InputError(
                 f"the blocks of this {type(model).__name__} are of type {type(block).__name__}, not attention (qkv, proj) and "
-                "behind it an MLP (fc1, fc2), which is what can be compressed and counted here; give a model of such blocks"
+                "then an MLP (fc1, fc2); vitbench can compress and count only such blocks, so give a model that has them"
             )
 
 
 def residual_source(block: nn.Module, name: str) -> str:
-    """The module in `block` whose input is the residual stream that the output of the layer `name` is added to, as it is.
+    """The norm in `block` whose input is the residual stream that the layer `name` adds its output to.
 
-    "" for a layer whose output goes elsewhere, or is scaled first (LayerScale).
+    "" for a layer whose output is used otherwise, or is scaled first (LayerScale).
     """
     norm, scale = {"attn.proj": ("norm1", "ls1"), "mlp.fc2": ("norm2", "ls2")}.get(name, ("", ""))
     return norm if isinstance(getattr(block, scale, None), nn.Identity) else ""
 
 
 def split_qkv_by_head(model: nn.Module) -> dict[str, slice]:
-    """Cut each dense qkv layer into q, k and v of every head, in place. Returns the rows of the old layer by part's name."""
-    rows = {}
+    """Split each dense qkv layer into q, k and v of every head, in place. Returns part's name -> its rows in the old layer."""
+    rows: dict[str, slice] = {}
     for index, block in enumerate(model.blocks):
         linear, heads = block.attn.qkv, block.attn.num_heads
         if isinstance(linear, nn.Linear):
             size = linear.out_features // (3 * heads)
             split = SplitLinear(linear.in_features, [size] * 3 * heads, bias=linear.bias is not None)
-            block.attn.qkv = split.fill(linear)
+            block.attn.qkv = split.set_rows(linear)
             rows |= {f"blocks.{index}.attn.qkv.parts.{i}": slice(i * size, (i + 1) * size) for i in range(3 * heads)}
     return rows
 
 
 def evenly_spaced_blocks(depth: int, total: int) -> list[int]:
-    """`depth` of `of` blocks, evenly spaced, the first and, of two or more, the last among them."""
+    """The indices of `depth` evenly spaced blocks among `total`: with the first and, for two or more, the last."""
     return [round(float(position)) for position in np.linspace(0, total - 1, depth)]
 
 
 def matching_blocks(depth: int, total: int) -> list[int]:
-    """For each of `depth` blocks the one of `of` blocks that lies at the same share of the depth, the last for the last."""
+    """For each of `depth` blocks the index, among `total` blocks, at the same fraction of the depth; the last matches the last."""
     return [-(-(block + 1) * total // depth) - 1 for block in range(depth)]
 
 
 def keep_blocks(model: nn.Module, indices: Sequence[int]) -> None:
-    """Leave only the blocks at `places`, with their weights, in place."""
+    """Keep only the blocks at `indices`, with their weights, in place."""
     if isinstance(model.blocks, TokenBlocks):
-        raise InputError(
-            "blocks cannot be taken from a model with fewer tokens on the way; give one that keeps them all"
-        )
+        raise InputError("blocks cannot be taken from a model that reduces its tokens; give one that keeps all tokens")
     model.blocks = nn.Sequential(*(model.blocks[index] for index in indices))
     architecture = model.recipe.architecture
     sizes = tuple(architecture.blocks[index] for index in indices) if architecture.blocks else ()
@@ -89,9 +87,10 @@ def keep_blocks(model: nn.Module, indices: Sequence[int]) -> None:
 
 
 def preceding_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Dense linear layer -> the LayerNorm whose output is its input and nothing else's, found by what the block computes.
+    """Dense linear layer -> the LayerNorm whose output only this layer takes as its input.
 
-    Post-norm blocks, for example, have the same names and another order: none of their norms is before a layer.
+    It is found by what the block computes, because names do not tell: post-norm blocks have the same names, and none of
+    their norms precedes a layer.
     """
     pairs = {"attn.qkv": "norm1", "mlp.fc1": "norm2"}
     norms = {}
@@ -107,9 +106,9 @@ def preceding_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _scaling_cancels(block: nn.Module, norm: str, layer: str) -> bool:
-    """Whether factors that divide the norm's channels and multiply the layer's inputs leave the block's answer as it is.
+    """Whether factors that divide the norm's channels and multiply the layer's inputs leave the block's output unchanged.
 
-    Powers of two, which change no digit: where they cancel, the answer is the same to the last bit.
+    The factors are powers of two, which round nothing: where they cancel, the output is the same to the last bit.
     """
     scaled_block, width = copy.deepcopy(block), block.get_submodule(norm).weight.numel()
     if block.get_submodule(layer).in_features != width:
@@ -125,10 +124,10 @@ def _scaling_cancels(block: nn.Module, norm: str, layer: str) -> bool:
 
 
 def resize_blocks(model: nn.Module, architecture: Architecture) -> None:
-    """Give the blocks the sizes that `architecture` says, in place, with new weights; nothing if it says none.
+    """Give the blocks the sizes in `architecture`, in place, with new weights; without sizes, change nothing.
 
     Raises:
-        InputError: sizes of another number of blocks.
+        InputError: the number of sizes is not the number of blocks.
     """
     shapes = architecture.blocks
     if not shapes:
@@ -147,24 +146,24 @@ def resize_blocks(model: nn.Module, architecture: Architecture) -> None:
 
 
 def set_distilled_training(model: nn.Module, enabled: bool) -> None:
-    """Whether a model with a distillation token answers with both heads apart while it trains, or with their mean."""
+    """Whether a model with a distillation token, while it trains, returns both heads' logits or their mean; in place."""
     for module in model.modules():
         if hasattr(module, "distilled_training"):
             module.distilled_training = enabled
 
 
 def set_attention_shape(attn: nn.Module, heads: int, head_dim: int) -> None:
-    """Tell a timm attention layer its heads and their width; its matrices are the caller's."""
+    """Set the heads and their width in a timm attention layer, in place; the caller replaces its matrices."""
     attn.num_heads, attn.head_dim, attn.attn_dim = heads, head_dim, heads * head_dim
-    attn.scale = head_dim**-0.5  # what the fused kernel uses by itself
+    attn.scale = head_dim**-0.5  # the fused kernel's own scale
 
 
 def reduce_tokens(model: nn.Module, reduction: str, counts: Sequence[int | None]) -> None:
-    """Leave `counts` tokens after each block's attention (`vitbench.model.tokens`), in place."""
+    """Keep `counts` tokens after each block's attention (`vitbench.model.tokens`), in place."""
     prefix, tokens = model.num_prefix_tokens, model.patch_embed.num_patches + model.num_prefix_tokens
     if min(count or tokens for count in counts) < prefix + 1:
         raise InputError(
-            f"tokens left = {tuple(counts)}: the {prefix} class and register tokens and one more always stay"
+            f"tokens left = {tuple(counts)}: give at least {prefix + 1}, for the {prefix} class and register tokens and one more"
         )
     counts = reachable_counts(counts, tokens, prefix) if reduction == "merge" else counts
     model.blocks = TokenBlocks(model.blocks, reduction, counts, prefix, tokens)
@@ -173,10 +172,10 @@ def reduce_tokens(model: nn.Module, reduction: str, counts: Sequence[int | None]
 def replace_attention(
     model: nn.Module, block_indices: Sequence[int] | None, make_attention: Callable[[nn.Module], nn.Module]
 ) -> None:
-    """Put `make(attention)` in the place of the attention of the `chosen` blocks (None: of all), in place.
+    """Replace the attention of the blocks at `block_indices` (None: of all) by `make_attention(attention)`, in place.
 
     Raises:
-        InputError: no such block, attention that is not timm's plain one, or tokens that are reduced on the way.
+        InputError: there is no such block, the attention is not timm's plain one, or the model reduces its tokens.
     """
     name, valid_indices = model.recipe.architecture.name, range(len(model.blocks))
     block_indices = valid_indices if block_indices is None else block_indices
@@ -187,8 +186,8 @@ def replace_attention(
         )
     if block_indices and isinstance(model.blocks, TokenBlocks):
         raise InputError(
-            f"{name} reduces tokens ({model.blocks.reduction}) by the keys and shares of softmax attention, so its attention "
-            "has to stay; give the model before its tokens were reduced"
+            f"{name} reduces tokens ({model.blocks.reduction}) by the keys and probabilities of softmax attention, so its attention "
+            "cannot be replaced; give the model before its tokens were reduced"
         )
     for index in block_indices:
         check_standard_attention(model, index)
@@ -198,25 +197,29 @@ def replace_attention(
         ]
         if unsupported:
             raise InputError(
-                f"the attention in blocks.{index} of {name} has a {unsupported[0]}, which its replacement has not; give a plain ViT"
+                f"the attention in blocks.{index} of {name} has a {unsupported[0]}, which its replacement does not have; give a plain ViT"
             )
     for index in block_indices:
         model.blocks[index].attn = make_attention(model.blocks[index].attn)
 
 
 def make_attention_quantizable(model: nn.Module) -> dict[str, list[str]]:
-    """Put attention with places for roundings into every block, in place; errors as `replace_attention`'s.
+    """Give every block attention whose inner tensors can be quantized (`RoundedAttention`), in place.
 
-    Returns q, k, v, softmax -> their places in the blocks.
+    Returns q, k, v and softmax -> the names of their quantizers in all blocks.
+
+    Raises:
+        InputError: as `replace_attention`.
     """
-    replace_attention(model, None, RoundedAttention.like)
+    replace_attention(model, None, RoundedAttention.from_attention)
     return {
-        part: [f"blocks.{index}.attn.{part}" for index in range(len(model.blocks))] for part in RoundedAttention.PLACES
+        part: [f"blocks.{index}.attn.{part}" for index in range(len(model.blocks))]
+        for part in RoundedAttention.QUANTIZER_NAMES
     }
 
 
 def check_standard_attention(model: nn.Module, index: int) -> None:
-    """Raise `InputError` unless block `index` is one that calls a timm attention layer, with whatever linear layers."""
+    """Raise `InputError` unless block `index` calls a timm attention layer; its linear layers may be of any kind."""
     block = model.blocks[index]
     attn = getattr(block, "attn", None)
     if type(attn) is not Attention or not hasattr(block, "ls1"):
@@ -228,15 +231,16 @@ def check_standard_attention(model: nn.Module, index: int) -> None:
 
 
 def record_block_shapes(model: nn.Module) -> None:
-    """Write the blocks' present sizes into the model's recipe."""
+    """Write the blocks' present sizes into the model's recipe, in place."""
     reduction = model.blocks.reduction if isinstance(model.blocks, TokenBlocks) else None
     architecture = model.recipe.architecture.replace(blocks=block_shapes(model), reduction=reduction)
     model.recipe = model.recipe.replace(architecture=architecture)
 
 
 def tokens_per_block(shapes: Sequence[BlockShape], tokens: int) -> tuple[list[int], list[int]]:
-    """How many of `tokens` are there before each block, and after its attention."""
-    tokens_in, tokens_out = [], []
+    """How many of `tokens` enter each block, and how many are left after its attention."""
+    tokens_in: list[int] = []
+    tokens_out: list[int] = []
     for shape in shapes:
         tokens_in.append(tokens_out[-1] if tokens_out else tokens)
         tokens_out.append(min(shape.tokens or tokens_in[-1], tokens_in[-1]))
@@ -258,8 +262,8 @@ def block_macs(
     """Multiply-accumulates of blocks for one image, summed over the last axis of the arguments (numbers or arrays).
 
     With a = heads x head_dim, h neurons of g `gates`, N tokens before and M after the attention, and tokens of `width` d:
-    4 N d a + 2 N^2 a + (1 + g) M d h, plus N a for the class token's attention where tokens are chosen by it, or
-    (n / 2)^2 head_dim for the similarities of the n tokens behind the `prefix` where they are merged.
+    4 N d a + 2 N^2 a + (1 + g) M d h. A block that chooses tokens by the class token's attention adds N a; one that merges
+    tokens adds (n / 2)^2 head_dim for the similarities of the n tokens after the `prefix`.
     """
     n, m, a = (
         np.asarray(tokens_in, dtype=np.int64),

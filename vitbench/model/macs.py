@@ -16,12 +16,11 @@ from vitbench.model import blocks
 def analytic_macs(model: VisionTransformer) -> int:
     """Multiply-accumulates for one image: patch embedding, blocks (`blocks.block_macs`), pooling and heads.
 
-    Norms, softmax and GELU are not counted, as is usual. Blocks count as dense ones of their sizes: attention that a method
-    replaced, and factors in the place of a layer, count as what they replaced. `measurement.cost.count_macs` counts what
-    really runs.
+    Norms, softmax and GELU are not counted, as is usual. Replaced attention and factored layers are counted as the dense
+    ones that they replaced. `measurement.cost.count_macs` counts what really runs.
 
     Raises:
-        InputError: blocks or pooling of a kind that no formula is known for.
+        InputError: there is no formula for the blocks or for the pooling.
     """
     blocks.check_standard_blocks(model)
     shapes, prefix = blocks.block_shapes(model), model.num_prefix_tokens
@@ -42,27 +41,27 @@ def analytic_macs(model: VisionTransformer) -> int:
     pooled = after[-1] if model.pool_include_prefix else after[-1] - prefix
     classifiers = 2 if hasattr(model, "head_dist") else 1
     return (
-        _embedding(model)
+        _embedding_macs(model)
         + int(inner)
-        + (0 if model.attn_pool is None else _pool(model, pooled))
+        + (0 if model.attn_pool is None else _pooling_macs(model, pooled))
         + classifiers * model.embed_dim * model.num_classes
     )
 
 
-def _embedding(model: VisionTransformer) -> int:
-    """Of the patch embedding, with the convolutions before it in a hybrid."""
+def _embedding_macs(model: VisionTransformer) -> int:
+    """MACs of the patch embedding, with a hybrid's convolutions before it."""
     embed = model.patch_embed
     if hasattr(embed, "macs"):  # T2T-ViT's
         return embed.macs()
-    stem = _convolutions(embed.backbone, embed.img_size) if hasattr(embed, "backbone") else 0
+    stem = _stem_macs(embed.backbone, embed.img_size) if hasattr(embed, "backbone") else 0
     if isinstance(embed.proj, nn.Identity):
         return stem
-    shape = embed.proj.weight.shape if hasattr(embed.proj, "weight") else embed.proj.shape  # the latter of packed codes
+    shape = embed.proj.weight.shape if hasattr(embed.proj, "weight") else embed.proj.shape  # packed layers have `shape`
     return stem + math.prod(shape) * embed.num_patches
 
 
-def _convolutions(stem: nn.Module, size: tuple[int, int]) -> int:
-    """Of a stem's convolutions and linear layers, from the shapes of their outputs for an image of `size`."""
+def _stem_macs(stem: nn.Module, size: tuple[int, int]) -> int:
+    """MACs of a stem's convolutions and linear layers, from the shapes of their outputs for an image of `size`."""
     counts = []
 
     def count(layer: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> None:
@@ -77,13 +76,13 @@ def _convolutions(stem: nn.Module, size: tuple[int, int]) -> int:
     return sum(counts)
 
 
-def _pool(model: VisionTransformer, tokens: int) -> int:
-    """Of attention of a few learned queries over the `tokens` (SigLIP's "map" pooling)."""
+def _pooling_macs(model: VisionTransformer, tokens: int) -> int:
+    """MACs of pooling by the attention of a few learned queries over the `tokens` (SigLIP's "map" pooling)."""
     pool = model.attn_pool
     if not isinstance(pool, AttentionPoolLatent):
         raise InputError(
-            f"multiply-accumulates of a {type(pool).__name__}, which pools the tokens of "
-            f"{model.recipe.architecture.name}, have no formula here; `count_macs` counts what runs"
+            f"there is no formula for the multiply-accumulates of a {type(pool).__name__}, which pools the tokens of "
+            f"{model.recipe.architecture.name}; use `count_macs`, which counts what runs"
         )
     queries, width = pool.latent_len, pool.kv.in_features
     dense = [layer for layer in pool.modules() if isinstance(layer, nn.Linear) and layer is not pool.kv]

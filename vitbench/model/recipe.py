@@ -1,4 +1,4 @@
-"""What a model is, in words that a file can keep: enough to rebuild its structure and to say where it came from."""
+"""The recipe in a saved model: how to rebuild the model's structure, and where its weights came from."""
 
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ Reduction = Literal["cls_attention", "hsic", "hsic_cls", "merge"]  # see `vitben
 class BlockShape(Config):
     """The sizes of one block: heads, dimensions of each head, hidden neurons, and tokens left after its attention.
 
-    `tokens` counts class and fused tokens; None leaves as many as came in.
+    `tokens` includes class and fused tokens; None keeps all tokens.
     """
 
     heads: int = Field(ge=1)
@@ -22,11 +22,11 @@ class BlockShape(Config):
 
 
 class Architecture(Config):
-    """A timm (or vitbench) Vision Transformer by name, with what was changed from the name's defaults.
+    """A timm (or vitbench) Vision Transformer by name, with the changes to the name's defaults.
 
-    `blocks` holds the sizes of the blocks where something was removed, else nothing; `reduction` how tokens are chosen;
-    `distillation_token` whether a second class token with a head of its own was added (DeiT); `global_pool` what the head
-    reads where that is not the name's own ("avg": the mean of the patch tokens, as a fine-tuned MAE).
+    `blocks` holds the sizes of the blocks if something was removed; otherwise it is empty. `reduction` is how tokens are
+    chosen. `distillation_token` is whether a second class token with its own head was added (DeiT). `global_pool` is set
+    if the head does not read the name's default ("avg": the mean of the patch tokens, as in a fine-tuned MAE).
     """
 
     name: str
@@ -61,13 +61,12 @@ class Step(Config):
 
 
 class Recipe(Config):
-    """The description that travels with a model: structure, input, origin, and the methods applied in order.
+    """The description in a model's file: structure, input, origin, and the methods in the order they were applied.
 
-    `layers` maps a module's name to the runtime layer that stands in its place (see `vitbench.model.layers`), and `shared`
-    names the modules that several layers share. `storage` is how floating-point tensors lie on disk; in memory they are
-    float32.
-    `origin` says how the weights were made: training config, data, seed, starting weights. A student of another
-    architecture than the model that it was distilled from keeps that one's origin, and its name as `original`.
+    `layers` maps a module's name to the runtime layer that replaces it (see `vitbench.model.layers`). `shared` holds the
+    modules that several layers share. `storage` is the type of floating-point tensors on disk; in memory they are float32.
+    `origin` says how the weights were made: training config, data, seed, starting weights. A student whose architecture
+    differs from its teacher's keeps the teacher's origin, and the teacher's name as `original`.
     """
 
     format: Literal[1] = 1

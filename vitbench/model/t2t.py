@@ -1,8 +1,8 @@
-"""T2T-ViT's embedding: overlapping windows and two narrow attention layers in the place of one convolution.
+"""T2T-ViT's patch embedding: overlapping windows and two narrow attention layers instead of one convolution.
 
 Yuan et al. 2021, "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet" (arXiv:2101.11986),
-section 3. This is the variant with the ordinary softmax attention (T2T-ViT_t), not the one with Performer. The blocks
-behind it are timm's, so that whatever applies to a ViT's blocks applies to T2T-ViT's.
+section 3. This is the variant with softmax attention (T2T-ViT_t), not the one with Performer. The blocks after it are
+timm's, so every method for a ViT's blocks applies to T2T-ViT's.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vitbench.base.errors import InputError
 
 SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride and padding of each soft split
-REDUCTION = 16  # pixels of the image on a token's side: the product of the strides
-WIDTH = 64  # of the tokens between two splits
+REDUCTION = 16  # a token's side in pixels of the image: the product of the strides
+WIDTH = 64  # dimensions of a token between two splits
 
 T2T_VITS = {
     "t2t_vit_t_14": {"embed_dim": 384, "depth": 14, "num_heads": 6},
@@ -26,7 +26,7 @@ T2T_VITS = {
 
 
 class TokenAttention(nn.Module):
-    """Attention of one head from `dim` to `width` features; as the widths differ, the values are the skip connection."""
+    """Attention of one head from `dim` to `width` features. The values are the skip connection, because the widths differ."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -36,7 +36,9 @@ class TokenAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, dim) -> (B, N, width)."""
-        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, N, width) each: the fused kernel wants heads
+        q, k, v = (
+            self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
+        )  # (B, 1, N, width) each: the fused kernel needs an axis of heads
         if self.fused_attn:
             mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
@@ -45,7 +47,7 @@ class TokenAttention(nn.Module):
 
 
 class TokenLayer(nn.Module):
-    """One layer between two splits: attention and an MLP of ratio 1, each behind a norm."""
+    """One layer between two splits: attention and an MLP of ratio 1, each after a norm."""
 
     def __init__(self, dim: int, width: int = WIDTH):
         super().__init__()
@@ -66,17 +68,17 @@ class TokenLayer(nn.Module):
 class TokensToToken(nn.Module):
     """The embedding of T2T-ViT, for timm's `VisionTransformer(embed_layer=TokensToToken)`.
 
-    A soft split makes one token of all pixels in a window; windows overlap. Two layers mix the tokens, and after each
-    the tokens, laid out as an image again, are split anew. `proj` takes the last tokens to the width of the blocks.
-    The first layer attends over (size / 4)^2 tokens: 3136 at 224 pixels, 39 MB for an image where it is written out.
+    A soft split makes one token from all pixels in a window; windows overlap. Two layers mix the tokens. After each layer
+    the tokens are laid out as an image and split again. `proj` maps the last tokens to the width of the blocks.
+    The first layer attends over (size / 4)^2 tokens: 3136 at 224 pixels, 39 MB for each image without the fused kernel.
 
     Args:
         img_size: height and width in pixels.
-        patch_size: the splits fix it; 16 alone is allowed.
-        dynamic_img_pad: not supported.
+        patch_size: 16, which the splits fix.
+        dynamic_img_pad: False; padding is not supported.
 
     Raises:
-        InputError: images smaller than the splits can take, another patch size, padding.
+        InputError: the images are too small for the splits, or another patch size or padding is given.
     """
 
     def __init__(
@@ -96,7 +98,8 @@ class TokensToToken(nn.Module):
                 f"T2T-ViT was given patch_size={patch_size} and dynamic_img_pad={dynamic_img_pad}; its splits allow "
                 f"patch_size={REDUCTION} and no padding: leave both out and set img_size"
             )
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = (height, width)
         self.patch_size, self.grids = (REDUCTION, REDUCTION), _grids(self.img_size)
         self.grid_size = self.grids[-1]
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -105,43 +108,47 @@ class TokensToToken(nn.Module):
         self.proj = nn.Linear(widths[-1], embed_dim, bias=bias)
         self.to(device=device, dtype=dtype)
 
-    def unseen(self) -> int:
-        """Rows and columns of pixels at the end that no window of the first split has in it; later splits see all."""
+    def uncovered_pixels(self) -> int:
+        """How many of the last rows and columns of pixels no window of the first split covers; later splits cover all."""
         kernel, stride, padding = SPLITS[0]
         return max(0, (self.img_size[0] + 2 * padding - kernel) % stride - padding)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels on a token's side, as timm asks for it."""
+        """A token's side in pixels; timm calls this method."""
         return REDUCTION if as_scalar else self.patch_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> tokens (B, N, embed_dim).
 
         Raises:
-            InputError: images of another size than the model's.
+            InputError: the images' size is not the model's.
         """
         if tuple(x.shape[-2:]) != self.img_size:
-            given, own = ("x".join(str(pixels) for pixels in size) for size in (x.shape[-2:], self.img_size))
-            raise InputError(f"images of {given} pixels were given to a model for {own}; resize them, or set img_size")
+            input_size, model_size = (
+                "x".join(str(pixels) for pixels in size) for size in (x.shape[-2:], self.img_size)
+            )
+            raise InputError(
+                f"images of {input_size} pixels were given to a model for {model_size}; resize them, or set img_size"
+            )
         x = _soft_split(x, *SPLITS[0])
         for layer, grid, split in zip(self.layers, self.grids, SPLITS[1:]):
             x = _soft_split(layer(x).transpose(1, 2).unflatten(2, grid), *split)
         return self.proj(x)
 
     def macs(self) -> int:
-        """Multiply-accumulates for one image, from shapes alone; a split moves values and counts as nothing."""
+        """Multiply-accumulates for one image, from shapes alone; a split only moves values and has none."""
         tokens = [height * width for height, width in self.grids]
         inner = sum(layer.macs(n) for layer, n in zip(self.layers, tokens))
         return inner + tokens[-1] * self.proj.in_features * self.proj.out_features
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
-    """Position codes (positions, width): sines in even columns, cosines in odd (Vaswani et al. 2017, section 3.5).
+    """Position embeddings (positions, width): sines in even columns, cosines in odd (Vaswani et al. 2017, section 3.5).
 
-    T2T-ViT keeps them fixed; here they are what timm's learned position embedding starts from.
+    T2T-ViT keeps them fixed; here timm's learned position embedding starts from them.
     """
-    place, pair = torch.arange(positions)[:, None], torch.arange(width) // 2
-    angle = place / 10000 ** (2 * pair / width)
+    position, frequency_index = torch.arange(positions)[:, None], torch.arange(width) // 2
+    angle = position / 10000 ** (2 * frequency_index / width)
     return torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
 
 
@@ -152,11 +159,11 @@ def _soft_split(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
 
 def _grids(size: tuple[int, int]) -> list[tuple[int, int]]:
     """Tokens down and across after each split."""
-    grids, sides = [], size
+    grids, (height, width) = [], size
     for kernel, stride, padding in SPLITS:
-        sides = tuple((side + 2 * padding - kernel) // stride + 1 for side in sides)
-        grids.append(sides)
-    if min(min(sides) for sides in grids) < 1:
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        grids.append((height, width))
+    if min(min(grid) for grid in grids) < 1:
         kernel, _, padding = SPLITS[0]
         raise InputError(
             f"an image size of {min(size)} pixels is too small for the splits of T2T-ViT; "

@@ -1,11 +1,11 @@
-"""Fewer tokens: after the attention of some blocks only a part of them goes on to the MLP and to later blocks.
+"""Fewer tokens: after the attention of some blocks only some tokens are passed to the MLP and to later blocks.
 
-- `cls_attention` keeps the tokens that the class token attends to most (mean over heads), as EViT does (Liang et al.
-  2022), and adds one token, the plain mean of those that go.
-- `hsic` does so by a score of each position that was found beforehand (`vitbench.removal.criteria.positions`), `hsic_cls` by the
-  product of both.
-- `merge` loses none: the most similar pairs are averaged (token merging, Bolya et al. 2023), and attention counts a
-  token as often as it has tokens in it.
+- `cls_attention` keeps the tokens that the class token attends to most (mean over heads) and adds one token, the mean of
+  the removed ones (EViT, Liang et al. 2022).
+- `hsic` keeps tokens by a fixed score of each position (`vitbench.removal.criteria.positions`), `hsic_cls` by the product of
+  both.
+- `merge` averages the most similar pairs instead of removing tokens (token merging, Bolya et al. 2023). Attention counts
+  each token by its size, the number of tokens merged into it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,12 +19,12 @@ from vitbench.model.layers.attention import softmax_attention
 
 
 def max_merged(tokens: int, prefix: int) -> int:
-    """How many of `tokens` may go where they are merged in pairs: half of those that are not in the prefix."""
+    """The most tokens that merging in pairs can remove in one block: half of those that are not in the prefix."""
     return max(0, (tokens - prefix) // 2)
 
 
 def reachable_counts(requested: Sequence[int | None], tokens: int, prefix: int) -> list[int | None]:
-    """The `counts` of `TokenBlocks` as merging in pairs reaches them, where fewer are wanted than that."""
+    """The `counts` of `TokenBlocks` that merging in pairs can reach: each `requested` count or the least that is possible."""
     reachable = []
     for count in requested:
         min_tokens = tokens - max_merged(tokens, prefix)
@@ -35,12 +35,13 @@ def reachable_counts(requested: Sequence[int | None], tokens: int, prefix: int) 
 
 @dataclass
 class TokenState:
-    """The tokens on their way: `x` (B, N, d), and what is known of each.
+    """The tokens between two blocks.
 
     Attributes:
-        sizes: how many tokens are in each, (B, N); None until some are merged.
-        scores: of the positions, (B, N); None where they do not count.
-        source: which token each of the first N_0 tokens is in now, (B, N_0).
+        x: the tokens, (B, N, d).
+        sizes: how many input tokens each token stands for, (B, N); None until some are merged.
+        scores: of the positions, (B, N); None if the reduction does not use them.
+        source: the index of the token that now holds each of the N_0 input tokens, (B, N_0); None if it is not tracked.
     """
 
     x: Tensor
@@ -50,14 +51,14 @@ class TokenState:
 
 
 class TokenBlocks(nn.Sequential):
-    """A ViT's blocks with fewer tokens on the way; it stands in the place of the plain sequence.
+    """A ViT's blocks that reduce the tokens; it replaces the plain sequence of blocks.
 
     Args:
         blocks: timm's blocks.
         reduction: "cls_attention", "hsic", "hsic_cls" or "merge".
-        counts: tokens left after the attention of each block, class and fused token included; None: all.
-        prefix: how many class and register tokens come first; they always stay.
-        tokens: how many tokens come in.
+        counts: tokens left after the attention of each block, with class and fused token; None keeps all.
+        prefix: how many class and register tokens come first; they are always kept.
+        tokens: how many tokens enter the first block.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class TokenBlocks(nn.Sequential):
             self.register_buffer("scores", torch.zeros(tokens))
 
     def extra_repr(self) -> str:
-        """What decides the answer beside the blocks."""
+        """The settings that decide the output beside the blocks."""
         return f"reduction={self.reduction!r}, counts={self.counts}, prefix={self.prefix}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,15 +78,17 @@ class TokenBlocks(nn.Sequential):
         return self.states(TokenState(x))[-1].x
 
     def states(self, start: TokenState) -> list[TokenState]:
-        """The state before the first and after every block; with `source` set it is followed, for pictures."""
+        """The state before the first block and after every block. If `start.source` is set, it is tracked."""
         scores = self.scores.expand(len(start.x), -1) if self.reduction.startswith("hsic") else None
         states = [TokenState(start.x, start.sizes, scores, start.source)]
         for block, count in zip(self, self.counts, strict=True):
-            states.append(self._through(block, count, states[-1]))
+            states.append(self._run_block(block, count, states[-1]))
         return states
 
-    def _through(self, block: nn.Module, count: int | None, state: TokenState) -> TokenState:
-        reduces_tokens = count is not None and count < state.x.shape[1]
+    def _run_block(self, block: nn.Module, count: int | None, state: TokenState) -> TokenState:
+        tokens = state.x.shape[1]
+        count = tokens if count is None else count
+        reduces_tokens = count < tokens
         if not reduces_tokens and state.sizes is None:
             return TokenState(block(state.x), state.sizes, state.scores, state.source)
         attention_output, q, k = attention_with_qk(block.attn, block.norm1(state.x), state.sizes)
@@ -93,7 +96,7 @@ class TokenBlocks(nn.Sequential):
             state.x + block.drop_path1(block.ls1(attention_output)), state.sizes, state.scores, state.source
         )
         if reduces_tokens and self.reduction == "merge":
-            state = bipartite_soft_matching(state, k, state.x.shape[1] - count, self.prefix)
+            state = bipartite_soft_matching(state, k, tokens - count, self.prefix)
         elif reduces_tokens:
             state = keep_and_fuse(state, self._scores(state, q, k, block.attn.scale), count, self.prefix)
         x = state.x + block.drop_path2(block.ls2(block.mlp(block.norm2(state.x))))
@@ -107,9 +110,10 @@ class TokenBlocks(nn.Sequential):
 
 
 def attention_with_qk(attn: nn.Module, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """A timm attention layer's answer to x (B, N, d), with its queries and keys (B, heads, N, head_dim).
+    """A timm attention layer's output for x (B, N, d), with its queries and keys (B, heads, N, head_dim).
 
-    With `sizes` (B, N) a key counts as often as there are tokens in it: log(size) joins the logits.
+    With `sizes` (B, N) the logits of a key get log(size) added, so that a merged token counts as all that it stands for
+    (proportional attention, Bolya et al. 2023, eq. 1).
     """
     shape = *x.shape[:2], 3, attn.num_heads, attn.head_dim
     q, k, v = attn.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
@@ -121,12 +125,12 @@ def attention_with_qk(attn: nn.Module, x: Tensor, sizes: Tensor | None = None) -
 
 
 def cls_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """How much the class token (the first) attends to each token, mean over heads: (B, N)."""
+    """Attention of the class token (the first) to each token, mean over heads: (B, N)."""
     return (scale * (q[:, :, :1] @ k.transpose(-2, -1))).softmax(-1).mean(1)[:, 0]
 
 
 def keep_and_fuse(state: TokenState, scores: Tensor, count: int, prefix: int) -> TokenState:
-    """`count` tokens: the prefix, the best of the others by `scores` (B, N) in their order, and the mean of the rest."""
+    """Reduce to `count` tokens: the prefix, the others with the highest `scores` (B, N) in their order, the mean of the rest."""
     x, n = state.x, state.x.shape[1]
     top_idx = scores[:, prefix:].topk(count - prefix - 1, dim=1).indices.sort(dim=1).values
     fused_count = n - prefix - top_idx.shape[1]
@@ -148,10 +152,11 @@ def keep_and_fuse(state: TokenState, scores: Tensor, count: int, prefix: int) ->
 
 
 def bipartite_soft_matching(state: TokenState, keys: Tensor, r: int, prefix: int) -> TokenState:
-    """Average the `pairs` most similar pairs; each is one of the second, fourth, ... token and one of the first, third, ...
+    """Average the `r` most similar pairs of tokens (token merging, Bolya et al. 2023, section 3).
 
-    Similarity is the cosine of the mean keys (B, heads, N, head_dim). Prefix tokens stay apart, in front; then come the
-    tokens at even places that are left, in order, then those at odd places with what joined them.
+    Tokens after the prefix alternate between two sets: dst has the first, third, ..., src the second, fourth, ... A pair
+    is one src token and its most similar dst token, by the cosine of the `keys` (B, heads, N, head_dim), mean over heads.
+    The result has the prefix, the unmerged src tokens in their order, and all dst tokens.
     """
     x = state.x
     sizes = torch.ones_like(x[..., 0]) if state.sizes is None else state.sizes
@@ -161,7 +166,7 @@ def bipartite_soft_matching(state: TokenState, keys: Tensor, r: int, prefix: int
     src_idx, unm_idx = edge_idx[:, :r], edge_idx[:, r:].sort(dim=1).values
     dst_idx = node_idx.gather(1, src_idx)
 
-    def merge_sum(values: Tensor) -> Tensor:  # (B, N, c) -> (B, N - pairs, c), sums
+    def merge_sum(values: Tensor) -> Tensor:  # (B, N, c) -> (B, N - r, c), sums
         src, dst, c = values[:, prefix + 1 :: 2], values[:, prefix::2], values.shape[2]
         merged_src = src.gather(1, src_idx[..., None].expand(-1, -1, c))
         unmerged = src.gather(1, unm_idx[..., None].expand(-1, -1, c))

@@ -1,8 +1,9 @@
-"""What knows timm's Vision Transformers: names, preprocessing, layer types; their blocks inside are blocks.py's."""
+"""timm's Vision Transformers: making them, their preprocessing and their layers by type. blocks.py handles the blocks."""
 
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
@@ -32,75 +33,80 @@ def create_model(
     new_head: bool = False,
     seed: int = 0,
 ) -> VisionTransformer:
-    """Make a Vision Transformer with a `recipe` attribute. What was done to make a checkpoint fit is printed, in one line.
+    """Make a Vision Transformer with a `recipe` attribute. Conversions of a checkpoint are printed in one line.
 
     Args:
         name: one of vitbench's own (`names.SMALL_VITS`, `t2t.T2T_VITS`) or any timm name whose class is VisionTransformer.
-        num_classes: outputs of the head; None keeps the name's own.
-        img_size: input height and width in pixels, a multiple of the patch's; None keeps the name's own.
-        depth: how many blocks; None keeps the name's own.
+        num_classes: outputs of the head; None keeps the name's default.
+        img_size: input height and width in pixels, a multiple of the patch's; None keeps the name's default.
+        depth: how many blocks; None keeps the name's default.
         pretrained: load timm's weights (needs the network once).
         checkpoint: weights for this model: a .safetensors file or one that torch.save wrote, in the names of timm or
-            transformers (`vitbench.model.checkpoints`), loaded without executing anything in it.
-        ema: where the checkpoint also has weights averaged over training, take those.
-        new_head: where the weights have no head for `num_classes`, start a random one; it has to be trained before it is
-            worth measuring.
-        seed: of the random start.
+            transformers (`vitbench.model.checkpoints`). Nothing in it is executed.
+        ema: if the checkpoint also has weights averaged over training, take those.
+        new_head: if the weights have no head for `num_classes`, start a random one, which needs training.
+        seed: of the random weights.
 
     Raises:
-        InputError: unknown name, another kind of model, a size that its patches do not cover, weights that do not fit.
+        InputError: the name is unknown or another kind of model, its patches do not cover the size, or the weights do not fit.
     """
     names.check_name(name)
     for option, value in (("num_classes", num_classes), ("img_size", img_size), ("depth", depth)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{option} = {value!r}: give a whole number from 1 up (images are square)")
-    if pretrained and (name in names.OWN_VITS or not timm.is_model_pretrained(name)):
+    if pretrained and (name in names.VITBENCH_MODELS or not timm.is_model_pretrained(name)):
         raise InputError(
             f"there are no pretrained weights for {name!r}; set pretrained=False and train it, or give a checkpoint"
         )
     if pretrained and checkpoint:
         raise InputError("both pretrained=True and a checkpoint were given; give one of them")
-    weights = checkpoints.read(checkpoint, averaged=ema) if checkpoint else None
-    changes, global_pool = {"num_classes": num_classes, "img_size": img_size, "depth": depth}, None
-    model = names.made(name, pretrained, seed, **changes)
-    if weights and checkpoints.pools_tokens(weights, model):
+    weights = checkpoints.read_checkpoint(checkpoint, averaged=ema) if checkpoint else None
+    changes = {"num_classes": num_classes, "img_size": img_size, "depth": depth}
+    global_pool: Literal["avg"] | None = None
+    model = names.create_compressible(name, pretrained, seed, **changes)
+    if weights and checkpoints.uses_mean_pooling(weights, model):
         global_pool = "avg"
-        model = names.made(name, False, seed, global_pool=global_pool, **changes)
+        model = names.create_compressible(name, False, seed, global_pool=global_pool, **changes)
     if model.num_classes < 1:
         raise InputError(
-            f"{name!r} has no classes of its own; say how many: num_classes=10, or --classes 10 in a command"
+            f"{name!r} has no default number of classes; give one: num_classes=10, or --classes 10 in a command"
         )
-    names.check_size(model, name)
+    names.check_img_size(model, name)
     size = model.patch_embed.img_size[0]
     architecture = Architecture(
         name=name, num_classes=model.num_classes, img_size=size, depth=depth, global_pool=global_pool
     )
-    origin, conversions, head_problem = {"start": "random", "head": "random"}, (), ""
+    origin, head_problem = {"start": "random", "head": "random"}, ""
+    conversions: tuple[str, ...] = ()
     if pretrained:
         pretrained_classes = model.pretrained_cfg["num_classes"]
         head_problem = "" if model.num_classes == pretrained_classes else f"they are for {pretrained_classes}"
         start = f"timm:{name.split('.')[0]}.{model.pretrained_cfg.get('tag', '')}".rstrip(".")
         origin = {"start": start, "head": "random" if head_problem else "same"}
     if weights:
-        weight_changes, head_problem = checkpoints.load(model, weights)
-        conversions = (*weights.said, *(["tokens averaged before the norm"] if global_pool else []), *weight_changes)
+        weight_changes, head_problem = checkpoints.load_weights(model, weights)
+        conversions = (
+            *weights.conversions,
+            *(["tokens averaged before the norm"] if global_pool else []),
+            *weight_changes,
+        )
         conversions += (f"new random head for {model.num_classes} classes ({head_problem})",) if head_problem else ()
         origin = {"start": weights.start, "head": "random" if head_problem else "same"}
         origin |= {"taken": "; ".join(conversions)} if conversions else {}
     if head_problem and not new_head:
         raise InputError(
             f"the weights of {weights.file if weights else name} have no head for {model.num_classes} classes ({head_problem}), "
-            "and a random one answers by chance: give the number of classes that they have, train (train.epochs above 0), "
+            "and a random one classifies by chance: give the number of classes that they have, train (train.epochs above 0), "
             "or give new_head=True and train the model yourself"
         )
-    if conversions:
+    if weights and conversions:
         print(f"took {weights.file}: {'; '.join(conversions)}")
     model.recipe = Recipe(architecture=architecture, preprocess=_preprocess(model, name), origin=origin)
     return model.eval()
 
 
 def meta_model(architecture: Architecture) -> VisionTransformer:
-    """The structure of `architecture` without memory behind it (on the meta device)."""
+    """A model with the structure of `architecture` on the meta device, so that its tensors take no memory."""
     names.check_name(architecture.name)
     with torch.device("meta"):
         changes = {key: getattr(architecture, key) for key in ("num_classes", "img_size", "depth", "global_pool")}
@@ -112,17 +118,20 @@ def meta_model(architecture: Architecture) -> VisionTransformer:
 
 
 def add_distillation_token(model: VisionTransformer) -> None:
-    """Make `model` timm's VisionTransformerDistilled, in place: a second class token with a head of its own.
+    """Make `model` timm's VisionTransformerDistilled, in place: with a second class token and a head for it.
 
-    (DeiT, Touvron et al. 2021, section 4.) Both start as copies of the first. The answer is the mean of both heads'.
+    Both start as copies of the first. The output is the mean of both heads' logits (DeiT, Touvron et al. 2021, section 4).
+
+    Raises:
+        InputError: the head does not read one class token, or the model reduces its tokens.
     """
     if isinstance(model, VisionTransformerDistilled):
         return
     if model.num_prefix_tokens != 1 or model.global_pool != "token" or isinstance(model.blocks, blocks.TokenBlocks):
         raise InputError(
-            "a distillation token needs a model with one class token, which it reads, and no fewer tokens on the way"
+            "a distillation token needs a model whose head reads its one class token and that keeps all tokens; give such a model"
         )
-    model.__class__ = VisionTransformerDistilled  # they differ in the second token and in the reading of both alone
+    model.__class__ = VisionTransformerDistilled  # the classes differ only in the second token and its head
     model.num_prefix_tokens, model.distilled_training = 2, False
     model.dist_token = nn.Parameter(model.cls_token.detach().clone())
     if not model.no_embed_class:
@@ -135,7 +144,7 @@ def _preprocess(model: VisionTransformer, name: str) -> Preprocess:
     size = model.patch_embed.img_size[0]
     if name in names.SMALL_VITS:
         return Preprocess(size=size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
-    # what is not said here is timm's default: bicubic, with ImageNet's mean and deviation
+    # timm's defaults fill the rest: bicubic, with ImageNet's mean and deviation
     config = timm.data.resolve_model_data_config(model, pretrained_cfg={"crop_pct": 0.9} if name in T2T_VITS else None)
     return Preprocess(
         size=size,
@@ -147,13 +156,13 @@ def _preprocess(model: VisionTransformer, name: str) -> Preprocess:
 
 
 def layer_type(name: str) -> str:
-    """Which of `LINEAR_TYPES` the module called `name` is or is a part of; "" for all else."""
+    """The entry of `LINEAR_TYPES` that the module `name` is, or is a part of; "" for all other modules."""
     parts = name.split(".")
     return next((part for part in parts if part in LINEAR_TYPES), "") if parts[0] == "blocks" else ""
 
 
 def linear_layers(model: nn.Module, layer_types: tuple[str, ...] = LINEAR_TYPES) -> dict[str, nn.Linear]:
-    """The dense linear layers of the blocks by name, those inside a layer that was factored or split included."""
+    """The dense linear layers of the blocks by name, with those inside factored and split layers."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -162,7 +171,7 @@ def linear_layers(model: nn.Module, layer_types: tuple[str, ...] = LINEAR_TYPES)
 
 
 def embedding_and_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The dense layers at the two ends by name: the patch embedding's projection and the classifier (or both of them)."""
+    """The dense layers of the patch embedding and of the head (of both heads, if there are two), by name."""
     modules = {
         name: model.get_submodule(name) for name in EMBEDDING_AND_HEADS if hasattr(model, name.partition(".")[0])
     }
@@ -170,7 +179,7 @@ def embedding_and_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module called `name`, in place."""
+    """Replace the module called `name` by `new`, in place."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -179,7 +188,7 @@ def dense_layers_by_type(model: nn.Module, layer_types: Sequence[str]) -> dict[s
     """Type -> the dense linear layers of that type by name, at least one in each block.
 
     Raises:
-        InputError: some blocks have no dense layer of a type.
+        InputError: a block has no dense layer of one of the types.
     """
     by_type = {type_name: linear_layers(model, (type_name,)) for type_name in layer_types}
     for type_name, layers in by_type.items():
@@ -193,12 +202,12 @@ def dense_layers_by_type(model: nn.Module, layer_types: Sequence[str]) -> dict[s
 
 
 def embed_patches(model: VisionTransformer, x: Tensor) -> Tensor:
-    """The tokens (B, N, d) that the first block gets for images x (B, 3, H, W)."""
+    """The first block's input tokens (B, N, d) for images x (B, 3, H, W)."""
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
 
 
 def token_count(model: VisionTransformer) -> int:
-    """Tokens in the blocks for one image: patches and class or register tokens."""
+    """Tokens of one image in the blocks: patches, class token and registers."""
     return model.patch_embed.num_patches + model.num_prefix_tokens
 
 

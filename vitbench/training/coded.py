@@ -88,8 +88,8 @@ class CodedModel(nn.Module):
         for coder in self.coders:
             coder.install(model)
         for module in model.modules():
-            if hasattr(module, "connect"):
-                module.connect(model.shared)
+            if hasattr(module, "bind_shared"):
+                module.bind_shared(model.shared)
         if rest == "float16":
             round_to_half(model)
         model.recipe = model.recipe.replace(storage=rest)

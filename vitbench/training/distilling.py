@@ -240,10 +240,10 @@ def load_teacher(name: str, classes: int) -> nn.Module:
     """
     timms, _, file = name.partition(":")
     plain = timms.split(".")[0]
-    if Path(name).expanduser().is_dir() or not (timm.is_model(plain) or timms in names.OWN_VITS):
+    if Path(name).expanduser().is_dir() or not (timm.is_model(plain) or timms in names.VITBENCH_MODELS):
         return artifact.load(Path(name))
     count = classes if file else None
-    if plain in names.OWN_VITS or names.fits(plain):
+    if plain in names.VITBENCH_MODELS or names.is_compressible(plain):
         teacher = vit.create_model(timms, num_classes=count, pretrained=not file, checkpoint=file)
     else:
         teacher = _other_kind(timms, file, count)

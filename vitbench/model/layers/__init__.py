@@ -1,7 +1,7 @@
-"""Runtime layers: what stands in a compressed model in the place of a dense layer or of attention.
+"""Runtime layers: the layers that replace dense layers and attention in a compressed model.
 
-A runtime layer can be built empty from its `spec`, so that a file needs no code of the method that made it; codes are
-buffers, so that they are saved as they are.
+A runtime layer can be built empty from its `spec`, so loading a file needs no code of the method that made it. Codes are
+buffers, so they are saved without conversion.
 """
 
 from vitbench.model.layers.attention import ExactNystroemAttention, LinearAttention, NystroemAttention, RoundedAttention
@@ -9,7 +9,7 @@ from vitbench.model.layers.factored import FactoredLinear, LowRankLinear, Shared
 from vitbench.model.layers.int8 import DynamicInt8Linear, StaticInt8Linear, StaticInt8Rounding, flop_formulas
 from vitbench.model.layers.packed import PackedConv2d, PackedLinear, pack, unpack
 from vitbench.model.layers.registry import RUNTIME_LAYERS
-from vitbench.model.layers.rounded import Log2Rounded, Rounded, RoundedNorm, rounded
+from vitbench.model.layers.rounded import Log2Rounded, Rounded, RoundedNorm, fake_quantize
 
 __all__ = [
     "RUNTIME_LAYERS",
@@ -31,6 +31,6 @@ __all__ = [
     "StaticInt8Rounding",
     "flop_formulas",
     "pack",
-    "rounded",
+    "fake_quantize",
     "unpack",
 ]

@@ -1,6 +1,6 @@
-"""Factored linear layers: two thin ones, parts side by side, and W^T ~ Z D in packed codes with one D for all blocks.
+"""Factored linear layers: two thin layers, parts side by side, and W^T ~ Z D in packed codes with one D for all blocks.
 
-The first two are made of ordinary `nn.Linear` modules, so a quantizer finds those and a backend sees nothing new.
+The first two consist of ordinary `nn.Linear` modules, so quantizers find these and backends need no new operator.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitbench.model.layers.packed import pack, packed_bytes, unpack
-from vitbench.model.layers.registry import matrix, runtime_layer
+from vitbench.model.layers.registry import dense_weight, runtime_layer
 
 Order = Literal["reordered", "decode_first", "cheapest"]
 
@@ -23,7 +23,7 @@ class SharedFactor(nn.Module):
     point for each of the `rank` columns, the same in every block.
     """
 
-    portable = ("onnxruntime", "openvino")
+    exportable = ("onnxruntime", "openvino")
 
     def __init__(self, rank: int, out_features: int, bits: int):
         super().__init__()
@@ -42,8 +42,8 @@ class SharedFactor(nn.Module):
         """Weights of D."""
         return self.rank * self.out_features
 
-    def fill(self, codes: Tensor, step: Tensor, latent_step: Tensor, latent_zero: Tensor) -> "SharedFactor":
-        """Take signed codes (rank, out), steps (out,), and the quantizer of Z; zero points count from the lowest code."""
+    def set_codes(self, codes: Tensor, step: Tensor, latent_step: Tensor, latent_zero: Tensor) -> "SharedFactor":
+        """Set signed codes (rank, out), steps (out,), and steps and zero points of Z, from 0 for the lowest code; in place."""
         self.codes = pack(codes.detach() + 2 ** (self.bits - 1), self.bits)
         self.step = step.detach().flatten().float().clone()
         self.latent_step = latent_step.detach().flatten().float().clone()
@@ -51,7 +51,7 @@ class SharedFactor(nn.Module):
         return self
 
     def matrix(self) -> Tensor:
-        """D (rank, out) in float32, made anew at each call."""
+        """D (rank, out) in float32, decoded at each call."""
         codes = unpack(self.codes, self.bits, self.rank * self.out_features).view(self.rank, self.out_features)
         return codes.sub_(2 ** (self.bits - 1)).mul_(self.step)
 
@@ -60,14 +60,14 @@ class SharedFactor(nn.Module):
 class FactoredLinear(nn.Module):
     """y = x W^T + b with W^T ~ Z D, where Z (in x rank) is this layer's and D (rank x out) is shared.
 
-    `order` says what is multiplied first (the matrix product is associative):
-    "reordered" is (x Z) D, which never builds W; "decode_first" is x (Z D), at every call; "cheapest" takes what needs
-    fewer multiply-accumulates for the tokens at hand, n rank (in + out) or in rank out + n in out.
+    `order` is the order of the products:
+    "reordered" is (x Z) D, which never builds W; "decode_first" is x (Z D) at every call; "cheapest" is the one with fewer
+    multiply-accumulates for the n tokens of the call, n rank (in + out) or in rank out + n in out.
 
     Shapes: x (..., in_features) -> (..., out_features).
     """
 
-    portable = ("onnxruntime", "openvino")
+    exportable = ("onnxruntime", "openvino")
 
     def __init__(
         self,
@@ -104,31 +104,31 @@ class FactoredLinear(nn.Module):
         """Weights of Z, and biases."""
         return self.in_features * self.rank + (0 if self.bias is None else self.out_features)
 
-    def fill(self, codes: Tensor, bias: Tensor | None) -> "FactoredLinear":
-        """Take codes (in, rank) in [0, 2^bits) and the bias."""
+    def set_codes(self, codes: Tensor, bias: Tensor | None) -> "FactoredLinear":
+        """Set codes (in, rank) in [0, 2^bits) and the bias, in place."""
         self.codes = pack(codes.detach(), self.bits)
         self.bias = None if bias is None else bias.detach().float().clone()
         return self
 
-    def connect(self, shared: nn.ModuleDict) -> None:
-        """Find the shared factor among the model's `shared` modules; it stays theirs and is not saved with this layer."""
+    def bind_shared(self, shared: nn.ModuleDict) -> None:
+        """Take the shared factor from the model's `shared` modules, without registering it, so it is not saved twice."""
         self.__dict__["_factor"] = shared[self.shared]
 
     def latent(self) -> Tensor:
-        """Z (in, rank) in float32, made anew at each call."""
+        """Z (in, rank) in float32, decoded at each call."""
         codes = unpack(self.codes, self.bits, self.in_features * self.rank).view(self.in_features, self.rank)
         return codes.sub_(self._factor.latent_zero).mul_(self._factor.latent_step)
 
-    def decoded(self) -> Tensor:
+    def decoded_weight(self) -> Tensor:
         """Z D = W^T (in, out)."""
         return self.latent() @ self._factor.matrix()
 
     def dense(self) -> Tensor:
         """W (out, in) as it is after coding, float32."""
-        return self.decoded().T
+        return self.decoded_weight().T
 
-    def reorders(self, tokens: int) -> bool:
-        """Whether a call with so many tokens multiplies (x Z) first."""
+    def is_reordered(self, tokens: int) -> bool:
+        """Whether a call with this many tokens computes x Z first."""
         if self.order != "cheapest":
             return self.order == "reordered"
         n, i, o, r = tokens, self.in_features, self.out_features, self.rank
@@ -136,10 +136,10 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
-        if self.reorders(len(tokens)):
+        if self.is_reordered(len(tokens)):
             left, right = tokens @ self.latent().to(x.dtype), self._factor.matrix().to(x.dtype)
         else:
-            left, right = tokens, self.decoded().to(x.dtype)
+            left, right = tokens, self.decoded_weight().to(x.dtype)
         y = left @ right if self.bias is None else torch.addmm(self.bias.to(x.dtype), left, right)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -150,9 +150,9 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
 
 
 def reordered_share(width: int, rank: int) -> float:
-    """Multiply-accumulates of a block's four linear layers as (x Z) D, over those of the dense ones: 16 d r / 12 d^2.
+    """Multiply-accumulates of a block's four linear layers as (x Z) D over those of the dense layers: 16 d r / 12 d^2.
 
-    Below 1 for rank < 0.75 width. Holds for hidden width 4 d.
+    Valid for a hidden width of 4 d. Below 1 for rank < 0.75 width.
     """
     return 16 * width * rank / (12 * width**2)
 
@@ -161,11 +161,11 @@ def reordered_share(width: int, rank: int) -> float:
 class LowRankLinear(nn.Module):
     """y = A (B x) + b with A (out x rank) in `up` and B (rank x in) in `down`; W = A B is never built.
 
-    rank (in + out) weights, and as many multiply-accumulates a token; fewer than the dense layer's below the rank
-    in out / (in + out). Shapes: x (..., in_features) -> (..., out_features).
+    It has rank (in + out) weights and as many multiply-accumulates for each token: fewer than the dense layer if rank is
+    below in out / (in + out). Shapes: x (..., in_features) -> (..., out_features).
     """
 
-    portable = True
+    exportable = True
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True):
         super().__init__()
@@ -182,8 +182,8 @@ class LowRankLinear(nn.Module):
             "bias": self.up.bias is not None,
         }
 
-    def fill(self, left: Tensor, right: Tensor, bias: Tensor | None) -> "LowRankLinear":
-        """Take A (out, rank), B (rank, in) and the bias, of any floating-point type."""
+    def set_factors(self, left: Tensor, right: Tensor, bias: Tensor | None) -> "LowRankLinear":
+        """Set A (out, rank), B (rank, in) and the bias, of any floating-point type, in place."""
         self.up.weight.data, self.down.weight.data = left.float().contiguous(), right.float().contiguous()
         if bias is not None:
             self.up.bias.data = bias.detach().float().clone()
@@ -191,7 +191,7 @@ class LowRankLinear(nn.Module):
 
     def dense(self) -> Tensor:
         """W = A B (out, in), float32."""
-        return matrix(self.up) @ matrix(self.down)
+        return dense_weight(self.up) @ dense_weight(self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
@@ -204,7 +204,7 @@ class SplitLinear(nn.Module):
     Shapes: x (..., in_features) -> (..., sum of `sizes`).
     """
 
-    portable = True
+    exportable = True
 
     def __init__(self, in_features: int, sizes: Sequence[int], bias: bool = True):
         super().__init__()
@@ -216,8 +216,8 @@ class SplitLinear(nn.Module):
         """The constructor's arguments."""
         return {"in_features": self.in_features, "sizes": list(self.sizes), "bias": self.bias}
 
-    def fill(self, linear: nn.Linear) -> "SplitLinear":
-        """Take the rows and biases of a dense layer."""
+    def set_rows(self, linear: nn.Linear) -> "SplitLinear":
+        """Copy the rows and biases of a dense layer, in place."""
         start = 0
         for part in self.parts:
             rows = slice(start, start + part.out_features)
@@ -229,7 +229,7 @@ class SplitLinear(nn.Module):
 
     def dense(self) -> Tensor:
         """W (out, in), float32."""
-        return torch.cat([matrix(part) for part in self.parts])
+        return torch.cat([dense_weight(part) for part in self.parts])
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)

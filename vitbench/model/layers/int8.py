@@ -1,4 +1,4 @@
-"""Linear layers whose product is made in 8-bit integers."""
+"""Linear layers with 8-bit weights and activations, and integer products where the backend has them."""
 
 import functools
 import warnings
@@ -15,7 +15,7 @@ from vitbench.model.layers.registry import runtime_layer
 class _Int8Linear(nn.Module):
     """W ~ scale[:, None] * weight in int8, one scale for each output row: weight (out, in), scale (out,), bias (out,) or None."""
 
-    rounds_inputs = True
+    quantizes_inputs = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
@@ -33,8 +33,8 @@ class _Int8Linear(nn.Module):
         """Weights and biases."""
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
-    def code_macs(self, x: Tensor, y: Tensor) -> int:
-        """Of one call: all of them."""
+    def int8_macs(self, x: Tensor, y: Tensor) -> int:
+        """Multiply-accumulates of one call, all with 8-bit factors."""
         return y.numel() * self.in_features
 
     def dense(self) -> Tensor:
@@ -46,16 +46,16 @@ class _Int8Linear(nn.Module):
 class DynamicInt8Linear(_Int8Linear):
     """y = x W^T + b with W in int8 and x quantized to 8 bits on the fly, per tensor.
 
-    W ~ scale[:, None] * weight, with one scale for each output row. On an x86 or Arm CPU torch's int8 kernel does the
-    product in integers, and so does ONNX Runtime; elsewhere the same integers are multiplied in floating point, which is
-    exact but not fast (on a CPU a warning says so).
+    W ~ scale[:, None] * weight, with one scale for each output row. On an x86 or Arm CPU torch's int8 kernel computes the
+    product in integers, and so does ONNX Runtime. Elsewhere the same integers are multiplied in floating point, which is
+    exact but not fast; on a CPU a warning is printed.
 
     Shapes: x (..., in_features) -> (..., out_features); weight int8 (out, in), scale (out,), bias (out,) or None.
     """
 
-    portable = ("onnxruntime",)
-    compiles = False
-    sees_batch = True  # the range of x is that of all of it
+    exportable = ("onnxruntime",)
+    supports_torch_compile = False
+    depends_on_batch = True  # the range of x is taken over the whole batch
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
@@ -66,7 +66,7 @@ class DynamicInt8Linear(_Int8Linear):
             return onnx_forms.dynamic_linear(x, self.weight, self.scale, self.bias)
         if x.device.type != "cpu":
             return self.reference(x)
-        _say_what_is_missing()
+        _warn_without_int8_kernel()
         if _int8_engine() == "none":
             return self.reference(x)
         if self._packed is None:
@@ -76,7 +76,7 @@ class DynamicInt8Linear(_Int8Linear):
     def reference(self, x: Tensor, bits: int = 8) -> Tensor:
         """The kernel's arithmetic written out: asymmetric x over the tensor's range, integer product, rescale.
 
-        bits: of the codes of x; on a CPU without VNNI instructions the kernel has 7.
+        bits: of the codes of x; on a CPU without VNNI instructions the kernel uses 7.
         """
         low, high = x.min().clamp(max=0), x.max().clamp(min=0)
         largest = 2**bits - 1
@@ -87,7 +87,7 @@ class DynamicInt8Linear(_Int8Linear):
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def _pack(self) -> Any:
-        with warnings.catch_warnings():  # torch announces that these tensors will go; `reference` is what is left then
+        with warnings.catch_warnings():  # torch will remove these tensors one day; `reference` needs none
             warnings.simplefilter("ignore")
             zeros = torch.zeros(self.out_features, dtype=torch.long)
             weight = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
@@ -107,16 +107,16 @@ class DynamicInt8Linear(_Int8Linear):
 
 @runtime_layer
 class StaticInt8Linear(_Int8Linear):
-    """y = x W^T + b with W in int8 and x quantized to 8 bits over a range that was fixed when the layer was made.
+    """y = x W^T + b with W in int8 and x quantized to 8 bits over a fixed range.
 
     W ~ scale[:, None] * weight, with one scale for each output row, and x ~ input_step (q - input_zero), q in [0, 255].
-    PyTorch rounds x and multiplies in floating point: the same numbers, without the speed. A backend that knows integer
-    kernels finds the rounding and the codes in the graph and makes the product in integers.
+    PyTorch rounds x and multiplies in floating point: the same values without the speed. A backend with integer kernels
+    finds the rounding and the codes in the graph and multiplies in integers.
 
     Shapes: x (..., in_features) -> (..., out_features); weight int8 (out, in), scale (out,), bias (out,) or None.
     """
 
-    portable = True
+    exportable = True
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, input_step: float = 1.0, input_zero: int = 0
@@ -138,13 +138,13 @@ class StaticInt8Linear(_Int8Linear):
 
 @runtime_layer
 class StaticInt8Rounding(nn.Module):
-    """What passes, in 8 bits over a fixed range: x ~ step (q - zero), q in [0, 255]; shapes stay.
+    """Activations rounded to 8 bits over a fixed range: x ~ step (q - zero), q in [0, 255]. Shapes: any -> the same.
 
-    Where both sides of a product have passed one, a backend with integer kernels makes the product in integers.
+    If both factors of a product are rounded so, a backend with integer kernels multiplies in integers.
     """
 
-    portable = True
-    rounds_inputs = True
+    exportable = True
+    quantizes_inputs = True
     param_count = 0
 
     def __init__(self, step: float, zero: int):
@@ -160,7 +160,7 @@ class StaticInt8Rounding(nn.Module):
 
 
 def int8_kernel() -> str:
-    """What multiplies a `DynamicInt8Linear` on this CPU, in a few words."""
+    """The kernel of `DynamicInt8Linear` on this CPU, in words."""
     engine = _int8_engine()
     if engine == "none":
         return "no int8 kernel, floating point"
@@ -168,17 +168,17 @@ def int8_kernel() -> str:
 
 
 @functools.cache
-def _say_what_is_missing() -> None:
-    """Warn, once a process, if this CPU lacks what dynamic int8 leans on."""
+def _warn_without_int8_kernel() -> None:
+    """Warn, once in each process, if this CPU lacks the instructions for fast dynamic int8."""
     if _int8_engine() == "none":
         warnings.warn(
-            "this torch has no int8 kernel for this CPU: the same whole numbers are multiplied in floating point, "
-            "so that answers hold and times say nothing about int8",
+            "this torch has no int8 kernel for this CPU: the same integers are multiplied in floating point, "
+            "so outputs are right and times say nothing about int8",
             stacklevel=2,
         )
     elif not _has_vnni():
         warnings.warn(
-            "this CPU has no VNNI instructions: activations keep to 7 bits, so that the int8 kernel's sums do not overflow",
+            "this CPU has no VNNI instructions: activations take 7 bits, so that the int8 kernel's sums do not overflow",
             stacklevel=2,
         )
 
@@ -188,15 +188,15 @@ def _int8_engine() -> str:
 
 
 def _has_vnni() -> bool:
-    """Without VNNI the kernel's 16-bit sums can overflow, so x then keeps to 7 bits, as torch itself does."""
+    """Whether the CPU has VNNI. Without it the kernel's 16-bit sums can overflow, so x takes 7 bits, as in torch itself."""
     return torch.cpu._is_vnni_supported()
 
 
-# MACs that torch's counter does not know: the packed weight has no shape, so the count comes from x and y.
+# torch's counter has no formula for this operator. The packed weight has no shape, so the count comes from x and y.
 def _linear_dynamic_flops(x_shape: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
     return 2 * out_shape.numel() * x_shape[-1]
 
 
 def flop_formulas() -> dict[Any, Any]:
-    """Formulas for torch's FlopCounterMode, for the operators that runtime layers call."""
+    """Formulas for torch's FlopCounterMode of the operators that runtime layers call."""
     return {torch.ops.quantized.linear_dynamic: _linear_dynamic_flops}

@@ -1,7 +1,7 @@
 """Layers with packed codes in ONNX: ONNX Runtime's operator MatMulNBits multiplies by codes of 2, 4 or 8 bits.
 
-A form holds the codes of one layer in that operator's order, and computes nothing outside a `torch.onnx.export`. OpenVINO
-reads the operator as constants of so many bits, and keeps them.
+The modules here replace packed layers for `torch.onnx.export` and compute nothing outside it. They hold a layer's codes in
+the operator's layout. OpenVINO reads the operator as constants of that many bits and keeps them packed.
 """
 
 import functools
@@ -16,45 +16,49 @@ from vitbench.model.layers.factored import FactoredLinear, SharedFactor
 from vitbench.model.layers.packed import PackedConv2d, PackedLinear, pack, unpack
 from vitbench.model.vit import replace_module
 
-WIDTHS = (2, 4, 8)  # bits of a code that the operator knows; codes of other widths take the next one
-BLOCKS = (16, 32, 64, 128, 256)  # inputs that share a step
+OPERATOR_BITS = (2, 4, 8)  # code widths of the operator; other widths take the next larger one
+OPERATOR_BLOCK_SIZES = (16, 32, 64, 128, 256)  # inputs that share a step
 
 
-class BlockProduct(nn.Module):
+class MatMulNBits(nn.Module):
     """x W^T + b with W (out, in) = step (codes - 2^(bits-1)), the codes of a row in blocks.
 
-    Each group of a row's inputs becomes whole blocks, of the size that takes the fewest bytes; where a group is no multiple
-    of it, codes that stand for 0 fill it up, and x gets zeros in the same places.
+    Each group of a row's inputs becomes whole blocks, of the size that takes the fewest bytes. If a group is no multiple of
+    the block size, it is padded with codes that stand for 0, and x is padded with zeros at the same indices.
     Shapes: x (..., in) -> (..., out); codes uint8 (out, blocks, bytes of a block), step (out, blocks), bias (out,) or None.
     """
 
     def __init__(self, codes: Tensor, step: Tensor, bits: int, bias: Tensor | None = None):
-        """Take codes (out, in) from 0 on, steps (out, groups) and the bias (out,)."""
+        """Pack codes (out, in) from 0 on, steps (out, groups) and the bias (out,)."""
         super().__init__()
         (self.out, inputs), groups = codes.shape, step.shape[1]
-        self.bits, self.groups, group = next(width for width in WIDTHS if width >= bits), groups, inputs // groups
-        self.block = min(BLOCKS, key=lambda block: math.ceil(group / block) * (block * self.bits / 8 + 4))
-        each, middle = math.ceil(group / self.block), 2 ** (self.bits - 1)
-        self.filling = each * self.block - group
-        codes = (codes + (middle - 2 ** (bits - 1))).view(self.out, groups, group)
-        octets = pack(F.pad(codes, (0, self.filling), value=middle), self.bits)
-        self.register_buffer("codes", octets.view(self.out, groups * each, -1))
-        self.register_buffer("step", step.repeat_interleave(each, dim=1))
+        self.bits, self.groups, group = (
+            next(width for width in OPERATOR_BITS if width >= bits),
+            groups,
+            inputs // groups,
+        )
+        self.block = min(OPERATOR_BLOCK_SIZES, key=lambda block: math.ceil(group / block) * (block * self.bits / 8 + 4))
+        blocks_per_group, zero_code = math.ceil(group / self.block), 2 ** (self.bits - 1)
+        self.padding = blocks_per_group * self.block - group
+        codes = (codes + (zero_code - 2 ** (bits - 1))).view(self.out, groups, group)
+        octets = pack(F.pad(codes, (0, self.padding), value=zero_code), self.bits)
+        self.register_buffer("codes", octets.view(self.out, groups * blocks_per_group, -1))
+        self.register_buffer("step", step.repeat_interleave(blocks_per_group, dim=1))
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.filling and self.groups > 1:  # the operator itself fills up the last block
-            x = F.pad(x.unflatten(-1, (self.groups, -1)), (0, self.filling)).flatten(-2)
-        facts = {"K": x.shape[-1], "N": self.out, "bits": self.bits, "block_size": self.block}
+        if self.padding and self.groups > 1:  # the operator itself pads the last block
+            x = F.pad(x.unflatten(-1, (self.groups, -1)), (0, self.padding)).flatten(-2)
+        attributes = {"K": x.shape[-1], "N": self.out, "bits": self.bits, "block_size": self.block}
         inputs = (x, self.codes, self.step, None, None, self.bias)
         shape = (*x.shape[:-1], self.out)
-        return symbolic("com.microsoft::MatMulNBits", inputs, facts, dtype=x.dtype, shape=shape, version=1)
+        return symbolic("com.microsoft::MatMulNBits", inputs, attributes, dtype=x.dtype, shape=shape, version=1)
 
 
-class PatchProduct(nn.Module):
-    """A convolution whose stride is its kernel, as a product with patches: x (B, in, H, W) -> (B, out, H', W')."""
+class PatchMatMul(nn.Module):
+    """A convolution whose stride is its kernel size, as a product with patches: x (B, in, H, W) -> (B, out, H', W')."""
 
-    def __init__(self, product: BlockProduct, kernel: int):
+    def __init__(self, product: MatMulNBits, kernel: int):
         super().__init__()
         self.product, self.kernel = product, kernel
 
@@ -65,87 +69,87 @@ class PatchProduct(nn.Module):
         return self.product(x.permute(0, 2, 4, 1, 3, 5).flatten(3)).permute(0, 3, 1, 2)
 
 
-class FactoredProduct(nn.Module):
-    """x (Z D) + b in the layer's order, D being the form of the shared factor.
+class FactoredMatMul(nn.Module):
+    """x (Z D) + b in the layer's order of products, where D is the `MatMulNBits` of the shared factor.
 
-    Z = s (c - z) has zero points that may be no code: x Z = x s (c - m) + (sum of x) s (m - z) with the middle m of the
-    codes. Where Z D comes first, Z itself is made of codes of 8 bits.
+    Z = s (c - z), and the zero point z may lie outside the codes. So x Z = x s (c - m) + (sum of x) s (m - z), with the
+    middle m of the codes. If Z D comes first, Z is decoded from 8-bit codes.
     """
 
     def __init__(self, layer: FactoredLinear):
         super().__init__()
-        self.reorders, self.shared = layer.reorders, layer.shared
+        self.is_reordered, self.shared = layer.is_reordered, layer.shared
         codes = _codes(layer, layer.in_features, layer.rank)
         step, zero = layer._factor.latent_step, layer._factor.latent_zero
-        self.left = BlockProduct(codes.T, step[:, None], layer.bits)
+        self.left = MatMulNBits(codes.T, step[:, None], layer.bits)
         self.register_buffer("moved", step * (2 ** (layer.bits - 1) - zero))
         self.register_buffer("codes", codes.to(torch.uint8))
         self.register_buffer("step", step)
         self.register_buffer("offset", step * zero)
         self.register_buffer("bias", layer.bias)
 
-    def connect(self, shared: nn.ModuleDict) -> None:
-        """Find the form of the shared factor; it stays the model's, so that the file holds it once."""
+    def bind_shared(self, shared: nn.ModuleDict) -> None:
+        """Take the shared factor's `MatMulNBits` without registering it, so that the file holds it once."""
         self.__dict__["_right"] = shared[self.shared]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.reorders(math.prod(x.shape[:-1])):
+        if self.is_reordered(math.prod(x.shape[:-1])):
             y = self._right(self.left(x) + x.sum(-1, keepdim=True) * self.moved)
         else:
             y = x @ self._right(self._latent())
         return y if self.bias is None else y + self.bias
 
     def _latent(self) -> Tensor:
-        """Z (in, rank), made at each call: of constants, ONNX Runtime keeps this operator alone and would fold products."""
+        """Z (in, rank), decoded at each call. ONNX Runtime folds products of constants, but not this operator."""
         operands = (self.codes, self.step)
         scaled = symbolic("DequantizeLinear", operands, {"axis": 1}, dtype=torch.float32, shape=self.codes.shape)
         return scaled - self.offset
 
 
-def packed(model: nn.Module) -> bool:
+def has_packed_layers(model: nn.Module) -> bool:
     """Whether a model has layers with packed codes."""
     return any(isinstance(module, (PackedLinear, PackedConv2d, FactoredLinear)) for module in model.modules())
 
 
-def with_forms(model: nn.Module) -> nn.Module:
-    """The same model with the forms of its packed layers in their places, changed in place."""
+def replace_for_onnx(model: nn.Module) -> nn.Module:
+    """Replace all packed layers by their modules for ONNX, in place; returns the model."""
     for name, module in list(model.named_modules()):
-        form = onnx_form(module)
-        if form is not module:
-            replace_module(model, name, form)
+        replacement = onnx_module(module)
+        if replacement is not module:
+            replace_module(model, name, replacement)
     for module in model.modules():
-        if isinstance(module, FactoredProduct):
-            module.connect(model.shared)
+        if isinstance(module, FactoredMatMul):
+            module.bind_shared(model.shared)
     return model
 
 
 @functools.singledispatch
-def onnx_form(module: nn.Module) -> nn.Module:
-    """What stands for a module in an ONNX file: a form for a packed layer, else the module itself."""
+def onnx_module(module: nn.Module) -> nn.Module:
+    """The module to export to ONNX: a replacement for a packed layer, else the module itself."""
     return module
 
 
-@onnx_form.register
+@onnx_module.register
 def _(layer: PackedLinear) -> nn.Module:
     codes = _codes(layer, layer.out_features, layer.in_features)
-    return nn.Sequential(layer.input, BlockProduct(codes, layer.step.view(len(codes), -1), layer.bits, layer.bias))
+    return nn.Sequential(layer.input, MatMulNBits(codes, layer.step.view(len(codes), -1), layer.bits, layer.bias))
 
 
-@onnx_form.register
+@onnx_module.register
 def _(layer: PackedConv2d) -> nn.Module:
     codes = _codes(layer, layer.shape[0], math.prod(layer.shape[1:]))
-    return PatchProduct(BlockProduct(codes, layer.step[:, None], layer.bits, layer.bias), layer.stride)
+    return PatchMatMul(MatMulNBits(codes, layer.step[:, None], layer.bits, layer.bias), layer.stride)
 
 
-@onnx_form.register
+@onnx_module.register
 def _(factor: SharedFactor) -> nn.Module:
     codes = _codes(factor, factor.rank, factor.out_features)
-    return BlockProduct(codes.T, factor.step[:, None], factor.bits)
+    return MatMulNBits(codes.T, factor.step[:, None], factor.bits)
 
 
-@onnx_form.register
+@onnx_module.register
 def _(layer: FactoredLinear) -> nn.Module:
-    return FactoredProduct(layer)
+    return FactoredMatMul(layer)
 
 
 def _codes(layer: nn.Module, rows: int, columns: int) -> Tensor:

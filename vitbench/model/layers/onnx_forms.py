@@ -1,7 +1,7 @@
-"""The int8 layers as ONNX operators, in the forms for which ONNX Runtime has integer kernels.
+"""The int8 layers as ONNX operators, in the patterns for which ONNX Runtime has integer kernels.
 
-Only for the inside of a `torch.onnx.export`: elsewhere these operators compute nothing. The weight stays int8 and signed,
-for which the kernels are faster than for unsigned ones; ONNX wants it as (in, out).
+These functions compute something only inside a `torch.onnx.export`. The weight stays signed int8, because the kernels are
+faster than for unsigned weights; ONNX needs it as (in, out).
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.onnx.ops import symbolic, symbolic_multi_out
 
 
 def dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x quantized over its own range, times the codes, in integers; ONNX Runtime makes one kernel of all of it.
+    """Quantize x over its own range and multiply by the codes in integers; ONNX Runtime fuses all of it into one kernel.
 
     Shapes: x (..., in) -> (..., out); weight int8 (out, in), scale (out,), bias (out,) or None.
     """
@@ -27,7 +27,7 @@ def dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
 
 def static_linear(x: Tensor, step: float, zero: int, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x over a fixed range and the codes, each rounded and taken back; ONNX Runtime makes the product of the codes of it.
+    """Quantize and dequantize x over a fixed range, dequantize the weight, multiply; ONNX Runtime multiplies the codes.
 
     Shapes: x (..., in) -> (..., out); weight int8 (out, in), scale (out,), bias (out,) or None.
     """
@@ -39,5 +39,5 @@ def static_linear(x: Tensor, step: float, zero: int, weight: Tensor, scale: Tens
     columns = weight.t().contiguous()
     dense = symbolic("DequantizeLinear", (columns, scale), {"axis": 1}, dtype=torch.float32, shape=columns.shape)
     y = rounded @ dense
-    # with a bias of one dimension, or for x of two, it would become a Gemm first, and that never becomes integers
+    # with a bias of one dimension, or for x of two, ONNX Runtime makes a Gemm first, which has no integer kernel
     return y if bias is None else y + bias[None, None]

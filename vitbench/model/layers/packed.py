@@ -1,4 +1,4 @@
-"""Weights as codes of a few bits, really packed: b bits a code, so 4-bit codes lie two to a byte."""
+"""Weights as low-bit codes, stored packed: each code takes b bits, so two 4-bit codes share one byte."""
 
 import math
 from typing import Any
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from vitbench.model.layers.registry import runtime_layer
 
-ROWS = 256  # of a weight that are unpacked at once; a multiple of 8, so that blocks begin with a byte
+ROWS_PER_UNPACK = 256  # rows of a weight; a multiple of 8, so that each part starts at a whole byte
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take."""
+    """Bytes of `count` packed codes of `bits` bits."""
     return math.ceil(count * bits / 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack whole numbers in [0, 2^bits) into bytes, the first code in the lowest bits.
+    """Pack integers in [0, 2^bits) into bytes, the first code in the lowest bits.
 
     Args:
-        codes: any shape, any whole-number type.
+        codes: any shape, any integer type.
         bits: 2 to 8.
 
     Returns:
@@ -30,7 +30,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     flat = codes.flatten().to(torch.int64)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
         raise ValueError(
-            f"codes of {bits} bits lie in [0, {(1 << bits) - 1}]; given {int(flat.min())} to {int(flat.max())}"
+            f"codes of {bits} bits must lie in [0, {(1 << bits) - 1}]; these lie in [{int(flat.min())}, {int(flat.max())}]"
         )
     if bits == 8:
         return flat.to(torch.uint8)
@@ -41,10 +41,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes of `pack`'s bytes, as float32 (count,)."""
+    """The first `count` codes in `pack`'s bytes, as float32 (count,)."""
     if bits == 8:
         return packed[:count].float()
-    if 8 % bits == 0:  # whole codes in each byte: no words to build
+    if 8 % bits == 0:  # each byte holds whole codes, so no words are needed
         codes = torch.empty(packed.numel(), 8 // bits, device=packed.device)
         for i in range(8 // bits):
             codes[:, i] = (packed >> (bits * i)) & ((1 << bits) - 1)
@@ -58,6 +58,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 class _Packed(nn.Module):
     """Packed codes of a weight tensor W = step (codes - 2^(bits-1)), a step for each output row or each group of a row."""
 
+    codes: Tensor
+    step: Tensor
+    bias: Tensor | None
+
     def __init__(self, shape: tuple[int, ...], bits: int, bias: bool, group: int | None = None):
         super().__init__()
         self.shape, self.bits, self.group = tuple(shape), bits, group
@@ -67,7 +71,7 @@ class _Packed(nn.Module):
         self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
 
     def spec(self) -> dict[str, Any]:
-        """What all packed layers need to be built empty."""
+        """The constructor's arguments that all packed layers have."""
         return {"bits": self.bits, "bias": self.bias is not None}
 
     @property
@@ -75,15 +79,15 @@ class _Packed(nn.Module):
         """Weights and biases."""
         return math.prod(self.shape) + (0 if self.bias is None else self.shape[0])
 
-    def fill(self, codes: Tensor, step: Tensor, bias: Tensor | None) -> "_Packed":
-        """Take signed codes in [-2^(bits-1), 2^(bits-1)) of the weight's shape, steps like `step`, and the bias."""
+    def set_codes(self, codes: Tensor, step: Tensor, bias: Tensor | None) -> "_Packed":
+        """Set signed codes in [-2^(bits-1), 2^(bits-1)) of the weight's shape, steps like `step`, and the bias; in place."""
         self.codes = pack(codes.detach() + 2 ** (self.bits - 1), self.bits)
         self.step = step.detach().float().reshape(self.step.shape).clone()
         self.bias = None if bias is None else bias.detach().float().clone()
         return self
 
     def dense(self, start: int = 0, end: int | None = None) -> Tensor:
-        """The weight's rows from `start`, a multiple of 8, to `end` in float32, made anew at each call."""
+        """The weight's rows from `start`, a multiple of 8, to `end` in float32, decoded at each call."""
         end, inputs = self.shape[0] if end is None else min(end, self.shape[0]), math.prod(self.shape[1:])
         packed = self.codes[start * inputs * self.bits // 8 : packed_bytes(end * inputs, self.bits)]
         codes = unpack(packed, self.bits, (end - start) * inputs).sub_(2 ** (self.bits - 1))
@@ -94,13 +98,13 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """y = x W^T + b with W in packed codes, one step for each output row or each `group` of a row's weights.
 
-    x stays in floating point, unless a `Rounded` stands in the place of `input`, and W is unpacked by blocks of `ROWS`
-    rows, so that only the codes and one block are held.
+    x stays in floating point unless `input` is a `Rounded`. W is unpacked by `ROWS_PER_UNPACK` rows at a time, so memory
+    holds only the codes and one such part.
     Shapes: x (..., in_features) -> (..., out_features); codes uint8 (ceil(out in bits / 8),), step (out,) or
     (out, in / group).
     """
 
-    portable = ("onnxruntime", "openvino")
+    exportable = ("onnxruntime", "openvino")
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True, group: int | None = None):
         super().__init__((out_features, in_features), bits, bias, group)
@@ -113,19 +117,19 @@ class PackedLinear(_Packed):
         return {"in_features": self.in_features, "out_features": self.out_features, **super().spec(), **grouped}
 
     def forward(self, x: Tensor) -> Tensor:
-        x, starts = self.input(x), range(0, self.out_features, ROWS)
-        y = torch.cat([F.linear(x, self.dense(start, start + ROWS).to(x.dtype)) for start in starts], dim=-1)
+        x, starts = self.input(x), range(0, self.out_features, ROWS_PER_UNPACK)
+        y = torch.cat([F.linear(x, self.dense(start, start + ROWS_PER_UNPACK).to(x.dtype)) for start in starts], dim=-1)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 @runtime_layer
 class PackedConv2d(_Packed):
-    """A convolution without padding whose stride is its kernel (a patch embedding), W in packed codes.
+    """A convolution without padding whose stride is its kernel size (a patch embedding), W in packed codes.
 
     Shapes: x (B, in, H, W) -> (B, out, H / kernel, W / kernel).
     """
 
-    portable = ("onnxruntime", "openvino")
+    exportable = ("onnxruntime", "openvino")
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, bits: int, bias: bool = True):
         super().__init__((out_channels, in_channels, kernel, kernel), bits, bias)

@@ -6,23 +6,25 @@ RUNTIME_LAYERS: dict[str, type[nn.Module]] = {}
 
 
 def runtime_layer(cls: type[nn.Module]) -> type[nn.Module]:
-    """Make a layer class known to saved models under its own name.
+    """Register a layer class under its own name, so that saved models can be loaded.
 
-    Such a class has `spec()` (its constructor's arguments, JSON types) and, where it stands for a matrix, `dense()`
-    (that matrix). One with weights that are not plain floating-point tensors has `param_count` (weights and biases,
-    however many bits each takes; steps and zero points are not weights). One that leans on a module which several
-    layers share has `connect(shared)`, called with the model's shared modules by name once they are there. One that
-    every backend can run, as one made of ordinary modules alone, says `portable = True`; one that only some can names
-    their packages, `portable = ("onnxruntime",)`. One whose kernel torch.compile cannot look into says
-    `compiles = False`. One that rounds what it is given says `rounds_inputs = True`: its answers in two backends may then
-    be a code apart. One that multiplies 8-bit codes has `code_macs(x, y)`: how many multiply-accumulates of them a call takes. One that divides by tensors of
-    its own names them in `divisors`: no rounding may make them 0. One whose answer to an image hangs on the other images of
-    its batch says `sees_batch = True`.
+    The class has `spec()`: the constructor's arguments, in JSON types. Where they apply, it also has
+
+    - `dense()`: the matrix that the layer stands for,
+    - `param_count`: weights and biases, however many bits each takes, of a class whose weights are not plain floating-point
+      tensors (steps and zero points are not counted),
+    - `bind_shared(shared)`: takes what the layer needs from the model's shared modules, by name, once those exist,
+    - `exportable`: True if every backend can run the layer, or the packages of the backends that can, as `("onnxruntime",)`,
+    - `supports_torch_compile = False`: torch.compile cannot trace the layer's kernel,
+    - `quantizes_inputs = True`: the layer rounds its inputs, so its outputs in two backends may differ by a code,
+    - `int8_macs(x, y)`: the multiply-accumulates of one call whose factors are both 8-bit codes,
+    - `divisors`: the names of its tensors that it divides by; rounding must not make them 0,
+    - `depends_on_batch = True`: the output for an image depends on the other images of its batch.
     """
     RUNTIME_LAYERS[cls.__name__] = cls
     return cls
 
 
-def matrix(module: nn.Module) -> Tensor:
+def dense_weight(module: nn.Module) -> Tensor:
     """The weight matrix (out, in) that a dense or a compressed linear layer stands for."""
     return module.dense() if hasattr(module, "dense") else module.weight
