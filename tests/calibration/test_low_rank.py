@@ -5,17 +5,17 @@ import torch
 
 from vitbench.base.errors import InputError
 from vitbench.calibration import moments as moments_module
-from vitbench.calibration.allocation import Layer, greedy, uniform
-from vitbench.calibration.compensation import mismatches
+from vitbench.calibration.allocation import LayerErrors, greedy_ranks, uniform_ranks
+from vitbench.calibration.compensation import layer_error_moments
 from vitbench.calibration.factors import DECOMPOSITIONS, factorise
-from vitbench.calibration.moments import Moments, collect, watching
+from vitbench.calibration.moments import Moments, collect_moments, forward_hooks
 from vitbench.model import blocks, vit
 from vitbench.model.layers import LowRankLinear
 
 
 @pytest.fixture(scope="module")
 def found(base, digits):
-    return collect(base.model, vit.linear_layers(base.model), digits, gradients=True)
+    return collect_moments(base.model, vit.linear_layers(base.model), digits, gradients=True)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def inputs(base, digits):
     seen = {name: [] for name in vit.linear_layers(base.model)}
     from vitbench.data.batches import eval_batches
 
-    with torch.inference_mode(), watching(vit.linear_layers(base.model), lambda name, x, y: seen[name].append(x)):
+    with torch.inference_mode(), forward_hooks(vit.linear_layers(base.model), lambda name, x, y: seen[name].append(x)):
         for x, _ in eval_batches(digits.calibration, base.model.recipe.preprocess):
             base.model(x)
     return {name: torch.cat(parts).flatten(0, -2).double() for name, parts in seen.items()}
@@ -34,23 +34,23 @@ def test_moments_are_those_of_all_tokens(found, inputs):
     for name, x in inputs.items():
         moments = found[name]
         assert moments.tokens == len(x)
-        assert torch.allclose(moments.second, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+        assert torch.allclose(moments.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
         assert torch.allclose(moments.mean, x.mean(0), rtol=1e-4, atol=1e-6)
-        assert torch.allclose(moments.magnitude, x.abs().mean(0), rtol=1e-4, atol=1e-6)
-        assert moments.second.dtype == torch.float64
+        assert torch.allclose(moments.mean_abs, x.abs().mean(0), rtol=1e-4, atol=1e-6)
+        assert moments.second_moment.dtype == torch.float64
         assert moments.sensitivity > 0
 
 
 def test_deit_base_fits_in_two_gibibytes():
     model = vit.meta_model(vit.Architecture(name="deit_base_patch16_224", num_classes=10, img_size=224))
     with torch.device("meta"):
-        sums = moments_module._Sums(model, vit.linear_layers(model), gradients=True, seed=0).sums
+        sums = moments_module._MomentSums(model, vit.linear_layers(model), gradients=True, seed=0).sums
     assert sum(tensor.nbytes for held in sums.values() for tensor in held.values()) <= 2 * 2**30
 
 
 def test_moments_are_collected_once(base, digits, found, monkeypatch):
-    monkeypatch.setattr(moments_module._Sums, "over", lambda *_: pytest.fail("collected again"))
-    again = collect(base.model, vit.linear_layers(base.model), digits, gradients=True)
+    monkeypatch.setattr(moments_module._MomentSums, "accumulate", lambda *_: pytest.fail("collected again"))
+    again = collect_moments(base.model, vit.linear_layers(base.model), digits, gradients=True)
     assert all(torch.equal(again[name].gradient, found[name].gradient) for name in found)
 
 
@@ -69,7 +69,9 @@ def test_the_gradient_moments_predict_the_loss(base, digits, found):
         layer, moments = changed.get_submodule(name), found[name]
         change = 0.03 * torch.randn_like(layer.weight) * layer.weight.std()
         layer.weight.data += change
-        predicted = 0.5 * torch.trace(moments.gradient.double() @ change.double() @ moments.second @ change.double().T)
+        predicted = 0.5 * torch.trace(
+            moments.gradient.double() @ change.double() @ moments.second_moment @ change.double().T
+        )
         total = 0.0
         with torch.inference_mode():
             for x, _ in eval_batches(digits.calibration, base.model.recipe.preprocess):
@@ -86,13 +88,13 @@ def test_the_closed_form_loses_what_it_says_and_no_rival_loses_less(base, found,
         x = inputs[name] - inputs[name].mean(0)
         lost = {}
         for how in DECOMPOSITIONS:
-            factors = factorise(weight, moments, moments.centred(), how)
-            left, right = factors.at(rank)
+            factors = factorise(weight, moments, moments.covariance(), how)
+            left, right = factors.truncate(rank)
             assert left.shape == (len(weight), rank)
             measured = float((x @ (weight - left @ right).T).square().sum() / len(x))
-            whole = float(factors.lost(moments.centred())[0])
+            whole = float(factors.output_error_by_rank(moments.covariance())[0])
             assert measured == pytest.approx(
-                float(factors.lost(moments.centred())[rank]), rel=1e-5, abs=1e-9 * whole
+                float(factors.output_error_by_rank(moments.covariance())[rank]), rel=1e-5, abs=1e-9 * whole
             ), (name, how)
             lost[how] = measured
         values = torch.linalg.svdvals(x @ weight.T / len(x) ** 0.5)
@@ -103,10 +105,10 @@ def test_the_closed_form_loses_what_it_says_and_no_rival_loses_less(base, found,
 def test_the_gradients_weight_trades_errors_that_the_loss_does_not_feel(base, found):
     name = "blocks.1.attn.qkv"
     weight, moments = base.model.get_submodule(name).weight.detach().double(), found[name]
-    covariance = moments.centred()
+    covariance = moments.covariance()
 
     def felt(gradient_weight):
-        left, right = factorise(weight, moments, covariance, "activation", gradient_weight).at(16)
+        left, right = factorise(weight, moments, covariance, "activation", gradient_weight).truncate(16)
         error = weight - left @ right
         gamma = moments.gradient.double()
         plain, by_loss = error @ covariance @ error.T, gamma / gamma.diagonal().mean()
@@ -118,7 +120,7 @@ def test_the_gradients_weight_trades_errors_that_the_loss_does_not_feel(base, fo
 
 def test_singular_moments(base, found):
     size = 64
-    dead = found["blocks.0.attn.qkv"].second.clone()
+    dead = found["blocks.0.attn.qkv"].second_moment.clone()
     dead[3], dead[:, 3] = 0, 0
     moments = Moments(1000, dead, torch.zeros(size), dead.diagonal().sqrt(), torch.empty(0, 0))
     weight = base.model.blocks[0].attn.qkv.weight.detach()
@@ -135,16 +137,16 @@ def test_inputs_that_are_not_finite(base, digits):
     broken = copy.deepcopy(base.model)
     broken.blocks[0].norm1.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="blocks.0.attn.qkv are not finite"):
-        collect(broken, vit.linear_layers(broken), digits)
+        collect_moments(broken, vit.linear_layers(broken), digits)
 
 
 def test_greedy_is_the_best_split_of_a_budget():
     steep, flat = [2.0 ** (-i / 4) for i in range(33)], [0.01 * 2.0 ** (-i / 4) for i in range(33)]
-    layers = {"steep": Layer((32, 32), tuple(steep)), "flat": Layer((32, 32), tuple(flat))}
-    ranks = greedy(layers, 32 * 32 - 8 * 64, step=4)
+    layers = {"steep": LayerErrors((32, 32), tuple(steep)), "flat": LayerErrors((32, 32), tuple(flat))}
+    ranks = greedy_ranks(layers, 32 * 32 - 8 * 64, step=4)
     assert ranks == {"flat": 8}, "the layer that loses little pays for the other"
     saving = 2 * 32 * 32 * 6 // 10
-    ranks = greedy(layers, saving, step=4)
+    ranks = greedy_ranks(layers, saving, step=4)
     assert sum(layers[name].saving(rank) for name, rank in ranks.items()) >= saving
     assert ranks["flat"] < ranks["steep"]
 
@@ -156,11 +158,11 @@ def test_greedy_is_optimal_at_the_budgets_it_passes():
     layers = {}
     for i in range(3):
         values = torch.rand(16, generator=generator).sort(descending=True).values
-        layers[str(i)] = Layer((16, 16), (*values.flip(0).cumsum(0).flip(0).tolist(), 0.0))
+        layers[str(i)] = LayerErrors((16, 16), (*values.flip(0).cumsum(0).flip(0).tolist(), 0.0))
     for saving in (40, 100, 200, 400):
-        ranks = greedy(layers, saving, step=2)
+        ranks = greedy_ranks(layers, saving, step=2)
         saved = sum(layers[name].saving(rank) for name, rank in ranks.items())
-        loss = sum(layers[name].lost[rank] for name, rank in ranks.items())
+        loss = sum(layers[name].error_by_rank[rank] for name, rank in ranks.items())
         choices = [layer.choices(2) for layer in layers.values()]
         best = min(
             sum(choice[1] for choice in pick)
@@ -171,22 +173,22 @@ def test_greedy_is_optimal_at_the_budgets_it_passes():
 
 
 def test_a_rank_that_saves_nothing_is_no_choice():
-    layer = Layer((16, 16), tuple(range(16, -1, -1)))
+    layer = LayerErrors((16, 16), tuple(range(16, -1, -1)))
     assert [rank for *_, rank in layer.choices(2)] == [0, 6, 4, 2]  # 8 breaks even
 
 
 def test_budgets_that_cannot_be_met():
-    layers = {"a": Layer((16, 16), tuple(range(16, -1, -1)))}
+    layers = {"a": LayerErrors((16, 16), tuple(range(16, -1, -1)))}
     with pytest.raises(InputError, match="smaller rank_step"):
-        greedy(layers, 200, step=8)
+        greedy_ranks(layers, 200, step=8)
     with pytest.raises(InputError, match="leaves a a rank below rank_step = 8"):
-        uniform(layers, 0.4, step=8)
+        uniform_ranks(layers, 0.4, step=8)
 
 
 def test_before_anything_is_compressed_there_is_no_mismatch(base, digits):
     names = list(vit.linear_layers(base.model))
-    for name, mismatch in mismatches(base.model, base.model, names, digits.calibration):
-        assert mismatch.power < 1e-9, name
+    for name, mismatch in layer_error_moments(base.model, base.model, names, digits.calibration):
+        assert mismatch.error_energy < 1e-9, name
         assert mismatch.correction(0.1).abs().max() < 1e-6
 
 
@@ -199,13 +201,13 @@ def test_the_correction_makes_up_for_the_layers_before(base, digits):
     before, after = {}, {}
     for correct, kept in ((False, before), (True, after)):
         own = copy.deepcopy(model)
-        for name, mismatch in mismatches(
+        for name, mismatch in layer_error_moments(
             own, base.model, ["blocks.0.mlp.fc2", "blocks.1.attn.qkv"], digits.calibration
         ):
-            kept[name] = mismatch.power
+            kept[name] = mismatch.error_energy
             if correct:
                 layer, change = own.get_submodule(name), mismatch.correction(1e-4)
-                layer.bias.data += mismatch.bias(change).float()
+                layer.bias.data += mismatch.bias_change(change).float()
                 layer.weight.data += change.float()
     assert before["blocks.0.mlp.fc2"] == pytest.approx(after["blocks.0.mlp.fc2"])
     assert after["blocks.1.attn.qkv"] < 0.5 * before["blocks.1.attn.qkv"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitbench.calibration.compensation import mismatches
-from vitbench.calibration.gptq import second_order
-from vitbench.calibration.moments import collect, watching
+from vitbench.calibration.compensation import layer_error_moments
+from vitbench.calibration.gptq import gptq_codes
+from vitbench.calibration.moments import collect_moments, forward_hooks
 from vitbench.data.batches import eval_batches
 from vitbench.methods.mixed_rank import MixedRank
 from vitbench.methods.registry import compress, make_config
@@ -39,7 +39,7 @@ def few(digits):
 def seen(model, few, name=FIRST):
     """Inputs (tokens, in) and outputs (tokens, out) of a layer on the calibration images, float64."""
     found = []
-    with torch.inference_mode(), watching({name: model.get_submodule(name)}, lambda _, x, y: found.append((x, y))):
+    with torch.inference_mode(), forward_hooks({name: model.get_submodule(name)}, lambda _, x, y: found.append((x, y))):
         for x, _ in eval_batches(few.calibration, model.recipe.preprocess):
             model(x)
     return [torch.cat([each.flatten(0, -2) for each in side]).double().numpy() for side in zip(*found, strict=True)]
@@ -55,7 +55,7 @@ def test_a_mismatch_is_about_0(model, few):
     changed = copy.deepcopy(model)
     changed.get_submodule(FIRST).weight.mul_(0.8)
     name = "blocks.1.attn.qkv"
-    found = dict(mismatches(changed, copy.deepcopy(model), [name], few.calibration))[name]
+    found = dict(layer_error_moments(changed, copy.deepcopy(model), [name], few.calibration))[name]
     x, wanted = seen(changed, few, name)[0], seen(model, few, name)[1]
     error = wanted - x @ model.get_submodule(name).weight.double().numpy().T
     for moments, reference in ((found.covariance, x.T @ x / len(x)), (found.cross, error.T @ x / len(x))):
@@ -79,7 +79,7 @@ def test_second_order_codes_are_those_of_moments_about_0(model, few):
     x, weight = seen(model, few)[0], model.get_submodule(FIRST).weight
     answers = {}
     for kind, moments in (("about 0", x.T @ x / len(x)), ("about the mean", np.cov(x.T, bias=True))):
-        codes, step = second_order(weight, torch.from_numpy(moments), 3, weight.shape[1])
+        codes, step = gptq_codes(weight, torch.from_numpy(moments), 3, weight.shape[1])
         answers[kind] = (codes * step).double().numpy()
     made = small.get_submodule(FIRST).dense().double().numpy()
     assert np.mean(np.isclose(made, answers["about 0"], rtol=1e-2)) > 0.99
@@ -92,7 +92,7 @@ def test_second_order_codes_are_those_of_moments_about_0(model, few):
 
 def test_moments_are_about_the_mean_only_where_a_bias_takes_it(model, few):
     layer = model.get_submodule(FIRST)
-    found, x = collect(model, {FIRST: layer}, few)[FIRST], seen(model, few)[0]
-    assert np.allclose(found.unbiased(layer), x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+    found, x = collect_moments(model, {FIRST: layer}, few)[FIRST], seen(model, few)[0]
+    assert np.allclose(found.output_error_covariance(layer), x.T @ x / len(x), rtol=1e-4, atol=1e-4)
     with_bias = torch.nn.Linear(layer.in_features, layer.out_features)
-    assert np.allclose(found.unbiased(with_bias), np.cov(x.T, bias=True), rtol=1e-4, atol=1e-4)
+    assert np.allclose(found.output_error_covariance(with_bias), np.cov(x.T, bias=True), rtol=1e-4, atol=1e-4)

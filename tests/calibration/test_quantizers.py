@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitbench.calibration.quantizers import LearnedStep, best_step, code_range
+from vitbench.calibration.quantizers import LearnedStep, code_range, min_error_step
 
 
 def error(x, step, bits):
@@ -15,7 +15,7 @@ def error(x, step, bits):
 @pytest.mark.parametrize("dim", [0, 1])
 def test_the_best_step_beats_the_range_and_its_neighbours(bits, dim):
     x = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
-    step = best_step(x, bits, dim)
+    step = min_error_step(x, bits, dim)
     widest = x.abs().amax(dim=dim, keepdim=True) / code_range(bits)[1]
     assert step.shape == widest.shape
     assert error(x, step, bits) <= error(x, widest, bits)
@@ -24,7 +24,7 @@ def test_the_best_step_beats_the_range_and_its_neighbours(bits, dim):
 
 def test_a_row_of_zeros_is_kept():
     x = torch.zeros(2, 5)
-    assert torch.equal((x / best_step(x, 4, 1)).round(), x)
+    assert torch.equal((x / min_error_step(x, 4, 1)).round(), x)
 
 
 def test_gradients_are_those_of_lsq():
@@ -40,9 +40,9 @@ def test_gradients_are_those_of_lsq():
 def test_exported_codes_are_what_the_forward_pass_uses(rule):
     x = 0.3 + torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     quantizer = LearnedStep(6, 4, dim=0, zero_point=True)
-    quantizer.start(x, rule)
+    quantizer.init_from(x, rule)
     quantizer.zero.data += torch.linspace(-3, 3, 6)
-    codes, step, zero = quantizer.export(x)
+    codes, step, zero = quantizer.codes_and_steps(x)
     assert (int(codes.min()), int(codes.max())) >= (-8, -8)
     assert int(codes.max()) <= 7
     assert torch.allclose((codes - zero) * step, quantizer(x), atol=1e-5)
@@ -61,4 +61,4 @@ def test_training_the_step_lowers_the_error():
         optimizer.step()
     loss = float(loss.detach())
     assert loss < 0.3 * before
-    assert loss < 1.1 * float(error(x, best_step(x, 3, 0), 3) / x.numel())
+    assert loss < 1.1 * float(error(x, min_error_step(x, 3, 0), 3) / x.numel())

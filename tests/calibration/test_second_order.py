@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vitbench.base.errors import InputError
-from vitbench.calibration.gptq import second_order
-from vitbench.calibration.quantizers import best_step, code_range
+from vitbench.calibration.gptq import gptq_codes
+from vitbench.calibration.quantizers import code_range, min_error_step
 from vitbench.data.batches import eval_batches
 from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, vit
@@ -31,7 +31,7 @@ def lost(weight, rounded, covariance):
 
 def nearest(weight, bits, group):
     groups, (low, high) = weight.reshape(-1, group), code_range(bits)
-    step = best_step(groups, bits, 1)
+    step = min_error_step(groups, bits, 1)
     return ((groups / step).round().clamp(low, high) * step).view_as(weight)
 
 
@@ -40,7 +40,7 @@ def test_outputs_change_less_than_by_the_nearest_codes(layer, bits, group):
     weight, covariance = layer
     errors = [lost(weight, nearest(weight, bits, group), covariance)]
     for sweeps in (0, 1, 4):
-        codes, step = second_order(weight, covariance, bits, group, sweeps=sweeps)
+        codes, step = gptq_codes(weight, covariance, bits, group, refinements=sweeps)
         low, high = code_range(bits)
         assert codes.shape == weight.shape
         assert step.shape == (48, 64 // group)
@@ -56,7 +56,7 @@ def test_groups_of_any_size_get_steps_of_their_own():
     """96 does not divide into the blocks of columns that are corrected together."""
     torch.manual_seed(0)
     weight = torch.cat([torch.randn(8, 96), 100 * torch.randn(8, 96)], 1)
-    codes, step = second_order(weight, torch.eye(192).double(), 4, 96)
+    codes, step = gptq_codes(weight, torch.eye(192).double(), 4, 96)
     assert float((step[:, 1] / step[:, 0]).abs().min()) > 10
     assert lost(weight, codes * step.repeat_interleave(96, 1), torch.eye(192).double()) < 0.02 * float(
         weight.square().sum()
@@ -67,7 +67,7 @@ def test_one_column_after_the_other_is_optimal_for_two_columns():
     """Of two correlated inputs the second makes up for the first: here its best code is not the nearest."""
     covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]]).double()
     weight = torch.tensor([[1.4, 2.0], [-3.0, 1.0]])
-    codes, step = second_order(weight, covariance, 3, 2, damping=1e-6, sweeps=8)
+    codes, step = gptq_codes(weight, covariance, 3, 2, damping=1e-6, refinements=8)
     found = lost(weight, codes * step, covariance)
     for row in range(2):  # no other pair of codes with this row's step does better
         for pair in itertools.product(range(-4, 4), repeat=2):
@@ -78,7 +78,7 @@ def test_one_column_after_the_other_is_optimal_for_two_columns():
 
 def test_independent_inputs_give_nearest_codes(layer):
     weight, _ = layer
-    codes, step = second_order(weight, torch.eye(64).double(), 4, 16, sweeps=0)
+    codes, step = gptq_codes(weight, torch.eye(64).double(), 4, 16, refinements=0)
     wide = step.repeat_interleave(16, 1)
     low, high = code_range(4)
     assert torch.equal(codes, (weight / wide).round().clamp(low, high))

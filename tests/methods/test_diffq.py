@@ -29,7 +29,7 @@ def test_more_bits_less_noise_and_the_gradient_says_so():
     noisy = coder(4.0).train()
     (noisy.decode()["layer"] - noisy.value.detach() * noisy.scale).square().sum().backward()
     assert noisy.moved.grad < 0, "going against the gradient gives more bits"
-    assert float(noisy.mismatch({}).detach()) == pytest.approx(4.0 * 240, rel=1e-4)
+    assert float(noisy.regularizer({}).detach()) == pytest.approx(4.0 * 240, rel=1e-4)
 
 
 @pytest.mark.parametrize("target", [2.0, 3.3, 5.0])

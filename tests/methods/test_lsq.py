@@ -5,7 +5,7 @@ import torch
 
 from vitbench.base.errors import InputError
 from vitbench.calibration import quantizers
-from vitbench.calibration.coders import RoundingLinear, RowCoder
+from vitbench.calibration.coders import FakeQuantLinear, RowCoder
 from vitbench.calibration.quantizers import LearnedRange
 from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, vit
@@ -16,7 +16,7 @@ from vitbench.training.loop import evaluate
 
 def test_a_learned_range_rounds_to_its_codes():
     quantizer, x = LearnedRange(3, -0.2, 1.2), torch.linspace(-1, 2, 50)[None]
-    low, high = quantizer.ends()
+    low, high = quantizer.bounds()
     y = quantizer(x)
     assert (float(low), float(high)) == pytest.approx((-0.2, 1.2), abs=1e-6)
     assert len(y.unique()) == 8
@@ -37,10 +37,10 @@ def test_what_is_cut_off_widens_the_range_and_gets_no_gradient():
 def test_the_file_answers_as_the_trained_model_did(base, digits, tmp_path):
     model, x = artifact.load(base.path), torch.randn(6, 3, 8, 8)
     layers = vit.linear_layers(model)
-    seen = quantizers.channels(model, layers, digits.calibration)
-    found = quantizers.ranges(model, layers, seen, digits.calibration, bits=4)
+    seen = quantizers.channel_ranges(model, layers, digits.calibration)
+    found = quantizers.input_ranges(model, layers, seen, digits.calibration, bits=4)
     for name, layer in layers.items():
-        vit.replace_module(model, name, RoundingLinear(layer, 4, *found[name]))
+        vit.replace_module(model, name, FakeQuantLinear(layer, 4, *found[name]))
     coded = CodedModel(model, [RowCoder(name, layer, 4) for name, layer in layers.items()]).eval()
     with torch.no_grad():
         wanted = coded(x)

@@ -12,7 +12,7 @@ from tests.conftest import SHARED
 from vitbench.base.errors import InputError
 from vitbench.calibration import compensation
 from vitbench.calibration.factors import DECOMPOSITIONS, factorise
-from vitbench.calibration.moments import collect, watching
+from vitbench.calibration.moments import collect_moments, forward_hooks
 from vitbench.data.splits import Split, load_data
 from vitbench.measurement.cost import coded_layers, count_macs, count_params, weight_error
 from vitbench.methods.mixed_rank import MixedRank
@@ -93,14 +93,14 @@ def test_without_propagated_inputs_compensation_changes_nothing(base, digits):
     assert torch.allclose(alone(x), plain(x), atol=1e-3)
     learned = compress(base.model, config.replace(compensation="gradient", gradient_weight=0), digits)
     fixed = compress(base.model, STAGE2.replace(keep=0.5, gradient_weight=0), digits)
-    found = collect(base.model, vit.linear_layers(base.model, ("fc1",)), digits)
+    found = collect_moments(base.model, vit.linear_layers(base.model, ("fc1",)), digits)
     factored = [name for name in found if isinstance(fixed.get_submodule(name), LowRankLinear)]
     assert factored
     for name in factored:
         weight = base.model.get_submodule(name).weight
         lost = [
             torch.trace(
-                (error := (model.get_submodule(name).dense() - weight).double()) @ found[name].centred() @ error.T
+                (error := (model.get_submodule(name).dense() - weight).double()) @ found[name].covariance() @ error.T
             )
             for model in (learned, fixed)
         ]
@@ -111,16 +111,16 @@ def test_without_propagated_inputs_compensation_changes_nothing(base, digits):
 def test_the_learned_residual_lowers_the_error_and_keeps_the_rank(base, digits):
     names = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
     model = compress(base.model, MixedRank(keep=1.0))
-    for name, mismatch in compensation.mismatches(model, base.model, names, digits.calibration):
+    for name, mismatch in compensation.layer_error_moments(model, base.model, names, digits.calibration):
         layer = base.model.get_submodule(name)
-        moments = collect(base.model, vit.linear_layers(base.model), digits)[name]
-        left, right = factorise(layer.weight, moments, mismatch.covariance).at(16)
+        moments = collect_moments(base.model, vit.linear_layers(base.model), digits)[name]
+        left, right = factorise(layer.weight, moments, mismatch.covariance).truncate(16)
 
         def loss(left, right, layer=layer, mismatch=mismatch):
             change = left @ right - layer.weight.double()
             return float(((change @ mismatch.covariance - 2 * mismatch.cross) * change).sum())
 
-        new = compensation.learned(layer.weight, left, right, mismatch, rank=4, steps=100, ridge=0.0)
+        new = compensation.fit_compact_residual(layer.weight, left, right, mismatch, rank=4, steps=100, ridge=0.0)
         assert [part.shape for part in new] == [left.shape, right.shape]
         if name == names[0]:
             assert loss(*new) == pytest.approx(loss(left, right), rel=1e-2), "nothing to gain on unchanged inputs"
@@ -247,15 +247,15 @@ def test_stage_one_on_real_weights_and_photographs():
     data = load_data(IMAGENET, test=744, val=0, calibration=64)
     base = baseline("deit_tiny_patch16_224", data, TrainConfig(epochs=0), checkpoint=WEIGHTS)
     layers = vit.linear_layers(base.model)
-    found = collect(base.model, layers, data)
+    found = collect_moments(base.model, layers, data)
     formed, errors = {}, {}
     for name, layer in layers.items():
         rank = layer.in_features * layer.out_features // (layer.in_features + layer.out_features) // 2 // 8 * 8
         weight, moments = layer.weight.detach().double(), found[name]
         for how in DECOMPOSITIONS:
-            factors = factorise(weight, moments, moments.centred(), how)
-            left, right = factors.at(rank)
-            formed[name, how] = weight - left @ right, float(factors.lost(moments.centred())[rank])
+            factors = factorise(weight, moments, moments.covariance(), how)
+            left, right = factors.truncate(rank)
+            formed[name, how] = weight - left @ right, float(factors.output_error_by_rank(moments.covariance())[rank])
             errors[name, how] = np.zeros(1)
 
     def see(name, x, y):
@@ -265,7 +265,7 @@ def test_stage_one_on_real_weights_and_photographs():
 
     from vitbench.data.batches import eval_batches
 
-    with torch.inference_mode(), watching(layers, see):
+    with torch.inference_mode(), forward_hooks(layers, see):
         for x, _ in eval_batches(data.calibration, base.model.recipe.preprocess, 16):
             base.model(x)
     for name in layers:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vitbench.base.errors import InputError
-from vitbench.calibration.moments import Moments, watching
+from vitbench.calibration.moments import Moments, forward_hooks
 from vitbench.data.batches import eval_batches
 from vitbench.figures import search_policies
 from vitbench.measurement.cost import count_macs
@@ -51,7 +51,7 @@ def test_nothing_removed_is_the_given_model(base, digits):
 def first_mlp(model, data):
     """fc2's inputs and outputs in the first block on the calibration images, float64; its inputs no cut changes before."""
     seen = {}
-    with watching({"fc2": model.blocks[0].mlp.fc2}, lambda _, x, y: seen.update(x=x, y=y)), torch.inference_mode():
+    with forward_hooks({"fc2": model.blocks[0].mlp.fc2}, lambda _, x, y: seen.update(x=x, y=y)), torch.inference_mode():
         for x, _ in eval_batches(data.calibration, model.recipe.preprocess, len(data.calibration)):
             model(x)
     return seen["x"].flatten(0, 1).double(), seen["y"].flatten(0, 1).double()

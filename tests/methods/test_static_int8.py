@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vitbench.base.errors import InputError
-from vitbench.calibration.quantizers import channels, least_error_range
+from vitbench.calibration.quantizers import channel_ranges, least_error_range
 from vitbench.data.batches import eval_batches
 from vitbench.measurement import backends
 from vitbench.measurement.measuring import measure
@@ -71,10 +71,10 @@ def test_evening_out_channels_changes_no_answer(base, digits):
     with torch.no_grad():
         model.blocks[0].norm1.weight[3] *= 30  # one channel far above the others
     layers, x = vit.linear_layers(model), torch.randn(4, 3, 8, 8)
-    before, seen = model(x), channels(model, layers, digits.calibration)
+    before, seen = model(x), channel_ranges(model, layers, digits.calibration)
     reach = {name: torch.maximum(c.low.abs(), c.high.abs()) for name, c in seen.items()}
     _equalise(model, layers, seen, 0.5)
-    after = channels(model, layers, digits.calibration)
+    after = channel_ranges(model, layers, digits.calibration)
     assert torch.allclose(model(x), before, atol=1e-4)
     for name, found in after.items():
         assert torch.allclose(found.high, seen[name].high, rtol=1e-3, atol=1e-5)

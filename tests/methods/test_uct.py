@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from vitbench.base import store
 from vitbench.base.errors import InputError
-from vitbench.calibration.factors import closed_form, output_grams, stacked
+from vitbench.calibration.factors import closed_form_factors, output_grams, stack_weights
 from vitbench.measurement.cost import count_macs
 from vitbench.measurement.limits import peak_tensors
 from vitbench.methods import uct
@@ -42,7 +42,7 @@ def published(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     dense = vit.create_model(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uct, "closed_form", quick_factors)
+        patch.setattr(uct, "closed_form_factors", quick_factors)
         small = compress(dense, UCT(rank=rank, start="weights", steps_rule="lsq", train=TrainConfig(epochs=0)))
     paths = artifact.save(dense, folder / "dense"), artifact.save(small, folder / "small")
     return dense, small, *paths, mebibytes, ratio, rank
@@ -111,7 +111,7 @@ def test_reordered_inference_never_holds_a_decoded_matrix(published):
 
 def test_the_closed_form_is_the_best_of_its_rank():
     M = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
-    Z, D = closed_form(M, 7)
+    Z, D = closed_form_factors(M, 7)
     assert torch.allclose(D @ D.T, torch.eye(7), atol=1e-5)
     least = torch.linalg.svdvals(M)[7:].square().sum()
     assert torch.isclose((Z @ D - M).square().sum(), least, rtol=1e-4)
@@ -121,12 +121,12 @@ def test_the_weighted_closed_form_keeps_outputs_better(base, digits):
     layers = vit.linear_layers(base.model, ("fc1",))
     grams = output_grams(base.model, layers, digits.calibration)
     assert torch.allclose(next(iter(grams.values())), next(iter(grams.values())).T, rtol=1e-4)
-    target, gram = stacked(layers), sum(grams.values())
+    target, gram = stack_weights(layers), sum(grams.values())
 
     def lost(right):  # of the outputs: tr(G) - tr(D G D^T) for orthonormal D
         return float(gram.trace() - (right.double() @ gram @ right.double().T).trace())
 
-    plain, weighted = closed_form(target, 20)[1], closed_form(target, 20, gram)[1]
+    plain, weighted = closed_form_factors(target, 20)[1], closed_form_factors(target, 20, gram)[1]
     assert lost(weighted) < 0.9 * lost(plain)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vitbench.base.errors import InputError
-from vitbench.calibration.moments import BATCH
+from vitbench.calibration.moments import CALIBRATION_BATCH
 from vitbench.data.splits import load_data
 from vitbench.measurement.limits import LiveTensors
 from vitbench.model import vit
@@ -175,7 +175,7 @@ def test_too_few_images_and_none_are_refused(base, digits):
 def test_512_images_on_deit_base_fit_in_8_gib(monkeypatch):
     """Blocks are scored one after the other and let go; tensors of the meta device have sizes and no content to compute."""
     images, data = 512, load_data("digits", calibration=512)  # only their number counts
-    batches = [(torch.empty(BATCH, 3, 224, 224, device="meta"), None)] * (images // BATCH)
+    batches = [(torch.empty(CALIBRATION_BATCH, 3, 224, 224, device="meta"), None)] * (images // CALIBRATION_BATCH)
     monkeypatch.setattr(dependence, "eval_batches", lambda *_: batches)
 
     def made(depth):

@@ -1,7 +1,7 @@
-"""Statistics of images, and the codes, ranges, ranks and compensations that are fitted to them, without training.
+"""Statistics of the calibration set, and the codes, ranges, ranks and compensations fitted to them, without training.
 
 Training, removal and methods import it; it imports `data`, `model` and `base`.
-To add a way of fitting, write a function from weights and moments to tensors, with its source in the docstring.
+To add a fitting method, write a function from weights and moments to tensors, with its source in the docstring.
 """
 
 import lazy_loader

@@ -4,19 +4,19 @@ from .coders import (
 )
 from .factors import (
     DECOMPOSITIONS as DECOMPOSITIONS,
-    closed_form as closed_form,
+    closed_form_factors as closed_form_factors,
     factorise as factorise,
-    stacked as stacked,
+    stack_weights as stack_weights,
 )
-from .gptq import second_order as second_order
+from .gptq import gptq_codes as gptq_codes
 from .moments import (
     Moments as Moments,
-    collect as collect,
-    watching as watching,
+    collect_moments as collect_moments,
+    forward_hooks as forward_hooks,
 )
 from .quantizers import (
-    best_step as best_step,
     code_range as code_range,
     least_error_range as least_error_range,
-    to_codes as to_codes,
+    min_error_step as min_error_step,
+    quantize as quantize,
 )

@@ -1,4 +1,4 @@
-"""What each layer gets, a rank or bits: as little of the model's loss as possible for a given saving."""
+"""Allocation of ranks or bits to layers: the least expected loss for a given saving."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from vitbench.base.errors import InputError
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One linear layer as the allocation sees it.
+class LayerErrors:
+    """A linear layer's sizes and its expected loss at each rank.
 
     Attributes:
         shape: (out, in) of its weight.
-        lost: what the model is expected to lose with each rank from 0 on, in a scale that all layers share.
-        share: how much each weight saved counts for: the part of an image's tokens that the layer sees, where
-            multiply-accumulates are saved.
+        error_by_rank: the expected increase of the model's loss for each rank from 0 on, on one scale for all layers.
+        token_share: what each saved weight counts. If multiply-accumulates are to be saved, it is the fraction of an image's
+            tokens that the layer processes.
     """
 
     shape: tuple[int, int]
-    lost: tuple[float, ...]
-    share: float = 1.0
+    error_by_rank: tuple[float, ...]
+    token_share: float = 1.0
 
     @property
     def dense(self) -> int:
@@ -27,84 +27,93 @@ class Layer:
         return self.shape[0] * self.shape[1]
 
     def saving(self, rank: int) -> float:
-        """What a factorisation of this rank saves, in weights; below 0 where it stores more than the dense layer."""
-        return self.share * (self.dense - rank * sum(self.shape))
+        """Weights saved by a factorisation of this rank; negative if it has more weights than the dense layer."""
+        return self.token_share * (self.dense - rank * sum(self.shape))
 
     def choices(self, step: int) -> list[tuple[float, float, int]]:
-        """(weights saved, loss, rank) of the dense layer, whose rank is called 0, and of the multiples of `step` that save."""
+        """(weights saved, loss, rank) of the dense layer, with rank 0, and of the multiples of `step` that save weights."""
         ranks = [rank for rank in range(step, min(self.shape), step) if self.saving(rank) > 0]
-        return [(0, 0.0, 0), *((self.saving(rank), self.lost[rank], rank) for rank in reversed(ranks))]
+        return [(0, 0.0, 0), *((self.saving(rank), self.error_by_rank[rank], rank) for rank in reversed(ranks))]
 
 
-class OutOfReach(ValueError):
-    """The cheapest choices save `missing` less than was asked for."""
+class BudgetUnreachable(ValueError):
+    """The choices that save most are `missing` below the requested saving."""
 
     def __init__(self, missing: float):
-        super().__init__(f"the cheapest choices save {missing:,.0f} too little")
+        super().__init__(f"the choices that save most are {missing:,.0f} below the requested saving")
         self.missing = missing
 
 
-def spend(choices: Mapping[str, Sequence[tuple[float, float, int]]], saving: int) -> dict[str, int]:
-    """Choices that save at least `saving`, by taking the cheapest step of all layers again and again.
+def greedy_allocation(choices: Mapping[str, Sequence[tuple[float, float, int]]], saving: float) -> dict[str, int]:
+    """Choose rank or bits for each layer to save at least `saving`, with greedy steps of the least loss for each saving.
 
-    The first step of a layer may cost a lot of loss for little, and the next ones less; so the steps are those along the
-    lower convex hull of (saved, loss), whose costs rise. For a separable loss this is the optimum at each saving that it
-    passes.
+    Steps follow the lower convex hull of (saved, loss), because the raw steps of a layer may become cheaper later, and
+    those along the hull do not. For a separable loss the result is optimal at each saving that the steps reach.
 
     Args:
-        choices: layer name -> (saved, loss, what is chosen), by what they save; the first saves nothing.
+        choices: layer name -> (saved, loss, choice), in the order of `saved`; the first saves nothing.
 
     Returns:
-        Layer name -> what is chosen, for the layers that do not keep their first choice.
+        Layer name -> choice, for the layers that do not keep their first choice.
 
     Raises:
-        OutOfReach: even the last choices save less.
+        BudgetUnreachable: the last choices of all layers save less.
     """
     steps = []
     for name, points in choices.items():
-        corners = _hull(points)
+        corners = _lower_convex_hull(points)
         steps += [
-            ((loss - before) / (saved - start), name, chosen, saved - start)
-            for (start, before, _), (saved, loss, chosen) in zip(corners, corners[1:])
+            ((loss - loss_before) / (saved - saved_before), name, choice, saved - saved_before)
+            for (saved_before, loss_before, _), (saved, loss, choice) in zip(corners, corners[1:])
         ]
-    found: dict[str, int] = {}
-    for _, name, chosen, saved in sorted(steps):
+    allocation: dict[str, int] = {}
+    for _, name, choice, saved in sorted(steps):
         if saving <= 0:
             break
-        found[name] = chosen
+        allocation[name] = choice
         saving -= saved
     if saving > 0:
-        raise OutOfReach(saving)
-    return found
+        raise BudgetUnreachable(saving)
+    return allocation
 
 
-def greedy(layers: Mapping[str, Layer], saving: int, step: int = 8) -> dict[str, int]:
-    """Ranks, by name for the layers that do not stay dense, that save at least `saving` weights (`spend`).
+def greedy_ranks(layers: Mapping[str, LayerErrors], saving: int, step: int = 8) -> dict[str, int]:
+    """Choose ranks that save at least `saving` weights (`greedy_allocation`).
+
+    Returns:
+        Layer name -> rank, for the layers that do not stay dense.
 
     Raises:
-        InputError: even the smallest ranks save less.
+        InputError: the smallest ranks save less.
     """
     try:
-        return spend({name: layer.choices(step) for name, layer in layers.items()}, saving)
-    except OutOfReach as error:
+        return greedy_allocation({name: layer.choices(step) for name, layer in layers.items()}, saving)
+    except BudgetUnreachable as error:
         raise InputError(
-            f"the budget is {error.missing:,.0f} weights below what ranks of {step} in every layer need; give a larger keep, a "
+            f"the budget is {error.missing:,.0f} weights below what rank {step} in every layer needs; give a larger keep, a "
             "smaller rank_step, or more layers"
         ) from None
 
 
-def uniform(layers: Mapping[str, Layer], keep: float, step: int = 8) -> dict[str, int]:
-    """The same share of every layer's weights: the largest multiple of `step` whose factors are at most `keep` of them."""
+def uniform_ranks(layers: Mapping[str, LayerErrors], keep: float, step: int = 8) -> dict[str, int]:
+    """For each layer the largest rank, a multiple of `step`, whose factors have at most `keep` of the layer's weights.
+
+    Returns:
+        Layer name -> rank, for the layers where this saves weights.
+
+    Raises:
+        InputError: `keep` is too small for a rank of `step` in some layer.
+    """
     ranks = {name: int(keep * layer.dense / sum(layer.shape)) // step * step for name, layer in layers.items()}
-    small = next((name for name, rank in ranks.items() if rank == 0), "")
-    if small:
+    layer_without_rank = next((name for name, rank in ranks.items() if rank == 0), "")
+    if layer_without_rank:
         raise InputError(
-            f"keep = {keep} leaves {small} a rank below rank_step = {step}; give a larger keep or a smaller rank_step"
+            f"keep = {keep} leaves {layer_without_rank} a rank below rank_step = {step}; give a larger keep or a smaller rank_step"
         )
     return {name: rank for name, rank in ranks.items() if layers[name].saving(rank) > 0}
 
 
-def _hull(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+def _lower_convex_hull(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
     """The corners of the lower convex hull of points sorted by their first coordinate, from the first point on."""
     corners: list[tuple[float, float, int]] = []
     for point in points:

@@ -1,4 +1,4 @@
-"""Coders: the trainable form of some weights, which they decode for a forward pass and at the end pack into runtime layers."""
+"""Coders: trainable forms of weights. They are decoded for a forward pass, and packed into runtime layers at the end."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ class Coder(nn.Module, ABC):
 
     @abstractmethod
     def decode(self) -> dict[str, Tensor]:
-        """Module name -> weight as it is after coding."""
+        """Module name -> the weight that the codes stand for."""
 
     @abstractmethod
-    def install(self, model: nn.Module) -> None:
-        """Put runtime layers with the present codes into `model`."""
+    def install_packed(self, model: nn.Module) -> None:
+        """Replace the modules in `model` by runtime layers with the present codes, in place."""
 
-    def mismatch(self, weights: dict[str, Tensor]) -> Tensor | float:
-        """The loss on the decoded weights themselves."""
+    def regularizer(self, weights: dict[str, Tensor]) -> Tensor | float:
+        """A loss on the decoded weights, to be added to the training loss; 0 by default."""
         return 0.0
 
 
 class RowCoder(Coder):
-    """Codes of one weight, a learned step for each output row or each `group` of a row's weights (LSQ).
+    """Codes of one weight with a learned step for each output row, or for each `group` of a row's weights (LSQ).
 
-    The weight is trained in units of the root mean square of what shares a step, so that one learning rate suits all.
-    It starts from the given steps, or from those that round best.
+    The weight is trained in units of the root mean square of the weights that share a step, so one learning rate suits all.
+    Steps start from `step`, or from the least rounding error.
     """
 
     def __init__(self, name: str, module: nn.Module, bits: int, group: int | None = None, step: Tensor | None = None):
@@ -44,44 +44,48 @@ class RowCoder(Coder):
         self.value = nn.Parameter(weight / self.scale)
         self.steps = LearnedStep(len(weight), bits, dim=1)
         if step is None:
-            self.steps.start(self.value.detach())
+            self.steps.init_from(self.value.detach())
         else:
             self.steps.step.data = step.reshape(-1, 1) / self.scale
 
     def decode(self) -> dict[str, Tensor]:
         return {self.names[0]: (self.steps(self.value) * self.scale).view(self.shape)}
 
-    def install(self, model: nn.Module) -> None:
-        codes, step, _ = self.steps.export(self.value)
+    def install_packed(self, model: nn.Module) -> None:
+        codes, step, _ = self.steps.codes_and_steps(self.value)
         old = model.get_submodule(self.names[0])
         new = _packed_like(old, self.bits, self.group).set_codes(codes, step * self.scale.flatten(), old.bias)
         vit.replace_module(model, self.names[0], new)
 
 
 def _packed_like(module: nn.Module, bits: int, group: int | None) -> PackedLinear | PackedConv2d:
-    """An empty packed layer of a dense one's shape; it rounds its inputs if the given one does."""
+    """An empty packed layer with the shape of `module`; it quantizes its inputs if `module` does."""
     bias = module.bias is not None
     if not isinstance(module, nn.Linear):
         return PackedConv2d(module.in_channels, module.out_channels, module.kernel_size[0], bits, bias)
     packed = PackedLinear(module.in_features, module.out_features, bits, bias, group)
-    if isinstance(module, RoundingLinear):
-        packed.input = Rounded(module.input.bits).set_range(*module.input.ends())
+    if isinstance(module, FakeQuantLinear):
+        packed.input = Rounded(module.input.bits).set_range(*module.input.bounds())
     return packed
 
 
-class RoundingLinear(nn.Linear):
-    """A linear layer, made of a given one, that rounds its inputs over a range which is learned."""
+class FakeQuantLinear(nn.Linear):
+    """A linear layer with the weight and bias of `linear`, shared, that quantizes its inputs over a learned range."""
 
-    def __init__(self, given: nn.Linear, bits: int, low: float, high: float):
-        super().__init__(given.in_features, given.out_features, given.bias is not None, device="meta")
-        self.weight, self.bias = given.weight, given.bias
+    def __init__(self, linear: nn.Linear, bits: int, low: float, high: float):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
         self.input = LearnedRange(bits, low, high)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.input(x))
 
 
-def ends(model: nn.Module, bits: int | None, names: Sequence[str] = vit.EMBEDDING_AND_HEADS) -> list[Coder]:
-    """Coders of the patch embedding and the head (or the ones in `names`), or none."""
-    found = {} if bits is None else vit.embedding_and_heads(model)
-    return [RowCoder(name, module, bits) for name, module in found.items() if name in names]
+def embedding_and_head_coders(
+    model: nn.Module, bits: int | None, names: Sequence[str] = vit.EMBEDDING_AND_HEADS
+) -> list[Coder]:
+    """Coders of the patch embedding and the heads, as far as they are in `names`; none if `bits` is None."""
+    if bits is None:
+        return []
+    modules = vit.embedding_and_heads(model)
+    return [RowCoder(name, module, bits) for name, module in modules.items() if name in names]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitbench.base import progress
-from vitbench.calibration.moments import BATCH, watching
+from vitbench.calibration.moments import CALIBRATION_BATCH, forward_hooks
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import ImageData
 from vitbench.measurement import backends
@@ -87,10 +87,12 @@ def output_errors(model: nn.Module, original: nn.Module, data: ImageData, names:
         total[name] = total[name] + wanted.sum(0)
         tokens[name] += len(wanted)
 
-    batches = eval_batches(split, original.recipe.preprocess, BATCH)
-    for x, _ in progress.progress_bar(batches, "errors of outputs", total=-(-len(split) // BATCH), unit="batch"):
+    batches = eval_batches(split, original.recipe.preprocess, CALIBRATION_BATCH)
+    for x, _ in progress.progress_bar(
+        batches, "errors of outputs", total=-(-len(split) // CALIBRATION_BATCH), unit="batch"
+    ):
         for each, see in ((original, keep), (model, compare)):
-            with watching({name: each.get_submodule(name) for name in names}, see):
+            with forward_hooks({name: each.get_submodule(name) for name in names}, see):
                 each(x)
     spreads = {name: power[name] - float(total[name].square().sum()) / tokens[name] for name in names}
     return [lost[name] / spreads[name] if spreads[name] > 0 else 0.0 for name in names]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from vitbench.base import progress
 from vitbench.base.errors import InputError
-from vitbench.calibration.moments import BATCH
+from vitbench.calibration.moments import CALIBRATION_BATCH
 from vitbench.data.splits import ImageData
 from vitbench.measurement import (
     accuracy,
@@ -154,7 +154,7 @@ def _model_groups(path: Path, data: ImageData, versus: str | Path, measures: Mea
     if "outputs" in measures.what and other and len(data.calibration) and accuracy.have_same_blocks(own, other):
         every = accuracy.layers_of(vit.meta_model(other.architecture))
         context = {**_baseline_context(versus), "layers": every, "split": "calibration"}
-        context |= batch_context(own, BATCH) | batch_context(other, BATCH)
+        context |= batch_context(own, CALIBRATION_BATCH) | batch_context(other, CALIBRATION_BATCH)
         units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}
         slots = [(metric, unit, context) for metric, unit in units.items()]
         yield _Group("outputs", slots, lambda: accuracy.measure_outputs(path, Path(versus), data, every))

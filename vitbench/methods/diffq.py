@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vitbench.base.errors import InputError
-from vitbench.calibration.coders import Coder, RowCoder, ends
+from vitbench.calibration.coders import Coder, RowCoder, embedding_and_head_coders
 from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import vit
@@ -58,7 +58,7 @@ def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> nn.Module:
         raise InputError("diffq learns its bits in training; give train.epochs of 1 or more, or use weight_only")
     torch.manual_seed(config.train.seed)
     noisy = {name: NoiseCoder(name, layer, config.bits) for name, layer in layers.items()}
-    coders = [*noisy.values(), *ends(model, config.ends_bits)]
+    coders = [*noisy.values(), *embedding_and_head_coders(model, config.ends_bits)]
     if not coders:
         return model
     target = config.bits * sum(coder.value.numel() for coder in noisy.values())
@@ -97,12 +97,12 @@ class NoiseCoder(Coder):
         noise = torch.rand_like(self.value) - 0.5
         return {self.names[0]: (self.value + step * noise) * self.scale}
 
-    def mismatch(self, weights: dict[str, Tensor]) -> Tensor:
+    def regularizer(self, weights: dict[str, Tensor]) -> Tensor:
         """The bits of the whole weight."""
         return (self.bits * self.value.numel()).sum()
 
-    def install(self, model: nn.Module) -> None:
-        self._rounded(self.whole).install(model)
+    def install_packed(self, model: nn.Module) -> None:
+        self._rounded(self.whole).install_packed(model)
 
     def _rounded(self, bits: int) -> RowCoder:
         layer = nn.Linear(*reversed(self.value.shape), bias=False, device="meta")

@@ -18,7 +18,7 @@ from torch import nn
 
 from vitbench.base.errors import InputError
 from vitbench.calibration import quantizers
-from vitbench.calibration.coders import RoundingLinear, RowCoder, ends
+from vitbench.calibration.coders import FakeQuantLinear, RowCoder, embedding_and_head_coders
 from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import vit
@@ -54,12 +54,12 @@ def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
     torch.manual_seed(config.train.seed)
     if layers:
         split = data.require_split("calibration")
-        seen = quantizers.channels(model, layers, split)
-        found = quantizers.ranges(model, layers, seen, split, bits=config.activation_bits)
+        seen = quantizers.channel_ranges(model, layers, split)
+        found = quantizers.input_ranges(model, layers, seen, split, bits=config.activation_bits)
         for name, layer in layers.items():
-            vit.replace_module(model, name, RoundingLinear(layer, config.activation_bits, *found[name]))
+            vit.replace_module(model, name, FakeQuantLinear(layer, config.activation_bits, *found[name]))
     coders = [RowCoder(name, layer, config.weight_bits) for name, layer in layers.items()]
-    coders += ends(model, config.ends_bits)
+    coders += embedding_and_head_coders(model, config.ends_bits)
     if not coders:
         return model
     small, small.history = train_codes(CodedModel(model, coders), config, data, teacher)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from vitbench.base import progress
 from vitbench.base.errors import InputError
 from vitbench.calibration import moments as moments_module
-from vitbench.calibration.allocation import Layer, greedy, uniform
-from vitbench.calibration.compensation import Mismatch, learned, mismatches
+from vitbench.calibration.allocation import LayerErrors, greedy_ranks, uniform_ranks
+from vitbench.calibration.compensation import ErrorMoments, fit_compact_residual, layer_error_moments
 from vitbench.calibration.factors import factorise
 from vitbench.calibration.moments import Moments
 from vitbench.data.splits import ImageData
@@ -108,7 +108,7 @@ def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> n
     if config.compensation == "none":
         work = ((name, None) for name in names)
     elif config.propagate:
-        work = mismatches(model, copy.deepcopy(model), names, data.calibration)
+        work = layer_error_moments(model, copy.deepcopy(model), names, data.calibration)
     else:
         work = ((name, _no_mismatch(layers[name], found[name])) for name in names)
     for name, mismatch in progress.progress_bar(work, "factoring", total=len(names), unit="layer"):
@@ -122,7 +122,7 @@ def _moments(model: nn.Module, config: MixedRank, data: ImageData) -> dict[str, 
     """The moments of all layers, those of a split layer's parts included; splits the layers in `model`."""
     needs_gradients = config.gradient_weight > 0 or (config.allocation == "greedy" and config.scale == "sensitivity")
     layers = vit.linear_layers(model, config.layers)
-    found = moments_module.collect(model, layers, data, gradients=needs_gradients)
+    found = moments_module.collect_moments(model, layers, data, gradients=needs_gradients)
     widest = max(found, key=lambda name: len(found[name].mean))
     size, tokens = len(found[widest].mean), found[widest].tokens
     if tokens < TOKENS_PER_INPUT * size:
@@ -150,33 +150,33 @@ def _shrinkage(moments: Moments) -> float:
 def _covariance(layer: nn.Linear, moments: Moments, config: MixedRank) -> Tensor:
     shrinkage = _shrinkage(moments)
     if not config.mean_correction:
-        return moments_module.shrunk(moments.second, shrinkage)
-    return moments.unbiased(layer, shrinkage)
+        return moments_module.shrink_towards_identity(moments.second_moment, shrinkage)
+    return moments.output_error_covariance(layer, shrinkage)
 
 
 def _ranks(
     model: nn.Module, config: MixedRank, layers: dict[str, nn.Linear], found: dict[str, Moments]
 ) -> dict[str, int]:
     """Layer name -> rank, for the layers that do not stay dense."""
-    shapes = {name: Layer(tuple(layer.weight.shape), ()) for name, layer in layers.items()}
+    shapes = {name: LayerErrors(tuple(layer.weight.shape), ()) for name, layer in layers.items()}
     if config.allocation == "uniform":
         if config.budget != "params":
             raise InputError(
                 f"allocation=uniform keeps a share of each layer's weights; budget={config.budget} needs greedy"
             )
-        return uniform(shapes, config.keep, config.rank_step)
+        return uniform_ranks(shapes, config.keep, config.rank_step)
     curves, shares = {}, _shares(model, layers) if config.budget == "macs" else {}
     for name, layer in progress.progress_bar(layers.items(), "error by rank", unit="layer"):
         moments = found[name]
         covariance = _covariance(layer, moments, config)
-        lost = factorise(layer.weight, moments, covariance, config.decomposition, config.gradient_weight).lost(
-            covariance
-        )
+        lost = factorise(
+            layer.weight, moments, covariance, config.decomposition, config.gradient_weight
+        ).output_error_by_rank(covariance)
         scale = {"sensitivity": moments.sensitivity, "error": 1.0, "energy": 1 / max(float(lost[0]), 1e-300)}[
             config.scale
         ]
-        curves[name] = Layer(shapes[name].shape, tuple((scale * lost).tolist()), shares.get(name, 1.0))
-    return greedy(curves, _saving(model, config, layers), config.rank_step)
+        curves[name] = LayerErrors(shapes[name].shape, tuple((scale * lost).tolist()), shares.get(name, 1.0))
+    return greedy_ranks(curves, _saving(model, config, layers), config.rank_step)
 
 
 def _shares(model: nn.Module, layers: Iterable[str]) -> dict[str, float]:
@@ -202,10 +202,12 @@ def _saving(model: nn.Module, config: MixedRank, layers: dict[str, nn.Linear]) -
     return round((1 - config.keep) * whole / each)
 
 
-def _no_mismatch(layer: nn.Linear, moments: Moments) -> Mismatch:
+def _no_mismatch(layer: nn.Linear, moments: Moments) -> ErrorMoments:
     """What compensation would be given if each layer were looked at by itself: its original inputs, and no error yet."""
     zeros = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
-    return Mismatch(moments.tokens, moments.unbiased(layer), moments.mean, zeros, zeros[:, 0].clone(), 0.0)
+    return ErrorMoments(
+        moments.tokens, moments.output_error_covariance(layer), moments.mean, zeros, zeros[:, 0].clone(), 0.0
+    )
 
 
 def _replace(
@@ -215,14 +217,14 @@ def _replace(
     layer: nn.Linear,
     rank: int,
     moments: Moments,
-    mismatch: Mismatch | None,
+    mismatch: ErrorMoments | None,
 ) -> None:
     """Put the layer's factors of that rank (0: a dense weight) into `model`, with the bias that goes with them."""
     form = _form(config, layer, rank, moments, mismatch)
     change = (form[0] @ form[1] if rank else form[0]) - layer.weight.detach().double()
     bias = layer.bias
     if bias is not None and mismatch:
-        bias = bias + mismatch.bias(change)
+        bias = bias + mismatch.bias_change(change)
     elif bias is not None and config.mean_correction:
         bias = bias - change @ moments.mean
     shape = layer.in_features, layer.out_features
@@ -237,7 +239,7 @@ def _replace(
 
 
 def _form(
-    config: MixedRank, layer: nn.Linear, rank: int, moments: Moments, mismatch: Mismatch | None
+    config: MixedRank, layer: nn.Linear, rank: int, moments: Moments, mismatch: ErrorMoments | None
 ) -> tuple[Tensor, ...]:
     """The layer's new weight (float64): A and B of that rank, or for rank 0 the whole, compensated as `config` says."""
     weight = layer.weight.detach().double()
@@ -248,5 +250,7 @@ def _form(
     covariance = mismatch.covariance if mismatch else _covariance(layer, moments, config)
     factors = factorise(weight, moments, covariance, config.decomposition, config.gradient_weight)
     if mismatch and config.compensation == "gradient":
-        return learned(weight, *factors.at(rank), mismatch, config.residual_rank, config.residual_steps, config.ridge)
-    return factors.at(rank)
+        return fit_compact_residual(
+            weight, *factors.truncate(rank), mismatch, config.residual_rank, config.residual_steps, config.ridge
+        )
+    return factors.truncate(rank)

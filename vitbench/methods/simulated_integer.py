@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
 from vitbench.calibration import quantizers
-from vitbench.calibration.coders import RowCoder, ends
-from vitbench.calibration.gptq import round_in_turn
+from vitbench.calibration.coders import RowCoder, embedding_and_head_coders
+from vitbench.calibration.gptq import gptq_layers
 from vitbench.data.splits import ImageData, Split
 from vitbench.methods.method import register
 from vitbench.model import blocks, vit
@@ -79,7 +79,7 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
     """Round weights and activations of the blocks and the two ends."""
     if config.layers:
         _check(model, config)
-    layers, outer = vit.linear_layers(model, config.layers), ends(model, config.ends_bits)
+    layers, outer = vit.linear_layers(model, config.layers), embedding_and_head_coders(model, config.ends_bits)
     if not layers and not outer:
         return model
     if data is None:
@@ -100,7 +100,7 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
     steps = _fit(model, given, layers, inputs, split, config) if config.rounding == "second_order" else {}
     coders = [RowCoder(name, layer, config.weight_bits, None, steps.get(name)) for name, layer in layers.items()]
     for coder in [*coders, *outer]:
-        coder.install(model)
+        coder.install_packed(model)
     for name, module in inputs.items():
         model.get_submodule(name).input = module
     return CodedModel(model, []).finish(config.rest)
@@ -120,10 +120,10 @@ def _check(model: nn.Module, config: SimulatedInteger) -> None:
 def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: SimulatedInteger) -> dict[str, Rounded]:
     """Roundings with one step and one zero point for what the modules in `widths` (name -> bits) are given."""
     modules, found = {name: model.get_submodule(name) for name in widths}, {}
-    seen = quantizers.channels(model, modules, split)
+    seen = quantizers.channel_ranges(model, modules, split)
     for bits in sorted(set(widths.values())):
         own = {name: module for name, module in modules.items() if widths[name] == bits}
-        spans = quantizers.ranges(model, own, {name: seen[name] for name in own}, split, config.range, bits)
+        spans = quantizers.input_ranges(model, own, {name: seen[name] for name in own}, split, config.range, bits)
         found |= {name: Rounded(bits).set_range(*span) for name, span in spans.items()}
     return found
 
@@ -149,7 +149,9 @@ def _powers(model: nn.Module, names: Sequence[str], split: Split, bits: int) -> 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         counts[name] += torch.histc(-x.float().log2().clamp(-OCTAVES, 0), BINS, 0, OCTAVES).double()
 
-    quantizers.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of attention")
+    quantizers.run_calibration(
+        model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of attention"
+    )
     return {name: Log2Rounded(bits, 2**0.5).fit_scale(counts[name], OCTAVES) for name in names}
 
 
@@ -163,7 +165,7 @@ def _factors(model: nn.Module, split: Split, bits: int) -> dict[str, Rounded]:
     names += [name for name in ("norm", "fc_norm") if isinstance(model.get_submodule(name), nn.LayerNorm)]
     for name in names:
         replace_module(model, name, RoundedNorm.from_norm(model.get_submodule(name)))
-    seen = quantizers.channels(model, {name: model.get_submodule(name) for name in names}, split)
+    seen = quantizers.channel_ranges(model, {name: model.get_submodule(name) for name in names}, split)
     ends = {name: (min(0.0, float(c.low.min())), max(1e-6, float(c.high.max()))) for name, c in seen.items()}
     lost = {name: torch.zeros(len(FACTORS), len(c.low), dtype=torch.float64) for name, c in seen.items()}
 
@@ -172,7 +174,7 @@ def _factors(model: nn.Module, split: Split, bits: int) -> dict[str, Rounded]:
             tried = Rounded(bits).set_range(*(factor * end for end in ends[name]))
             errors += (tried(x) - x).flatten(0, -2).square().sum(0).double()
 
-    quantizers.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "factors of two")
+    quantizers.run_calibration(model, {name: model.get_submodule(name) for name in names}, split, see, "factors of two")
     found = {}
     for name in names:
         factors = torch.tensor(FACTORS)[lost[name].argmin(0)]
@@ -223,7 +225,7 @@ def _each_channel(model: nn.Module, names: Sequence[str], split: Split, config: 
 
     No channel's range is less than a hundredth of the mean one, so that constant channels do no harm.
     """
-    seen = quantizers.channels(model, {name: model.get_submodule(name) for name in names}, split)
+    seen = quantizers.channel_ranges(model, {name: model.get_submodule(name) for name in names}, split)
     spans = {name: (c.low, c.high.maximum(c.low + 0.01 * (c.high - c.low).mean())) for name, c in seen.items()}
     found = {
         name: Rounded(config.activation_bits, len(low)).set_range(low, high) for name, (low, high) in spans.items()
@@ -239,7 +241,9 @@ def _each_channel(model: nn.Module, names: Sequence[str], split: Split, config: 
         place += bins * torch.arange(len(low))  # of all channels in a row
         counts[name] += torch.bincount(place.flatten(), minlength=counts[name].numel()).view(-1, bins)
 
-    quantizers.watch(model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of channels")
+    quantizers.run_calibration(
+        model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of channels"
+    )
     return {name: found[name].fit_range(counts[name], *spans[name]) for name in names}
 
 
@@ -255,7 +259,7 @@ def _fit(
     handles = [
         layer.register_forward_pre_hook(lambda _, x, name=name: (inputs[name](x[0]),)) for name, layer in layers.items()
     ]
-    steps = round_in_turn(model, given, layers, dict.fromkeys(layers, config.weight_bits), split, ridge=config.ridge)
+    steps = gptq_layers(model, given, layers, dict.fromkeys(layers, config.weight_bits), split, ridge=config.ridge)
     for handle in handles:
         handle.remove()
     return steps

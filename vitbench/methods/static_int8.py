@@ -20,7 +20,7 @@ from vitbench.base import progress
 from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
 from vitbench.calibration import compensation, quantizers
-from vitbench.calibration.quantizers import Channels
+from vitbench.calibration.quantizers import ChannelRanges
 from vitbench.data.splits import ImageData, Split
 from vitbench.methods.dynamic_int8 import quantize_rows
 from vitbench.methods.method import register
@@ -60,15 +60,15 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
         raise InputError("static_int8 fixes ranges on calibration images and no data set was given; give one")
     split = data.require_split("calibration")
     places = blocks.make_attention_quantizable(model) if config.attention else {}
-    seen = quantizers.channels(model, layers, split)
+    seen = quantizers.channel_ranges(model, layers, split)
     if config.equalise:
         _equalise(model, layers, seen, config.equalise)
-    found = quantizers.ranges(model, layers, seen, split, config.range)
+    found = quantizers.input_ranges(model, layers, seen, split, config.range)
     given = copy.deepcopy(model) if config.compensation else None
     if places:
         _round_attention(model, places, split, config.range)
     if config.compensation:
-        work = compensation.mismatches(model, given, list(layers), split)
+        work = compensation.layer_error_moments(model, given, list(layers), split)
     else:
         work = ((name, None) for name in layers)
     for name, mismatch in progress.progress_bar(work, "quantizing", total=len(layers), unit="layer"):
@@ -83,7 +83,7 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
         if bias is not None:
             new.bias = bias.detach().clone()
             if mismatch is not None:
-                new.bias += mismatch.bias((new.dense() - weight).double()).float()
+                new.bias += mismatch.bias_change((new.dense() - weight).double()).float()
         replace_module(model, name, new)
     return model
 
@@ -91,7 +91,7 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
 def _round_attention(model: nn.Module, places: Mapping[str, list[str]], split: Split, rule: str) -> None:
     """Put roundings into every block's attention, in place."""
     modules = {name: model.get_submodule(name) for names in places.values() for name in names}
-    found = quantizers.ranges(model, modules, quantizers.channels(model, modules, split), split, rule)
+    found = quantizers.input_ranges(model, modules, quantizers.channel_ranges(model, modules, split), split, rule)
     for name, (low, high) in found.items():
         about_zero = name not in places["softmax"]
         step, zero = (max(-low, high) / 127, 128) if about_zero else (high / 255, 0)
@@ -99,7 +99,9 @@ def _round_attention(model: nn.Module, places: Mapping[str, list[str]], split: S
 
 
 @torch.no_grad()
-def _equalise(model: nn.Module, layers: Mapping[str, nn.Linear], seen: Mapping[str, Channels], power: float) -> None:
+def _equalise(
+    model: nn.Module, layers: Mapping[str, nn.Linear], seen: Mapping[str, ChannelRanges], power: float
+) -> None:
     """Divide what LayerNorm gives channel j by s_j = max|x_j|^p / max|W_.j|^(1-p), and multiply W_.j by it, in place."""
     norms = {name: norm for name, norm in blocks.preceding_norms(model).items() if name in layers}
     alone = [name for name in layers if vit.layer_type(name) in ("qkv", "fc1") and name not in norms]

@@ -22,8 +22,15 @@ from torch import nn
 
 from vitbench.base import progress
 from vitbench.base.errors import InputError
-from vitbench.calibration.coders import ends
-from vitbench.calibration.factors import Encoder, FactorCoder, Free, closed_form, output_grams, stacked
+from vitbench.calibration.coders import embedding_and_head_coders
+from vitbench.calibration.factors import (
+    DirectFactor,
+    Encoder,
+    FactorCoder,
+    closed_form_factors,
+    output_grams,
+    stack_weights,
+)
 from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import vit
@@ -162,24 +169,24 @@ def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) ->
         layers = vit.linear_layers(model, (kind,))
         if config.form == "encoder":
             width, out = HIDDEN[kind] * model.embed_dim, next(iter(layers.values())).out_features
-            left = Encoder(stacked(layers), width, rank)
+            left = Encoder(stack_weights(layers), width, rank)
             right = nn.Linear(rank, out, bias=False).weight.detach().T.contiguous()
         else:
             gram = sum(grams[name] / grams[name].trace() for name in layers) if grams else None
-            latent, right = closed_form(stacked(layers), rank, gram)
-            left = Free(latent)
+            latent, right = closed_form_factors(stack_weights(layers), rank, gram)
+            left = DirectFactor(latent)
         coders.append(FactorCoder(kind, layers, left, right, config.bits))
         if config.form == "direct" or config.steps_first:
-            coders[-1].start_steps(config.steps_rule)
+            coders[-1].init_steps(config.steps_rule)
     return coders
 
 
 def _ends(model: nn.Module, config: UCT) -> list:
     if config.head_bits is None or config.ends_bits is None:
-        return ends(model, config.ends_bits)
+        return embedding_and_head_coders(model, config.ends_bits)
     patch, head = (
-        ends(model, config.ends_bits, ("patch_embed.proj",)),
-        ends(model, config.head_bits, ("head", "head_dist")),
+        embedding_and_head_coders(model, config.ends_bits, ("patch_embed.proj",)),
+        embedding_and_head_coders(model, config.head_bits, ("head", "head_dist")),
     )
     return [*patch, *head]
 
@@ -198,7 +205,7 @@ def _warm_up(coded: CodedModel, config: UCT) -> None:
     for step in bar:
         if step == config.warm_steps // 2 and not config.steps_first:
             _start_quantizers(coders, config.steps_rule)
-        loss = sum(coder.mismatch(coder.decode()) for coder in coders)
+        loss = sum(coder.regularizer(coder.decode()) for coder in coders)
         if not torch.isfinite(loss):
             raise InputError(
                 f"the weights' error is {loss.item()} at step {step + 1} of the warm start; the given weights are not finite"
@@ -215,5 +222,5 @@ def _warm_up(coded: CodedModel, config: UCT) -> None:
 
 def _start_quantizers(coders: list[FactorCoder], rule: str) -> None:
     for coder in coders:
-        coder.start_steps(rule)
+        coder.init_steps(rule)
         coder.quantized = True

@@ -21,10 +21,10 @@ from vitbench.base import progress
 from vitbench.base.errors import InputError
 from vitbench.base.store import Store, StoredFile, work_key
 from vitbench.calibration import moments
-from vitbench.calibration.allocation import OutOfReach, spend
-from vitbench.calibration.coders import RowCoder, ends
-from vitbench.calibration.gptq import round_in_turn
-from vitbench.calibration.quantizers import best_step, to_codes
+from vitbench.calibration.allocation import BudgetUnreachable, greedy_allocation
+from vitbench.calibration.coders import RowCoder, embedding_and_head_coders
+from vitbench.calibration.gptq import gptq_layers
+from vitbench.calibration.quantizers import min_error_step, quantize
 from vitbench.calibration.reconstruction import reconstruct
 from vitbench.data.splits import ImageData, Split
 from vitbench.methods.method import register
@@ -84,7 +84,7 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
     if config.rounding == "second_order":
         split = _calibration(data, "rounding=second_order", "nearest")
         how = {"group": config.group, "damping": config.damping, "ridge": config.ridge}
-        steps = round_in_turn(model, given, layers, bits, split, **how)
+        steps = gptq_layers(model, given, layers, bits, split, **how)
     coders = {name: RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()}
     files: list[StoredFile] = []  # of what takes long on the way
     if config.reconstruction and coders:
@@ -92,8 +92,8 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
         facts = {"model": model_digest(given), "data": data.fingerprint, "settings": config.to_dict()}
         key = work_key("methods", facts)
         files = [Store("reconstructions").file(f"{key}-{index}") for index in range(len(model.blocks))]
-        reconstruct(model, given, coders, split, config.reconstruction, kept=files.__getitem__)
-    every = [*coders.values(), *ends(model, config.ends_bits)]
+        reconstruct(model, given, coders, split, config.reconstruction, block_file=files.__getitem__)
+    every = [*coders.values(), *embedding_and_head_coders(model, config.ends_bits)]
     if not every:
         return model
     small, small.history = train_codes(CodedModel(model, every), config, data, teacher)
@@ -127,20 +127,20 @@ def _bits(
     of its outputs with the nearest codes.
     """
     _calibration(data, "target_bytes", "bits")
-    found = moments.collect(model, layers, data, gradients=True)
+    found = moments.collect_moments(model, layers, data, gradients=True)
     choices = {}
     for name, layer in progress.progress_bar(layers.items(), "error by bits", unit="layer"):
-        weight, covariance = layer.weight.detach(), found[name].unbiased(layer)
+        weight, covariance = layer.weight.detach(), found[name].output_error_covariance(layer)
         groups, choices[name] = weight.reshape(-1, config.group or layer.in_features), []
         for bits in range(MOST, LEAST - 1, -1):
-            step = best_step(groups, bits, dim=1)
-            change = ((to_codes(groups, step, bits) * step).view_as(weight) - weight).double()
+            step = min_error_step(groups, bits, dim=1)
+            change = ((quantize(groups, step, bits) * step).view_as(weight) - weight).double()
             lost = float(((change @ covariance) * change).sum())
             choices[name].append(((MOST - bits) * weight.numel(), found[name].sensitivity * lost, bits))
     whole = _bytes(model, layers, MOST, config)
     try:
-        return dict.fromkeys(layers, MOST) | spend(choices, 8 * (whole - config.target_bytes))
-    except OutOfReach:
+        return dict.fromkeys(layers, MOST) | greedy_allocation(choices, 8 * (whole - config.target_bytes))
+    except BudgetUnreachable:
         raise InputError(
             f"target_bytes = {config.target_bytes:,} is below the floor: with {LEAST} bits in each of the {len(layers)} layers "
             f"all tensors take {_bytes(model, layers, LEAST, config):,} bytes; give at least that, or a larger group"

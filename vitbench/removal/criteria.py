@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitbench.base import progress
 from vitbench.base.errors import InputError
 from vitbench.base.store import Store, work_key
-from vitbench.calibration.moments import BATCH, watching
+from vitbench.calibration.moments import CALIBRATION_BATCH, forward_hooks
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import ImageData, Split
 from vitbench.model import vit
@@ -87,11 +87,11 @@ class _Sums:
         self.sums[name] = self.sums.get(name, 0) + value.detach().double().sum(0)
 
     def over(self, split: Split, see: Callable, after: Callable | None = None) -> "_Sums":
-        batches = eval_batches(split, self.model.recipe.preprocess, BATCH)
+        batches = eval_batches(split, self.model.recipe.preprocess, CALIBRATION_BATCH)
         vit.set_fused_attention(self.model, after is None)
-        with torch.set_grad_enabled(after is not None), watching(self.layers, see):
+        with torch.set_grad_enabled(after is not None), forward_hooks(self.layers, see):
             for x, y in progress.progress_bar(
-                batches, "scoring units", total=math.ceil(len(split) / BATCH), unit="batch"
+                batches, "scoring units", total=math.ceil(len(split) / CALIBRATION_BATCH), unit="batch"
             ):
                 logits = self.model(x.requires_grad_(after is not None))
                 if after:

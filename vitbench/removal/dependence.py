@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitbench.base import progress
-from vitbench.calibration.moments import BATCH, watching
+from vitbench.calibration.moments import CALIBRATION_BATCH, forward_hooks
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import ImageData
 from vitbench.model import vit
@@ -73,9 +73,11 @@ def unit_hsic(model: nn.Module, data: ImageData, settings: Criterion) -> list[Sc
     memory is that of one block's values.
     """
     split = seen_by(data, settings)
-    batches = eval_batches(split, model.recipe.preprocess, BATCH)
+    batches = eval_batches(split, model.recipe.preprocess, CALIBRATION_BATCH)
     tokens, answers = [], []
-    for x, _ in progress.progress_bar(batches, "answers", total=math.ceil(len(split) / BATCH), unit="batch"):
+    for x, _ in progress.progress_bar(
+        batches, "answers", total=math.ceil(len(split) / CALIBRATION_BATCH), unit="batch"
+    ):
         tokens.append(vit.embed_patches(model, x))
         answers.append(model(x).softmax(-1))
     wanted = centred(linear(torch.cat(answers)))
@@ -88,7 +90,7 @@ def unit_hsic(model: nn.Module, data: ImageData, settings: Criterion) -> list[Sc
             held[name].append(values.transpose(1, 2).contiguous())
 
         layers = {"qkv": block.attn.qkv, "proj": block.attn.proj, "fc2": block.mlp.fc2}
-        with watching(layers, see):
+        with forward_hooks(layers, see):
             tokens = [block(x) for x in tokens]
         values = {name: torch.cat(held.pop(name)).transpose(0, 1) for name in layers}  # (units, images, N)
         scored = {name: _dependence(value, wanted, settings) for name, value in values.items()}
@@ -139,8 +141,8 @@ def positions(model: nn.Module, data: ImageData, index: int, settings: Criterion
     def see(name: str, x: Tensor, y: Tensor) -> None:
         seen.append(y[..., -block.attn.attn_dim :])
 
-    with watching({"qkv": block.attn.qkv}, see):
-        for x, y in eval_batches(split, model.recipe.preprocess, BATCH):
+    with forward_hooks({"qkv": block.attn.qkv}, see):
+        for x, y in eval_batches(split, model.recipe.preprocess, CALIBRATION_BATCH):
             model(x)
             labels.append(y)
     wanted = centred(linear(F.one_hot(torch.cat(labels)).float()))

@@ -130,7 +130,7 @@ class Remover:
                     "one, or compensation=none"
                 )
             layers = vit.linear_layers(self.model, ("proj", "fc2"))
-            self._moments = moments_module.collect(self.model, layers, self.data)
+            self._moments = moments_module.collect_moments(self.model, layers, self.data)
         return self._moments
 
     def _cut_tokens(self, model: nn.Module, counts: Counts) -> None:
@@ -177,7 +177,7 @@ def compensate(model: nn.Module, kept: Sequence[cut.Kept], moments: dict[str, Mo
                 continue
             change = weight[:, g] @ found.mean[g]
             if how == "ridge":
-                covariance = found.centred()
+                covariance = found.covariance()
                 own = covariance[k][:, k]
                 own = own + ridge * own.trace() / len(k) * torch.eye(len(k), dtype=own.dtype)
                 follows = torch.linalg.solve(own, covariance[k][:, g]).T

@@ -42,7 +42,7 @@ class CodedModel(nn.Module):
         super().__init__()
         self.vit, self.coders, self.recipe = model, nn.ModuleList(coders), model.recipe
         self.embed_dim = model.embed_dim
-        self.mismatch: Tensor | float = 0.0  # of the last forward pass in training
+        self.regularizer: Tensor | float = 0.0  # of the last forward pass in training
         self._decoded: dict[str, Tensor] | None = None
         model.requires_grad_(True)
         for coder in coders:
@@ -51,11 +51,11 @@ class CodedModel(nn.Module):
 
     def decode(self) -> dict[str, Tensor]:
         """The coded weights by parameter name. Fills `mismatch`."""
-        weights, self.mismatch = {}, 0.0
+        weights, self.regularizer = {}, 0.0
         with torch.autocast(next(self.coders.parameters()).device.type, enabled=False):
             for coder in self.coders:
                 decoded = coder.decode()
-                self.mismatch = self.mismatch + coder.mismatch(decoded)
+                self.regularizer = self.regularizer + coder.regularizer(decoded)
                 weights |= {f"{name}.weight": weight for name, weight in decoded.items()}
         return weights
 
@@ -86,7 +86,7 @@ class CodedModel(nn.Module):
         """The compressed model: runtime layers for what was coded, `rest` for the other tensors."""
         model = self.vit
         for coder in self.coders:
-            coder.install(model)
+            coder.install_packed(model)
         for module in model.modules():
             if hasattr(module, "bind_shared"):
                 module.bind_shared(model.shared)
@@ -137,7 +137,7 @@ def train_codes(
         data,
         teacher,
         groups=coded.param_groups(config.train, config.rest_lr),
-        penalty=(lambda: penalty(coded.mismatch)) if penalty else None,
+        penalty=(lambda: penalty(coded.regularizer)) if penalty else None,
         title="training the codes",
     )
     if settle:
