@@ -108,7 +108,8 @@ def uniform_ranks(layers: Mapping[str, LayerErrors], keep: float, step: int = 8)
     layer_without_rank = next((name for name, rank in ranks.items() if rank == 0), "")
     if layer_without_rank:
         raise InputError(
-            f"keep = {keep} leaves {layer_without_rank} a rank below rank_step = {step}; give a larger keep or a smaller rank_step"
+            f"keep = {keep} leaves {layer_without_rank} a rank below rank_step = {step}; give a larger keep or a smaller "
+            "rank_step"
         )
     return {name: rank for name, rank in ranks.items() if layers[name].saving(rank) > 0}
 

@@ -1,4 +1,4 @@
-"""A Vision Transformer's blocks: reading, building, replacing and counting them. Only this file and vit.py use timm's internals."""
+"""A Vision Transformer's blocks: reading, building, replacing and counting them. Like vit.py, this file uses timm's internals."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -72,7 +72,7 @@ def evenly_spaced_blocks(depth: int, total: int) -> list[int]:
 
 
 def matching_blocks(depth: int, total: int) -> list[int]:
-    """For each of `depth` blocks the index, among `total` blocks, at the same fraction of the depth; the last matches the last."""
+    """For each of `depth` blocks the index among `total` blocks at the same fraction of the depth; the last gets the last."""
     return [-(-(block + 1) * total // depth) - 1 for block in range(depth)]
 
 
@@ -186,8 +186,8 @@ def replace_attention(
         )
     if block_indices and isinstance(model.blocks, TokenBlocks):
         raise InputError(
-            f"{name} reduces tokens ({model.blocks.reduction}) by the keys and probabilities of softmax attention, so its attention "
-            "cannot be replaced; give the model before its tokens were reduced"
+            f"{name} reduces tokens ({model.blocks.reduction}) by the keys and probabilities of softmax attention, so its "
+            "attention cannot be replaced; give the model before its tokens were reduced"
         )
     for index in block_indices:
         check_standard_attention(model, index)
@@ -197,7 +197,8 @@ def replace_attention(
         ]
         if unsupported:
             raise InputError(
-                f"the attention in blocks.{index} of {name} has a {unsupported[0]}, which its replacement does not have; give a plain ViT"
+                f"the attention in blocks.{index} of {name} has a {unsupported[0]}, which its replacement does not have; "
+                "give a plain ViT"
             )
     for index in block_indices:
         model.blocks[index].attn = make_attention(model.blocks[index].attn)

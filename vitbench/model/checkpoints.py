@@ -168,13 +168,14 @@ def _select_model(
     }
     if not averaged and not by_averaged[False]:
         raise InputError(
-            f"checkpoint {path.name!r} holds only averaged weights ({names[True]}); set ema=True (leave out --no-ema) to take them"
+            f"checkpoint {path.name!r} holds only averaged weights ({names[True]}); set ema=True (leave out --no-ema) to "
+            "take them"
         )
     selected = by_averaged[True] if averaged and by_averaged[True] else by_averaged[False]
     if len(selected) > 1:
         raise InputError(
-            f"checkpoint {path.name!r} holds {len(selected)} models ({names[selected is by_averaged[True]]}); save the state_dict of "
-            "the one that is meant in a file of its own"
+            f"checkpoint {path.name!r} holds {len(selected)} models ({names[selected is by_averaged[True]]}); save the "
+            "state_dict of one of them in a separate file"
         )
     return selected[0]
 
@@ -301,8 +302,8 @@ def _check_grid(file: str, state: dict[str, Tensor], model: VisionTransformer) -
     if patches < 1 or math.isqrt(patches) ** 2 != patches or pos_embed.shape[-1] != model_pos_embed.shape[-1]:
         raise InputError(
             f"checkpoint {file!r} is of another architecture: pos_embed is {tuple(pos_embed.shape)}, the model's "
-            f"{tuple(model_pos_embed.shape)}, and can be resampled only from a square grid of patches after {prefix} tokens of the same "
-            "width; name the model that it was made for"
+            f"{tuple(model_pos_embed.shape)}, and can be resampled only from a square grid of patches after {prefix} tokens "
+            "of the same width; name the model that it was made for"
         )
 
 
@@ -323,8 +324,8 @@ def _adapt_channels(
             continue
         if checkpoint_tensor.shape[1] != 1:
             raise InputError(
-                f"checkpoint {file!r} is of a model for images of {checkpoint_tensor.shape[1]} channels ({key}), and vitbench's images "
-                f"have {RGB}; give one for {RGB} channels, or for 1"
+                f"checkpoint {file!r} is of a model for images of {checkpoint_tensor.shape[1]} channels ({key}), and "
+                f"vitbench's images have {RGB}; give one for {RGB} channels, or for 1"
             )
         changed[key] = checkpoint_tensor.expand(-1, RGB, -1, -1) / RGB
     return state | changed, tuple(f"{key} of 1 channel changed to see the mean of {RGB}" for key in changed)

@@ -1,4 +1,4 @@
-"""A saved model of packed weights as the start of another: the same answers from dense float32 weights."""
+"""A saved model of packed weights as the start of another: the same outputs from dense float32 weights."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from vitbench.model.layers.packed import PackedConv2d, PackedLinear
 
 
 def load_unpacked(path: str | Path) -> nn.Module:
-    """Load a saved model with dense weights in place of packed ones; its recipe names the file as its origin.
+    """Load a saved model with dense weights instead of packed ones; its recipe names the file as its origin.
 
-    A file of 8-bit weights is so a start for training and for other methods, at a quarter of the bytes.
+    So a file of 8-bit weights, with a quarter of the bytes, can start training and other methods.
 
     Raises:
-        InputError: not a saved model, or one with layers that are more than packed weights.
+        InputError: `path` is no saved model, or it has other runtime layers than packed weights.
     """
     path = Path(path).expanduser()
     model, manifest = artifact.load(path), artifact.read_manifest(path)
@@ -38,7 +38,7 @@ def _is_plain(layer: PackedLinear) -> bool:
 
 
 def _dense(layer: PackedLinear | PackedConv2d) -> nn.Module:
-    """The float layer that computes what the packed one does."""
+    """A dense layer with the decoded weight and the bias of a packed one."""
     bias, weight = layer.bias is not None, layer.dense()
     if isinstance(layer, PackedLinear):
         dense: nn.Module = nn.Linear(layer.in_features, layer.out_features, bias=bias)
