@@ -71,7 +71,7 @@ def do_models(home: Path) -> str:
     """A baseline and a compressed model, made or taken from the cache."""
     vb.training.loop.CHECKPOINT_SECONDS = 0.0
     base = vb.baseline(MODEL, images(), vb.TrainConfig(epochs=3, batch_size=64, warmup_epochs=0))
-    small = vb.compressed(base, vb.make_config("dynamic_int8"), images())
+    small = vb.compress_cached(base, vb.make_config("dynamic_int8"), images())
     return vb.base.digest([vb.model.model_digest(base.model), base.history, vb.model.model_digest(small.model)])
 
 

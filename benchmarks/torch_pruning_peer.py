@@ -120,7 +120,7 @@ def compare(values: dict, keep: float, out: str) -> None:
             vb.methods.Pruning(**taylor, **tuned),
             joint.replace(**tuned),
         ):
-            paths.append(vb.compressed(base, config, data).path)
+            paths.append(vb.compress_cached(base, config, data).path)
         for path in paths:
             vb.measure(path, data, run, versus=base.path, what=("accuracy", "size", "latency"))
     print(vb.rows.comparison(vb.rows.experiment_rows(run.rows())).round(2).to_string())

@@ -24,8 +24,8 @@ from .rows.records import Row as Row
 from .rows.row_table import load_records as load_records
 from .rows.runs import Run as Run
 from .run.bench import Bench as Bench
-from .run.cache import CachedModel as CachedModel, baseline as baseline, compressed as compressed
-from .run.lessons import lesson as lesson
+from .run.cache import CachedModel as CachedModel, baseline as baseline, compress_cached as compress_cached
+from .run.lessons import setup_notebook as setup_notebook
 from .training.config import TrainConfig as TrainConfig
 from .training.loop import evaluate as evaluate, train as train
 

@@ -216,7 +216,7 @@ def test_code_that_changed_makes_every_kind_of_work_anew(micro, few_digits, home
 
     def work():
         base = cache.baseline("vit_micro_patch2_8", few_digits, train)
-        cache.compressed(base, make_config("dynamic_int8"))
+        cache.compress_cached(base, make_config("dynamic_int8"))
         moments.collect_moments(micro, vit.linear_layers(micro), few_digits)
         criteria.score(micro, few_digits, Criterion(name="activation", samples=16))
         distilling.kept_answers(

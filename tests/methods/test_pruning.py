@@ -160,9 +160,9 @@ def test_tokens_are_reduced_once(base, digits):
 @pytest.fixture(scope="module")
 def found(base, digits):
     """The base model, searched for and cut."""
-    from vitbench.run.cache import compressed
+    from vitbench.run.cache import compress_cached
 
-    return compressed(base, QUICK, digits)
+    return compress_cached(base, QUICK, digits)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from vitbench.methods.registry import compress, make_config
 from vitbench.methods.uct import OFFICIAL_UCT, UCT, set_order
 from vitbench.model import artifact, vit
 from vitbench.model.layers.factored import factored_layers
-from vitbench.run.cache import compressed
+from vitbench.run.cache import compress_cached
 from vitbench.training import loop
 from vitbench.training.config import TrainConfig
 from vitbench.training.loop import evaluate
@@ -206,9 +206,9 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits
 
 
 def test_a_compressed_model_is_made_once(base, digits, monkeypatch):
-    first = compressed(base, ROUNDED, digits)
+    first = compress_cached(base, ROUNDED, digits)
     monkeypatch.setattr(uct, "train_codes", lambda *_: pytest.fail("made again"))
-    again = compressed(base, ROUNDED, digits)
+    again = compress_cached(base, ROUNDED, digits)
     assert again.path == first.path
     assert again.model.recipe.method == "uct"
 

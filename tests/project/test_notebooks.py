@@ -49,7 +49,7 @@ def test_form(path):
     assert not any(line.lstrip().startswith(("%", "!")) for cell in code for line in cell.source.splitlines()), (
         "a command"
     )
-    assert "\nvb.lesson(globals())" in code[2].source, "no check of the parameters, and no inline figures"
+    assert "\nvb.setup_notebook(globals())" in code[2].source, "no check of the parameters, and no inline figures"
     text = "\n".join(cell.source for cell in notebook.cells)
     assert "What to remember" in text
     assert text.count("<details>") == text.count("</details>") >= 3

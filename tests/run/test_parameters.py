@@ -17,7 +17,7 @@ from vitbench.base import paths
 from vitbench.cli import main
 from vitbench.figures import gallery
 from vitbench.run import lessons
-from vitbench.run.lessons import KINDS, convert_parameter, lesson
+from vitbench.run.lessons import KINDS, convert_parameter, setup_notebook
 
 GOOD = [
     ("false", "bool", False),
@@ -46,7 +46,7 @@ WRONG = [
 @pytest.mark.parametrize(("value", "kind", "wanted"), GOOD)
 def test_a_parameter_has_its_declared_type(value, kind, wanted):
     names = {"__annotations__": {"train": KINDS[kind] if isinstance(KINDS[kind], type) else float}, "train": value}
-    lesson(names)
+    setup_notebook(names)
     assert names["train"] == wanted == convert_parameter("train", value, kind)
     assert type(names["train"]) is type(wanted)
 
@@ -71,7 +71,7 @@ def by_papermill(tmp_path_factory):
     parameters = nbformat.v4.new_code_cell(
         "pretrained: bool = True\nkeep: float = 1.0", metadata={"tags": ["parameters"]}
     )
-    start = "import matplotlib.pyplot as plt\nimport vitbench as vb\nvb.lesson(globals())\nprint([pretrained, keep])"
+    start = "import matplotlib.pyplot as plt\nimport vitbench as vb\nvb.setup_notebook(globals())\nprint([pretrained, keep])"
     draw = 'picture, axes = plt.subplots()\naxes.set_title("a title")'
     cells = [parameters, nbformat.v4.new_code_cell(start), nbformat.v4.new_code_cell(draw)]
     about = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}

@@ -2,7 +2,7 @@ from .bench import Bench as Bench
 from .cache import (
     CachedModel as CachedModel,
     baseline as baseline,
-    compressed as compressed,
+    compress_cached as compress_cached,
 )
 from .combinations import (
     CombinationSearch as CombinationSearch,
@@ -17,9 +17,9 @@ from .history import (
 )
 from .lessons import (
     find_lessons as find_lessons,
-    lesson as lesson,
     parse_setting as parse_setting,
     read_profile as read_profile,
+    setup_notebook as setup_notebook,
 )
 from .suite import open_data as open_data
 from .sweep.drive import (

@@ -11,7 +11,7 @@ from vitbench.measurement.measuring import measure
 from vitbench.methods.multidimensional import MultiDimensional
 from vitbench.rows import comparison_table
 from vitbench.rows.runs import Run
-from vitbench.run.cache import CachedModel, compressed
+from vitbench.run.cache import CachedModel, compress_cached
 from vitbench.run.history import search_rows
 
 
@@ -29,7 +29,7 @@ class Bench:
         self.base, self.data, self.run = base, data, run
         self.measures = Measures(what=("accuracy", "size"), threads=threads, rounds=rounds)
 
-    def measured(self, *configs: Config, **settings: Any) -> str:
+    def measure(self, *configs: Config, **settings: Any) -> str:
         """Compress the baseline with the configs in order, measure the saved model, and return its label.
 
         Without configs the baseline itself is measured. The policies that a search tried become rows too. Models and
@@ -43,7 +43,7 @@ class Bench:
         """
         cached = self.base
         for config in configs:
-            cached = compressed(cached, config, self.data)
+            cached = compress_cached(cached, config, self.data)
         if configs and isinstance(configs[-1], MultiDimensional) and cached.search:
             self.run.append(search_rows(self.base.path, self.data, configs[-1], cached.search))
         versus = self.base.path if configs else ""

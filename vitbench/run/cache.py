@@ -83,7 +83,9 @@ def baseline(
     return _load_or_make(folder, make)
 
 
-def compressed(base: CachedModel, configs: Config | Sequence[Config], data: ImageData | None = None) -> CachedModel:
+def compress_cached(
+    base: CachedModel, configs: Config | Sequence[Config], data: ImageData | None = None
+) -> CachedModel:
     """`compress` the model of `base`, save and load the result; or load it from the cache.
 
     The cache's key is the hash of the model of `base`, the configs, the data's fingerprint, the code of all methods

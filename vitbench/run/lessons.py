@@ -165,8 +165,8 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 _BOOLS_BY_TEXT = {"true": True, "false": False}
 
 
-def lesson(namespace: dict[str, Any]) -> None:
-    """Set a notebook up: `vb.lesson(globals())` after its parameters.
+def setup_notebook(namespace: dict[str, Any]) -> None:
+    """Set a notebook up: `vb.setup_notebook(globals())` after its parameters.
 
     Parameters are converted to their declared types in place: papermill's `-p pretrained false` passes the text 'false',
     which would be true. Figures are drawn inline with matplotlib's defaults, whatever MPLBACKEND and a matplotlibrc say.

@@ -254,7 +254,7 @@ def _missing_figures_reason(notebook: nbformat.NotebookNode, lesson: Lesson, run
         return ""
     return (
         f"it saved {len(saved)} figures and shows {len(kinds)}: its kernel does not draw inline; call "
-        "vb.lesson(globals()) after the parameters, and choose no other backend later"
+        "vb.setup_notebook(globals()) after the parameters, and choose no other backend later"
     )
 
 

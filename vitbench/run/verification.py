@@ -127,4 +127,4 @@ def remake(
         )
     base = cache.baseline(model, data, train, checkpoint=checkpoint, img_size=img_size)
     steps = [make_config(step["method"], step["config"]) for step in config.get("methods", [])]
-    return cache.compressed(base, steps, data) if steps else base
+    return cache.compress_cached(base, steps, data) if steps else base

@@ -50,7 +50,7 @@ def compress_and_measure(values: dict[str, Any]) -> dict[str, Any]:
         )
     cached = base = _baseline(cell, data)
     if cell.steps:
-        cached = cache.compressed(base, [make_config(step.method, step.config) for step in cell.steps], data)
+        cached = cache.compress_cached(base, [make_config(step.method, step.config) for step in cell.steps], data)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
         measure(cached.path, data, run, cell.measures, versus=base.path if cell.steps else "")
