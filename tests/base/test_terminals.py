@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -66,14 +67,16 @@ for words in (["compress", "vit_micro_patch2_8", "--random", "--out", folder + "
 
 
 def test_nothing_depends_on_what_optimisation_takes_away(monkeypatch, capsys):
-    """`python -OO` drops docstrings and asserts."""
+    """`python -OO` drops docstrings and asserts; an assert may state a type, `is not None` or `isinstance`, and no more."""
     for method in METHODS.values():
         monkeypatch.setattr(method.handler, "__doc__", None)
     assert main(["list", "methods"]) == 0
     assert "weight_only" in capsys.readouterr().out
     for file in PACKAGE:
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)], f"{file}: python -O drops asserts"
+        tests = [ast.unparse(node.test) for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        wrong = [test for test in tests if not re.fullmatch(r"[\w.]+ is not None|isinstance\([\w.]+, [\w.| ]+\)", test)]
+        assert not wrong, f"{file}: python -O drops asserts"
 
 
 def groups_of(rows):

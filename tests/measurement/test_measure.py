@@ -178,8 +178,8 @@ def test_jobs_are_forked_from_one_process_and_get_another_when_that_is_gone():
     first = child._server
     run()
     assert child._server is first
-    first._started.process.kill()
-    first._started.process.wait()
+    first._process.process.kill()
+    first._process.process.wait()
     run()
     assert child._server is not first
 

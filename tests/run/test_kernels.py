@@ -56,7 +56,7 @@ def test_kernels_end_with_the_process_that_forks_them(tmp_path):
         client.start_channels()
         asyncio.run(client.wait_for_ready(timeout=120))
         client.stop_channels()
-        kernels._server._started.process.kill()
+        kernels._server._process.process.kill()
         assert kernel.process.ended(20), "the kernel goes on although nobody waits for it"
         with pytest.raises(ProcessError, match="the process that is forked ended: .* signal 9"), kernels.kernel():
             pass

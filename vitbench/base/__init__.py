@@ -1,7 +1,7 @@
-"""What every other room stands on: errors, paths, settings, files, locks, the store of kept work, processes.
+"""The foundation of all other rooms: errors, paths, settings, files, locks, the store of finished work, processes.
 
 Any room may import it, and it imports none.
-To add to it, write a module that knows nothing of models, images or rows.
+To add to it, write a module that does not depend on models, images or rows.
 """
 
 import lazy_loader

@@ -1,7 +1,7 @@
-"""What code a result depends on: a room (a folder of the package), and all rooms that it imports, directly or not.
+"""Hash the code that a result depends on: a room (a folder of the package) and all rooms that it imports, directly or not.
 
-Imports between rooms are read from the sources (`ast`), function-level ones included. Every file of these rooms is hashed,
-and none is left out; so what only shows a result belongs to another room than what decides it.
+Imports between rooms are read from the sources (`ast`), including imports inside functions. All files of these rooms are
+hashed, so code that only shows a result belongs in another room than code that decides it.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class Sources:
-    """The files of a package as they are in its folder now; later changes of the files are not seen.
+    """The files of a package, read once; later changes of the files have no effect.
 
     Args:
         root: the package's folder, which has the package's name.
@@ -30,22 +30,22 @@ class Sources:
         Raises:
             KeyError: there is no such room.
         """
-        modules, pending = set(), list(rooms)
+        reached, pending = set(), list(rooms)
         while pending:
             room = pending.pop()
             if room not in self.rooms:
                 raise KeyError(room)
-            if room not in modules:
-                modules.add(room)
+            if room not in reached:
+                reached.add(room)
                 pending += {imported for file in self._files(room) for imported in self._parsed_module(file)[1]}
-        return sorted(modules)
+        return sorted(reached)
 
     def digest(self, *rooms: str) -> str:
-        """SHA-256 of what the rooms' closure does: comments, docstrings and layout do not change it."""
+        """SHA-256 of the code of the rooms' closure. Comments, docstrings and layout do not change it."""
         return self._digest([file for room in self.closure(*rooms) for file in self._files(room)])
 
     def digest_all(self) -> str:
-        """The same of every file there is."""
+        """SHA-256 of the code of all files, as in `digest`."""
         return self._digest(sorted(self.texts))
 
     def _files(self, room: str) -> list[str]:
@@ -56,7 +56,7 @@ class Sources:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def _parsed_module(self, file: str) -> tuple[str, set[str]]:
-        """The hash of a file's own code, and the rooms that it imports."""
+        """The hash of a file's code, and the rooms that it imports."""
         if file not in self._cache:
             tree = ast.parse(self.texts[file])
             imports = set(self._imports(file, tree))
@@ -82,7 +82,7 @@ class Sources:
                     yield rest.partition(".")[0]
 
     def _base_module(self, file: str, node: ast.ImportFrom) -> str:
-        """The module that a `from ... import` begins with, dots before it included."""
+        """The absolute name of the module in a `from ... import`, with leading dots resolved."""
         if not node.level:
             return node.module or ""
         folders = [self.package, *file.split("/")[:-1]]
@@ -91,7 +91,7 @@ class Sources:
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker sees."""
+    """All nodes except those below `if TYPE_CHECKING`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
@@ -101,10 +101,10 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 PACKAGE_SOURCES = Sources(
     Path(__file__).resolve().parents[1]
-)  # read at once: a process runs the code that it began with
+)  # read at import: a process keeps the code that it started with
 
 
 @functools.cache
 def code_digest(*rooms: str) -> str:
-    """`Sources.digest` of this package's rooms, given by name, such as "training"."""
+    """`Sources.digest` of rooms of this package, given by name, such as "training"."""
     return PACKAGE_SOURCES.digest(*rooms)

@@ -1,8 +1,8 @@
-"""Configs and plain data: settings that check themselves, files that can hold nothing but data, and the one digest of both.
+"""Configs that check themselves, reading of YAML and JSON as plain data, and the digest that names both by content.
 
-A config is frozen and checked when it is made; its error is one line. A file that is read here yields text, numbers, true, false,
-null, lists, and mappings with text keys: no date, no bytes, no object. Sizes are bounded before anything is built, aliases by
-what they stand for, so that a small file cannot become a large value. The digest names rows, cells and stored work by content.
+A config is frozen and checked when it is made; its error is one line. Files are read as text, numbers, true, false, null,
+lists, and mappings with text keys, without dates, bytes and objects. The number and depth of values are bounded before any
+is built. An alias counts as all values that it stands for, so a small file cannot become a large value.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Config(pydantic.BaseModel):
 
 
 def format_validation_error(error: pydantic.ValidationError, config_class: type[pydantic.BaseModel]) -> str:
-    """A pydantic error on one line: the key, what was given, what is allowed."""
+    """A pydantic error as one line: the key, its value and what is allowed."""
     parts = []
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"])
@@ -56,9 +56,9 @@ def format_validation_error(error: pydantic.ValidationError, config_class: type[
 
 
 MAX_BYTES = 400_000  # of a file of settings
-MAX_VALUES = 20_000  # in it, each alias counted as all that it stands for
+MAX_VALUES = 20_000  # of a file of settings, with aliases written out
 MAX_DEPTH = 40
-MAX_JSON_BYTES = 64_000_000  # of a manifest or of answers, which hold samples
+MAX_JSON_BYTES = 64_000_000  # manifests and results of other devices hold samples
 ALLOWED = "allowed are text, numbers, true, false, null, lists, and mappings with text keys"
 _INT = r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)"  # 010 and 1:30 stay text
 _FLOAT = (
@@ -70,7 +70,7 @@ _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in (*_SCALARS, "str", "seq", "map"
 
 
 class _InvalidYaml(Exception):
-    """What is wrong, and where in the text: `line` and `column` from 0."""
+    """A problem in a YAML text, with the mark of its position: `line` and `column` from 0."""
 
     def __init__(self, problem: str, mark: Any):
         super().__init__(problem)
@@ -78,7 +78,7 @@ class _InvalidYaml(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, without dates, bytes, sets and objects, and with bounds."""
+    """The safe loader with bounds, and without dates, bytes, sets and objects."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  a date stays text
         None: [(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{form})$")) for kind, form in _SCALARS.items()]
@@ -87,16 +87,14 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str):
         super().__init__(text)
         self.values, self.depth, self.max_depth = 0, 0, 0
-        self.node_sizes: dict[
-            int, tuple[int, int]
-        ] = {}  # by a node's identity: the values in it, and how deep they lie
+        self.node_sizes: dict[int, tuple[int, int]] = {}  # node id -> its number of values and its depth
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self.node_sizes:
-                raise _InvalidYaml(f"the alias *{event.anchor} stands inside what it stands for", event.start_mark)
+                raise _InvalidYaml(f"the alias *{event.anchor} refers to a value that contains it", event.start_mark)
             self._count(*self.node_sizes[id(node)], event)
             return node
         values_before, outer_depth, self.max_depth = self.values, self.max_depth, self.depth
@@ -108,33 +106,33 @@ class _Loader(yaml.SafeLoader):
         self.max_depth = max(outer_depth, self.max_depth)
         if node.tag not in _TAGS:
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
-            raise _InvalidYaml(f"a value of the kind {_truncated(kind)}; {ALLOWED}", node.start_mark)
+            raise _InvalidYaml(f"a value has the type {_truncated(kind)}; {ALLOWED}", node.start_mark)
         return node
 
     def _count(self, more: int, height: int, event: yaml.Event) -> None:
         self.values += more
         self.max_depth = max(self.max_depth, self.depth + height)
         if self.max_depth > MAX_DEPTH:
-            raise _InvalidYaml(f"values lie more than {MAX_DEPTH} deep", event.start_mark)
+            raise _InvalidYaml(f"values are nested more than {MAX_DEPTH} deep", event.start_mark)
         if self.values > MAX_VALUES:
             raise _InvalidYaml(f"more than {MAX_VALUES:,} values, aliases written out", event.start_mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
-        except (ValueError, OverflowError, KeyError, IndexError):  # digits without end, an explicit tag on other text
+        except (ValueError, OverflowError, KeyError, IndexError):  # too many digits, or an explicit tag on other text
             raise _InvalidYaml(
-                f"{_truncated(node.value)} is no {node.tag.rpartition(':')[2]}", node.start_mark
+                f"{_truncated(node.value)} is not a valid {node.tag.rpartition(':')[2]}", node.start_mark
             ) from None
         if isinstance(value, float) and not math.isfinite(value):
             raise _InvalidYaml(f"{_truncated(node.value)} is not a finite number", node.start_mark)
         if isinstance(value, str) and not _is_text(value):
-            raise _InvalidYaml(f"{_truncated(value)} has half a character (a lone surrogate)", node.start_mark)
+            raise _InvalidYaml(f"{_truncated(value)} has a lone surrogate, which is no character", node.start_mark)
         return value
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[str, Any]:
         seen_keys = set()
-        for key, _ in node.value:  # keys that a merge (<<) brings may be there already
+        for key, _ in node.value:  # keys of a merge (<<) may repeat
             if key.tag.endswith(":merge"):
                 continue
             name = self.construct_object(key, deep=True) if isinstance(key, yaml.ScalarNode) else None
@@ -142,20 +140,20 @@ class _Loader(yaml.SafeLoader):
                 shown_key = _truncated(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
                 raise _InvalidYaml(f"the key {shown_key} is not text; write it in quotes", key.start_mark)
             if name in seen_keys:
-                raise _InvalidYaml(f"the key {_truncated(name)} is there twice", key.start_mark)
+                raise _InvalidYaml(f"the key {_truncated(name)} is repeated", key.start_mark)
             seen_keys.add(name)
         return super().construct_mapping(node, deep=True)
 
 
 def yaml_value(text: str, source: str) -> Any:
-    """The value of a YAML text; an empty one is None.
+    """The value of a YAML text; None if it is empty.
 
     Args:
-        source: the file or the setting that the text comes from, for the error.
+        source: the file or setting that the text comes from, for the error.
 
     Raises:
-        InputError: no YAML, another kind of value than JSON has, a key that is no text or is there twice, a number that
-            is not finite, or more than the bounds allow; the message has the place.
+        InputError: not valid YAML, a value that JSON does not have, a key that is not text or is repeated, a number that
+            is not finite, or a bound is exceeded; the message gives line and column.
     """
     if len(text) > MAX_BYTES:
         raise InputError(f"{source} has {len(text):,} characters; at most {MAX_BYTES:,} are allowed")
@@ -174,18 +172,18 @@ def yaml_value(text: str, source: str) -> Any:
 
 
 def read_yaml(path: str | Path, description: str) -> Any:
-    """The value of a YAML file, as `yaml_value` has it; `description` names the kind of file in the error."""
+    """The value of a YAML file, read as in `yaml_value`; `description` names the kind of file in the error."""
     return yaml_value(_text(path, description, MAX_BYTES), f"{description} {str(path)!r}")
 
 
 def json_value(text: str | bytes, source: str) -> Any:
-    """The value of a JSON text, with the same rules; errors as `yaml_value`'s."""
+    """The value of a JSON text, with the rules and errors of `yaml_value`."""
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         pairs_seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in pairs_seen:
-                raise ValueError(f"the key {_truncated(key)} is there twice")
+                raise ValueError(f"the key {_truncated(key)} is repeated")
             pairs_seen[key] = value
         return pairs_seen
 
@@ -198,25 +196,25 @@ def json_value(text: str | bytes, source: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=mapping, parse_constant=number, parse_float=number)
     except RecursionError:
-        raise InputError(f"{source}: values lie too deep") from None
-    except ValueError as error:  # not UTF-8 and not JSON among them
+        raise InputError(f"{source}: values are nested too deep") from None
+    except ValueError as error:  # includes errors of UTF-8 and of JSON
         raise InputError(f"{source}: not valid JSON ({' '.join(str(error).split())[:160]})") from None
     return check_plain_data(value, source)
 
 
 def read_json(path: str | Path, description: str) -> Any:
-    """The value of a JSON file, as `json_value` has it; `description` names the kind of file in the error."""
+    """The value of a JSON file, read as in `json_value`; `description` names the kind of file in the error."""
     return json_value(_text(path, description, MAX_JSON_BYTES), f"{description} {str(path)!r}")
 
 
 def check_plain_data(value: Any, source: str, depth: int = 0) -> Any:
-    """`value` if it is plain all through; `source` names it in the error.
+    """Return `value` if it consists of plain data only; `source` names it in the error.
 
     Raises:
-        InputError: a value of another kind, a key that is no text, a number that is not finite, or too deep a nesting.
+        InputError: a value of another type, a key that is not text, a number that is not finite, or nesting too deep.
     """
     if depth > MAX_DEPTH:
-        raise InputError(f"{source}: values lie more than {MAX_DEPTH} deep")
+        raise InputError(f"{source}: values are nested more than {MAX_DEPTH} deep")
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -229,9 +227,9 @@ def check_plain_data(value: Any, source: str, depth: int = 0) -> Any:
     elif isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{source}: {value} is not a finite number")
     elif type(value) is str and not _is_text(value):
-        raise InputError(f"{source}: {_truncated(value)} has half a character (a lone surrogate)")
+        raise InputError(f"{source}: {_truncated(value)} has a lone surrogate, which is no character")
     elif not (value is None or type(value) in (str, bool, int, float)):
-        raise InputError(f"{source}: a value of the kind {type(value).__name__!r}; {ALLOWED}")
+        raise InputError(f"{source}: a value has the type {type(value).__name__!r}; {ALLOWED}")
     return value
 
 
@@ -243,7 +241,7 @@ def _text(path: str | Path, description: str, max_bytes: int) -> str:
     except OSError as error:
         raise InputError(f"{description} {str(path)!r} cannot be read ({error.strerror})") from None
     if len(content) > max_bytes:
-        raise InputError(f"{description} {str(path)!r} has more than {max_bytes:,} bytes, which is the most allowed")
+        raise InputError(f"{description} {str(path)!r} is too large; at most {max_bytes:,} bytes are allowed")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -265,8 +263,8 @@ def _truncated(value: Any) -> str:
 
 
 def digest(value: Any, length: int = 16) -> str:
-    """The first hex digits of the SHA-256 of JSON's values; a mapping's order does not count.
+    """The first `length` hex digits of the SHA-256 of a value of JSON's types; the order of mappings does not matter.
 
-    Committed rows and cells have such names: the text that is hashed stays as it is.
+    Keys of committed rows and names of cells are such digests, so the hashed text must never change.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line that says what was given, what is allowed and what to do."""
+"""Errors that the user can correct: one line with what was given, what is allowed and what to do."""
 
 import difflib
 import importlib
@@ -7,11 +7,11 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """Something that was given cannot be used. The command line prints the message alone and exits with status 2."""
+    """An input cannot be used. The command line prints only the message and exits with status 2."""
 
 
 def one_of(kind: str, value: object, allowed: Iterable[str]) -> str:
-    """`value` if it is in `allowed`; otherwise an `InputError` that lists what is allowed and the nearest name."""
+    """Return `value` if it is in `allowed`; otherwise raise an `InputError` with the allowed names and the nearest one."""
     allowed = list(allowed)
     if value in allowed:
         return value
@@ -22,10 +22,10 @@ def one_of(kind: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def import_optional(module: str, extra: str) -> ModuleType:
-    """Import an optional `module`, or say which extra of vitbench installs it."""
+    """Import an optional `module`; if it is missing, raise an `InputError` that names the extra of vitbench with it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
-            f"{module!r} is not installed and this needs it; install it with: pip install 'vitbench[{extra}]'"
+            f"{module!r} is needed and not installed; install it with: pip install 'vitbench[{extra}]'"
         ) from error

@@ -1,4 +1,4 @@
-"""Atomic files, appended lines and folders: each appears complete or not at all, and nothing that vitbench did not write is replaced."""
+"""Write files, appended lines and folders atomically, and replace only files that vitbench wrote."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-# no space or no right, which the user can mend
+# no space or no permission, which the user can correct
 UNWRITABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 TEMPORARY_NAME = re.compile(
     r"\.vitbench\.(\d+)\.[0-9a-f]{8}\.part"
@@ -31,18 +31,18 @@ TEMPORARY_NAME = re.compile(
 
 
 def temporary_name() -> str:
-    """A new temporary name, short enough to stand beside a file with the longest name there can be."""
+    """A new temporary name. It is short, since it must also fit beside a file whose name has the greatest length."""
     return f".vitbench.{os.getpid()}.{uuid.uuid4().hex[:8]}.part"
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` for a library that opens its files itself; renamed when the block ends well.
+    """A temporary name beside `path`, for a library that opens files itself; renamed to `path` if the block succeeds.
 
     Raises:
-        OSError: the file cannot be written; its `filename` is `path`, and no part is left.
+        OSError: the file cannot be written; its `filename` is `path`, and no temporary file is left.
     """
-    path = Path(os.path.realpath(path))  # a link keeps pointing where it points
+    path = Path(os.path.realpath(path))  # a link is kept, and its target replaced
     part = path.with_name(temporary_name())
     try:
         with report_final_path(path, part):
@@ -51,20 +51,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(part, path)
     finally:
-        with contextlib.suppress(OSError):  # the error that ended the block says more
+        with contextlib.suppress(OSError):  # the error that ended the block is more useful
             part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """Open a temporary file beside `path` that takes its name when the block ends well, and is removed when it does not.
+    """Open a temporary file beside `path`; renamed to `path` if the block succeeds, removed otherwise.
 
     Args:
-        mode: "wb" or "w" (then `encoding` is UTF-8 unless `options` say otherwise).
-        options: further arguments of `open`.
+        mode: "wb" or "w".
+        options: further arguments of `open`; `encoding` is UTF-8 by default.
 
     Raises:
-        OSError: the file cannot be written; its `filename` is `path`, and no part is left.
+        OSError: the file cannot be written; its `filename` is `path`, and no temporary file is left.
     """
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
@@ -74,9 +74,9 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
 
 @contextlib.contextmanager
 def report_final_path(path: Path, part: Path) -> Iterator[None]:
-    """Let an error of writing to `part`, or to a file in it, name `path` instead, and let it be an `OSError`.
+    """Make errors of writing to `part`, or to a file in it, an `OSError` that names `path`.
 
-    Libraries written in Rust raise errors of their own kinds, with the system's number in the text.
+    Libraries written in Rust raise errors of their own types, with the system's errno in the text.
     """
     try:
         yield
@@ -93,19 +93,19 @@ def report_final_path(path: Path, part: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` in UTF-8 to `path`, whole or not at all."""
+    """Write `text` in UTF-8 to `path`, atomically."""
     with atomic_file(path, "w", newline="") as file:
         file.write(text)
 
 
 def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
-    """Write `content` to `path`, whole or not at all."""
+    """Write `content` to `path`, atomically."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all. Its mode follows the umask, which safetensors alone does not."""
+    """Write a safetensors file, atomically. Its mode follows the umask, which safetensors ignores."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as part:
@@ -116,32 +116,32 @@ def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], metadata: d
 
 
 def write_array(path: str | Path, array: "np.ndarray") -> None:
-    """Write a .npy file, whole or not at all."""
+    """Write a .npy file, atomically."""
     import numpy as np
 
-    buffer = io.BytesIO()  # numpy's own way into a file loses the system's reason why it cannot be written
+    buffer = io.BytesIO()  # if numpy writes the file, its error lacks the system's reason
     np.save(buffer, array)
     write_bytes(path, buffer.getbuffer())
 
 
 def figure_bytes(figure: "Figure", file_format: str, **options: Any) -> bytes:
-    """A matplotlib figure as the content of a file of this `file_format`, "png", "svg" or "pdf"; `options` are `savefig`'s."""
-    buffer = io.BytesIO()  # the writer of pictures loses the system's reason why a file cannot be written
+    """A matplotlib figure as the content of a "png", "svg" or "pdf" file; `options` are those of `savefig`."""
+    buffer = io.BytesIO()  # if the image library writes the file, its error lacks the system's reason
     figure.savefig(buffer, format=file_format, **options)
     return buffer.getvalue()
 
 
 def copy_file(source: str | Path, path: str | Path) -> None:
-    """Copy a file's content, whole or not at all."""
+    """Copy a file's content, atomically."""
     with open(source, "rb") as file, atomic_file(path) as target:
         shutil.copyfileobj(file, target)
 
 
 def append_bytes(path: str | Path, lines: bytes) -> None:
-    """Add `lines` to the end of a file, which comes into being if need be; a part that went in is taken back.
+    """Append `lines` to a file, which is created if it is missing. If writing fails, what was appended is removed.
 
     Raises:
-        OSError: the file cannot be written; its `filename` is `path`, and what was in it is unchanged.
+        OSError: the file cannot be written; its `filename` is `path`, and its content is unchanged.
     """
     path = Path(path)
     with report_final_path(path, path):
@@ -160,7 +160,7 @@ def append_bytes(path: str | Path, lines: bytes) -> None:
 
 
 def drop_partial_line(path: str | Path) -> bytes:
-    """Take out a last line that was not written to its end, as a killed process leaves it; returns what was taken out."""
+    """Remove an incomplete last line, which a killed process may leave, and return it."""
     path = Path(path)
     text = path.read_bytes() if path.is_file() else b""
     complete_size = text.rfind(b"\n") + 1
@@ -171,13 +171,13 @@ def drop_partial_line(path: str | Path) -> bytes:
 
 @dataclass(frozen=True)
 class FolderKind:
-    """A kind of folder that this project writes, and by what it is known again.
+    """A kind of folder that this project writes, with what identifies it.
 
     Attributes:
-        name: as people say it, "a saved model".
-        manifest: the file that is written last; it holds a JSON object.
-        keys: what that object has.
-        files: the names of the folder's other files, from that object.
+        name: the kind in words, such as "a saved model".
+        manifest: the name of the file that is written last, which holds a JSON object.
+        keys: keys that this object must have.
+        files: gives the names of the folder's other files from this object.
     """
 
     name: str
@@ -186,7 +186,7 @@ class FolderKind:
     files: Callable[[dict[str, Any]], Iterable[str]]
 
     def written_files(self, folder: Path) -> set[str]:
-        """The names of the files in `folder` that this project wrote; empty if it is not of this kind."""
+        """The names of the files in `folder` that this project wrote; empty if the folder is not of this kind."""
         try:
             content = json.loads((folder / self.manifest).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -202,12 +202,12 @@ class FolderKind:
 
 
 def check_target(path: str | Path, kind: FolderKind) -> Path:
-    """Where a folder of this kind would be written; links are followed, and nothing is made yet.
+    """The path at which a folder of this kind can be written, with links resolved; nothing is created.
 
-    Call it before any work, so that a folder that cannot be written is known then.
+    Call it before long work, so that the work does not end in this error.
 
     Raises:
-        InputError: something else is there, which writing would delete, or there is no way to write.
+        InputError: the path holds files that vitbench did not write, or it cannot be written.
     """
     target = Path(os.path.realpath(Path(path).expanduser()))
     try:
@@ -235,7 +235,7 @@ def check_target(path: str | Path, kind: FolderKind) -> Path:
 
 
 def _foreign_files(folder: Path, kind: FolderKind) -> list[str]:
-    """Names in `folder` that this project did not write there."""
+    """The names of files in `folder` that this project did not write."""
     written_files = kind.written_files(folder)
     return sorted(
         name for name in os.listdir(folder) if name not in written_files and not TEMPORARY_NAME.fullmatch(name)
@@ -244,14 +244,14 @@ def _foreign_files(folder: Path, kind: FolderKind) -> list[str]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, kind: FolderKind) -> Iterator[Path]:
-    """A new folder to fill with files; when the block ends well, they lie at `path`, and else nothing there has changed.
+    """A temporary folder to write files to. If the block succeeds, they are moved to `path`; otherwise `path` is unchanged.
 
-    A folder of the same kind is replaced, file by file and the manifest last: a folder that is a link, somebody's current
-    one or a mount stays what it is. A new one appears with all of its files at once.
+    A new folder is renamed, so it appears with all of its files at once. In an existing folder of the same kind the files
+    are replaced one by one, the manifest last, since the folder may be a link, a mount or a process's current folder.
 
     Raises:
-        InputError: as `check_target`'s.
-        OSError: no space; its `filename` is the file at its final place, and no part is left.
+        InputError: as in `check_target`.
+        OSError: a file cannot be written; its `filename` is the final path, and no temporary file is left.
     """
     target = check_target(path, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +275,7 @@ def _replace_files(part: Path, target: Path, kind: FolderKind) -> None:
         os.replace(part / name, target / name)
     for name in old - set(new):
         (target / name).unlink(missing_ok=True)
-    for leftover in target.iterdir():  # what a process that was killed left
+    for leftover in target.iterdir():  # temporary files of processes that were killed
         if (temporary_match := TEMPORARY_NAME.fullmatch(leftover.name)) and not psutil.pid_exists(
             int(temporary_match[1])
         ):

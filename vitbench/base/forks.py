@@ -1,6 +1,6 @@
-"""A kept process that has imported what many children need, and is forked for each of them (Linux).
+"""A server process that imports modules once and is forked for each child that needs them (Linux).
 
-PyTorch is then imported once, and each child begins in the same state.
+PyTorch is then imported once, and all children start from the same state.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from typing import IO, Any, NoReturn
 
 from vitbench.base.processes import Channel, ChildProcess, ProcessError, failure_reason
 
-CAN_FORK = sys.platform == "linux"  # macOS has fork too, but its own libraries do not survive it
+CAN_FORK = sys.platform == "linux"  # macOS has fork, but its system libraries do not support it
 PR_SET_PDEATHSIG = 1
-IMPORT_SECONDS = 600  # for the kept process's imports, on a machine that is busy
+IMPORT_SECONDS = 600  # for the server's imports, on a busy machine
 EXIT_TIMEOUT_SECONDS, CLOSE_SECONDS = 10.0, 2.0
 
 
 class ForkedProcess:
-    """A child that was forked, seen from the process that asked for it."""
+    """A forked child, as the process that requested it sees it."""
 
     def __init__(self, channel: Channel, output_file: IO[bytes]):
         self._channel, self._output_file = channel, output_file
@@ -39,7 +39,7 @@ class ForkedProcess:
         self._lock = threading.Lock()
 
     def ended(self, seconds: float | None = 0.0) -> bool:
-        """Whether it has, or does within `seconds` (None: it is waited for)."""
+        """Whether the child has ended, or ends within `seconds`; None waits until it ends."""
         until = None if seconds is None else time.monotonic() + seconds
         with self._lock:
             while not self._ended:
@@ -55,20 +55,20 @@ class ForkedProcess:
             return True
 
     def kill(self) -> None:
-        """End it and its process group."""
+        """Kill the child and its process group."""
         self._channel.shutdown_write()
 
     def result(self, seconds: float | None = None) -> Any:
-        """What its work returned.
+        """The return value of the child's work.
 
         Raises:
-            TimeoutError: it took longer than `seconds`, and is ended.
-            ProcessError: it failed.
+            TimeoutError: the work took longer than `seconds`; the child is killed.
+            ProcessError: the work failed.
         """
         try:
             if not self.ended(seconds):
                 raise TimeoutError
-        except BaseException:  # interrupted, too
+        except BaseException:  # including KeyboardInterrupt
             self.kill()
             self.ended(EXIT_TIMEOUT_SECONDS)
             raise
@@ -79,33 +79,35 @@ class ForkedProcess:
         return self._result
 
     def failure_reason(self) -> str:
-        """Why it failed, in one line."""
+        """The reason why the child failed, in one line."""
         return failure_reason(self._output_file, self._status or 0)
 
 
 class ForkServer:
-    """The kept process, seen from outside. It starts at once, and its imports are waited for only when it has to fork.
+    """The server process, as the process that started it sees it. Only the first `fork` waits for the server's imports.
 
     Args:
         imports: modules that the children need; none may start a thread.
-        variables: its environment, for what modules read as they are imported.
+        variables: the server's environment, which modules may read when they are imported.
     """
+
+    _pid: int  # of a server that `from_this_process` forked
 
     def __init__(self, imports: Sequence[str], variables: dict[str, str]):
         self._lock, self._is_ready = threading.Lock(), False
-        self._started: ChildProcess | None = ChildProcess("vitbench.base.forks", variables)
-        self._channel = self._started.channel
-        with contextlib.suppress(BrokenPipeError):  # it ended already, which `fork` explains
+        self._process: ChildProcess | None = ChildProcess("vitbench.base.forks", variables)
+        self._channel = self._process.channel
+        with contextlib.suppress(BrokenPipeError):  # the server has ended already; `fork` gives the reason
             self._channel.send({"imports": list(imports)})
 
     @classmethod
     def from_this_process(cls) -> "ForkServer":
-        """A copy of this process, which has imported all and started no thread."""
+        """A server forked from this process, which must have imported everything and started no thread."""
         server = cls.__new__(cls)
-        server._lock, server._is_ready, server._started = threading.Lock(), True, None
+        server._lock, server._is_ready, server._process = threading.Lock(), True, None
         parent_socket, child_socket = socketpair()
-        server.pid = os.fork()
-        if not server.pid:
+        server._pid = os.fork()
+        if not server._pid:
             parent_socket.close()
             os.setpgid(0, 0)
             serve(Channel(child_socket))
@@ -114,25 +116,26 @@ class ForkServer:
         return server
 
     def alive(self) -> bool:
-        if self._started:
-            return self._started.alive()
+        """Whether the server runs."""
+        if self._process:
+            return self._process.alive()
         with contextlib.suppress(ChildProcessError):
-            return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
+            return os.waitpid(self._pid, os.WNOHANG) == (0, 0)
         return False
 
     def fork(self, module: str, arguments: dict[str, Any], variables: dict[str, str], folder: str) -> ForkedProcess:
-        """A child that runs `work(**arguments)` of a module, with `variables` as its environment, in `folder`; it has begun.
+        """Start a child that runs `work(**arguments)` of a module, in `folder` and with `variables` as its environment.
 
         Raises:
-            ProcessError: the kept process did not start, or ended.
+            ProcessError: the server did not start, or has ended.
         """
         parent_socket, child_socket = socketpair()
-        output_file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the child)
+        output_file = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the child)
         request = {"module": module, "arguments": arguments, "variables": variables, "folder": folder}
         with self._lock, child_socket:
             try:
-                if self._started:
-                    self._started.wait_ready()
+                if self._process:
+                    self._process.wait_ready()
                 self._channel.send(request, files=[child_socket.fileno(), output_file.fileno()])
                 child_socket.close()
                 Channel(parent_socket).receive(IMPORT_SECONDS)
@@ -141,22 +144,22 @@ class ForkServer:
                 self.close()
                 raise ProcessError(f"the process that is forked was not ready within {IMPORT_SECONDS} s") from None
             except (OSError, EOFError):
-                reason = f": {self._started.failure_reason()}" if self._started else ""
+                reason = f": {self._process.failure_reason()}" if self._process else ""
                 raise ProcessError(f"the process that is forked ended{reason}") from None
         return ForkedProcess(Channel(parent_socket), output_file)
 
     def close(self) -> None:
-        """End it and its children."""
+        """End the server and its children."""
         self._channel.shutdown_write()
-        if self._started:
-            if self._is_ready:  # it ends its children first
+        if self._process:
+            if self._is_ready:  # the server ends its children first
                 with contextlib.suppress(TimeoutExpired):
-                    self._started.process.wait(CLOSE_SECONDS)
-            self._started.close()
+                    self._process.process.wait(CLOSE_SECONDS)
+            self._process.close()
 
 
 def main(channel: Channel) -> NoReturn:
-    """The kept process's side: import, then serve."""
+    """Run the server: import the modules, then serve requests."""
     gc.disable()  # imports leave nothing to collect
     for name in channel.receive()["imports"]:
         importlib.import_module(name)
@@ -164,15 +167,15 @@ def main(channel: Channel) -> NoReturn:
 
 
 def serve(requests: Channel) -> NoReturn:
-    """Fork for each order until the socket closes; then end what is left."""
+    """Fork a child for each request until the socket closes; then kill the remaining children."""
     gc.disable()
-    gc.freeze()  # what was imported is garbage for no process
+    gc.freeze()  # the collector of a child need not visit imported objects
     try:
         _Server(requests).run()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)  # to take down what was imported would take another second
+    os._exit(0)  # a normal exit would take a second to tear down the imported modules
 
 
 class _Server:
@@ -195,10 +198,9 @@ class _Server:
             if self.wakeup_read_fd in ready:
                 os.read(self.wakeup_read_fd, 4096)
                 self._reap()
-            for child_socket in (
-                set(ready) & child_sockets.keys()
-            ):  # nothing is sent to a child, so this is the end of who asked for it
-                self._kill(child_sockets[child_socket])
+            for child_socket, pid in child_sockets.items():
+                if child_socket in ready:  # nothing is sent to a child, so its requesting process closed the socket
+                    self._kill(pid)
             if self.requests.socket in ready:
                 try:
                     request, files = self.requests.receive_with_files(2)
@@ -215,7 +217,7 @@ class _Server:
             self._run_child(request, child, output_file, server)
         os.close(output_file)
         with contextlib.suppress(PermissionError, ProcessLookupError):
-            os.setpgid(pid, pid)  # the child does so too: whoever comes first
+            os.setpgid(pid, pid)  # the child does so too, since either may run first
         self.children[pid] = child
 
     def _kill(self, pid: int) -> None:
@@ -224,13 +226,13 @@ class _Server:
             os.killpg(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
-        """Say of each child that ended what its exit status was."""
+        """Report the exit status of each child that has ended."""
         for pid, channel in list(self.children.items()):
             exited_pid, status = os.waitpid(pid, os.WNOHANG)
             if exited_pid:
                 del self.children[pid]
                 self.killed_pids.discard(pid)
-                with contextlib.suppress(OSError):  # whoever asked is gone
+                with contextlib.suppress(OSError):  # the requesting process has ended
                     channel.send({"status": os.waitstatus_to_exitcode(status)})
                 channel.close()
 
@@ -260,11 +262,11 @@ class _Server:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status)  # to take down what was imported would take another second
+            os._exit(status)  # as in `serve`
 
 
 def _die_with_parent(server: int) -> None:
-    """Have the system end this process when its parent is killed."""
+    """Let the system kill this process when its parent is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != server:  # it was killed before
+    if os.getppid() != server:  # the parent was killed before the call
         os._exit(1)

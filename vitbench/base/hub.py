@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked with a time limit: where it does not answer, what was fetched before serves."""
+"""Fetch from the Hugging Face hub with a time limit; if it does not answer, use the files in the local cache."""
 
 import contextlib
 import os
@@ -6,22 +6,24 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from vitbench.base.errors import InputError
 
-TIMEOUT_SECONDS = 10.0  # to wait for an answer
+TIMEOUT_SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def fetching(description: str, alternative: str) -> Iterator[None]:
-    """Fetch `description` inside the block; if the hub is silent, only files that were fetched before are looked at.
+    """Fetch from the hub inside the block; if the hub cannot be reached, only cached files are used.
 
     Args:
-        alternative: what one can give instead, for the error.
+        description: what is fetched, for the error.
+        alternative: what the user can give instead, for the error.
 
     Raises:
-        InputError: the hub does not answer and the files are not there, or it does not have them. A `TypeError` of the
-            caller's own arguments is left as it is.
+        InputError: the hub does not have the files, or it cannot be reached and they are not cached. A `TypeError` of
+            the caller's arguments is not changed.
     """
     reason = unreachable_reason()
     try:
@@ -29,7 +31,7 @@ def fetching(description: str, alternative: str) -> Iterator[None]:
             yield
     except (TypeError, InputError):
         raise
-    except Exception as error:  # each library has kinds of its own, and those of its network client
+    except Exception as error:  # each library raises its own types and those of its network client
         if not reason:
             text = str(error).strip()
             reason = text.splitlines()[0].split(". ")[0][:160] if text else type(error).__name__
@@ -37,7 +39,7 @@ def fetching(description: str, alternative: str) -> Iterator[None]:
 
 
 def unreachable_reason() -> str:
-    """Why the hub gives no answer, in words; "" if it gives one within `TIMEOUT_SECONDS`."""
+    """The reason why the hub cannot be reached, in words; "" if it answers within `TIMEOUT_SECONDS`."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -48,11 +50,11 @@ def unreachable_reason() -> str:
         try:
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
             reasons.append("")
-        except Exception as error:  # no network: the kinds differ with the hub client's version
+        except Exception as error:  # the types depend on the version of the hub's client
             if "timeout" not in type(error).__name__.lower():
                 reasons.append(f"the Hugging Face hub cannot be reached: {' '.join(str(error).split())[:120]}")
 
-    asking = threading.Thread(target=ask, daemon=True)  # looking a name up has no time limit of its own
+    asking = threading.Thread(target=ask, daemon=True)  # a name lookup has no time limit
     asking.start()
     asking.join(TIMEOUT_SECONDS)
     return reasons[-1]
@@ -65,10 +67,10 @@ def _advice() -> str:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Have the hub's libraries look at their caches alone."""
+    """Make the hub's libraries use only their caches."""
     import huggingface_hub
 
-    config_modules = [huggingface_hub.constants]
+    config_modules: list[Any] = [huggingface_hub.constants]
     if "datasets" in sys.modules:
         config_modules.append(sys.modules["datasets"].config)
     before = [config_module.HF_HUB_OFFLINE for config_module in config_modules]
@@ -84,7 +86,7 @@ def _offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _socket_timeout() -> Iterator[None]:
-    """A time limit for addresses beside the hub, which are fetched without one."""
+    """Set a time limit for other addresses, which the libraries fetch without one."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_SECONDS)
     try:

@@ -1,4 +1,4 @@
-"""One lock for whatever several processes write: the system's where the file system has it, else one made of a file."""
+"""Locks between processes: the system's file locks, or a lock file if the file system has no locks."""
 
 import contextlib
 import errno
@@ -11,22 +11,22 @@ from filelock import FileLock, SoftFileLock, Timeout
 from vitbench.base.errors import InputError
 from vitbench.base.files import append_bytes, report_final_path
 
-# what a network file system without a lock service answers
+# errors of network file systems without a lock service
 NO_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 @contextlib.contextmanager
 def locked(path: str | Path, busy_message: str = "") -> Iterator[None]:
-    """Hold the lock of the file `path` while the block runs; the system drops it when the process ends, however it ends.
+    """Hold the lock of the file `path` inside the block. The system releases it when the process ends in any way.
 
-    Where the file system has no locks, the file `path`.held stands for one. It names its process and machine, and one whose
-    process is gone is taken over; of a process on another machine that cannot be known.
+    If the file system has no locks, the file `path`.held is the lock. It names its process and machine. The lock of an
+    ended process is taken over, unless that process was on another machine, where this cannot be checked.
 
     Args:
-        busy_message: what to say if another process holds the lock; "" waits until it does not.
+        busy_message: the error if another process holds the lock; "" waits for the lock instead.
 
     Raises:
-        InputError: another process holds the lock, and `busy_message` says so.
+        InputError: another process holds the lock; the message is `busy_message`.
         OSError: the folder cannot be written.
     """
     path, timeout = Path(path), 0 if busy_message else -1
@@ -62,10 +62,10 @@ def _lock_of(path: Path) -> FileLock | SoftFileLock:
 
 
 def _has_locks(path: Path) -> bool:
-    """Whether the file system of `path` has locks, tried on a file of no name in the same folder."""
+    """Whether the file system of `path` has locks, tested on an unnamed file in the same folder."""
     try:
         import fcntl
-    except ImportError:  # Windows has locks of its own kind, which FileLock uses
+    except ImportError:  # Windows has other locks, which FileLock uses
         return True
     with tempfile.TemporaryFile(dir=path.parent) as probe:
         try:
@@ -75,5 +75,5 @@ def _has_locks(path: Path) -> bool:
                 return False
             raise
     if not path.exists():
-        append_bytes(path, b"")  # a file that the group may lock too, where the umask lets it
+        append_bytes(path, b"")  # created with the umask's mode, so that others may lock it too
     return True

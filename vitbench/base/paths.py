@@ -1,4 +1,4 @@
-"""Where things are: the project's checkout, and the folder of results and of the caches that runs share."""
+"""Paths: the project's checkout, and the folders of results and caches."""
 
 import os
 import tempfile
@@ -8,16 +8,16 @@ from vitbench.base.errors import InputError
 
 
 def checkout() -> Path | None:
-    """The source checkout that this package runs from, which holds `notebooks/`; None where it is installed without one."""
+    """The source checkout that this package runs from, which holds `notebooks/`; None if it is installed without one."""
     root = Path(__file__).resolve().parents[2]
     return root if (root / "notebooks" / "profiles").is_dir() else None
 
 
 def home() -> Path:
-    """The folder that holds `data/` and `results/`: caches, and results whose folder is not given.
+    """The folder that holds `data/` and `results/`, for caches and for results without a given folder.
 
-    `VITBENCH_HOME` if it is set; else the source checkout that this package runs from; else the current folder. It decides
-    where data are, never which notebooks run.
+    It is `VITBENCH_HOME` if that is set, otherwise the source checkout of this package, otherwise the current folder.
+    It does not decide which notebooks run.
     """
     if os.environ.get("VITBENCH_HOME"):
         return Path(os.environ["VITBENCH_HOME"]).expanduser().resolve()
@@ -25,24 +25,24 @@ def home() -> Path:
 
 
 def data_cache() -> Path:
-    """Downloaded and converted image sets."""
+    """The folder of downloaded and converted image sets."""
     return home() / "data" / "cache"
 
 
 def model_cache() -> Path:
-    """Trained baselines, each under the hash of everything that made it."""
+    """The folder of trained models and other stored work, each under its key."""
     return home() / "results" / "cache"
 
 
 def shipped(name: str) -> Path | None:
-    """The folder of that name that comes with the project (photographs, a small model); None where there is none."""
+    """The folder of that name that comes with the project (photographs, a small model); None if there is none."""
     root = checkout()
     folder = root / "data" / name if root and name.isidentifier() else None
     return folder if folder and folder.is_dir() and name != "cache" else None
 
 
 def writable_folder(path: str | Path, description: str) -> Path:
-    """Make `path` a folder that can be written, or raise `InputError` that says why it cannot."""
+    """Create the folder `path` if it is missing; raises `InputError` with the reason if it cannot be written."""
     path = Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,6 @@ def writable_folder(path: str | Path, description: str) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Write a file of no name in `folder` and let it go; an `OSError` says why that cannot be."""
+    """Write an unnamed file in `folder`; raises `OSError` with the reason if that fails."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"0" * 4096)

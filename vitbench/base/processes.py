@@ -1,8 +1,8 @@
-"""Python processes that this package starts, and how it talks to them.
+"""Start Python child processes and exchange messages with them.
 
-A child imports this very package and nothing from the user's folder: its path is safe, and it works in a temporary folder of
-its own. Both sides send JSON over a socket that nothing else writes to. What a child prints goes to a file, which is read only
-to say why the child failed. A child ends when the other side of its socket closes, however that comes about.
+A child imports the same package as its parent and nothing from the user's folder, since its path is safe and it works in
+a temporary folder. Both sides send JSON over a socket that nothing else writes to. The child's printed output goes to a
+file, which is read only for the reason of a failure. A child ends when the parent's end of the socket closes.
 """
 
 import contextlib
@@ -27,22 +27,22 @@ PACKAGE = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-P")
 CHILD_COMMAND = "import sys; from vitbench.base.processes import child_main; child_main(*sys.argv[1:])"
 END_SECONDS = 2.0
-START_SECONDS = 120  # for Python and this package's first module, on a machine that is busy
-SIZE = struct.Struct("!I")  # what precedes a message: its length in bytes
+START_SECONDS = 120  # to start Python and import this package's first module, on a busy machine
+SIZE = struct.Struct("!I")  # the length of a message in bytes, sent before it
 
 
 class ProcessError(RuntimeError):
-    """A child did not start, or ended before it answered; the message says why in one line."""
+    """A child did not start, or ended before it sent its result; the message is the reason in one line."""
 
 
 class Channel:
-    """Messages of JSON over one end of a socket pair."""
+    """JSON messages over one end of a socket pair."""
 
     def __init__(self, end: socket.socket):
         self.socket = end
 
     def send(self, message: Any, files: Sequence[int] = ()) -> None:
-        """Send a message, and with it open files (by number, where the system can)."""
+        """Send a message, with open `files` given by descriptor (not on Windows)."""
         body = json.dumps(message).encode()
         head = SIZE.pack(len(body))
         if files:
@@ -63,7 +63,7 @@ class Channel:
         return json.loads(self._bytes(*SIZE.unpack(self._bytes(SIZE.size))))
 
     def receive_with_files(self, count: int) -> tuple[Any, list[int]]:
-        """The next message and the `count` files that came with it."""
+        """The next message and the descriptors of the `count` files that were sent with it."""
         head, files, _, _ = socket.recv_fds(self.socket, SIZE.size, count)
         head += self._bytes(SIZE.size - len(head)) if head else b""
         if not head:
@@ -71,11 +71,11 @@ class Channel:
         return json.loads(self._bytes(*SIZE.unpack(head))), files
 
     def readable(self, seconds: float | None) -> bool:
-        """Whether a message or the end is there, or comes within `seconds` (None: it is waited for)."""
+        """Whether a message has come or the other side is closed, within `seconds`; None waits for it."""
         return bool(wait([self.socket], seconds))
 
     def shutdown_write(self) -> None:
-        """Send no more, which ends the other process; what it still says can be received."""
+        """Close the socket for writing, which ends the other process. Its last messages can still be received."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
@@ -87,7 +87,7 @@ class Channel:
         while count:
             try:
                 part = self.socket.recv(count)
-            except ConnectionError:  # closed with messages unread
+            except ConnectionError:  # the other side closed with unread messages
                 part = b""
             if not part:
                 raise EOFError
@@ -97,12 +97,12 @@ class Channel:
 
 
 def open_standard_streams() -> None:
-    """Open the standard streams that are closed, as in a service: a file opened later would get their numbers."""
+    """Open the standard streams that are closed, as in a service; otherwise files opened later get their descriptors."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it gets the smallest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # the smallest free descriptor is this one
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         if getattr(sys, name) is None:
             stream = open(number, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
@@ -110,58 +110,58 @@ def open_standard_streams() -> None:
 
 
 def child_environment(threads: int | None = None) -> dict[str, str]:
-    """The environment of a Python child that imports this same package, and nothing of the current folder.
+    """The environment of a Python child that imports this same package, and nothing from the current folder.
 
     Args:
-        threads: how many its libraries compute with; None leaves that to them.
+        threads: the number of threads of its libraries; None leaves it to them.
     """
     current_folder = os.path.realpath(os.curdir)
-    path = [PACKAGE.parent, *filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    path = [str(entry) for entry in path if entry == PACKAGE.parent or os.path.realpath(entry) != current_folder]
+    entries = filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = [str(PACKAGE.parent), *(entry for entry in entries if os.path.realpath(entry) != current_folder)]
     overrides = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "VITBENCH_HOME": str(home())}
     return (os.environ if threads is None else standalone.thread_environment(threads)) | overrides
 
 
 def failure_reason(output_file: IO[bytes], status: int) -> str:
-    """Why a process failed, from the file that it printed to and its exit status."""
+    """The reason why a process failed, from its printed output and its exit status."""
     output_file.seek(0)
     return standalone.failure_reason(output_file.read().decode(errors="replace"), status)
 
 
 class ChildProcess:
-    """A new Python process, in a process group of its own, that runs `main(channel)` of a module.
+    """A new Python process in its own process group, which runs `main(channel)` of a module of this package.
 
     Args:
-        module: its name; it is a module of this package.
+        module: the module's name.
         variables: the environment, as `child_environment` gives it.
     """
 
     def __init__(self, module: str, variables: dict[str, str]):
         open_standard_streams()
-        self.output_file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
+        self.output_file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
         self._folder = tempfile.TemporaryDirectory(prefix="vitbench.", ignore_cleanup_errors=True)
         parent_socket, child_socket = socket.socketpair()
         self.channel, self._is_ready = Channel(parent_socket), False
-        windows = sys.platform == "win32"
-        options = {} if windows else {"pass_fds": [child_socket.fileno()], "process_group": 0}
+        options: dict[str, Any] = {"stdin": subprocess.PIPE}
+        if sys.platform != "win32":
+            options = {"stdin": subprocess.DEVNULL, "pass_fds": [child_socket.fileno()], "process_group": 0}
         with child_socket:
             self.process = subprocess.Popen(
                 [*PYTHON, "-c", CHILD_COMMAND, module, str(child_socket.fileno())],
-                stdin=subprocess.PIPE if windows else subprocess.DEVNULL,
                 stdout=self.output_file,
                 stderr=self.output_file,
                 cwd=self._folder.name,
                 env=variables,
                 **options,
             )
-            if windows:  # sockets have no numbers there that a child could inherit
+            if sys.platform == "win32":  # where a child cannot inherit socket descriptors
                 self.process.communicate(child_socket.share(self.process.pid))
 
     def wait_ready(self) -> None:
-        """Wait until it has said that it runs this very package.
+        """Wait until the process has confirmed that it runs this package.
 
         Raises:
-            ProcessError: it ended, or runs another one.
+            ProcessError: it ended, or runs another copy of the package.
         """
         if self._is_ready:
             return
@@ -178,17 +178,18 @@ class ChildProcess:
         self._is_ready = True
 
     def failure_reason(self) -> str:
-        """Why it failed, in one line; it is ended, if it does not end by itself, as it does after an error."""
+        """The reason why the process failed, in one line. It is killed if it does not end by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
         self.close()
         return failure_reason(self.output_file, self.process.returncode)
 
     def alive(self) -> bool:
+        """Whether the process runs."""
         return self.process.poll() is None
 
     def close(self) -> None:
-        """End it and what it started, at once."""
+        """Kill the process and all processes that it started."""
         self.channel.shutdown_write()
         if self.alive():
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -198,21 +199,20 @@ class ChildProcess:
 
 
 def kill_process_group() -> NoReturn:
-    """End this process, which was `ChildProcess`, and all of its group."""
+    """End this process, which is a `ChildProcess`, and its process group."""
     if sys.platform != "win32":
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
 def child_main(module: str, socket_number: str) -> None:
-    """The child's side: say which package runs, then run `main` of the module."""
-    parent_socket = (
-        socket.fromshare(sys.stdin.buffer.read())
-        if sys.platform == "win32"
-        else socket.socket(fileno=int(socket_number))
-    )
-    parent_socket.set_inheritable(False)
-    channel = Channel(parent_socket)
-    with contextlib.suppress(EOFError, BrokenPipeError):  # whoever started it is gone
+    """Run in the child: send which package it imported, then run `main` of the module."""
+    if sys.platform == "win32":
+        child_socket = socket.fromshare(sys.stdin.buffer.read())
+    else:
+        child_socket = socket.socket(fileno=int(socket_number))
+    child_socket.set_inheritable(False)
+    channel = Channel(child_socket)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has ended
         channel.send({"package": str(PACKAGE)})
         importlib.import_module(module).main(channel)

@@ -1,4 +1,4 @@
-"""Progress bars for long work: a line in a terminal, one output that updates itself in a notebook."""
+"""Progress bars for long work: one line in a terminal, one updating output in a notebook."""
 
 import sys
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ TIME_ONLY = "{desc}: {percentage:3.0f} %|{bar}| {elapsed} gone, {remaining} left
 def progress_bar(
     iterable: Iterable | None, title: str, total: float | None = None, unit: str = "it", bar_format: str = ""
 ) -> tqdm:
-    """A bar with the time that is left. One inside another disappears when it is done."""
+    """A bar with the remaining time. A bar inside another disappears when it is done."""
     notebook = _in_notebook()
     kind, file = (_NotebookBar, _Line()) if notebook else (tqdm, sys.stdout)
     return kind(
@@ -29,14 +29,14 @@ def progress_bar(
 
 
 def escape_unencodable(*streams: IO[str] | None) -> None:
-    """Have streams write letters that their encoding lacks as escapes; by default an error would end the work."""
+    """Make streams write characters that their encoding lacks as escapes, instead of raising an error."""
     for stream in streams:
-        if hasattr(stream, "reconfigure"):
+        if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _takes_blocks(stream: IO[str] | None) -> bool:
-    """Whether the stream's encoding has the blocks that a bar is drawn with."""
+    """Whether the stream's encoding has the block characters that a bar is drawn with."""
     try:
         "\u2588\u258f".encode(getattr(stream, "encoding", None) or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -52,18 +52,18 @@ class _NotebookBar(tqdm):
     """A bar whose file is a `_Line`."""
 
     def moveto(self, n: int) -> None:
-        """Lines have places of their own."""
+        """Do nothing, since each bar has its own line."""
 
     def close(self) -> None:
-        """Also tell the line."""
+        """Also close the bar's line."""
         super().close()
         self.fp.done()
 
 
 class _Line:
-    """A file whose last text is one line of the one output that all bars of a cell share."""
+    """A file for one bar. Its last text is one line of the output that all bars of a notebook cell share."""
 
-    cell: ClassVar[tuple[int, Any, list["_Line"]]] = (-1, None, [])  # its number, its output, its lines
+    cell: ClassVar[tuple[int, Any, list["_Line"]]] = (-1, None, [])  # the cell's number, output and lines
 
     def __init__(self) -> None:
         from IPython import get_ipython
@@ -86,7 +86,7 @@ class _Line:
             self._show()
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing, since nothing is buffered."""
 
     def _show(self) -> None:
         from IPython.display import display

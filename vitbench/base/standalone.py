@@ -1,7 +1,7 @@
-"""Run one exported model with numpy and ONNX Runtime or OpenVINO alone: answers, times, memory. Neither PyTorch nor vitbench is imported.
+"""Run an exported model and measure time and memory, without PyTorch and vitbench: numpy and ONNX Runtime or OpenVINO suffice.
 
-A bundle for another device holds a copy of this file. `python standalone.py --answer MODEL --images FILE.npy --threads N` answers
-once and prints what it took, or with `--to FILE` writes it there.
+A bundle for another device holds a copy of this file. `python standalone.py --answer MODEL --images FILE.npy --threads N`
+runs one inference and prints its time and memory as JSON, or with `--to FILE` writes them to a file.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# the package that runs a file with this suffix, and the name of the backend
+# file suffix -> the package that runs such files, which is also the backend's name
 PACKAGES = {".onnx": "onnxruntime", ".xml": "openvino"}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WARMUP_CALLS, WARM_SECONDS, STABLE_RELATIVE_CHANGE = 10, 10.0, 0.05
@@ -27,7 +27,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 class BundleError(ValueError):
-    """A bundle, or a file in it, that cannot be measured here."""
+    """A bundle, or a file in it, cannot be measured on this machine."""
 
 
 def onnx_session(model: bytes | str, threads: int, optimized: str = "", portable: bool = False):
@@ -35,29 +35,29 @@ def onnx_session(model: bytes | str, threads: int, optimized: str = "", portable
 
     Args:
         model: the file's content or its path.
-        threads: how many compute.
-        optimized: where to write the graph that really runs.
-        portable: leave out what suits only the kind of CPU at hand.
+        threads: the number of threads that compute.
+        optimized: the file to which the optimized graph is written, "" for none.
+        portable: leave out optimizations for this machine's type of CPU.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # of errors alone
+    options.log_severity_level = 3  # errors only
     options.optimized_model_filepath = optimized
-    options.enable_cpu_mem_arena = False  # as fast without, and it holds on to memory
+    options.enable_cpu_mem_arena = False  # the arena keeps memory and saves no time
     if portable:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    # its threads wait busily for more work; what is timed in turn with it should not find the cores taken
+    # its threads spin between calls, which would take cores from models that are timed alternately with it
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if int8_sums_can_overflow():  # slower, and exact, is to widen the codes
+    if int8_sums_can_overflow():  # widening the codes is slower but exact
         options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @functools.cache
 def int8_sums_can_overflow() -> bool:
-    """Whether this CPU's products of 8-bit codes can overflow: an x86 without VNNI instructions, or of which that is not known."""
+    """Whether sums of products of 8-bit codes can overflow on this CPU: an x86 without VNNI, or without a known answer."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
@@ -67,18 +67,18 @@ def int8_sums_can_overflow() -> bool:
 
 
 def openvino_settings(threads: int, precision: str = "f32") -> dict[str, Any]:
-    """Without these a CPU with bf16 instructions would compute in bf16, and what meets packed weights be rounded to int8."""
+    """OpenVINO's settings for exact results. By default it may compute in bf16, and round inputs of packed layers to int8."""
     exact = {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     return {**exact, "INFERENCE_NUM_THREADS": threads}
 
 
 def open_model(path: str | Path, threads: int, precision: str = "f32") -> Callable:
-    """An exported model as a function of an array of images (B, 3, H, W), float32, that gives logits (B, classes)."""
+    """An exported model as a function from images, (B, 3, H, W) float32, to logits, (B, classes)."""
     if _package(Path(path)) == "onnxruntime":
         session = onnx_session(str(path), threads)
         name = session.get_inputs()[0].name
         return lambda images: session.run(None, {name: images})[0]
-    sys.modules.setdefault("openvino_telemetry", None)
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None makes its import fail
     import openvino
 
     compiled = openvino.compile_model(str(path), "CPU", openvino_settings(threads, precision))
@@ -89,14 +89,16 @@ def _package(path: Path) -> str:
     """The package that runs a file."""
     package = PACKAGES.get(path.suffix)
     if not package:
-        raise BundleError(f"{path.name!r} is not an exported model; known are files that end in {', '.join(PACKAGES)}")
+        raise BundleError(
+            f"{path.name!r} is not an exported model; allowed are files that end in {', '.join(PACKAGES)}"
+        )
     if not importlib.util.find_spec(package):
-        raise BundleError(f"{package} is not installed here; install it with: pip install {package}")
+        raise BundleError(f"{package} is not installed; install it with: pip install {package}")
     return package
 
 
 def peak_bytes() -> int:
-    """This process's own peak. Linux's VmHWM, because ru_maxrss also holds the peak of the parent it was forked from."""
+    """The peak RSS of this process, in bytes. On Linux it is VmHWM, since ru_maxrss includes the peak of a forking parent."""
     try:
         with open("/proc/self/status") as status:
             for line in status:
@@ -114,21 +116,25 @@ def peak_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep, for the rest of this process, the memory that is freed.
+    """Make glibc's malloc keep freed memory for the rest of this process.
 
-    Whether it gives large blocks back depends on those that the process had before; where it does, every answer pays for page
-    faults, and the models of one process do not pay alike.
+    By default it returns large blocks to the system, depending on earlier allocations. Each inference then has page
+    faults, and the models that are compared in one process do not have equally many.
     """
     import ctypes
 
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # another system, or another C library
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def time_alternating(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Milliseconds of each of `rounds` calls of each of `calls`, in turn after warm-up; rather fewer than too long."""
+    """The times of alternating calls: for each of `calls` up to `rounds` values in ms.
+
+    All calls are warmed up first. Every second round is in reverse order. After `MIN_ROUNDS` rounds, no round starts later
+    than `MAX_SECONDS`.
+    """
 
     def call(i: int) -> float:
         start = time.perf_counter()
@@ -137,7 +143,7 @@ def time_alternating(calls: Sequence[Callable[[], Any]], rounds: int) -> list[li
 
     times: list[list[float]] = [[] for _ in calls]
     for i in range(len(calls)):
-        _warm_up(lambda i=i: call(i))
+        _warm_up(functools.partial(call, i))
     start = time.monotonic()
     for turn in range(rounds):
         if turn >= MIN_ROUNDS and time.monotonic() - start > MAX_SECONDS:
@@ -148,7 +154,7 @@ def time_alternating(calls: Sequence[Callable[[], Any]], rounds: int) -> list[li
 
 
 def _warm_up(call: Callable[[], float]) -> None:
-    """Call until the median of the last calls has settled, within a time limit."""
+    """Call until the median of `WARMUP_CALLS` calls is stable, for about `WARM_SECONDS` at most."""
     import numpy as np
 
     start, before = time.monotonic(), float("inf")
@@ -160,7 +166,11 @@ def _warm_up(call: Callable[[], float]) -> None:
 
 
 def measure_one_inference(path: str, images: str, threads: int) -> dict[str, Any]:
-    """What one answer takes in this process: bytes after the imports and at the peak, seconds to load, when it came."""
+    """Load a model and run one inference in this process.
+
+    Returns `imports` and `peak`, the peak RSS after the imports and at the end (bytes), `load` (s), and `answered`, the
+    monotonic time at the end (s).
+    """
     import numpy as np
 
     importlib.import_module(_package(Path(path)))
@@ -172,32 +182,41 @@ def measure_one_inference(path: str, images: str, threads: int) -> dict[str, Any
 
 
 def inference_command(path: Path, images: Path, threads: int) -> list[str]:
-    """The command that says `measure_one_inference` of a fresh process."""
-    script, path, images = (os.path.abspath(path) for path in (__file__, path, images))
-    return [sys.executable, script, "--answer", path, "--images", images, "--threads", str(threads)]
+    """The command that prints `measure_one_inference` in a fresh process."""
+    script, model, inputs = (os.path.abspath(file) for file in (__file__, path, images))
+    return [sys.executable, script, "--answer", model, "--images", inputs, "--threads", str(threads)]
 
 
 def in_fresh_process(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
-    """What a command like `inference_command` says, with `cold_start`: seconds from its start to the first answer.
+    """Run a command such as `inference_command`, and return its result with `cold_start`: seconds until its first logits.
 
-    It works in a temporary folder and imports nothing from there; what it and its libraries print is not read, unless it fails.
+    The process works in a temporary folder and imports nothing from it. Its printed output is read only if it fails.
 
     Args:
-        variables: its environment.
+        command: the command, which accepts `--to FILE`.
+        variables: the environment of the process.
+
+    Raises:
+        BundleError: the process failed, or took longer than `TIME_LIMIT`.
     """
     import subprocess
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         result_file = Path(folder, "answer.json")
-        options = {"cwd": folder, "env": variables | {"PYTHONSAFEPATH": "1"}, "stdin": subprocess.DEVNULL}
         start = time.monotonic()
         try:
             process = subprocess.run(
-                [*command, "--to", str(result_file)], capture_output=True, text=True, timeout=TIME_LIMIT, **options
+                [*command, "--to", str(result_file)],
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
+                cwd=folder,
+                env=variables | {"PYTHONSAFEPATH": "1"},
+                stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
-            raise BundleError(f"one answer took more than {TIME_LIMIT} s") from None
+            raise BundleError(f"one inference took more than {TIME_LIMIT} s") from None
         if process.returncode or not result_file.exists():
             raise BundleError(failure_reason(process.stderr, process.returncode))
         result = json.loads(result_file.read_text())
@@ -205,7 +224,7 @@ def in_fresh_process(command: list[str], variables: dict[str, str]) -> dict[str,
 
 
 def write_result(result: dict[str, Any], output_file: str) -> None:
-    """Write the answer to the file `output_file`, or print it if that is empty."""
+    """Write the result as JSON to the file `output_file`, or print it if that is ""."""
     if output_file:
         Path(output_file).write_text(json.dumps(result))
     else:
@@ -213,7 +232,7 @@ def write_result(result: dict[str, Any], output_file: str) -> None:
 
 
 def failure_reason(stderr: str, status: int) -> str:
-    """Why a Python process failed: the error's own line where there is a traceback, else the last line."""
+    """The reason why a Python process failed: the line of the error if there is one, otherwise the last line."""
     lines = stderr.strip().splitlines()
     if status < 0:
         return f"it was ended by signal {-status}{' (out of memory?)' if status == -9 else ''}"
@@ -222,7 +241,7 @@ def failure_reason(stderr: str, status: int) -> str:
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """This process's environment with the number of threads in the variables that libraries read."""
+    """This process's environment, with the number of threads in the variables that libraries read."""
     return os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 

@@ -1,20 +1,18 @@
-"""The one store of work that takes long: made once, verified whenever it is read, gone on with after a stop.
+"""The store of long work: computed once, verified at each read, and resumed after an interruption.
 
-Everything that a resume reads lies here or follows the same rules: training checkpoints, searches, moments, scores,
-teachers' answers, reconstructed blocks and cached models.
+It holds all that a resume reads: training checkpoints, searches, moments, scores, teachers' logits and reconstructed
+blocks. Cached models follow the same rules.
 
-- A key (`work_key`) is the hash of all that decides the result: what the caller gives (the model's digest, which is
-  structure and tensors, the images' fingerprint, the settings), the code (`vitbench.base.code`), versions, threads, kind of device.
-- A file carries the SHA-256 of what it holds. A damaged one is named in one line and made again.
-- A file appears whole or not at all (`vitbench.base.files`).
+- A key (`work_key`) is the hash of all that decides a result: the caller's inputs (the digest of the model's structure
+  and tensors, the images' fingerprint, the settings), the code (`vitbench.base.code`), versions, threads, device type.
+- A file carries the SHA-256 of its content. If it is damaged, a warning is printed and the result recomputed.
+- Files are written atomically (`vitbench.base.files`).
 
-Why no library: joblib.Memory keys on the text of one function and reads pickles, which run code; diskcache and SQLite keep
-values without a checksum, diskcache as pickles too, and SQLite's locks are unsafe on network file systems.
+There are three formats: a tree of tensors and plain values (safetensors, which cannot contain code), a tree of plain
+values (JSON), and a file to which lines are appended.
 
-Files that carry the SHA-256 of what they hold, so that a damaged one is never taken for another result.
-
-Three kinds: a tree of tensors and plain values (in safetensors' format, which cannot be executed), a tree of plain
-values alone (JSON), and lines that are added one by one.
+No library does this. joblib.Memory keys on the text of one function and reads pickles, which can run code. diskcache
+and SQLite keep values without a checksum; diskcache uses pickles, and SQLite's locks are unsafe on network file systems.
 """
 
 import hashlib
@@ -34,17 +32,17 @@ from vitbench.base.code import code_digest
 from vitbench.base.configs import digest
 from vitbench.base.files import append_bytes, atomic_file, write_text
 
-PACKAGES = ("torch", "timm", "numpy", "PIL")  # what computes, and what prepares images
+PACKAGES = ("torch", "timm", "numpy", "PIL")  # all results depend on their versions
 
 
 def work_key(room: str, inputs: dict[str, Any], device: str | torch.device = "cpu", packages: tuple = ()) -> str:
-    """The key of a piece of work: equal only if everything is equal that decides its result.
+    """The key of a piece of work. Two keys are equal only if everything that decides the result is equal.
 
     Args:
-        room: the folder of the package whose code, with all rooms that it imports, does the work.
-        inputs: what it is given, as JSON's values: digests of models, fingerprints of images, settings.
-        device: where it is computed; the kind of device counts.
-        packages: modules of installed ones that decide the result, beside `PACKAGES`.
+        room: the room of the package whose code does the work; the rooms that it imports are included.
+        inputs: the work's inputs, as values of JSON's types: digests of models, fingerprints of images, settings.
+        device: the device that computes; only its type is part of the key.
+        packages: installed packages that decide the result, in addition to `PACKAGES`.
     """
     return digest(
         {
@@ -58,41 +56,41 @@ def work_key(room: str, inputs: dict[str, Any], device: str | torch.device = "cp
 
 
 class StoredFile:
-    """One file of work that can be taken up again.
+    """One stored file of work that can be resumed.
 
     Args:
         path: the file.
-        description: what it holds, for messages, such as "checkpoint".
+        description: the file's content in words, for messages, such as "checkpoint".
     """
 
     def __init__(self, path: str | Path, description: str):
         self.path, self.description = Path(path), description
 
     def load(self) -> Any:
-        """The tree that was saved; None if there is none, or if it is damaged, which is said."""
+        """The saved tree; None if there is none, or if it is damaged, for which a warning is printed."""
         if not self.path.is_file():
             return None
         try:
             return read_tree(self.path)
         except CorruptFileError as error:
-            print(f"the {self.description} {str(self.path)!r} is damaged ({error}); it is made again")
+            print(f"the {self.description} {str(self.path)!r} is damaged ({error}); it is recomputed")
             return None
 
     def save(self, tree: Any) -> None:
-        """Keep a tree of tensors and plain values in place of the one before."""
+        """Save a tree of tensors and plain values, which replaces the previous one."""
         paths.writable_folder(self.path.parent, f"folder of the {self.description}")
         write_tree(self.path, tree)
 
     def remove(self) -> None:
-        """Forget it; its result is kept elsewhere."""
+        """Delete the file, once the result is stored elsewhere."""
         self.path.unlink(missing_ok=True)
 
 
 class Store:
-    """The results of one kind of work, a file each, below the project's cache.
+    """The results of one kind of work, one file each, in a folder of the project's cache.
 
     Args:
-        kind: a folder's name, and the word for messages.
+        kind: the folder's name, also used in messages.
     """
 
     def __init__(self, kind: str):
@@ -103,7 +101,7 @@ class Store:
         return StoredFile(paths.model_cache() / self.kind / f"{key}.safetensors", f"file of {self.kind}")
 
     def tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of a key, by name: read, or made and kept."""
+        """The tensors of a key, by name: read from the store, or computed by `make` and stored."""
         file = self.file(key)
         tensors = file.load()
         if tensors is None:
@@ -112,34 +110,34 @@ class Store:
         return tensors
 
     def journal(self, key: str) -> "Journal":
-        """The notes of a key."""
+        """The journal of a key."""
         return Journal(paths.model_cache() / self.kind / f"{key}.jsonl", self.kind)
 
 
 class Journal:
-    """What a long search found so far, one note a line; a note that was being written when the process died is none.
+    """The results of a long search so far, one note on each line; an incomplete last line is ignored.
 
     Args:
-        path: the file; "" keeps nothing.
-        description: what the notes are of, for messages.
+        path: the file; "" stores nothing.
+        description: the search in words, for messages.
     """
 
     def __init__(self, path: str | Path, description: str):
         self.path, self.description = Path(path) if path else None, description
 
     def read(self) -> dict[str, Any]:
-        """What is noted, by name; damaged notes are left out, and that is said."""
+        """The values of all notes, by name. Damaged notes are left out, and a warning is printed."""
         if self.path is None:
             return {}
         lines, damaged = read_lines(self.path)
         if damaged:
             print(
-                f"{damaged} of the notes of {self.description} in {str(self.path)!r} are damaged; they are made again"
+                f"{damaged} of the notes of {self.description} in {str(self.path)!r} are damaged; they are recomputed"
             )
         return dict(lines)
 
     def append(self, name: str, value: Any) -> None:
-        """Note `value`, of JSON's types, under `name`."""
+        """Append a note: `value`, of JSON's types, under `name`."""
         if self.path is not None:
             paths.writable_folder(self.path.parent, f"folder of {self.description}")
             append_line(self.path, [name, value])
@@ -150,13 +148,13 @@ UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, Attribu
 
 
 class CorruptFileError(ValueError):
-    """The file does not hold what was written to it; the message says in which way."""
+    """The file's content is not what was written; the message gives the reason."""
 
 
 def write_tree(path: str | Path, tree: Any) -> None:
-    """Write dictionaries, lists and tuples of tensors and JSON's values, whole or not at all.
+    """Write dictionaries, lists and tuples of tensors and JSON's values, atomically.
 
-    Keys are text or integers; tensors are kept with type and shape, on the CPU.
+    Keys of dictionaries are text or integers. Tensors keep their dtype and shape, and are read on the CPU.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(tree, tensors, ""))
@@ -166,17 +164,17 @@ def write_tree(path: str | Path, tree: Any) -> None:
 
 
 def read_tree(path: str | Path) -> Any:
-    """What `write_tree` wrote.
+    """Read what `write_tree` wrote.
 
     Raises:
-        CorruptFileError: it was changed, cut short, or is another kind of file.
+        CorruptFileError: the file was changed, is incomplete, or is of another format.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if _sha256(metadata["tree"], tensors) != metadata["sha256"]:
-            raise CorruptFileError("its checksum is another")
+            raise CorruptFileError("its checksum does not match")
         return _decode(json.loads(metadata["tree"]), tensors)
     except CorruptFileError:
         raise
@@ -185,16 +183,16 @@ def read_tree(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON's values, whole or not at all."""
+    """Write a value of JSON's types, atomically."""
     write_text(path, json.dumps({"facts": value, "sha256": _json_sha256(value)}) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """What `write_json` wrote; raises `CorruptFileError` as `read_tree` does."""
+    """Read what `write_json` wrote; raises `CorruptFileError` as in `read_tree`."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if _json_sha256(content["facts"]) != content["sha256"]:
-            raise CorruptFileError("its checksum is another")
+            raise CorruptFileError("its checksum does not match")
         return content["facts"]
     except CorruptFileError:
         raise
@@ -203,14 +201,14 @@ def read_json(path: str | Path) -> Any:
 
 
 def append_line(path: str | Path, value: Any) -> None:
-    """Add one line of JSON's values to a file."""
+    """Append a value of JSON's types to a file, as one line."""
     append_bytes(path, (json.dumps([value, _json_sha256(value)[:16]]) + "\n").encode())
 
 
 def read_lines(path: str | Path) -> tuple[list[Any], int]:
-    """What the whole lines hold, and how many are damaged. A killed process may leave half a line: it counts as none.
+    """The values of the valid lines, and the number of damaged ones.
 
-    Lines that are not whole are taken out of the file.
+    Damaged lines, and an incomplete last line that a killed process may leave, are removed from the file.
     """
     if not Path(path).is_file():
         return [], 0
@@ -239,7 +237,7 @@ def _json_sha256(value: Any) -> str:
 
 
 def _sha256(text: str, tensors: dict[str, Tensor]) -> str:
-    """Of the text, and of each tensor's name, type, shape and bytes."""
+    """SHA-256 of the text, and of each tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -248,7 +246,7 @@ def _sha256(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """`value` as JSON's types: mappings name their kind, and tensors are put aside under their `path`."""
+    """`value` as JSON's types. Tensors are added to `tensors` under their `path`; mappings name the original type."""
     if isinstance(value, Tensor):
         name = path if path not in tensors else f"{path}#{len(tensors)}"
         tensor = value.detach().cpu().contiguous()
