@@ -1,4 +1,4 @@
-"""Accuracy against cost: one point a method with labels that cover nothing, and small multiples with a panel a method."""
+"""Accuracy against cost: a labelled point for each method, and small multiples with a panel for each method."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from vitbench.rows.budgets import SHARES, models_with_cost
 from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row, timed_labels
 from vitbench.rows.statistics import pareto_front
 
-COSTS = {  # cost -> what the title calls it, the axis label, and the scale of the axis
+COSTS = {  # cost -> its name in titles, the axis label, and the factor from a row's unit to the axis's
     "bytes": ("size", "size on disk (MB)", 1 / MEGA),
     "latency_ratio": ("time", "median latency / baseline's, batch {batch}, timed in turn", 1.0),
     "macs": ("work", "multiply-accumulates for one image (M)", 1 / MEGA),
@@ -32,7 +32,7 @@ MAX_NAMED_POINTS = 8  # of more points, only the baseline and the Pareto front a
 
 
 class Point(NamedTuple):
-    """A method's cost and its accuracy in per cent, each with the ends of its interval."""
+    """A method's cost and its accuracy (%), each with the bounds of its interval."""
 
     name: str
     x: float
@@ -51,10 +51,13 @@ class Point(NamedTuple):
 def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[Figure, pd.DataFrame]:
     """Accuracy against a cost ("bytes", "latency_ratio", "macs" or "energy"), with 95 % intervals and the Pareto front.
 
-    Of many methods only the baseline and those on the front are named, where there is room; the others are lighter, and
-    a legend tells all by the method without its settings. A point far below all those stands on a grey strip at the edge.
+    Of more than `MAX_NAMED_POINTS` methods, only the baseline and the Pareto front are named, if there is room. The others
+    are lighter, and a legend lists the methods without settings. Points far below the front are drawn on a grey strip.
 
     Returns the figure and the rows that it shows.
+
+    Raises:
+        InputError: an unknown cost, or no model with an accuracy and this cost.
     """
     cost_name, label, _ = COSTS[one_of("cost", cost, COSTS)]
     rows = experiment_rows(rows)
@@ -73,7 +76,7 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
         floor = _set_limits(axes, points, best)
         for point in points:
             _draw_point(axes, point, method_style(point.family, families), point in named, floor)
-        edge = (axes.get_xlim()[1], front[-1].y)  # to the right, nothing better was found
+        edge = (axes.get_xlim()[1], front[-1].y)  # the last step of the front reaches the right edge
         ends = [*((point.x, point.y) for point in front), edge]
         axes.plot(*zip(*ends, strict=True), color="#777777", lw=1, ls="--", zorder=1, drawstyle="steps-post")
         axes.set(xlabel=label.format(batch=batch), ylabel="top-1 on test images (%)")
@@ -97,7 +100,7 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
 
 
 def _points(rows: pd.DataFrame, cost: str, batch: int) -> tuple[list[Point], list[pd.Series]]:
-    """The methods with both numbers, and the rows behind them."""
+    """The methods that have an accuracy and the cost, and the rows that they come from."""
     points, used, scale = [], [], COSTS[cost][2]
     for method in timed_labels(rows):
         top1_row = find_row(rows, method, "top1")
@@ -116,9 +119,9 @@ def _points(rows: pd.DataFrame, cost: str, batch: int) -> tuple[list[Point], lis
 
 
 def _set_limits(axes: Axes, points: list[Point], best: list[Point]) -> float:
-    """Set the axes' limits, and return where those stand that are too far below the best for them: on a strip below.
+    """Set the axes' limits, and return the y of points that are too far below the best: the middle of a strip below.
 
-    The baseline and the front have at least a fourth of the axis: a method that failed must not press them together.
+    The baseline and the front take at least a fourth of the axis, so that a method that failed does not compress them.
     """
     top, lowest_best = max(point.high for point in points), min(point.low for point in best)
     points_in_range = [point for point in points if point.y >= lowest_best - 3 * (top - lowest_best)]
@@ -134,7 +137,7 @@ def _set_limits(axes: Axes, points: list[Point], best: list[Point]) -> float:
 
 
 def _below(points: list[Point], floor: float) -> str:
-    """What the note says of the points on the strip."""
+    """The footnote's sentence about the points on the strip."""
     off_axis = [point.y for point in points if point.y < floor]
     ends = dict.fromkeys(f"{end:.1f}" for end in (min(off_axis), max(off_axis))) if off_axis else ()
     return f"\ngrey strip: points further down, at {' to '.join(ends)} %" if off_axis else ""
@@ -151,15 +154,15 @@ def _draw_point(axes: Axes, point: Point, mark_style: dict[str, Any], named: boo
 
 
 def _bars(point: Point) -> list[Segment]:
-    """The two intervals."""
+    """The intervals of the accuracy and of the cost, as segments."""
     return [(point.x, point.low, point.x, point.high), (point.left, point.y, point.right, point.y)]
 
 
 def _name_points(axes: Axes, names: Mapping[str, Position], marks: Iterable[Position], segments: list[Segment]) -> None:
-    """Write each name as near its point as it covers no mark and no other name; a thin line leads to one further off.
+    """Write each name near its point, where it covers no mark and no other name; a thin line leads to a name further off.
 
-    It stays off the segments too, where that costs little distance. A name for which no room is left
-    nearby is not written. Comes after all else in the figure, since the layout moves the axes.
+    It also avoids the segments, if that costs little distance. A name without room nearby is not written. Call it
+    last, since the layout moves the axes.
     """
     figure = axes.figure
     assert isinstance(figure, Figure)
@@ -197,7 +200,7 @@ def _name_points(axes: Axes, names: Mapping[str, Position], marks: Iterable[Posi
 
 
 def _boxes(frame: Bbox, size: np.ndarray, step: float) -> np.ndarray:
-    """Places for a box of that size inside the frame: x0, y0, x1, y1 of each."""
+    """Candidate boxes of a size inside the frame, (boxes, 4) as x0, y0, x1, y1 in pixels."""
     across, up = np.arange(frame.x0, frame.x1 - size[0], step), np.arange(frame.y0, frame.y1 - size[1], step)
     corners = np.stack(np.meshgrid(across, up), -1).reshape(-1, 2)
     return np.concatenate([corners, corners + size], axis=1)
@@ -216,11 +219,14 @@ OFF_AXIS_STYLE: dict[str, Any] = {"ls": "", "marker": "v", "ms": 4, "color": COL
 
 
 def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
-    """Every model's accuracy against its bytes or MACs with 95 % intervals, a panel a method, and the methods' own fronts.
+    """Every model's accuracy against its bytes or MACs with 95 % intervals, a panel with a Pareto front for each method.
 
-    Vertical lines stand at the budgets of `budgets.SHARES`. What is far below the others stands at the lower edge.
+    Vertical lines mark the budgets of `budgets.SHARES`. Points far below the others are drawn at the lower edge.
 
     Returns the figure and the rows that it shows.
+
+    Raises:
+        InputError: another cost, no method with an accuracy and this cost, or no baseline.
     """
     cost_name, label, scale = COSTS[one_of("cost", cost, ("bytes", "macs"))]
     rows = experiment_rows(rows)
@@ -270,7 +276,7 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
 
 
 def _panel(axes: Axes, points: pd.DataFrame, bottom: float) -> None:
-    """One method's points with their intervals, those that are too low at the edge, and its front."""
+    """Draw one method's points with their intervals, those below `bottom` at the edge, and its Pareto front."""
     visible, off_axis = points[points["value"] > bottom], points[points["value"] <= bottom]
     error_bars = [(visible["value"] - visible["low"]).clip(lower=0), (visible["high"] - visible["value"]).clip(lower=0)]
     axes.errorbar(visible["x"], visible["value"], error_bars, **POINT_STYLE)

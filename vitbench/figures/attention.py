@@ -75,7 +75,7 @@ def break_even_by_variant(rows: pd.DataFrame, part: str) -> dict[str, tuple[floa
 
 
 def against_tokens(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Latency and multiply-accumulates over full attention's against the number of tokens, with the points where they cross 1."""
+    """Latency and multiply-accumulates over full attention's against the number of tokens; the points where latency crosses 1."""
     with style():
         figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
         for axes, (part, title) in zip(panels, TITLES.items(), strict=True):

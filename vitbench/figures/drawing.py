@@ -1,4 +1,4 @@
-"""Figures from rows alone, in one style: legible in grey, safe for colour-blind readers, labelled in place."""
+"""One style for all figures, legible in grey and safe for colour-blind readers; figures of latencies and predictions."""
 
 import contextlib
 import textwrap
@@ -42,7 +42,7 @@ STYLE: dict[Any, Any] = {  # matplotlib's keys are typed as literals, so `str` d
     "svg.fonttype": "none",
     "axes.prop_cycle": cycler(color=COLOURS),
 }
-SMALL_FONT_SIZE = 8  # points, of the names and numbers of which there are many
+SMALL_FONT_SIZE = 8  # points, for dense labels
 PREDICTED = ("weights x bits", "MACs")
 RING: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8, "color": "black", "mfc": "white"}
 MEDIAN: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4.5, "color": COLOURS[3], "zorder": 4}
@@ -54,21 +54,22 @@ _user_style: dict[Any, Any] = {}  # what `user_style` has set
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The project's look, for the figures here and for a notebook's own; a matplotlibrc has no part in it."""
+    """The project's style, for figures of the package and of notebooks; a user's matplotlibrc is ignored."""
     with mpl.rc_context():
         mpl.rcdefaults()  # text.usetex, for example, would need LaTeX
         mpl.rcParams.update(STYLE | _user_style)
         yield
         interactive = mpl.is_interactive()
-    mpl.interactive(interactive)  # a notebook's backend may have set it inside; taking it back would hide later figures
+    # a notebook's backend may have switched this on; switching it off would hide later figures
+    mpl.interactive(interactive)
 
 
 @contextlib.contextmanager
 def user_style(file: str | Path) -> Iterator[None]:
-    """Draw with a matplotlib style file, which goes before the project's look where it sets something; "" is none.
+    """Draw with a matplotlib style file, whose settings override the project's style; "" means no file.
 
     Raises:
-        InputError: no such file, or one that matplotlib does not understand.
+        InputError: the file does not exist, or is no matplotlib style file.
     """
     global _user_style
     before = _user_style
@@ -101,7 +102,7 @@ def save_figure(
     rows: pd.DataFrame | None = None,
     kinds: Sequence[str] = ("png", "svg"),
 ) -> None:
-    """Write `name`.png and `name`.svg, and with `rows` a `name`.csv of the rows that the figure shows, with their keys."""
+    """Write `name`.png and `name`.svg, and `name`.csv of `rows`, the rows that the figure shows."""
     folder = writable_folder(folder, "figures folder")
     undated: dict[str, dict[str, Any]] = {
         "svg": {"Date": None},
@@ -110,7 +111,7 @@ def save_figure(
     with style():
         for kind in kinds:
             write_bytes(folder / f"{name}.{kind}", figure_bytes(figure, kind, metadata=undated.get(kind)))
-            figure.set_layout_engine("none")  # it is laid out, for the other kinds and the notebook too
+            figure.set_layout_engine("none")  # keeps the first layout for the other kinds and the notebook
     if rows is not None:
         identity_columns = ["key", "model", "dataset", "method", "config", "metric", "batch"]
         columns = [*identity_columns, "value", "low", "high", "unit", "source", "commit"]
@@ -118,21 +119,23 @@ def save_figure(
 
 
 def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """How long a call takes: median, p90 and p99, a line for each method, the fastest first, one panel a batch size.
+    """Median, p90 and p99 of the time of a call, a line for each method, the fastest first, a panel for each batch size.
 
-    Where methods were timed in turn with the baseline, a call's time is given in medians of the baseline's calls of the
-    same process, so that a method's median is its ratio to the baseline, drawn with its 95 % interval; a baseline alone
-    is given in ms.
+    If methods were timed in alternation with the baseline, times are divided by the median of the baseline's calls in the
+    same process. A method's median is then its latency ratio, drawn with its 95 % interval. Otherwise times are in ms.
+
+    Raises:
+        InputError: no timed call.
     """
     rows = experiment_rows(rows)
     rows = rows[in_backend(rows) & rows["samples"].notna()]
     paired = rows[rows["metric"] == "latency_ratio"]
-    in_turn = len(paired) > 0
+    alternating = len(paired) > 0
     latency_rows = rows[rows["metric"].isin(["latency_p50", "latency_ratio"])]
-    latency_rows = latency_rows[latency_rows["label"].isin(paired["label"]) | (not in_turn)]
+    latency_rows = latency_rows[latency_rows["label"].isin(paired["label"]) | (not alternating)]
     if not len(latency_rows):
         raise InputError("no call was timed among these rows; measure the latency first")
-    calls = {int(batch): _calls(batch_rows, in_turn) for batch, batch_rows in latency_rows.groupby("batch")}
+    calls = {int(batch): _calls(batch_rows, alternating) for batch, batch_rows in latency_rows.groupby("batch")}
     names = sorted(
         dict.fromkeys(name for calls_by_label in calls.values() for name in calls_by_label),
         key=lambda name: [np.median(calls_by_label.get(name, np.inf)) for calls_by_label in calls.values()],
@@ -142,27 +145,29 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         for axes, (batch, calls_by_label) in zip(panels, calls.items(), strict=True):
             for name, times in calls_by_label.items():
                 _draw_times(axes, y[name], times, find_row(latency_rows, name, "latency_ratio", batch))
-            # one slow call must not press all the others together
+            # a single slow call must not set the scale of the axis
             slow, slowest = (max(np.percentile(times, p) for times in calls_by_label.values()) for p in (90, 99))
             axes.set_xlim(0, 1.05 * min(slowest, 2 * slow))
-            unit = "time of a call / baseline's median" if in_turn else "time of a call (ms)"
+            unit = "time of a call / baseline's median" if alternating else "time of a call (ms)"
             axes.set_xlabel(f"{unit}, batch {batch}")
-            if in_turn:
+            if alternating:
                 axes.axvline(1, color="black", lw=0.8, zorder=1)
             _legend(
                 axes,
-                {"median": MEDIAN} | ({"its 95 % interval": INTERVAL} if in_turn else {}) | {"p90": P90, "p99": P99},
+                {"median": MEDIAN}
+                | ({"its 95 % interval": INTERVAL} if alternating else {})
+                | {"p90": P90, "p99": P99},
             )
         figure.suptitle(figure_title(rows, "how long a call takes"), x=0.01, ha="left")
-        numbers = "the median and its 95 % interval" if in_turn else "the median"
+        numbers = "the median and its 95 % interval" if alternating else "the median"
         footnote(figure, f"numbers: {numbers}; the slowest calls may lie outside")
     return figure, latency_rows
 
 
-def _calls(latency_rows: pd.DataFrame, in_turn: bool) -> dict[str, np.ndarray]:
-    """Each method's calls; in turn, in units of the baseline's median, with the baseline's own calls first."""
+def _calls(latency_rows: pd.DataFrame, alternating: bool) -> dict[str, np.ndarray]:
+    """Label -> times of its calls (ms); if `alternating`, over the baseline's median, with the baseline first."""
     calls_by_label = _samples(latency_rows, "latency_p50")
-    if not in_turn:
+    if not alternating:
         return calls_by_label
     base = _samples(latency_rows, "latency_ratio")
     calls = {"baseline": np.concatenate([times / np.median(times) for times in base.values()])}
@@ -176,7 +181,7 @@ def _samples(rows: pd.DataFrame, metric: str) -> dict[str, np.ndarray]:
 
 
 def _draw_times(axes: Axes, y: float, times: np.ndarray, ratio: pd.Series | None) -> None:
-    """One method's line; the baseline has no ratio and so no interval."""
+    """Draw one method's line; the baseline has no ratio and no interval."""
     median, p90, p99 = np.percentile(times, (50, 90, 99))
     median = median if ratio is None else ratio["value"]
     axes.plot([median, p99], [y, y], color="#999999", lw=1)
@@ -191,9 +196,9 @@ def _draw_times(axes: Axes, y: float, times: np.ndarray, ratio: pd.Series | None
 
 
 def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """What bits and MACs promise beside what disk and clock say, as ratios to the baseline.
+    """Size and time predicted by bits and MACs, beside the measured ones, as ratios to the baseline.
 
-    A line for each compressed method, the smallest file first; its size in one panel, its time in the other.
+    A line for each compressed method, the smallest file first; size in one panel, time in the other.
     """
     rows = experiment_rows(rows)
     names = [method for method in timed_labels(rows) if method != "baseline"]
@@ -224,11 +229,11 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
     return figure, pd.DataFrame(figure_rows, columns=rows.columns).drop_duplicates("key")
 
 
-Marks = dict[str, tuple[float, float, float]]  # what it tells -> ratio to the baseline, and the ends of its interval
+Marks = dict[str, tuple[float, float, float]]  # quantity -> ratio to the baseline, low and high of its interval
 
 
 def _ratios_to_baseline(rows: pd.DataFrame, method: str) -> tuple[Marks, Marks, list[pd.Series]]:
-    """The marks of one method for size and for time, and the rows behind them."""
+    """The marks of one method for size and for time, and the rows that they show."""
     size: Marks = {}
     time: Marks = {}
     rows_used = []
@@ -248,7 +253,7 @@ def _ratios_to_baseline(rows: pd.DataFrame, method: str) -> tuple[Marks, Marks, 
 
 
 def _kinds(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How each label's marks look: predicted ones are rings, into which a measured one of the same value fits."""
+    """Label -> style of its marks; a predicted one is a ring, so that a measured one of the same value fits into it."""
     labels = list(dict.fromkeys(labels))
     kinds: dict[str, dict[str, Any]] = {label: RING for label in labels if label in PREDICTED}
     for index, label in enumerate(label for label in labels if label not in PREDICTED):
@@ -258,7 +263,7 @@ def _kinds(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _draw_marks(axes: Axes, y: float, marks: Marks, kinds: dict[str, dict[str, Any]]) -> None:
-    """One method's line in one panel; what was measured at several batch sizes stands a little apart, in inches."""
+    """Draw one method's line in one panel; times of several batch sizes are shifted vertically (inches)."""
     predicted, measured = ([label for label in kinds if (label in PREDICTED) == side] for side in (True, False))
     all_ratios = [ratio for ratio, *_ in marks.values()]
     axes.plot(all_ratios, [y] * len(all_ratios), color="#BBBBBB", lw=1)
@@ -271,7 +276,7 @@ def _draw_marks(axes: Axes, y: float, marks: Marks, kinds: dict[str, dict[str, A
 
 
 def _method_lines(names: Sequence[str], panels: int) -> tuple[Figure, list[Axes], dict[str, float]]:
-    """An empty figure with a line for each name, and panels side by side; with it, y of each name's line."""
+    """An empty figure with a line for each name, its panels side by side, and name -> y of its line (inches)."""
     texts = [wrap_label(name, 44) for name in names]
     heights = np.array([0.085 + 0.135 * (1 + text.count("\n")) for text in texts])  # inches
     total, y = max(0.5, heights.sum()), np.cumsum(heights) - heights / 2
@@ -285,12 +290,12 @@ def _method_lines(names: Sequence[str], panels: int) -> tuple[Figure, list[Axes]
 
 
 def _write_at_right(axes: Axes, y: float, text: str) -> None:
-    """Write to the right of a panel, on a method's line."""
+    """Write a text to the right of a panel, at a method's line."""
     axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), fontsize=SMALL_FONT_SIZE, va="center")
 
 
 def _legend(axes: Axes, kinds: dict[str, dict[str, Any]]) -> None:
-    """What the marks mean, above the panel: the reading of a long list starts there."""
+    """Draw a legend above the panel, where a reader of a long list starts."""
     marks = [Line2D([], [], label=label, **kind) for label, kind in kinds.items()]
     close: dict[str, Any] = {"borderpad": 0, "columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5}
     axes.legend(handles=marks, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=SMALL_FONT_SIZE, **close)
@@ -309,21 +314,21 @@ def require_row(rows: pd.DataFrame, label: str, metric: str, batch: int | None =
 
 
 def wrap_label(name: str, width: int) -> str:
-    """A name on as many lines as it needs; nothing is left out, since two settings may differ in the last of them only."""
+    """Break a name into lines; it is never shortened, since two settings may differ only at the end."""
     return textwrap.fill(name, width, break_on_hyphens=False)
 
 
 def figure_title(rows: pd.DataFrame, what: str) -> str:
-    """A figure's title: what it shows, and of which model on which images."""
+    """A figure's title: what it shows, the model and the images."""
     last = rows.iloc[-1]
     return f"{what}\n{escape_dollars(last['model'])} on {escape_dollars(last['dataset'])}"
 
 
 def escape_dollars(text: str) -> str:
-    """Text from outside, in which a dollar is a dollar and begins no formula."""
+    """Escape dollar signs, so that matplotlib does not read a formula."""
     return text.replace("$", r"\$")
 
 
 def footnote(figure: Figure, text: str) -> None:
-    """A line of small print below a figure."""
+    """Write small print below a figure."""
     figure.supxlabel(text, fontsize=8, color="#555555", x=0.99, ha="right")

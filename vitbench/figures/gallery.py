@@ -31,9 +31,9 @@ GALLERY: dict[str, tuple[str, Draw]] = {
         "accuracy at equal multiply-accumulates, over seeds",
         lambda rows, batch: equal_budgets(rows, "macs"),
     ),
-    "ranks": ("who is how good at equal bytes, over seeds", lambda rows, batch: ranks(rows, "bytes")),
+    "ranks": ("ranks by accuracy at equal bytes, over seeds", lambda rows, batch: ranks(rows, "bytes")),
     "predicted": (
-        "what bits and MACs promise beside what was measured",
+        "size and time, predicted by bits and MACs and measured",
         lambda rows, batch: drawing.predicted_beside_measured(rows),
     ),
     "latencies": ("how long a call takes", lambda rows, batch: drawing.latencies(rows)),

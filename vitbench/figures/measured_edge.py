@@ -37,7 +37,7 @@ def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def startup(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Seconds from the start of a process to its first output, by backend and model; dots are single starts, loading is hatched."""
+    """Seconds from the start of a process to its first output, by backend and model; dots: single starts, hatched: loading."""
     figure, axes, figure_rows, starts = _bars(rows, "cold_start", "load_time", "startup", 1.0)
     for position, row in enumerate(starts.itertuples()):
         axes.plot(row.samples, [position] * len(row.samples), ls="", marker="o", ms=3.5, color="black")

@@ -1,4 +1,4 @@
-"""Figures that look into one model or one family of settings; like all figures, from rows alone."""
+"""Figures of single models: training curves, bytes by part, layers' errors and ranks, and error by family of settings."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, require_row, style
 from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
 
-PARTS = {  # what the bytes of a saved model hold -> colour
+PARTS = {  # part of a saved model -> colour
     "block weights": COLOURS[3],
     "shared factors": COLOURS[1],
     "patch embedding and head": COLOURS[4],
@@ -25,7 +25,7 @@ FigureAndRows = tuple[Figure, pd.DataFrame]
 
 
 def training_curves(rows: pd.DataFrame, names: dict[str, str] | None = None) -> FigureAndRows:
-    """Loss on the training images and accuracy on the val split, step by step; `names`: label -> name in the legend."""
+    """Loss on the training images and accuracy on the val split, at each step; `names`: label -> name in the legend."""
     rows, names = experiment_rows(rows), names or {"baseline": "baseline"}
     metrics = [metric for metric in ("train_loss", "val_top1") if (rows["metric"] == metric).any()]
     figure_rows = []
@@ -56,7 +56,7 @@ def training_curves(rows: pd.DataFrame, names: dict[str, str] | None = None) -> 
 
 
 def parts(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
-    """What the bytes on disk hold, one bar a model; `names`: label -> name."""
+    """Bytes on disk by part, one bar for each model; `names`: label -> name."""
     rows = experiment_rows(rows)
     figure_rows = rows[(rows["metric"] == "part_bytes") & rows["label"].isin(names)]
     parts_held = figure_rows["context"].map(lambda context: context["part"])
@@ -83,7 +83,7 @@ def parts(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
 def layer_errors(
     rows: pd.DataFrame, names: dict[str, str], metric: str = "weight_error", scale: str = "linear"
 ) -> FigureAndRows:
-    """An error of each layer, one line a model; `names`: label -> name in the legend; `metric`: one of `ERRORS`."""
+    """An error of each layer, one line for each model; `names`: label -> name in the legend; `metric`: one of `ERRORS`."""
     rows, figure_rows = experiment_rows(rows), []
     axis, title = ERRORS[metric]
     with style():
@@ -109,7 +109,10 @@ def layer_errors(
 
 
 def layer_map(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
-    """Which share of its weights each layer keeps, with its rank: a heat map over depth and type, one a model."""
+    """The share of weights that each layer keeps, and its rank: a heat map over depth and type for each model.
+
+    `names`: label -> title. Dense layers have no rank.
+    """
     rows, figure_rows = experiment_rows(rows), []
     with style():
         figure, panels = plt.subplots(len(names), 1, figsize=(9.6, 0.6 + 1.75 * len(names)), squeeze=False)
@@ -139,18 +142,18 @@ def layer_map(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
 
 
 def _by_depth(row: pd.Series) -> tuple[list[str], np.ndarray]:
-    """The layers of a row in the order of depth, and its samples in that order."""
+    """The names of a row's layers and its samples, both sorted by depth."""
     pairs = zip(row["context"]["layers"], row["samples"], strict=True)
     sorted_pairs = sorted(pairs, key=lambda pair: [int(part) if part.isdigit() else 0 for part in pair[0].split(".")])
     return [name for name, _ in sorted_pairs], np.array([sample for _, sample in sorted_pairs])
 
 
 def error_by_family(rows: pd.DataFrame, names: dict[str, list[str]], cost: str = "bytes") -> FigureAndRows:
-    """Test error against bytes or weights, a line for each family: its name -> the labels of its settings."""
+    """Test error against bytes or weights, a line for each family; `names`: family -> the labels of its settings."""
     rows, figure_rows = experiment_rows(rows), []
     base, unit = require_row(rows, "baseline", "top1"), {"bytes": "MB", "params": "M weights"}[cost]
-    palette = (3, 3, 1, 1) if len(names) <= 4 else (2, 4, 6, 1, 5, 3, 0)  # up to four families are two pairs
-    min_error = 0.5 / base["context"]["images"]  # no error at all has no place on a logarithmic axis
+    palette = (3, 3, 1, 1) if len(names) <= 4 else (2, 4, 6, 1, 5, 3, 0)  # up to four families are drawn as two pairs
+    min_error = 0.5 / base["context"]["images"]  # a logarithmic axis cannot show 0
     baseline_error = 100 * max(1 - base["value"], min_error)
     with style():
         figure, axes = plt.subplots(figsize=(7.2, 4.4))

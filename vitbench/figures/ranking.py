@@ -1,4 +1,4 @@
-"""Methods at equal budgets over several seeds: each one's accuracy within the same shares of the baseline's cost, with intervals."""
+"""Methods at equal budgets over several seeds: accuracy within shares of the baseline's cost, with intervals."""
 
 from collections.abc import Sequence
 
@@ -15,29 +15,28 @@ from vitbench.rows.statistics import mean_interval
 
 SHARES = {
     "bytes": (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16, 1 / 20),
-    "macs": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),  # work is never saved as far as bytes
+    "macs": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),  # no method saves as large a share of the work as of the bytes
 }
-WIDTH = 0.7  # of all methods at one budget, in units of the gap between two
+WIDTH = 0.7  # of all methods at one budget, in units of the distance between budgets
 
 
 def at_budgets(rows: pd.DataFrame, cost: str = "bytes", shares: Sequence[float] = ()) -> pd.DataFrame:
-    """Of each method the setting that fits a share of the baseline's cost most closely, and its accuracy over the seeds.
+    """For each method and share of the baseline's cost, the most expensive setting within it, and its accuracy over seeds.
 
-    Which setting stands for a method is decided by cost alone, so that no accuracy chooses anything. A combination is a
-    method of its own.
+    The setting is chosen by cost alone, so that no test accuracy chooses anything. A combination counts as a method.
 
     Args:
-        rows: of any number of seeds; all settings of one model on the same images.
+        rows: of one model on the same images, with any settings and seeds.
         cost: "bytes" or "macs".
         shares: by default `SHARES`.
 
     Returns:
-        One line a method and share that it can reach, methods in the order they came: share, method, label, cost (the mean
-        over seeds), seeds, top1 (the mean), low, high (its 95 % Student t interval over seeds; NaN for one seed). The baseline's has
-        share 1.
+        A table with a line for each method and share that it reaches, methods in the order of the rows. Columns: share,
+        method, label, cost (mean over seeds), seeds, top1 (mean), low, high (95 % Student t interval over seeds; NaN for
+        one seed). The first line is the baseline's, with share 1.
 
     Raises:
-        InputError: no accuracy beside that cost, or none of the baseline.
+        InputError: no model or no baseline with both an accuracy and that cost.
     """
     shares = shares or SHARES[one_of("cost", cost, SHARES)]
     top1, spent = (across_seeds(rows, metric).set_index(["label", "seed"])["value"] for metric in ("top1", cost))
@@ -125,9 +124,9 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
 
 
 def ranks(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
-    """Which method is how good within each share of the baseline's cost: ranks by mean accuracy, the accuracies beside them.
+    """The methods' ranks by mean accuracy within each share of the baseline's cost, beside the accuracies.
 
-    A method that is out of reach of a share has no rank there. Returns the figure and the rows that it shows.
+    A method that does not reach a share has no rank there. Returns the figure and the rows that it shows.
     """
     cost_name, table = _budget_table(rows, cost)
     accuracy = table.iloc[1:].pivot(index="method", columns="share", values="top1").sort_index(axis=1, ascending=False)
@@ -148,12 +147,18 @@ def ranks(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame
         axes.set_xlabel(f"budget: share of the baseline's {cost_name}")
         axes.grid(visible=False)
         axes.set_title(figure_title(rows, f"rank and top-1 (%) at equal {cost_name}"))
-        footnote(figure, "means over seeds; neighbours may not be told apart: see the intervals; empty: out of reach")
+        footnote(
+            figure, "means over seeds; neighbours may not differ significantly: see the intervals; empty: out of reach"
+        )
     return figure, _source_rows(rows, table, cost)
 
 
 def _budget_table(rows: pd.DataFrame, cost: str) -> tuple[str, pd.DataFrame]:
-    """What a figure calls the cost, and `at_budgets` with a method in it."""
+    """The cost's name in figures, and `at_budgets`.
+
+    Raises:
+        InputError: no method within the largest share.
+    """
     table, cost_name = at_budgets(rows, cost), COSTS[cost][0]
     if len(table) < 2:
         raise InputError(
@@ -167,6 +172,6 @@ def _names(shares: Sequence[float], cost: str) -> list[str]:
 
 
 def _source_rows(rows: pd.DataFrame, table: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """The rows of accuracy and cost of the models that lines of `at_budgets` are about."""
+    """The rows of accuracy and cost from which a table of `at_budgets` was made."""
     both = pd.concat([across_seeds(rows, metric) for metric in ("top1", cost)])
     return rows[rows["key"].isin(both["key"][both["label"].isin(table["label"])])]

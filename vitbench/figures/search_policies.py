@@ -1,4 +1,4 @@
-"""Figures of searches for a policy and of the policies found; from rows alone."""
+"""Figures of policy searches and of the policies that they chose, from rows alone."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ POLICY = {
 
 
 def _line(index: int) -> dict[str, Any]:
-    """Colour and stroke of the line with this index."""
+    """Colour and dashes of the line with this index."""
     return {
         "color": COLOURS[(3, 1, 5, 4, 6, 0)[index % 6]],
         "ls": ("-", "--", ":", "-.", (0, (6, 3)), (0, (1, 3)))[index % 6],
@@ -27,7 +27,10 @@ def _line(index: int) -> dict[str, Any]:
 
 
 def search_progress(rows: pd.DataFrame, names: dict[str, list[str]]) -> tuple[Figure, pd.DataFrame]:
-    """The best score so far against the policies scored; name -> labels of the searches (one a seed): mean and range."""
+    """The best score so far against the number of scored policies, mean and range over seeds.
+
+    `names`: name in the legend -> labels of its searches, one for each seed.
+    """
     rows = experiment_rows(rows)
     figure_rows = rows[
         (rows["metric"] == "search_score")
@@ -60,7 +63,7 @@ def search_progress(rows: pd.DataFrame, names: dict[str, list[str]]) -> tuple[Fi
 
 
 def policies(rows: pd.DataFrame, names: dict[str, str]) -> tuple[Figure, pd.DataFrame]:
-    """What the best policy of each search leaves of every block, over depth; label -> name."""
+    """The units that each search's best policy keeps in each block; `names`: label -> name in the legend."""
     rows = experiment_rows(rows)
     figure_rows = rows[rows["metric"].isin(POLICY) & rows["label"].isin(names)]
     with style():
@@ -83,7 +86,7 @@ def policies(rows: pd.DataFrame, names: dict[str, str]) -> tuple[Figure, pd.Data
 
 
 def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]]) -> tuple[Figure, pd.DataFrame]:
-    """Top-1 against the multiply-accumulates left, a line for each kind of policy, a panel for each name.
+    """Top-1 against the remaining multiply-accumulates, a line for each kind of policy, a panel for each name.
 
     `panels`: name -> {(budget, kind): label}.
     """
@@ -112,5 +115,5 @@ def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]
 
 
 def _differs(rows: pd.DataFrame) -> bool:
-    """Whether any policy leaves another count in any block than elsewhere: what none of them cuts needs no panel."""
+    """Whether the rows' counts differ between blocks or policies; if not, no policy changes them and they need no panel."""
     return len(rows) > 0 and np.unique(np.concatenate(rows["samples"].tolist())).size > 1

@@ -1,4 +1,4 @@
-"""A slider under a notebook's cell that draws a figure anew; the figure is there without a kernel too, as it was last."""
+"""A slider that redraws a figure in a notebook; without a kernel the notebook shows the last picture."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from vitbench.figures.drawing import style
 
 
 def figure_slider(draw: Callable[[int], Figure], name: str, low: int, high: int, start: int) -> ipywidgets.VBox:
-    """A slider from `low` to `high`, and below it `draw(value)` as a picture.
+    """A slider from `low` to `high`, and below it the figure `draw(value)` as a picture.
 
-    The picture is a value of its own and not the output of a cell, which a notebook that is run by a program, and so has no
-    front end, could wait for without end.
+    The picture is an image widget and not an output widget: a notebook that is executed without a front end could wait
+    forever for an output widget.
     """
 
     def picture(value: int) -> bytes:
