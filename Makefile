@@ -5,7 +5,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 BIN := .venv/bin
 
-.PHONY: run lint check test setup api format audit reference figures pages
+.PHONY: run lint check test notebooks setup api format audit reference figures pages
 
 run: setup
 	$(BIN)/vitbench run $(PROFILE) $(ARGS)
@@ -15,6 +15,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/python docs/rooms.py --check
 
 check: lint
@@ -22,7 +23,11 @@ check: lint
 
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile tests --ignore tests/project/test_notebooks.py $(ARGS)
-	$(BIN)/pytest --nbmake tests/project/test_notebooks.py notebooks $(ARGS)
+	$(BIN)/pytest --nbmake tests/project/test_notebooks.py notebooks/00_start_here.ipynb $(ARGS)
+
+# make notebooks  runs every lesson by itself under nbmake; `make test` runs them all by papermill, and the first by nbmake
+notebooks: setup
+	$(BIN)/pytest --nbmake notebooks $(ARGS)
 
 setup: .venv/.done
 

@@ -134,6 +134,7 @@ def test_a_lesson_that_trains_is_left_out_where_there_is_nothing_to_train_on(tmp
 
 
 RUN = [sys.executable, "-m", "vitbench.cli", "run", "quick"]
+FEWER_ROUNDS = ("--set", "rounds=20")  # of each timing; the lessons are the same
 
 
 def suite(*arguments, **options):
@@ -142,15 +143,12 @@ def suite(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def killed_then_finished(home):
-    """The quick suite, killed while it trains and again while a notebook measures, then run to its end.
-
-    It is where the notebooks by themselves write too: those, under nbmake, find its rows.
-    """
+    """The quick suite, killed while it trains and again while a notebook measures, then run to its end."""
     out = home / "results" / "runs" / "quick"
     shutil.rmtree(out, ignore_errors=True)
 
     def kill_when(reached):
-        child = subprocess.Popen(RUN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen([*RUN, *FEWER_ROUNDS], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 900  # two threads beside other work wait for each other
         while not reached():
             assert child.poll() is None, "the suite ended before it could be killed"
@@ -163,7 +161,7 @@ def killed_then_finished(home):
     known = set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.safetensors"))
     kill_when(lambda: set((home / "results" / "cache").glob("vit_mini_patch2_8-digits-*/training.safetensors")) - known)
     kill_when(lambda: (out / "records.jsonl").exists() and b'"latency_p50"' in (out / "records.jsonl").read_bytes())
-    return out, suite()
+    return out, suite(*FEWER_ROUNDS)
 
 
 @pytest.mark.slow
@@ -207,7 +205,7 @@ def test_a_second_run_skips_everything(killed_then_finished):
     out, _ = killed_then_finished
     before = {path: path.stat().st_mtime_ns for path in (out / "notebooks").iterdir()}
     start = time.monotonic()
-    done = suite()
+    done = suite(*FEWER_ROUNDS)
     assert done.returncode == 0
     assert len(re.findall(r"^skipped\s+\d\d", done.stdout, re.M)) == len(NOTEBOOKS)
     assert {path: path.stat().st_mtime_ns for path in (out / "notebooks").iterdir()} == before
