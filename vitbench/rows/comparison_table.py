@@ -68,9 +68,25 @@ def _same_experiment(rows: pd.DataFrame) -> pd.Series:
     last = rows.iloc[-1]
     is_same = rows["model"].eq(last["model"]) & rows["data_fingerprint"].eq(last["data_fingerprint"])
     is_same &= rows["dataset"].eq(last["dataset"])
-    origin = last["config"].get("origin")
-    is_same[is_same] = [config.get("origin") == origin for config in rows["config"][is_same]]
+    trained = _origins_of_files(rows[is_same])
+    origin = _origin(last["config"], trained)
+    is_same[is_same] = [_origin(config, trained) == origin for config in rows["config"][is_same]]
     return is_same
+
+
+def _origins_of_files(rows: pd.DataFrame) -> dict[str, Any]:
+    """How each baseline's weights were made, by the start of the SHA-256 of its file."""
+    baselines = rows[rows["method"] == "baseline"]
+    files = (context.get("artifact") for context in baselines["context"])
+    return {file: config.get("origin") for file, config in zip(files, baselines["config"], strict=True) if file}
+
+
+def _origin(config: dict[str, Any], trained: dict[str, Any]) -> Any:
+    """How the weights were made; of a model that starts from a baseline's very file, how that one's were made."""
+    origin = config.get("origin") or {}
+    if origin.get("head") == "same" and "train" not in origin:
+        return trained.get(origin.get("start", "").rpartition(":")[2], origin)
+    return origin
 
 
 def timed_labels(rows: pd.DataFrame) -> list[str]:
