@@ -68,6 +68,7 @@ reference:
 ROWS := results/reference
 CIFAR10 := $(addprefix $(ROWS)/,quantization-cifar10 cifar10-deit mixed-rank-cifar10 multidimensional-cifar10 torch-pruning-cifar10)
 figures: setup
+	$(BIN)/vitbench figure size --rows $(ROWS)/cifar10-224-h200 --out $(ROWS)/figures/cifar10_224_size.png
 	$(BIN)/vitbench figure methods --rows $(CIFAR10) --out $(ROWS)/figures/cifar10_methods.png
 	$(BIN)/vitbench figure backends --rows $(ROWS)/edge-deit-base --out $(ROWS)/figures/deit_base_backends.png
 	$(BIN)/vitbench figure equal-size --rows $(ROWS)/equal-cifar10 --out $(ROWS)/figures/cifar10_equal_size.png

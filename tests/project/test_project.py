@@ -79,18 +79,27 @@ def test_the_citation_is_of_this_version(project):
     assert (ROOT / "LICENSE").read_text().startswith(cited["license"])
 
 
-def test_the_readmes_commands_exist():
-    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"^make (\w+)", readme, re.M)):
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[a-z]*.md"))]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_exist(page):
+    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make (\w+)", text, re.M)):
         assert re.search(rf"^{target}:", makefile, re.M), target
     from vitbench.cli.program import _parser
 
-    for line in re.findall(r"^vitbench (.+)$", readme, re.M):
+    for line in re.findall(r"^vitbench (.+)$", text, re.M):
         _parser().parse_args(re.findall(r'"[^"]*"|\S+', line.split("#")[0]))
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
 def test_links_lead_somewhere():
-    for page in (*ROOT.glob("*.md"), *(ROOT / "results").glob("*.md"), *(ROOT / "results" / "reference").glob("*.md")):
+    folders = (ROOT, ROOT / "docs", ROOT / "data", ROOT / "results", ROOT / "results" / "reference")
+    for page in (page for folder in folders for page in folder.glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
 
