@@ -117,7 +117,7 @@ def most_accurate(won: Iterable[Any]) -> Iterator[Cells]:
                 each.top1["label"],
                 accuracy_text(each.top1),
                 size,
-                len(each.equals),
+                len(each.indistinguishable),
             )
 
 
