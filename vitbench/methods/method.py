@@ -15,7 +15,7 @@ from vitbench.data.splits import ImageData
 Saves = Literal["bytes", "macs"]
 
 
-Handler = Callable[[nn.Module, Config, ImageData | None], nn.Module]
+Handler = Callable[[nn.Module, Any, ImageData | None], nn.Module]  # each handler takes its own config class
 
 
 Ladder = Callable[[nn.Module], list[dict[str, Any]]]

@@ -40,7 +40,7 @@ def score(model: nn.Module, data: ImageData | None, criterion: Criterion) -> lis
         raise InputError(
             f"the criterion {criterion.name} looks at images and no data set was given; give one, or magnitude"
         )
-    if criterion.name == "hsic" and len(seen_by(data, criterion)) < LEAST_SAMPLES:
+    if criterion.name == "hsic" and data is not None and len(seen_by(data, criterion)) < LEAST_SAMPLES:
         raise InputError(
             f"HSIC from {len(seen_by(data, criterion))} samples says nothing; at least {LEAST_SAMPLES} calibration images are "
             "needed, and 128 or more are advised"
@@ -52,6 +52,7 @@ def score(model: nn.Module, data: ImageData | None, criterion: Criterion) -> lis
 
     if criterion.name == "magnitude":
         return magnitude(model, data, criterion)
+    assert data is not None  # checked above for all other criteria
     facts = {"model": model_digest(model), "data": data.fingerprint, "criterion": criterion.to_dict()}
     device = loop.pick_device() if criterion.name == "gates" else "cpu"
     tensors = Store("scores").tensors(work_key("removal", facts, device), make)
@@ -75,7 +76,8 @@ class _Sums:
     """Adds up, batch by batch, what `see` makes of the units' values: fc2's and proj's inputs, and qkv's outputs."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.sums = model, {}
+        self.model = model
+        self.sums: dict[str, Tensor] = {}
         self.layers = {
             name: layer
             for name, layer in vit.linear_layers(model).items()

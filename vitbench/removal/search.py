@@ -88,7 +88,9 @@ def search(
         InputError: no feasible policy was found.
     """
     rng = np.random.default_rng(config.seed)
-    known, policies, scores = memory.read() if memory else {}, [], []
+    known = memory.read() if memory else {}
+    policies: list[np.ndarray] = []
+    scores: list[float] = []
     starts = simple(space, cost, *limits)[: config.first]
     for step in progress.progress_bar(range(config.evaluations), f"search ({config.how})", unit="policy"):
         if step < len(starts):

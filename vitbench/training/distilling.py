@@ -35,8 +35,8 @@ def soft_loss(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tenso
 
     logits, wanted: the student's and the teacher's answers, (B, C).
     """
-    soft = (F.log_softmax(answers / temperature, 1) for answers in (logits, wanted))
-    return temperature**2 * F.kl_div(*soft, log_target=True, reduction="batchmean")
+    student, teacher = F.log_softmax(logits / temperature, 1), F.log_softmax(wanted / temperature, 1)
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 def hard_loss(logits: Tensor, wanted: Tensor) -> Tensor:
