@@ -51,7 +51,8 @@ class CodedModel(nn.Module):
 
     def decode(self) -> dict[str, Tensor]:
         """The coded weights by parameter name. Fills `mismatch`."""
-        weights, self.regularizer = {}, 0.0
+        weights: dict[str, Tensor] = {}
+        self.regularizer = 0.0
         with torch.autocast(next(self.coders.parameters()).device.type, enabled=False):
             for coder in self.coders:
                 decoded = coder.decode()

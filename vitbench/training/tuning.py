@@ -56,7 +56,7 @@ def find_teacher(
     classes = own.architecture.num_classes
     if config.train.epochs and data is None:
         raise InputError("training needs images and no data set was given; give one, or train.epochs=0")
-    if config.train.epochs and len(data.classes) != classes:
+    if data is not None and config.train.epochs and len(data.classes) != classes:
         raise InputError(
             f"the model has {classes} outputs and {data.name} has {len(data.classes)} classes; give the images that the "
             "model was made for, or train.epochs=0"
