@@ -35,7 +35,7 @@ def test_a_cell_travels_as_json():
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", "a\\b", "..", "", "$(id)", "a\nb", "a\0b", "~root"])
 def test_names_from_data_do_not_decide_where_a_file_goes(name):
-    used = f"model-{cache._plain(name)}-key"
+    used = f"model-{cache._safe_folder_name(name)}-key"
     assert re.fullmatch(r"[\w.-]+", used)
     assert (ROOT / used).resolve().parent == ROOT
 
