@@ -64,15 +64,9 @@ reference:
 	cp -r $(FROM)/records.jsonl $(FROM)/environments results/reference/$(AS)/
 	for rows in $(wildcard $(FROM)/figures/*.csv); do cp $${rows%.csv}.* results/reference/$(AS)/figures/; done
 
-# make figures  draws the README's figures again, from committed rows alone
-ROWS := results/reference
-CIFAR10 := $(addprefix $(ROWS)/,quantization-cifar10 cifar10-deit mixed-rank-cifar10 multidimensional-cifar10 torch-pruning-cifar10)
+# make figures  draws the pages' figures again, from committed rows alone
 figures: setup
-	$(BIN)/vitbench figure size --rows $(ROWS)/cifar10-224-h200 --out $(ROWS)/figures/cifar10_224_size.png
-	$(BIN)/vitbench figure methods --rows $(CIFAR10) --out $(ROWS)/figures/cifar10_methods.png
-	$(BIN)/vitbench figure backends --rows $(ROWS)/edge-deit-base --out $(ROWS)/figures/deit_base_backends.png
-	$(BIN)/vitbench figure equal-size --rows $(ROWS)/equal-cifar10 --out $(ROWS)/figures/cifar10_equal_size.png
-	$(BIN)/vitbench figure ranks --rows $(ROWS)/equal-cifar10 --out $(ROWS)/figures/cifar10_ranks.png
+	$(BIN)/python -m docs.figures
 
 # make pages  makes README, REVIEWING and the pages of results from the templates in docs/pages and committed rows (ARGS=--check shows what would change)
 pages: setup

@@ -1,13 +1,12 @@
-"""Makes the pages whose numbers come from rows: `python -m docs.render`; with `--check` it only compares.
+"""Make the pages whose numbers come from rows: `python -m docs.render`; with `--check` it only compares.
 
 The template `docs/pages/NAME.j2` makes the page NAME. A template takes its numbers from rows (see `docs.results` and
-`docs.tables`), and a sentence that says what they mean stands in a `claim` with its condition: once the rows no longer
-bear it out, the page cannot be made.
+`docs.tables`). A sentence that interprets them stands in a `claim` with its condition: if the rows no longer support it, the
+page cannot be made.
 """
 
 import argparse
 import difflib
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 import jinja2
 
 from docs import tables
+from docs.figures import drawn_from
 from docs.results import Results, found_in, points
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,23 +26,23 @@ WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "
 
 
 class ClaimError(AssertionError):
-    """A sentence of a page that the rows do not bear out."""
+    """A sentence of a page that the rows do not support."""
 
 
 def claim(condition: Any, text: str = "", caller: Callable[[], str] | None = None) -> str:
     """The text, or what `{% call claim(condition) %}` surrounds, if the condition holds.
 
     Raises:
-        ClaimError: it does not.
+        ClaimError: the condition does not hold.
     """
-    said = caller() if caller else text
+    sentence = caller() if caller else text
     if not condition:
-        raise ClaimError(f"the rows no longer bear this out: {' '.join(said.split())!r}")
-    return said
+        raise ClaimError(f"the rows no longer support this: {' '.join(sentence.split())!r}")
+    return sentence
 
 
 class Pages:
-    """All templates, and the results that they take their numbers from.
+    """All templates, and the results for their numbers.
 
     Args:
         reference: the folder of results folders, by default the committed one.
@@ -62,7 +62,9 @@ class Pages:
             "signed": lambda number, digits=2: f"{number:+.{digits}f}",
             "number": lambda number, form: f"{number:{form}}",
             "word": lambda number: WORDS[number],
-            "both": lambda numbers, digits=2: " to ".join(f"{end:.{digits}f}" for end in (min(numbers), max(numbers))),
+            "both": lambda numbers, digits=2: " to ".join(
+                f"{bound:.{digits}f}" for bound in (min(numbers), max(numbers))
+            ),
         }
         self.environment.globals |= {
             "claim": claim,
@@ -78,7 +80,7 @@ class Pages:
             "min": min,
             "max": max,
             "abs": abs,
-            "listed": listed,
+            "drawn_from": drawn_from,
             **tables.TABLES,
         }
 
@@ -92,22 +94,16 @@ class Pages:
 
     def folders(self, rows: bool = False) -> list[str]:
         """All folders of results, or only those with rows."""
-        found = sorted(path for path in self.reference.iterdir() if path.is_dir())
-        return [path.name for path in found if not rows or (path / "records.jsonl").is_file()]
+        folders = sorted(path for path in self.reference.iterdir() if path.is_dir())
+        return [path.name for path in folders if not rows or (path / "records.jsonl").is_file()]
 
     def command(self, name: str) -> str:
         """How the rows of a folder were made, from its `command.md`."""
         return (self.reference / name / "command.md").read_text().strip()
 
 
-def listed(name: str) -> list[str]:
-    """The folders that the Makefile draws a figure from, so that a table beside it is of the same."""
-    lines = re.search(rf"^{name} := \$\(addprefix \$\(ROWS\)/,(.+)\)$", (ROOT / "Makefile").read_text(), re.M)
-    return lines.group(1).split()
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Writes the pages, or with `--check` says in which of them a new rendering differs; the status is then 1."""
+    """Write the pages, or with `--check` print the differences of a new rendering; the status is then 1."""
     parser = argparse.ArgumentParser(prog="python -m docs.render", description="Make the pages from rows.")
     parser.add_argument("--check", action="store_true", help="write nothing, and show what would change")
     check, pages, status = parser.parse_args(arguments).check, Pages(), 0
@@ -115,9 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             text = pages.render(name)
         except Exception as error:
-            places = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".j2")]
-            where = f"{Path(places[-1].filename).relative_to(ROOT)}:{places[-1].lineno}" if places else name
-            print(f"{where}: {type(error).__name__}: {error}", file=sys.stderr)
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".j2")]
+            location = f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}" if frames else name
+            print(f"{location}: {type(error).__name__}: {error}", file=sys.stderr)
             status = 1
             continue
         path = ROOT / name

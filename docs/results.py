@@ -1,4 +1,4 @@
-"""What templates ask of results: one folder's rows as numbers and as the text of a page."""
+"""The rows of results folders as numbers and as text, for the templates of pages."""
 
 import json
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ BATCHES = (1, 8)
 
 
 class MissingRow(LookupError):
-    """A page asks for a row that no folder has."""
+    """A page needs a row that no folder has."""
 
 
 class Difference:
-    """A paired test of two models on the same images; as text it is what tables show.
+    """A paired test of two models on the same images; its text stands in tables.
 
     Attributes:
         difference, low, high: the difference and its 95 % interval, in points or nats.
         p: of the test.
-        apart: whether the test tells the two apart, at 5 %.
-        better: whether they are apart and the first is above.
+        significant: whether the difference is significant at 5 %.
+        better: whether it is significant and the first model is above.
     """
 
     def __init__(self, test: Any, scale: float, digits: int):
@@ -33,12 +33,12 @@ class Difference:
         self.p, self.digits = test.p, digits
 
     @property
-    def apart(self) -> bool:
+    def significant(self) -> bool:
         return self.p < 0.05
 
     @property
     def better(self) -> bool:
-        return self.apart and self.difference > 0
+        return self.significant and self.difference > 0
 
     def __str__(self) -> str:
         number = f"+.{self.digits}f"
@@ -46,13 +46,14 @@ class Difference:
 
 
 class Results:
-    """The rows of one results folder, or of several together: those of the last row's baseline and of what was made from it.
+    """The rows of one results folder, or of several together.
 
     Attributes:
-        name: of the folder, or of all.
-        rows: as `vitbench.rows.comparison_table.experiment_rows` gives them, with a label for each model.
-        every: the rows of all models, seeds and statuses, the last about each thing.
-        measured: all rows, those that were measured again later too.
+        name: of the folder, or of all folders.
+        rows: those of the last row's baseline and of the models made from it, with a label for each model (see
+            `vitbench.rows.comparison_table.experiment_rows`).
+        every: the rows of all models, seeds and statuses, the last one for each key.
+        measured: all rows, with those that were measured again later.
     """
 
     def __init__(self, *folders: Path):
@@ -62,7 +63,7 @@ class Results:
             for latest in (True, False)
         )
         self.rows = experiment_rows(self.every)
-        self._kept: dict[int, pd.Series] = {}
+        self._row_cache: dict[int, pd.Series] = {}
 
     def row(
         self, label: str, metric: str, batch: int | None = None, backend: str = "eager", versus: str = ""
@@ -70,43 +71,43 @@ class Results:
         """The last row of a metric of the model with that label; `versus` is the backend of a ratio's baseline.
 
         Raises:
-            MissingRow: there is none; one of another backend does not stand in for it.
+            MissingRow: there is none; a row of another backend is not used instead.
         """
-        found = self.find(label, metric, batch, backend, versus)
-        if found is None:
+        row = self.find(label, metric, batch, backend, versus)
+        if row is None:
             raise MissingRow(
                 f"{self.name} has no {metric} of {label!r} (batch {batch}, {backend}); it has {', '.join(self.labels())}"
             )
-        return found
+        return row
 
     def find(
         self, label: str, metric: str, batch: int | None = None, backend: str = "eager", versus: str = ""
     ) -> pd.Series | None:
-        """As `row`, or None; of rows of eager mode one that names it goes before one that names no backend."""
+        """As `row`, or None; in eager mode a row that names the backend is preferred to one without a backend."""
         exact, without = [], []
-        for place, its_backend, its_versus, its_batch in self._places.get((label, metric), ()):
+        for index, its_backend, its_versus, its_batch in self._indices.get((label, metric), ()):
             if its_versus == versus and batch in (None, its_batch):
                 if its_backend == backend:
-                    exact.append(place)
+                    exact.append(index)
                 elif not its_backend:
-                    without.append(place)
-        found = exact or (without if backend == "eager" else [])
-        return self._at(found[-1]) if found else None
+                    without.append(index)
+        indices = exact or (without if backend == "eager" else [])
+        return self._at(indices[-1]) if indices else None
 
     @cached_property
-    def _places(self) -> dict[tuple[str, str], list[tuple[int, str, str, float]]]:
-        """For each label and metric the places of its rows with backend, versus and batch: pandas is slow at many small questions."""
-        found: dict[tuple[str, str], list[tuple[int, str, str, float]]] = {}
+    def _indices(self) -> dict[tuple[str, str], list[tuple[int, str, str, float]]]:
+        """(label, metric) -> index, backend, versus and batch of its rows: pandas is slow at many small queries."""
+        indices: dict[tuple[str, str], list[tuple[int, str, str, float]]] = {}
         names = ("label", "metric", "backend", "versus_backend", "batch")
-        for place, (label, metric, *backends, batch) in enumerate(zip(*(self.rows[name] for name in names))):
+        for index, (label, metric, *backends, batch) in enumerate(zip(*(self.rows[name] for name in names))):
             backend, versus = (name if isinstance(name, str) else "" for name in backends)
-            found.setdefault((label, metric), []).append((place, backend, versus, batch))
-        return found
+            indices.setdefault((label, metric), []).append((index, backend, versus, batch))
+        return indices
 
-    def _at(self, place: int) -> pd.Series:
-        if place not in self._kept:
-            self._kept[place] = self.rows.iloc[place]
-        return self._kept[place]
+    def _at(self, index: int) -> pd.Series:
+        if index not in self._row_cache:
+            self._row_cache[index] = self.rows.iloc[index]
+        return self._row_cache[index]
 
     def value(
         self, label: str, metric: str, batch: int | None = None, backend: str = "eager", versus: str = ""
@@ -120,28 +121,30 @@ class Results:
         return list(dict.fromkeys(rows["label"]))
 
     def label(self, method: str, **settings: Any) -> str:
-        """The label of the one model of a method that has these settings and no other that its label names.
+        """The label of the one model of a method whose label names these settings and no other.
 
-        A setting of a nested config is given with two underscores: `train__epochs=2`.
+        A setting of a nested config is written with two underscores: `train__epochs=2`.
         """
-        wanted = {name.replace("__", "."): str(setting) for name, setting in settings.items()}
-        found = [label for label in self.labels(method) if _named(label).items() == wanted.items()]
-        if len(found) != 1:
-            raise MissingRow(f"{self.name} has {len(found)} models of {method} with {wanted}: {self.labels(method)}")
-        return found[0]
+        expected = {name.replace("__", "."): str(setting) for name, setting in settings.items()}
+        labels = [label for label in self.labels(method) if _settings_in(label).items() == expected.items()]
+        if len(labels) != 1:
+            raise MissingRow(f"{self.name} has {len(labels)} models of {method} with {expected}: {self.labels(method)}")
+        return labels[0]
 
     def trained(self, method: str, **settings: Any) -> str:
-        """The label of the one model of a method that has these settings and was trained, however its label says so."""
-        wanted = {name.replace("__", "."): str(setting) for name, setting in settings.items()}
-        found = []
+        """The label of the one model of a method that has these settings and was trained, with any training."""
+        expected = {name.replace("__", "."): str(setting) for name, setting in settings.items()}
+        labels = []
         for label in self.labels(method):
-            own = _named(label)
-            rest = {name: setting for name, setting in own.items() if "train." not in name}
-            if rest == wanted and any(name.endswith("train.epochs") and own[name] != "0" for name in own):
-                found.append(label)
-        if len(found) != 1:
-            raise MissingRow(f"{self.name} has {len(found)} trained models of {method} with {wanted}: {found}")
-        return found[0]
+            settings_text = _settings_in(label)
+            rest = {name: setting for name, setting in settings_text.items() if "train." not in name}
+            if rest == expected and any(
+                name.endswith("train.epochs") and settings_text[name] != "0" for name in settings_text
+            ):
+                labels.append(label)
+        if len(labels) != 1:
+            raise MissingRow(f"{self.name} has {len(labels)} trained models of {method} with {expected}: {labels}")
+        return labels[0]
 
     def top1(self, label: str, backend: str = "eager") -> float:
         """Top-1 in per cent."""
@@ -149,8 +152,8 @@ class Results:
 
     def accuracy(self, label: str, backend: str = "eager") -> str:
         """Top-1 in per cent with its 95 % interval; `-` where it was not measured."""
-        found = self.find(label, "top1", backend=backend)
-        return "-" if found is None else accuracy_text(found)
+        row = self.find(label, "top1", backend=backend)
+        return "-" if row is None else accuracy_text(row)
 
     def lost_by(self, labels: list[str], backend: str = "eager") -> list[float]:
         """By how many points each of the models is below the baseline, both in a backend."""
@@ -206,7 +209,7 @@ class Results:
         return self.rows[self.rows["label"] == label].iloc[0]["config"]["methods"][0]["config"]
 
     def images(self, label: str = "baseline", backend: str = "eager") -> int:
-        """How many images its top-1 was measured on."""
+        """The number of images on which its top-1 was measured."""
         return self.row(label, "top1", backend=backend)["context"]["images"]
 
     def count(self, metric: str) -> int:
@@ -218,19 +221,19 @@ def points(first: Any, second: Any) -> Difference:
     """Two rows of accuracy on the same images, in points.
 
     Raises:
-        MissingRow: one does not have its answers image by image.
+        MissingRow: one does not have a result for each image.
     """
     if not (first["hits"] and second["hits"]):
-        raise MissingRow("a row of top-1 without its answers image by image cannot be compared with another")
+        raise MissingRow("a row of top-1 without a result for each image cannot be compared with another")
     return Difference(paired_rows(first, second), 100, 2)
 
 
 def found_in(folder: Path) -> dict[str, Any]:
-    """What a benchmark that leaves no rows wrote into a folder."""
+    """The result file of a benchmark that writes no rows."""
     return json.loads((folder / "found.json").read_text())
 
 
-def _named(label: str) -> dict[str, str]:
+def _settings_in(label: str) -> dict[str, str]:
     """The settings that a label names."""
     _, _, settings = label.partition(" (")
     pairs = (part.partition("=") for part in settings.removesuffix(")").split(", ")) if settings else ()

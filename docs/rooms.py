@@ -1,6 +1,6 @@
-"""Draw the rooms of the package, its top-level folders, and which room imports which, into docs/DESIGN.md.
+"""Draw the rooms of the package, its top-level folders, and the imports between them into docs/DESIGN.md.
 
-`python docs/rooms.py` writes the picture; with `--check` it writes nothing and exits with 1 if the picture is old.
+`python docs/rooms.py` writes the picture; with `--check` it writes nothing and exits with 1 if the picture is outdated.
 """
 
 import ast
@@ -25,7 +25,7 @@ def room(package: Path, parts: list[str]) -> str:
 
 
 def imports(tree: ast.AST, inside: list[str]) -> Iterator[list[str]]:
-    """The dotted names that a module of the package `inside` imports, but not those for type checkers alone."""
+    """The dotted names that a module of the package `inside` imports, without those under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
@@ -51,7 +51,7 @@ def graph(package: Path) -> dict[str, set[str]]:
 
 
 def reached(arrows: dict[str, set[str]], start: str) -> set[str]:
-    """The rooms to which a path leads."""
+    """The rooms that a path of arrows reaches."""
     rooms, pending = set(), [start]
     while pending:
         new = arrows.get(pending.pop(), set()) - rooms
@@ -62,18 +62,21 @@ def reached(arrows: dict[str, set[str]], start: str) -> set[str]:
 
 def reduced(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
     """The transitive reduction: without each arrow that a longer path makes superfluous."""
-    arrows = {start: set(ends) for start, ends in arrows.items()}
-    for start, end in sorted((start, end) for start, ends in arrows.items() for end in ends):
-        arrows[start].remove(end)
-        if end not in reached(arrows, start):
-            arrows[start].add(end)
+    arrows = {start: set(targets) for start, targets in arrows.items()}
+    for start, target in sorted((start, target) for start, targets in arrows.items() for target in targets):
+        arrows[start].remove(target)
+        if target not in reached(arrows, start):
+            arrows[start].add(target)
     return arrows
 
 
 def main(arguments: list[str], page: Path = PAGE, package: Path = PACKAGE) -> int:
     """Write the picture, a Mermaid flowchart, between the page's markers, or with --check compare it."""
     arrows = reduced(graph(package))
-    lines = [*sorted(arrows), *(f"{start} --> {end}" for start in sorted(arrows) for end in sorted(arrows[start]))]
+    lines = [
+        *sorted(arrows),
+        *(f"{start} --> {target}" for start in sorted(arrows) for target in sorted(arrows[start])),
+    ]
     picture = "\n".join(["```mermaid", "flowchart TD", *(f"    {line}" for line in lines), "```"])
     text = page.read_text(encoding="utf-8")
     new = f"{text.partition(START)[0]}{START}\n{picture}\n{END}{text.partition(END)[2]}"

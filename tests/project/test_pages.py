@@ -1,4 +1,4 @@
-"""Pages are made from rows: a rendering of the committed rows is the committed page, and a sentence needs rows that bear it out."""
+"""Pages are made from rows: a rendering of the committed rows is the committed page, and a sentence needs rows that support it."""
 
 import json
 import shutil
@@ -59,14 +59,14 @@ def test_a_changed_row_changes_the_page(other_rows):
 
 def test_a_claim_gives_its_text_only_where_its_condition_holds():
     assert claim(True, "it is faster") == claim(2 > 1, caller=lambda: "it is faster") == "it is faster"
-    with pytest.raises(ClaimError, match="no longer bear this out: 'it is faster'"):
+    with pytest.raises(ClaimError, match="no longer support this: 'it is faster'"):
         claim(False, "it is\n  faster")
     with pytest.raises(ClaimError):
         claim([], caller=lambda: "some are faster")
 
 
 @pytest.mark.slow
-def test_rows_that_do_not_bear_a_sentence_out_stop_the_page(other_rows):
+def test_rows_that_do_not_support_a_sentence_stop_the_page(other_rows):
     def worse(row):
         return row | {"value": 0.5, "low": 0.49, "high": 0.51} if row["method"] == "weight_only" else row
 
@@ -115,7 +115,7 @@ def test_a_page_that_cannot_be_made_is_named_with_its_line(tmp_path, monkeypatch
     monkeypatch.setattr(render, "ROOT", tmp_path)
     monkeypatch.setattr(render, "TEMPLATES", tmp_path)
     assert render.main(["--check"]) == 1
-    assert "broken.md.j2:2: ClaimError: the rows no longer bear this out" in capsys.readouterr().err
+    assert "broken.md.j2:2: ClaimError: the rows no longer support this" in capsys.readouterr().err
 
 
 def test_pages_are_made_without_torch():

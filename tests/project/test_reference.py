@@ -1,14 +1,12 @@
 """The committed results: rows name where and with what they were made, and the figures are drawn from them."""
 
 import json
-import re
 
 import pytest
 from matplotlib.testing.compare import compare_images
 
-from docs.render import listed
+from docs.figures import FIGURES, draw_figure
 from tests.conftest import ROOT
-from vitbench.cli import main
 from vitbench.rows.comparison_table import experiment_rows
 from vitbench.rows.records import read_rows
 from vitbench.rows.row_table import load_records
@@ -19,7 +17,6 @@ pytestmark = pytest.mark.slow
 REFERENCE = ROOT / "results" / "reference"
 FOLDERS = sorted(file.parent.name for file in REFERENCE.glob("*/records.jsonl"))
 FOUND = sorted(file.parent.name for file in REFERENCE.glob("*/found.json"))
-FIGURES = re.findall(r"vitbench (figure .+)$", (ROOT / "Makefile").read_text(), re.M)
 TWICE = [
     f"edge-deit-tiny{how}-{run}" for how in ("", "-one-thread", "-faults", "-longer") for run in ("first", "again")
 ]
@@ -37,15 +34,12 @@ def test_what_a_benchmark_found_names_a_commit_that_holds_its_source(name):
     assert not json.loads((REFERENCE / name / "found.json").read_text())["commit"].endswith(("+changes", "-dirty"))
 
 
-@pytest.mark.parametrize("command", FIGURES)
-def test_the_figures_of_pages_are_drawn_again_from_committed_rows(command, tmp_path):
-    folders = " ".join(str(REFERENCE / name) for name in listed("CIFAR10"))
-    *given, committed = command.replace("$(CIFAR10)", folders).replace("$(ROWS)", str(REFERENCE)).split()
-    fresh = tmp_path / "fresh.png"
-    assert main([*given, str(fresh)]) == 0
-    name = committed.removeprefix(f"{ROOT}/results/")
+@pytest.mark.parametrize("file", FIGURES)
+def test_the_figures_of_pages_are_drawn_again_from_committed_rows(file, tmp_path):
+    committed = REFERENCE / "figures" / file
+    name = str(committed.relative_to(ROOT / "results"))
     assert any(name in page.read_text() for page in (ROOT / "README.md", ROOT / "results" / "measured.md"))
-    assert compare_images(committed, str(fresh), tol=1) is None
+    assert compare_images(str(committed), str(draw_figure(file, tmp_path)), tol=1) is None
 
 
 @pytest.mark.parametrize("name", TWICE)
