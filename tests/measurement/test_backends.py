@@ -304,7 +304,7 @@ def test_each_layer_says_what_can_run_it(small):
     for backend in ("openvino", "openvino_bf16", "torch_compile", "executorch"):
         assert (
             backends.unsupported_reason(backend, recipes["dynamic_int8"])
-            == f"{backend} has no form of DynamicInt8Linear"
+            == f"{backend} does not support DynamicInt8Linear"
         )
 
 

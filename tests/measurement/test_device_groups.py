@@ -55,7 +55,7 @@ def test_the_smallest_limit_is_about_what_a_process_holds():
 def test_limits_that_mean_nothing_are_refused():
     with pytest.raises(InputError, match="too small to start Python"):
         limits.runs_within([sys.executable, "-c", "pass"], 200_000, dict(os.environ))
-    with pytest.raises(InputError, match="the limit is not what stops it"):
+    with pytest.raises(InputError, match="the limit is not the cause"):
         limits.smallest_limit([sys.executable, "-c", "raise SystemExit(1)"], 1_000_000, dict(os.environ))
 
 

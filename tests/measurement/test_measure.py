@@ -82,7 +82,7 @@ def test_answers_that_are_no_numbers_are_a_failed_row(base, digits, tmp_path):
     broken.head.bias = torch.nn.Parameter(torch.full((10,), float("nan")))
     rows = measure(artifact.save(broken, tmp_path / "broken"), digits, Run(tmp_path / "run"), what=("accuracy",))
     assert set(rows["status"]) == {"failed"}
-    assert rows["error"].str.contains("answers are not finite numbers").all()
+    assert rows["error"].str.contains("losses are not finite numbers").all()
 
 
 @pytest.mark.slow
@@ -289,9 +289,9 @@ def test_rounds_are_shared_by_several_processes(base, digits, tmp_path):
 
 
 def test_a_model_that_fails_in_one_of_the_processes_has_no_time():
-    fine = {"times": [1.0, 2.0], "apart": 0.1, "allowed": 1.0}
+    fine = {"times": [1.0, 2.0], "logit_distance": 0.1, "tolerance": 1.0}
     assert timing._pool_starts([fine, "no memory"]) == "no memory"
-    assert timing._pool_starts([fine, fine | {"times": [3.0], "apart": 0.2}]) == timing.BackendTiming(
+    assert timing._pool_starts([fine, fine | {"times": [3.0], "logit_distance": 0.2}]) == timing.BackendTiming(
         [1.0, 3.0], 0.2, 1.0
     )
 
@@ -368,7 +368,7 @@ def test_a_backend_that_cannot_run_a_model_says_why_in_its_row(measured, digits,
     monkeypatch.setattr(backends, "import_optional", lambda *_: None)
     rows = measure(measured[1], digits, Run(tmp_path), what=("latency",), batches=(1,), rounds=10, backend="openvino")
     assert set(rows["status"]) == {"skipped"}
-    assert "openvino has no form of DynamicInt8Linear" in rows.iloc[0]["error"]
+    assert "openvino does not support DynamicInt8Linear" in rows.iloc[0]["error"]
 
 
 def test_a_backend_with_another_answer_is_refused(base, monkeypatch):

@@ -234,7 +234,7 @@ def test_what_exports_says_so(model):
     ]
     for backend in ("onnxruntime", "openvino"):
         found = [backends.unsupported_reason(backend, recipe) for recipe in recipes]
-        assert found == ["", "", f"{backend} has no form of ExactNystroemAttention"]
+        assert found == ["", "", f"{backend} does not support ExactNystroemAttention"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Work that must not share a process: `in_child` runs a registered job in a process of its own with fixed threads.
+"""Jobs that must not share a process: `in_child` runs a registered job in a fresh process with fixed threads.
 
-Where a process can be forked safely, a kept one that has imported this package and done nothing else is forked for each job,
-so that PyTorch is imported once and not for every model that is timed. Elsewhere each job imports anew.
+Where a process can be forked safely, each job is forked from a server process that has imported this package and done nothing
+else. PyTorch is then imported once, not for every model that is timed. Elsewhere each job's process imports PyTorch itself.
 """
 
 import tempfile
@@ -18,11 +18,11 @@ TIME_LIMIT = 1800  # seconds
 
 
 class ChildError(RuntimeError):
-    """The child process failed; the message is the last line it said."""
+    """The child process failed; the message is the last line that it printed."""
 
 
 def job(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Make a function callable by name in a child process; arguments and result are JSON, and paths are absolute."""
+    """Register a function for `in_child`. Its arguments and its result are JSON values; paths are absolute."""
     JOBS[function.__name__] = function
     return function
 
@@ -31,7 +31,7 @@ def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
     """Run the job `name` in a fresh process that uses `threads` threads.
 
     Raises:
-        ChildError: it failed, or took too long.
+        ChildError: the job failed, or took more than `TIME_LIMIT` seconds.
     """
     try:
         return (_forked if CAN_FORK else _started)({"name": name, "threads": threads, "arguments": arguments})
@@ -42,14 +42,14 @@ def in_child(name: str, threads: int, **arguments: Any) -> dict[str, Any]:
 
 
 def start_fork_server(threads: int) -> None:
-    """Have `in_child` begin its imports, where it will fork: they take seconds, in which there may be other work to do."""
+    """Start the server process that `in_child` forks, if it forks. Its imports take seconds and run beside other work."""
     if CAN_FORK:
         with _lock:
             _fork_server(threads)
 
 
 def fork_server_from_here() -> None:
-    """`make_ready` for a process that has imported all and started no thread: the kept process is forked from it."""
+    """Fork the server process from this one, which has made all imports and started no thread."""
     global _server
     _server = ForkServer.from_this_process()
 
@@ -59,7 +59,7 @@ _lock = threading.Lock()
 
 
 def _forked(request: dict[str, Any]) -> dict[str, Any]:
-    """The result of a job in a process that is forked for it, with this process's environment as it is now."""
+    """The result of a job in a forked process, with this process's current environment."""
     with _lock, tempfile.TemporaryDirectory(prefix="vitbench.") as folder:
         server, variables = _fork_server(request["threads"]), child_environment(request["threads"])
         return server.fork(__name__, request, variables, folder).result(TIME_LIMIT)
@@ -73,7 +73,7 @@ def _fork_server(threads: int) -> ForkServer:
 
 
 def _started(request: dict[str, Any]) -> dict[str, Any]:
-    """The result of a job in a process that is started for it."""
+    """The result of a job in a process that is started for it alone."""
     process = ChildProcess(__name__, child_environment(request["threads"]))
     try:
         process.wait_ready()
@@ -86,14 +86,14 @@ def _started(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(channel: Channel) -> None:
-    """The side of a process that was started for one job."""
-    import vitbench.measurement.measuring  # noqa: F401  (all jobs are registered)
+    """Run the one job of a started process: receive the request, send the result."""
+    import vitbench.measurement.measuring  # noqa: F401  (the import registers all jobs)
 
     channel.send(work(**channel.receive()))
 
 
 def work(name: str, threads: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A process's side of a job."""
+    """Run a job in this process, which was forked or started for it."""
     import torch
 
     standalone.keep_freed_memory()

@@ -1,6 +1,6 @@
-"""Values without a clock: weights, multiply-accumulates, bytes on disk, predicted bytes, and errors of the weights.
+"""Costs that need no clock: weights, multiply-accumulates, bytes on disk, predicted bytes, and errors of the weights.
 
-`Value` is one measured number before it is a row; `about` gives the fields that all rows of a model share.
+`Measurement` is one value before it becomes a row. `model_row_fields` gives the fields that all rows of a model share.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from vitbench.model.vit import set_fused_attention
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric's value in the unit of its group, how it was had, and its interval and raw samples where there are some."""
+    """A metric's value, its source, and the interval and raw samples if there are any. The row has the unit."""
 
     metric: str
     value: float
@@ -34,12 +34,12 @@ class Measurement:
     hits: str = ""
 
     def fields(self) -> dict[str, Any]:
-        """What goes into the row."""
+        """The fields of the row, without the metric."""
         return {key: value for key, value in asdict(self).items() if key != "metric"}
 
 
 def model_row_fields(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
-    """What a row says of the model and the images."""
+    """The fields of a row that describe the model and the images."""
     return {
         "model": recipe.original or recipe.architecture.name,
         "dataset": data.name if data else "none",
@@ -51,7 +51,7 @@ def model_row_fields(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
 
 
 def batch_context(recipe: Recipe, batch: int) -> dict[str, int]:
-    """What a row says of the batches in which a model was scored, where its answers hang on them."""
+    """The scoring batch as context of a row, if the model's logits depend on it."""
     layers = {spec["layer"] for spec in recipe.layers.values()}
     return {"scoring_batch": batch} if any(_depends_on_batch(name) for name in layers) else {}
 
@@ -61,7 +61,7 @@ def _depends_on_batch(name: str) -> bool:
 
 
 def cost(path: Path) -> Iterator[Measurement]:
-    """Count on the loaded model; `bytes` is the size of its folder."""
+    """Weights, multiply-accumulates and bytes of the model saved at `path`, counted on the loaded model and its folder."""
     model = artifact.load(path)
     yield Measurement("params", count_params(model), "measured: weights in the loaded model, scales not counted")
     yield Measurement("macs", count_macs(model), "measured: torch FlopCounterMode / 2, one image")
@@ -78,61 +78,61 @@ def cost(path: Path) -> Iterator[Measurement]:
 
 
 def count_params(model: nn.Module) -> int:
-    """Weights and biases, however many bits each takes. Steps and zero points are not weights."""
-    inside = {name: module for name, module in model.named_modules() if hasattr(module, "param_count")}
-    coded = sum(module.param_count for module in inside.values())
-    dense = {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] not in inside}
+    """Weights and biases, however many bits each takes. Steps and zero points are not counted."""
+    runtime_layers = {name: module for name, module in model.named_modules() if hasattr(module, "param_count")}
+    coded = sum(module.param_count for module in runtime_layers.values())
+    dense = {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] not in runtime_layers}
     return coded + sum(tensor.numel() for tensor in dense.values())
 
 
 def count_macs(model: nn.Module) -> int:
-    """Multiply-accumulates for one image: convolutions, linear layers and attention products, by what really runs."""
+    """Multiply-accumulates of the operators that run for one image: convolutions, linear layers and attention products."""
     size = model.recipe.preprocess.size
     return macs_of(model, torch.zeros(1, 3, size, size))
 
 
 @torch.inference_mode()
 def count_int8_macs(model: nn.Module) -> int:
-    """Those of them whose two factors are 8-bit codes, as a backend with integer kernels multiplies them."""
-    counts = []
+    """Multiply-accumulates for one image whose two factors are 8-bit codes, as integer kernels multiply them."""
+    layer_macs = []
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        counts.append(layer.int8_macs(inputs[0], y))
+        layer_macs.append(layer.int8_macs(inputs[0], y))
 
     hooks = [layer.register_forward_hook(count) for layer in model.modules() if hasattr(layer, "int8_macs")]
     size = model.recipe.preprocess.size
     model(torch.zeros(1, 3, size, size))
     for hook in hooks:
         hook.remove()
-    return sum(counts)
+    return sum(layer_macs)
 
 
 @torch.no_grad()
 def macs_of(module: nn.Module, x: Tensor) -> int:
-    """Likewise of any module for the input x."""
-    set_fused_attention(module, False)  # some versions of torch count the fused kernel as nothing
-    fixed = {
+    """Multiply-accumulates of any module for the input `x`."""
+    set_fused_attention(module, False)  # some versions of torch do not count the fused kernel
+    parameters = {
         name: parameter.detach() for name, parameter in module.named_parameters()
-    }  # the counter hooks onto gradients
+    }  # the counter registers hooks on gradients
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-        functional_call(module, fixed, (x,))
+        functional_call(module, parameters, (x,))
     return counter.get_total_flops() // 2
 
 
 def coded_layers(recipe: Recipe) -> list[str]:
-    """Names of the blocks' linear layers that something stands in for, block by block."""
+    """Names of the blocks' linear layers that a method replaced, block by block."""
     return [name for name in recipe.layers if vit.layer_type(name) == name.rpartition(".")[-1]]
 
 
 @torch.inference_mode()
 def weight_error(path: Path, versus: Path, names: list[str]) -> Iterator[Measurement]:
-    """||W' - W|| / ||W|| over the named layers together; the samples are those of each layer."""
-    own, other = artifact.load(path), artifact.load(versus)
+    """||W' - W|| / ||W|| in the Frobenius norm over the named layers together; the samples are the layers' own errors."""
+    model, original = artifact.load(path), artifact.load(versus)
     errors, norms = [], []
     for name in names:
-        new, old = dense_weight(own.get_submodule(name)), dense_weight(other.get_submodule(name))
-        errors.append(float((new - old).square().sum()))
-        norms.append(float(old.square().sum()))
-    each = [(error / norm) ** 0.5 if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
+        weight, original_weight = dense_weight(model.get_submodule(name)), dense_weight(original.get_submodule(name))
+        errors.append(float((weight - original_weight).square().sum()))
+        norms.append(float(original_weight.square().sum()))
+    layer_errors = [(error / norm) ** 0.5 if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
     overall = (sum(errors) / sum(norms)) ** 0.5
-    yield Measurement("weight_error", overall, "measured: Frobenius norms of the loaded weights", samples=each)
+    yield Measurement("weight_error", overall, "measured: Frobenius norms of the loaded weights", samples=layer_errors)

@@ -1,4 +1,4 @@
-"""Energy of an answer: from the counters of the processor or the graphics card, else estimated from a stated power, else none."""
+"""Energy of one inference: from counters of the processor or the graphics card, or estimated from a stated power."""
 
 import contextlib
 import importlib.util
@@ -13,11 +13,11 @@ from vitbench.measurement.cost import Measurement
 from vitbench.measurement.timing import timing_lock
 
 POWERCAP = Path("/sys/class/powercap")
-SECONDS = 5.0  # counters move about every millisecond, so that answers of some ms are counted over many of them
+SECONDS = 5.0  # counters advance about every ms, so the energy of calls of some ms is counted over many of them
 
 
 class Meter(Protocol):
-    """Something that counts joules: `read` gives a list of counts, `spent` what lies between two of them."""
+    """An energy counter: `read` gives its counts, `joules_between` the energy between two readings."""
 
     source: str
 
@@ -27,21 +27,24 @@ class Meter(Protocol):
 
 
 class Rapl:
-    """The energy counters of the processor packages, as Linux's powercap shows them; they count in microjoules and wrap around."""
+    """The energy counters of the processor packages in Linux's powercap. They count microjoules and wrap around."""
 
     def __init__(self, zones: list[Path]):
         self.zones = zones
-        self.ranges = [float((zone / "max_energy_range_uj").read_text()) for zone in zones]
+        self.ranges = [float((zone / "max_energy_counter_rangeuj").read_text()) for zone in zones]
         self.source = f"RAPL counters of {len(zones)} processor package(s)"
 
     def read(self) -> list[float]:
-        """Microjoules, a number a package."""
+        """Microjoules of each package."""
         return [float((zone / "energy_uj").read_text()) for zone in self.zones]
 
     def joules_between(self, before: list[float], after: list[float]) -> float:
-        """Joules between two readings less than one turn of the counter apart."""
-        turns = zip(before, after, self.ranges, strict=True)
-        return sum((new - old) % (whole + 1) if new < old else new - old for old, new, whole in turns) / 1e6
+        """Joules between two readings, if no counter wrapped around more than once."""
+        counts = zip(before, after, self.ranges, strict=True)
+        return (
+            sum((new - old) % (counter_range + 1) if new < old else new - old for old, new, counter_range in counts)
+            / 1e6
+        )
 
 
 class Nvml:
@@ -53,7 +56,7 @@ class Nvml:
         self.library, self.card = library, card
 
     def read(self) -> list[float]:
-        """Millijoules, one number."""
+        """Millijoules of the card."""
         return [float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.card))]
 
     def joules_between(self, before: list[float], after: list[float]) -> float:
@@ -62,13 +65,13 @@ class Nvml:
 
 
 def meter(backend: str) -> Meter | None:
-    """The counter of what runs the backend, the processor or the graphics card; None if this process may read none."""
+    """The counter of the device that runs the backend; None if this process may read none."""
     return _nvml() if backend == "cuda" else _rapl()
 
 
 def _rapl() -> Rapl | None:
     with contextlib.suppress(OSError, ValueError):
-        # packages alone: their parts are in them, and the platform's counter holds them once more
+        # packages alone: a package's count includes its parts, and the platform's counter includes the packages
         names = {zone: (zone / "name").read_text() for zone in sorted(POWERCAP.glob("*-rapl:*"))}
         rapl = Rapl([zone for zone, name in names.items() if name.startswith("package")])
         return rapl if rapl.read() else None
@@ -89,31 +92,31 @@ def _nvml() -> Nvml | None:
 
 
 def unsupported_reason(backend: str, power: float) -> str:
-    """Why there is no energy to be had; "" if it can be counted or estimated."""
+    """Why energy is not available; "" if it can be counted or estimated."""
     if power > 0 or meter(backend):
         return ""
     where = "the package pynvml" if backend == "cuda" else POWERCAP
     return (
-        f"no energy counter: {where} shows none that may be read; "
+        f"no energy counter: {where} has none that may be read; "
         "give power=WATTS (what the device draws while it computes) for an estimate"
     )
 
 
 def energy(path: Path, backend: str, threads: int, power: float) -> Iterator[Measurement]:
-    """Joules of one image at batch 1: counted while the model answers, idle draw included, or `power` times the time."""
+    """Joules of one image at batch 1, idle draw included: from a counter, or `power` (W) times the time."""
     with timing_lock():
-        found = in_child("count_joules", threads, path=os.path.abspath(path), backend=backend)
-    if found["source"]:
-        how = f"measured: {found['source']}, idle draw included, over {found['answers']} answers"
-        yield Measurement("energy", found["joules"] / found["answers"], how)
+        readings = in_child("count_joules", threads, path=os.path.abspath(path), backend=backend)
+    if readings["source"]:
+        source = f"measured: {readings['source']}, idle draw included, over {readings['answers']} answers"
+        yield Measurement("energy", readings["joules"] / readings["answers"], source)
     else:
-        how = f"estimated: a stated {power:g} W times the measured time of {found['answers']} answers"
-        yield Measurement("energy", power * found["seconds"] / found["answers"], how)
+        source = f"estimated: a stated {power:g} W times the measured time of {readings['answers']} answers"
+        yield Measurement("energy", power * readings["seconds"] / readings["answers"], source)
 
 
 @job
 def count_joules(path: str, backend: str) -> dict[str, Any]:
-    """Joules, seconds and answers of a model that answers one image after another."""
+    """Joules, seconds and calls of a model that is called with one image for `SECONDS`."""
     import torch
 
     from vitbench.measurement import backends
@@ -127,9 +130,9 @@ def count_joules(path: str, backend: str) -> dict[str, Any]:
         for _ in range(3):
             call(x)
         counter, answers = meter(backend), 0
-        before, start = counter.read() if counter else [], time.perf_counter()
+        first_reading, start = counter.read() if counter else [], time.perf_counter()
         while (seconds := time.perf_counter() - start) < SECONDS:
             call(x)
             answers += 1
-        joules = counter.joules_between(before, counter.read()) if counter else 0.0
+        joules = counter.joules_between(first_reading, counter.read()) if counter else 0.0
     return {"joules": joules, "seconds": seconds, "answers": answers, "source": counter.source if counter else ""}

@@ -21,7 +21,7 @@ from vitbench.measurement import (
     limits,
     roofline,
     timing,
-    token_scaling,  # noqa: F401  (its job is registered)
+    token_scaling,  # noqa: F401  (the import registers its job)
 )
 from vitbench.measurement.child import ChildError, start_fork_server
 from vitbench.measurement.cost import Measurement, batch_context, model_row_fields
@@ -37,12 +37,12 @@ CHILD_GROUPS = ("latency", "energy", "roofline")  # groups that call `in_child`
 
 @dataclass(frozen=True)
 class _Group:
-    """What one piece of work yields: a (metric, unit, context) for each value, in order, and the work."""
+    """Metrics that are measured together: (metric, unit, context) of each, and a function that measures them in that order."""
 
-    title: str
+    name: str
     metrics: list[tuple[str, str, dict[str, Any]]]
-    work: Callable[[], Iterable[Measurement]]
-    unsupported_reason: Callable[[], str] = str  # why it cannot be had, "" if it can
+    measure: Callable[[], Iterable[Measurement]]
+    unsupported_reason: Callable[[], str] = str  # why they are not available, "" if they are
 
 
 def measure(
@@ -78,19 +78,18 @@ def measure(
     if outputs != len(data.classes):
         raise InputError(
             f"the model has {outputs} outputs and {data.name} has {len(data.classes)} classes; "
-            f"give the images that the model was made for, or train it on these first"
+            "give images of the model's classes, or train it on these first"
         )
-    facts = model_row_fields(manifest.recipe, data)
-    done = run.finished_keys()
-    todo, wanted = [], set()
-    every = [
-        *_model_groups(path, data, versus, measures),
-        *_device_groups(path, versus, measures),
-    ]
-    for group in [group for group in every if group.title in measures.what]:
+    row_fields = model_row_fields(manifest.recipe, data)
+    finished_keys = run.finished_keys()
+    missing: list[tuple[_Group, list[Row]]] = []
+    row_keys: set[str] = set()
+    for group in (*_model_groups(path, data, versus, measures), *_device_groups(path, versus, measures)):
+        if group.name not in measures.what:
+            continue
         rows = [
             Row(
-                **facts,
+                **row_fields,
                 metric=metric,
                 unit=unit,
                 context={**context, "artifact": manifest.sha256[:12]},
@@ -99,103 +98,116 @@ def measure(
             )
             for metric, unit, context in group.metrics
         ]
-        keys = {row.compute_key() for row in rows}
-        wanted |= keys
-        if not keys <= done:
-            todo.append((group, rows))
-    if any(group.title in CHILD_GROUPS for group, _ in todo):
+        group_keys = {row.compute_key() for row in rows}
+        row_keys |= group_keys
+        if not group_keys <= finished_keys:
+            missing.append((group, rows))
+    if any(group.name in CHILD_GROUPS for group, _ in missing):
         start_fork_server(measures.threads)
-    bar = progress.progress_bar(todo, f"measuring {facts['method']}", unit="group") if todo else []
-    for group, rows in bar:
-        bar.set_postfix_str(group.title)
-        run.append(_measured(group, rows))
+    if missing:
+        bar = progress.progress_bar(missing, f"measuring {row_fields['method']}", unit="group")
+        for group, rows in bar:
+            bar.set_postfix_str(group.name)
+            run.append(_measured(group, rows))
     frame = run.rows()
-    return frame[frame["key"].isin(wanted)].reset_index(drop=True)
+    return frame[frame["key"].isin(row_keys)].reset_index(drop=True)
 
 
 def _measured(group: _Group, rows: list[Row]) -> list[Row]:
-    if why := group.unsupported_reason():
-        return [row.replace(status="skipped", error=why, value=None, source="") for row in rows]
+    """The rows with values; skipped or failed rows, with the reason, where there are none."""
+    if reason := group.unsupported_reason():
+        return [row.replace(status="skipped", error=reason, value=None, source="") for row in rows]
     try:
-        values = list(group.work())
+        measurements = list(group.measure())
     except (ChildError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:500] or type(error).__name__
-        print(f"{group.title} could not be measured: {reason}")
+        print(f"{group.name} could not be measured: {reason}")
         return [row.replace(status="failed", error=reason, value=None, source="") for row in rows]
-    return [row.replace(metric=value.metric, **value.fields()) for row, value in zip(rows, values, strict=True)]
+    pairs = zip(rows, measurements, strict=True)
+    return [row.replace(metric=measurement.metric, **measurement.fields()) for row, measurement in pairs]
 
 
 def _model_groups(path: Path, data: ImageData, versus: str | Path, measures: Measures) -> Iterable[_Group]:
-    """What is true of a model wherever it runs."""
-    backend = measures.backend
+    """The groups whose values do not depend on the device."""
+    backend, recipe = measures.backend, artifact.read_manifest(path).recipe
     test = data.require_split("test")
     context = {"split": "test", "images": len(test), "cut": data.origin["test"]}
     context |= {} if backend == "eager" else {"backend": backend}
-    context |= batch_context(artifact.read_manifest(path).recipe, SCORING_BATCH)
-    metrics = ["top1", *(["top5"] if len(data.classes) > 5 else []), "cross_entropy"]
-    slots = [(metric, "nats" if metric == "cross_entropy" else "fraction", context) for metric in metrics]
-    own = artifact.read_manifest(path).recipe
-    unsupported_reason = functools.partial(backends.unsupported_reason, backend, own)
+    context |= batch_context(recipe, SCORING_BATCH)
+    names = ["top1", *(["top5"] if len(data.classes) > 5 else []), "cross_entropy"]
     yield _Group(
-        "accuracy", slots, lambda: accuracy.accuracy(path, data, metrics, measures.device, backend), unsupported_reason
+        "accuracy",
+        [(name, "nats" if name == "cross_entropy" else "fraction", context) for name in names],
+        functools.partial(accuracy.accuracy, path, data, names, measures.device, backend),
+        functools.partial(backends.unsupported_reason, backend, recipe),
     )
 
     units = {"params": "weights", "macs": "MACs", "int8_macs": "MACs", "bytes": "bytes", "bytes_predicted": "bytes"}
-    slots = [(metric, unit, {}) for metric, unit in units.items()]
-    slots += [("part_bytes", "bytes", {"part": part}) for part in artifact.bytes_by_part(path)]
-    yield _Group("size", slots, lambda: cost.cost(path))
+    metrics: list[tuple[str, str, dict[str, Any]]] = [(metric, unit, {}) for metric, unit in units.items()]
+    metrics += [("part_bytes", "bytes", {"part": part}) for part in artifact.bytes_by_part(path)]
+    yield _Group("size", metrics, functools.partial(cost.cost, path))
 
-    other = artifact.read_manifest(versus).recipe if versus else None
-    names = cost.coded_layers(own)
-    if other and names:
-        context = {**_baseline_context(versus), "layers": names}
-        yield _Group("weights", [("weight_error", "fraction", context)], lambda: cost.weight_error(path, versus, names))
+    baseline_recipe = artifact.read_manifest(versus).recipe if versus else None
+    if baseline_recipe and (coded_names := cost.coded_layers(recipe)):
+        context = {**_baseline_context(versus), "layers": coded_names}
+        measure_errors = functools.partial(cost.weight_error, path, Path(versus), coded_names)
+        yield _Group("weights", [("weight_error", "fraction", context)], measure_errors)
 
-    if "outputs" in measures.what and other and len(data.calibration) and accuracy.have_same_blocks(own, other):
-        every = accuracy.layers_of(vit.meta_model(other.architecture))
-        context = {**_baseline_context(versus), "layers": every, "split": "calibration"}
-        context |= batch_context(own, CALIBRATION_BATCH) | batch_context(other, CALIBRATION_BATCH)
+    if not ("outputs" in measures.what and baseline_recipe and len(data.calibration)):
+        return
+    if accuracy.have_same_blocks(recipe, baseline_recipe):
+        layer_names = accuracy.layers_of(vit.meta_model(baseline_recipe.architecture))
+        context = {**_baseline_context(versus), "layers": layer_names, "split": "calibration"}
+        context |= batch_context(recipe, CALIBRATION_BATCH) | batch_context(baseline_recipe, CALIBRATION_BATCH)
         units = {"output_error": "fraction", "layer_rank": "rank", "layer_keep": "fraction"}
-        slots = [(metric, unit, context) for metric, unit in units.items()]
-        yield _Group("outputs", slots, lambda: accuracy.measure_outputs(path, Path(versus), data, every))
+        yield _Group(
+            "outputs",
+            [(metric, unit, context) for metric, unit in units.items()],
+            functools.partial(accuracy.measure_outputs, path, Path(versus), data, layer_names),
+        )
 
 
 def _device_groups(path: Path, versus: str | Path, measures: Measures) -> Iterable[_Group]:
-    """What a model costs on this device."""
+    """The groups whose values are those of this device."""
     backend, threads, batches = measures.backend, measures.threads, measures.batches
     power, within = measures.power, measures.within
     unsupported_reason = functools.partial(backends.unsupported_reason, backend, artifact.read_manifest(path).recipe)
     machine = {"threads": threads, "device": runs.device_name(backend), "backend": backend}
-    slots = [(metric, unit, machine) for metric, unit in fresh.memory_metrics(backend).items()]
-    yield _Group("memory", slots, functools.partial(fresh.memory, path, backend, threads), unsupported_reason)
+    metrics = [(metric, unit, machine) for metric, unit in fresh.memory_metrics(backend).items()]
+    yield _Group("memory", metrics, functools.partial(fresh.memory, path, backend, threads), unsupported_reason)
     timed = {**machine, **timing.shared_rounds(measures.rounds, measures.starts), **_baseline_context(versus)}
-    slots = [
-        slot
+    metrics = [
+        metric
         for batch in batches
-        for slot in timing.latency_metrics({**timed, "batch": batch}, measures.versus_backends)
+        for metric in timing.latency_metrics({**timed, "batch": batch}, measures.versus_backends)
     ]
-    yield _Group("latency", slots, functools.partial(timing.latency, path, versus, measures), unsupported_reason)
-    slots = [(metric, unit, machine) for metric, unit in fresh.STARTUP.items()]
-    yield _Group("startup", slots, functools.partial(fresh.startup, path, backend, threads), unsupported_reason)
-    work = functools.partial(fresh.memory_limit, path, backend, threads)
-    slots = [("memory_limit", "bytes", machine)]
+    yield _Group("latency", metrics, functools.partial(timing.latency, path, versus, measures), unsupported_reason)
+    metrics = [(metric, unit, machine) for metric, unit in fresh.STARTUP.items()]
+    yield _Group("startup", metrics, functools.partial(fresh.startup, path, backend, threads), unsupported_reason)
+    measure_limit = functools.partial(fresh.memory_limit, path, backend, threads)
+    metrics = [("memory_limit", "bytes", machine)]
     if within:
-        work = functools.partial(fresh.answers_within, path, backend, threads, within)
-        slots = [("answers_within", "1 or 0", {**machine, "limit": within})]
-    yield _Group("limit", slots, work, lambda: unsupported_reason() or limits.unsupported_reason())
-    slots = [("energy", "J", machine | ({"power": power} if power else {}))]
-    work = functools.partial(energy.energy, path, backend, threads, power)
-    yield _Group("energy", slots, work, lambda: unsupported_reason() or energy.unsupported_reason(backend, power))
-    bare = {key: value for key, value in machine.items() if key != "backend"}
-    slots = [
-        (metric, "ms", {**bare, "batch": batch}) for metric in ("latency_floor", "products_time") for batch in batches
+        measure_limit = functools.partial(fresh.answers_within, path, backend, threads, within)
+        metrics = [("answers_within", "1 or 0", {**machine, "limit": within})]
+    yield _Group("limit", metrics, measure_limit, lambda: unsupported_reason() or limits.unsupported_reason())
+    yield _Group(
+        "energy",
+        [("energy", "J", machine | ({"power": power} if power else {}))],
+        functools.partial(energy.energy, path, backend, threads, power),
+        lambda: unsupported_reason() or energy.unsupported_reason(backend, power),
+    )
+    machine_without_backend = {key: value for key, value in machine.items() if key != "backend"}
+    metrics = [
+        (metric, "ms", {**machine_without_backend, "batch": batch})
+        for metric in ("latency_floor", "products_time")
+        for batch in batches
     ]
-    yield _Group("roofline", slots, functools.partial(roofline.roofline, path, batches, threads))
+    yield _Group("roofline", metrics, functools.partial(roofline.roofline, path, batches, threads))
 
 
 def _baseline_context(versus: str | Path) -> dict[str, str]:
-    """The context of what is measured against another model."""
+    """The context of rows that compare a model with the baseline `versus`."""
     if not versus:
         return {}
-    other = artifact.read_manifest(versus)
-    return {"versus": f"{other.recipe.method}:{other.sha256[:12]}"}
+    manifest = artifact.read_manifest(versus)
+    return {"versus": f"{manifest.recipe.method}:{manifest.sha256[:12]}"}

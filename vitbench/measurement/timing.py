@@ -1,4 +1,4 @@
-"""Latency: percentiles of single calls in a fresh process, in turn with a second model for a ratio."""
+"""Latency: percentiles of single calls in a fresh process, alternating with a second model for a ratio."""
 
 import os
 import tempfile
@@ -24,123 +24,154 @@ MALLOC_NOTE = " (malloc told to keep freed memory)"  # see `standalone.keep_free
 
 @dataclass(frozen=True)
 class BackendTiming:
-    """A model's calls in a backend: milliseconds, how far its logits were from eager's, and how far they may be.
+    """A model's calls in a backend.
 
-    Distances are relative to the largest logit (`backends.logit_distance`).
+    Attributes:
+        times: milliseconds of each call.
+        logit_distance: from eager's logits, relative to the largest of them (`backends.logit_distance`).
+        tolerance: the largest distance that is allowed.
     """
 
     times: list[float]
-    apart: float
-    allowed: float
+    logit_distance: float
+    tolerance: float
 
 
 def latency(path: Path, versus: str | Path, measures: Measures) -> Iterator[Measurement]:
-    """Time the model at `path`, batch size by batch size, in as many child processes as there are `starts`.
+    """Time the model at `path` at each batch size, in as many child processes as there are `starts`.
 
     If `versus` is given, its calls in each of `versus_backends` alternate with the model's, for a ratio to each.
+
+    Raises:
+        ChildError: a model cannot be prepared, or its process failed.
     """
     starts, backend = measures.starts, measures.backend
     models = [(os.path.abspath(path), backend)]
     if versus:
         models += [(os.path.abspath(versus), name) for name in measures.versus_backends]
-    for found in compare_latency(models, measures.batches, measures.threads, measures.rounds, starts):
-        if failed := [each for each in found if isinstance(each, str)]:
-            raise ChildError(failed[0])
-        yield from latency_values(backend, found[0], [other.times for other in found[1:]], starts=starts)
+    for results in compare_latency(models, measures.batches, measures.threads, measures.rounds, starts):
+        timings = []
+        for result in results:
+            if isinstance(result, str):
+                raise ChildError(result)
+            timings.append(result)
+        yield from latency_values(backend, timings[0], [timing.times for timing in timings[1:]], starts=starts)
 
 
 def latency_values(
-    backend: str, own: BackendTiming, others: Sequence[list[float]], where: str = "", starts: int = 1
+    backend: str, timing: BackendTiming, baseline_times: Sequence[list[float]], location: str = "", starts: int = 1
 ) -> Iterator[Measurement]:
-    """What `slots` lists, in order: percentiles, ratios to each of the others, in turn with which it was timed, the distance."""
-    turn = ", in turn with the baseline" if others else ""
-    where = where or ("in a fresh process" if starts == 1 else f"in {starts} fresh processes") + MALLOC_NOTE
-    how = f"measured: {len(own.times)} calls {where} after warm-up{turn}"
+    """The values of `latency_metrics`, in order: percentiles, a ratio to each of `baseline_times`, the logits' distance.
+
+    Args:
+        baseline_times: milliseconds of each baseline whose calls alternated with the model's.
+        location: where the calls were made, for the rows' source; by default in fresh processes.
+        starts: processes that share the rounds.
+    """
+    turn_text = ", in turn with the baseline" if baseline_times else ""
+    location = location or ("in a fresh process" if starts == 1 else f"in {starts} fresh processes") + MALLOC_NOTE
+    source = f"measured: {len(timing.times)} calls {location} after warm-up{turn_text}"
     for p in PERCENTILES:
-        samples = own.times if p == 50 else None
-        yield Measurement(f"latency_p{p}", float(np.percentile(own.times, p)), how, samples=samples)
-    for other in others:
-        ratio, low, high = quiet_latency_ratio(own.times, other, starts)
+        samples = timing.times if p == 50 else None
+        yield Measurement(f"latency_p{p}", float(np.percentile(timing.times, p)), source, samples=samples)
+    for times in baseline_times:
+        ratio, low, high = quiet_latency_ratio(timing.times, times, starts)
         yield Measurement(
             "latency_ratio",
             ratio,
-            how + "; median ratio of the quietest quarter of the rounds, bootstrap 95 %",
+            source + "; median ratio of the quietest quarter of the rounds, bootstrap 95 %",
             low,
             high,
-            samples=other,
+            samples=times,
         )
     if backend != "eager":
-        how = f"measured: largest difference from eager's logits over the largest of them; {own.allowed} is allowed"
-        yield Measurement("logit_distance", own.apart, how)
+        limit = f"{timing.tolerance} is allowed"
+        source = f"measured: largest difference from eager's logits over the largest of them; {limit}"
+        yield Measurement("logit_distance", timing.logit_distance, source)
 
 
 def shared_rounds(rounds: int, starts: int) -> dict[str, int]:
-    """What a row's context says of the rounds, and of the processes that share them if there are several."""
+    """The context of a timing: its rounds, and the processes that share them if there are several."""
     return {"rounds": rounds} | ({"starts": starts} if starts > 1 else {})
 
 
-def latency_metrics(timed: dict[str, Any], versus_backends: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
-    """The metric, unit and context of each of `values`; `timed` is the context that they share, `versus` in it if there is one."""
-    backend = timed["backend"]
-    apart = {other: {} if other == backend else {"versus_backend": other} for other in versus_backends}
-    own = timed | ({} if backend in apart or "versus" not in timed else apart[versus_backends[0]])
-    ratios = [("latency_ratio", "ratio", timed | apart[other]) for other in apart if "versus" in timed]
-    alone = {key: value for key, value in timed.items() if key not in ("rounds", "starts", "versus")}
-    distance = [] if backend == "eager" else [("logit_distance", "fraction", alone)]
-    return [(f"latency_p{p}", "ms", own) for p in PERCENTILES] + ratios + distance
+def latency_metrics(context: dict[str, Any], versus_backends: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """The metric, unit and context of each of `latency_values`.
+
+    Args:
+        context: what all of them share; `versus` in it if there is a baseline.
+        versus_backends: the backends of the baseline, with a ratio to each.
+    """
+    backend = context["backend"]
+    backend_contexts = {name: {} if name == backend else {"versus_backend": name} for name in versus_backends}
+    percentile_context = context
+    if backend not in backend_contexts and "versus" in context:
+        percentile_context = context | backend_contexts[versus_backends[0]]
+    metrics = [(f"latency_p{p}", "ms", percentile_context) for p in PERCENTILES]
+    if "versus" in context:
+        metrics += [("latency_ratio", "ratio", context | added) for added in backend_contexts.values()]
+    if backend != "eager":
+        unshared = {key: value for key, value in context.items() if key not in ("rounds", "starts", "versus")}
+        metrics.append(("logit_distance", "fraction", unshared))
+    return metrics
 
 
 def compare_latency(
     models: Sequence[tuple[str, str]], batches: Sequence[int], threads: int, rounds: int, starts: int = 1
 ) -> Iterator[list[BackendTiming | str]]:
-    """Each (path, backend) timed, all in turn, or why a model cannot be prepared.
+    """Time each (path, backend) at each batch size, with alternating calls; the reason if a model cannot be prepared.
 
-    For each batch size the rounds are shared by `starts` fresh processes, one after the other: where a process's memory comes
-    to lie, and what the machine does in its minute, moves all of its rounds alike.
+    For each batch size the rounds are shared by `starts` fresh processes, one after the other. All rounds of one process
+    share its memory layout and the machine's state, so several processes show how much these change the times.
     """
-    order = {"models": list(models), "rounds": -(-rounds // starts)}
     for batch in batches:
         with timing_lock(), tempfile.TemporaryDirectory() as exported:
-            found = [
-                in_child("time_models", threads, batch=batch, exported=exported, **order)["timed"]
-                for _ in range(starts)
-            ]
-        yield [_pool_starts(parts) for parts in zip(*found, strict=True)]
+            job_arguments = {
+                "models": list(models),
+                "batch": batch,
+                "rounds": -(-rounds // starts),
+                "exported": exported,
+            }
+            per_start = [in_child("time_models", threads, **job_arguments)["timed"] for _ in range(starts)]
+        yield [_pool_starts(results) for results in zip(*per_start, strict=True)]
 
 
-def _pool_starts(parts: Sequence[dict[str, Any] | str]) -> BackendTiming | str:
-    """One model's calls in all of the processes, evenly many in each; or why it failed in one of them."""
-    if failed := [part for part in parts if isinstance(part, str)]:
-        return failed[0]
-    fewest = min(len(part["times"]) for part in parts)
-    times = [time for part in parts for time in part["times"][:fewest]]
-    return BackendTiming(times, max(part["apart"] for part in parts), parts[0]["allowed"])
+def _pool_starts(results: Sequence[dict[str, Any] | str]) -> BackendTiming | str:
+    """One model's calls in all processes, as many from each; the reason if it failed in one of them."""
+    timings = []
+    for result in results:
+        if isinstance(result, str):
+            return result
+        timings.append(BackendTiming(**result))
+    calls_per_start = min(len(timing.times) for timing in timings)
+    times = [time for timing in timings for time in timing.times[:calls_per_start]]
+    return BackendTiming(times, max(timing.logit_distance for timing in timings), timings[0].tolerance)
 
 
 def timing_lock() -> AbstractContextManager:
-    """To hold while something is timed: two timings at once would disturb each other."""
+    """A lock to hold during a timing, because two timings at once would disturb each other."""
     return locks.locked(writable_folder(model_cache(), "cache") / "timing.lock")
 
 
 @job
 def time_models(models: list[tuple[str, str]], batch: int, rounds: int, exported: str) -> dict[str, Any]:
-    """`timed[model]` has the fields of `Timed`, or is why there are none. The order in a round alternates.
+    """`timed` has for each model the fields of `BackendTiming`, or the reason why it cannot be prepared.
 
-    Files that backends run are taken from the folder `exported`, and left there.
+    Files that backends run are read from the folder `exported` if they are there, else written to it.
     """
     import torch
 
-    torch.manual_seed(0)  # of the images, so that distances come out the same again
+    torch.manual_seed(0)  # the same images in each process, so that the distances are the same too
     with torch.inference_mode():
-        ready = [_prepare_call(*model, batch, Path(exported, str(models.index(model)))) for model in models]
-        times = iter(time_alternating([each[0] for each in ready if not isinstance(each, str)], rounds))
+        prepared = [_prepare_call(*model, batch, Path(exported, str(models.index(model)))) for model in models]
+        times = iter(time_alternating([item[0] for item in prepared if not isinstance(item, str)], rounds))
     return {
-        "timed": [each if isinstance(each, str) else asdict(BackendTiming(next(times), *each[1:])) for each in ready]
+        "timed": [item if isinstance(item, str) else asdict(BackendTiming(next(times), *item[1:])) for item in prepared]
     }
 
 
 def _prepare_call(path: str, backend: str, batch: int, stem: Path) -> tuple[Callable[[], Any], float, float] | str:
-    """A call of the model with a batch in the backend, and its distance from eager and the one allowed; or why there is none."""
+    """A call of the model with a batch, its distance from eager and the tolerance; or the reason why there is none."""
     import torch
 
     from vitbench.measurement import backends
@@ -150,7 +181,7 @@ def _prepare_call(path: str, backend: str, batch: int, stem: Path) -> tuple[Call
         model = artifact.load(path)
         size = model.recipe.preprocess.size
         x = torch.randn(batch, 3, size, size)
-        run, apart = backends.prepare_checked(backend, model, x, stem)
+        call, logit_distance = backends.prepare_checked(backend, model, x, stem)
     except (RuntimeError, ValueError, MemoryError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return lambda: run(x), apart, backends.tolerance(backend, model)
+    return lambda: call(x), logit_distance, backends.tolerance(backend, model)
