@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import ROOT
 from vitbench.base.errors import InputError
-from vitbench.edge.bundle import SCHEMA_VERSION, Answers, Entry, Manifest, Result, adopt
+from vitbench.edge.bundle import SCHEMA_VERSION, Answers, Entry, Manifest, Result, import_answers
 from vitbench.figures.report import table_text
 from vitbench.model import artifact, vit
 from vitbench.rows.records import append_rows, read_rows
@@ -147,7 +147,7 @@ READERS = {  # kind -> the files that are mutated, and what reads their folder a
         lambda folder, out: vit.create_model("vit_micro_patch2_8", checkpoint=folder / "a.safetensors"),
     ),
     "state": (["a.pth"], lambda folder, out: vit.create_model("vit_micro_patch2_8", checkpoint=folder / "a.pth")),
-    "bundle": (["bundle.json", "answers.json"], lambda folder, out: adopt(folder, Run(out).folder)),
+    "bundle": (["bundle.json", "answers.json"], lambda folder, out: import_answers(folder, Run(out).folder)),
 }
 
 

@@ -11,8 +11,8 @@ import pytest
 from vitbench import cli
 from vitbench.base.errors import InputError
 from vitbench.edge import rows as edge_rows
-from vitbench.edge.bundle import adopt, make_bundle
-from vitbench.edge.model import Setting, Work, cost, load_profiles, place_of
+from vitbench.edge.bundle import import_answers, make_bundle
+from vitbench.edge.model import Deployment, Workload, cost, load_profiles, weights_location
 from vitbench.edge.rows import stream
 from vitbench.measurement.measuring import measure
 from vitbench.methods.registry import compress, make_config
@@ -27,7 +27,7 @@ needs_onnx = pytest.mark.skipif(
 )
 PROFILES = load_profiles()
 PI, LTE = PROFILES.device("raspberry_pi_5"), PROFILES.link("lte")
-BIG = Work(bytes=3.3e8, resident=3.5e8, float_macs=17.6e9)
+BIG = Workload(bytes=3.3e8, resident_bytes=3.5e8, float_macs=17.6e9)
 
 
 def test_every_constant_has_a_source_and_a_basis():
@@ -65,9 +65,9 @@ def test_own_profiles_are_added(tmp_path):
 
 
 def test_weights_come_from_where_they_fit():
-    assert place_of(BIG, PI) == "memory"
-    assert place_of(BIG, PI, Setting(memory=1e8)) == "storage"
-    assert place_of(BIG, PI, Setting(memory=1e8, storage=1e8)) == "server"
+    assert weights_location(BIG, PI) == "memory"
+    assert weights_location(BIG, PI, Deployment(memory=1e8)) == "storage"
+    assert weights_location(BIG, PI, Deployment(memory=1e8, storage=1e8)) == "server"
 
 
 def test_an_answer_by_hand():
@@ -75,13 +75,13 @@ def test_an_answer_by_hand():
     held = cost(BIG, PI, LTE, PROFILES.operations)
     assert held.time == {"transfer": 0, "load": 0, "infer": pytest.approx(17.6e9 / 37.9e9)}
     assert held.joules == pytest.approx(9.7 * 17.6 / 37.9)
-    first = cost(BIG, PI, LTE, PROFILES.operations, Setting(first=True))
+    first = cost(BIG, PI, LTE, PROFILES.operations, Deployment(first=True))
     assert first.time["transfer"] == pytest.approx(0.055 + 3.3e8 / 2.66e6)
     assert first.time["load"] == pytest.approx(3.3e8 / 85e6)
     assert first.energy["transfer"] == pytest.approx(12.3 + 3.3e8 * 9e-7 + 2.8 * first.time["transfer"])
-    chip = cost(BIG, PI, LTE, PROFILES.operations, Setting(energy="operations"))
+    chip = cost(BIG, PI, LTE, PROFILES.operations, Deployment(energy="operations"))
     assert chip.joules == pytest.approx(17.6e9 * 4.6e-12 + 3.3e8 * 1.6e-10)
-    bound = Work(bytes=4.81e9, resident=1.0, float_macs=1.0)
+    bound = Workload(bytes=4.81e9, resident_bytes=1.0, float_macs=1.0)
     assert cost(bound, PI, LTE, PROFILES.operations).seconds == pytest.approx(1.0), "every byte comes from memory once"
 
 
@@ -111,14 +111,14 @@ def measured(base, digits, tmp_path_factory):
 @pytest.mark.slow
 def test_modelled_rows_follow_from_measured_ones(measured, capsys):
     run, _ = measured
-    made = edge_rows.modelled(run.rows(), PROFILES, ["raspberry_pi_5"], ["lte"], Setting(memory=4e5, storage=0))
+    made = edge_rows.modelled(run.rows(), PROFILES, ["raspberry_pi_5"], ["lte"], Deployment(memory=4e5, storage=0))
     found = {(row.method, row.metric): row for row in made}
     assert "weights from server" in found["baseline", "edge_time"].source
     assert "weights from memory" in found["dynamic_int8", "edge_time"].source
     assert all(row.value == pytest.approx(sum(row.samples)) and row.source.startswith("modelled") for row in made)
-    assert edge_rows.works(run.rows())["dynamic_int8"].int8_macs > 0
+    assert edge_rows.workloads(run.rows())["dynamic_int8"].int8_macs > 0
     other = PROFILES.replace(links={"lte": LTE.replace(latency=LTE.latency.replace(value=9.0)).to_dict()})
-    again = edge_rows.modelled(run.rows(), other, ["raspberry_pi_5"], ["lte"], Setting(memory=4e5, storage=0))
+    again = edge_rows.modelled(run.rows(), other, ["raspberry_pi_5"], ["lte"], Deployment(memory=4e5, storage=0))
     assert {row.compute_key() for row in made}.isdisjoint(row.compute_key() for row in again), (
         "other constants, other rows"
     )
@@ -133,16 +133,16 @@ def test_modelled_rows_follow_from_measured_ones(measured, capsys):
 @needs_onnx
 def test_a_bundle_goes_to_a_device_and_its_answers_come_back(measured, base, digits, tmp_path):
     run, small = measured
-    bundle = make_bundle([base.path, small], tmp_path / "bundle", digits, run_by=["onnxruntime"], rows=run.folder)
+    bundle = make_bundle([base.path, small], tmp_path / "bundle", digits, runtimes=["onnxruntime"], rows=run.folder)
     with pytest.raises(InputError, match="run measure.py on the device"):
-        adopt(bundle, tmp_path / "board")
+        import_answers(bundle, tmp_path / "board")
     # -I: nothing but the folder and the packages; torch is blocked
     (bundle / "torch.py").write_text("raise ImportError('a device has no torch')")
     done = subprocess.run(
         [sys.executable, "measure.py", "--threads", "1", "--rounds", "10"], cwd=bundle, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    count = adopt(bundle, tmp_path / "board", "test board")
+    count = import_answers(bundle, tmp_path / "board", "test board")
     rows = load_records(tmp_path / "board")
     assert count == 10 + 11, "the baseline has no ratio to itself"
     assert {"top1", "bytes", "latency_ratio", "peak_rss"} <= set(rows["metric"])
@@ -151,18 +151,18 @@ def test_a_bundle_goes_to_a_device_and_its_answers_come_back(measured, base, dig
     assert len(timed["samples"].iloc[0]) == 10
     assert rows[rows["metric"] == "peak_rss"]["value"].max() < 90e6
     with pytest.raises(InputError, match="give another --out"):
-        adopt(bundle, tmp_path / "board", "another board")
+        import_answers(bundle, tmp_path / "board", "another board")
     answers = json.loads((bundle / "answers.json").read_text())
     answers["results"][0]["load"] = []
     (bundle / "answers.json").write_text(json.dumps(answers))
-    adopt(bundle, tmp_path / "torn")
+    import_answers(bundle, tmp_path / "torn")
     torn = load_records(tmp_path / "torn")
     assert set(torn[torn["status"] == "failed"]["error"]) == {"the device's answers hold no load"}
     assert (torn["status"] == "ok").sum() == (rows["status"] == "ok").sum() - 10
     for change, message in (({"schema_version": 99}, "schema version 99"), ({"bundle": "0"}, "is of bundle 0")):
         (bundle / "answers.json").write_text(json.dumps(answers | change))
         with pytest.raises(InputError, match=message):
-            adopt(bundle, tmp_path / "other")
+            import_answers(bundle, tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_what_cannot_be_bundled_says_why(base, tmp_path):
     with pytest.raises(
         InputError, match="a bundle runs without PyTorch, 'eager' does not; allowed: onnxruntime, openvino"
     ):
-        make_bundle([base.path], tmp_path / "b", run_by=["eager"])
+        make_bundle([base.path], tmp_path / "b", runtimes=["eager"])
     assert cli.main(["bundle", str(tmp_path), "--out", str(tmp_path / "b")]) == 2
     assert not (tmp_path / "b").exists()
     assert cli.main(["adopt", str(tmp_path), "--out", str(tmp_path / "r")]) == 2

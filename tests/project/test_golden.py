@@ -8,7 +8,7 @@ import torch
 
 from tests.golden import make
 from vitbench import cli
-from vitbench.edge.bundle import adopt
+from vitbench.edge.bundle import import_answers
 from vitbench.methods.registry import METHODS
 from vitbench.model import artifact
 from vitbench.rows.records import Row, read_rows
@@ -104,6 +104,6 @@ def test_rows_of_earlier_versions_are_read_and_have_their_keys():
 def test_answers_of_a_device_of_an_earlier_version_give_the_rows_that_they_gave(tmp_path):
     """A bundle and answers in the form that the first version with bundles (21bb502) wrote, and the rows it made of them."""
     wanted = json.loads((make.OLD / "bundle" / "adopted.json").read_text(encoding="utf-8"))
-    adopt(make.OLD / "bundle", tmp_path / "rows")
+    import_answers(make.OLD / "bundle", tmp_path / "rows")
     found = {row.key: [row.method, row.metric, row.value] for row in read_rows(tmp_path / "rows")}
     assert {key: found.get(key) for key in wanted} == wanted

@@ -51,7 +51,7 @@ def _bundle(options: argparse.Namespace) -> int:
     check_target(options.out, KIND)
     data = load_option_data(options) if options.dataset else None
     out = make_bundle(
-        options.models, options.out, data, run_by=options.backends, batches=options.batches, rows=options.rows
+        options.models, options.out, data, runtimes=options.backends, batches=options.batches, rows=options.rows
     )
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size / 1e6:.1f} MB; copy it to the device and run `python3 measure.py` in it")
@@ -59,9 +59,9 @@ def _bundle(options: argparse.Namespace) -> int:
 
 
 def _adopt(options: argparse.Namespace) -> int:
-    from vitbench.edge.bundle import adopt
+    from vitbench.edge.bundle import import_answers
 
-    count = adopt(options.bundle, options.out, options.name)
+    count = import_answers(options.bundle, options.out, options.name)
     print(f"{options.out}: {count} rows")
     print_results(Path(options.out))
     return 0
@@ -69,13 +69,13 @@ def _adopt(options: argparse.Namespace) -> int:
 
 def _edge(options: argparse.Namespace) -> int:
     from vitbench.edge import rows
-    from vitbench.edge.model import Setting, load_profiles
+    from vitbench.edge.model import Deployment, load_profiles
     from vitbench.rows.runs import Run
 
     profiles = load_profiles(options.profiles)
-    setting = Setting(first=options.first, memory=options.memory, storage=options.storage, energy=options.energy)
+    deployment = Deployment(first=options.first, memory=options.memory, storage=options.storage, energy=options.energy)
     run = Run(options.folder)
-    modelled_rows = rows.modelled(run.rows(), profiles, options.devices, options.links, setting)
+    modelled_rows = rows.modelled(run.rows(), profiles, options.devices, options.links, deployment)
     run.append(modelled_rows)
     print(rows.modelled_table(modelled_rows))
     return 0

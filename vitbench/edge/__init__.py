@@ -1,4 +1,4 @@
-"""The model of devices and links, bundles that are measured on another device, and what comes of both.
+"""A cost model of devices and links, bundles that are measured on another device, and their rows and figures.
 
 The rooms `run` and `cli` import it, and notebooks.
 A new device or link is an entry of `profiles.yaml`, with its source.

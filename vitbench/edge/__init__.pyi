@@ -1,16 +1,16 @@
 from .bundle import (
-    adopt as adopt,
+    import_answers as import_answers,
     make_bundle as make_bundle,
 )
 from .figures import (
-    claims as claims,
-    cliff as cliff,
-    fits as fits,
-    stacks as stacks,
-    streams as streams,
+    cost_breakdown as cost_breakdown,
+    fit_heatmap as fit_heatmap,
+    memory_cliff as memory_cliff,
+    paper_ratios as paper_ratios,
+    transfer_check as transfer_check,
 )
 from .model import (
-    Setting as Setting,
+    Deployment as Deployment,
     cost as cost,
     load_profiles as load_profiles,
 )
@@ -18,5 +18,5 @@ from .rows import (
     backend_table as backend_table,
     modelled as modelled,
     streamed as streamed,
-    works as works,
+    workloads as workloads,
 )

@@ -1,4 +1,4 @@
-"""A folder to copy to a device: exported models and a script that measures them with numpy and a runtime alone; and its answers back."""
+"""Bundles: a folder of exported models, with a script that measures them on a device without PyTorch, and the import of its answers."""
 
 import hashlib
 import json
@@ -33,8 +33,17 @@ KIND = FolderKind(
     frozenset({"schema_version", "id", "models", "files"}),
     lambda content: content["files"] if isinstance(content["files"], dict) else (),
 )
-# rows that hold wherever a model runs go along with it
-ANYWHERE = {"top1", "top5", "cross_entropy", "params", "macs", "int8_macs", "bytes", "bytes_predicted"}
+# metrics that do not depend on the device; their rows are copied into the bundle
+DEVICE_INDEPENDENT_METRICS = {
+    "top1",
+    "top5",
+    "cross_entropy",
+    "params",
+    "macs",
+    "int8_macs",
+    "bytes",
+    "bytes_predicted",
+}
 TEXT = f"""Measure these models on this device:
 
     python3 -m pip install numpy {{packages}}
@@ -47,7 +56,7 @@ It writes {ANSWERS} here. Copy that file back beside the bundle, and read it wit
 
 
 class Entry(Config):
-    """One exported model of a bundle: what it is, its files, and what its answer has to be near."""
+    """One exported model of a bundle: its row fields (`about`), its files, and the expected logits with their tolerance."""
 
     name: str
     backend: str
@@ -74,7 +83,7 @@ class Manifest(Config):
 
 
 class Result(Config):
-    """What a device found for one entry."""
+    """The measurements of one entry on a device: ms (times), bytes (imports, peak) and seconds (load, cold_start)."""
 
     name: str
     error: str = ""
@@ -102,27 +111,28 @@ def make_bundle(
     out: str | Path,
     data: ImageData | None = None,
     *,
-    run_by: Sequence[str] = ("onnxruntime",),
+    runtimes: Sequence[str] = ("onnxruntime",),
     batches: Sequence[int] = (1,),
     rows: str | Path = "",
 ) -> Path:
     """Export saved models into the folder `out`, with a script that measures them where PyTorch is not installed.
 
     Args:
-        models: folders written by `save`; the first whose method is "baseline" is what the others are timed against.
-        data: its calibration images are what is answered; without, random numbers.
-        run_by: backends that need no PyTorch, onnxruntime and openvino.
-        batches: images a call, each with a file of its own.
-        rows: a results folder; its rows of accuracy, bytes and MACs of these models go along.
+        models: folders written by `save`. The others are timed against the first whose method is "baseline".
+        data: the models are run on its calibration images; without, on random numbers.
+        runtimes: the backends that run the models; allowed are those that need no PyTorch, onnxruntime and openvino.
+        batches: batch sizes, each with a file of its own.
+        rows: a results folder, whose rows of accuracy, bytes and MACs of these models are copied into the bundle.
 
     Raises:
-        InputError: nothing to export, a backend that needs PyTorch, or a folder that holds something else or cannot be written.
+        InputError: no models, a backend that needs PyTorch, or a folder that is no bundle or cannot be written.
     """
     check_target(out, KIND)
-    able = [name for name, backend in backends.BACKENDS.items() if backend.runs_without_torch]
-    for backend in run_by:
-        if backend not in able:
-            raise InputError(f"a bundle runs without PyTorch, {backend!r} does not; allowed: {', '.join(able)}")
+    exportable_backends = [name for name, backend in backends.BACKENDS.items() if backend.runs_without_torch]
+    for backend in runtimes:
+        if backend not in exportable_backends:
+            allowed = ", ".join(exportable_backends)
+            raise InputError(f"a bundle runs without PyTorch, {backend!r} does not; allowed: {allowed}")
         backends.require_backend(backend)
     if not models or min(batches, default=0) < 1:
         raise InputError("give at least one saved model, and batches of 1 image or more")
@@ -132,43 +142,48 @@ def make_bundle(
         entries = [
             _export(folder, number, path, backend, batch, data)
             for number, path in enumerate(progress.progress_bar(list(manifests), "exporting", unit="model"))
-            for backend in run_by
+            for backend in runtimes
             for batch in batches
         ]
-        entries = [_against(entry, entries) for entry in entries]
-        kept = _kept_rows(rows, {entry.artifact for entry in entries}) if rows else []
-        if kept:
-            append_rows(folder / ROWS, kept)
+        entries = [_with_baseline(entry, entries) for entry in entries]
+        shipped_rows = _rows_to_ship(rows, {entry.artifact for entry in entries}) if rows else []
+        if shipped_rows:
+            append_rows(folder / ROWS, shipped_rows)
             Path(f"{folder / ROWS}.lock").unlink(missing_ok=True)
         for name, source in SHIPPED.items():
             write_bytes(folder / name, source.read_bytes())
-        write_text(folder / README, TEXT.format(packages=" ".join(dict.fromkeys(run_by))))
+        write_text(folder / README, TEXT.format(packages=" ".join(dict.fromkeys(runtimes))))
         files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
         name = digest(files)
-        made = Manifest(schema_version=SCHEMA_VERSION, id=name, models=entries, files=files)
-        write_text(folder / MANIFEST, json.dumps(made.to_dict(), indent=1) + "\n")
+        manifest = Manifest(schema_version=SCHEMA_VERSION, id=name, models=entries, files=files)
+        write_text(folder / MANIFEST, json.dumps(manifest.to_dict(), indent=1) + "\n")
     return out
 
 
 def _export(folder: Path, number: int, path: Path, backend: str, batch: int, data: ImageData | None) -> Entry:
-    """Write one model for one backend and batch size; where the backend has no form of it, the entry says so."""
+    """Export one model for one backend and batch size. If the backend does not support it, the entry has the reason."""
     model = artifact.load(path)
     recipe, sha = model.recipe, artifact.read_manifest(path).sha256[:12]
     stem = f"{number:02}-{recipe.method.replace('+', '-')}-{backend}-b{batch}"
-    facts = {"name": stem, "backend": backend, "batch": batch, "about": model_row_fields(recipe, data), "artifact": sha}
-    if why := backends.unsupported_reason(backend, recipe):
-        return Entry(**facts, error=why)
+    entry = Entry(name=stem, backend=backend, batch=batch, about=model_row_fields(recipe, data), artifact=sha)
+    if reason := backends.unsupported_reason(backend, recipe):
+        return entry.replace(error=reason)
     x = _images(recipe.preprocess, batch, data)
-    images, logits = folder / f"{stem}.images.npy", folder / f"{stem}.logits.npy"
+    images_file, logits_file = folder / f"{stem}.images.npy", folder / f"{stem}.logits.npy"
     with torch.inference_mode():
-        wanted = model(x)
-    file = backends.BACKENDS[backend].export(model, x, folder / stem)
+        logits = model(x)
+    export = backends.BACKENDS[backend].export
+    assert export, "make_bundle allows backends with an export alone"
+    file = export(model, x, folder / stem)
     size = sum(part.stat().st_size for part in folder.glob(f"{stem}.*"))
-    write_array(images, x.numpy())
-    write_array(logits, wanted.numpy())
-    allowed = backends.tolerance(backend, model)
-    return Entry(
-        **facts, file=file.name, images=images.name, logits=logits.name, tolerance=allowed, exported_bytes=size
+    write_array(images_file, x.numpy())
+    write_array(logits_file, logits.numpy())
+    return entry.replace(
+        file=file.name,
+        images=images_file.name,
+        logits=logits_file.name,
+        tolerance=backends.tolerance(backend, model),
+        exported_bytes=size,
     )
 
 
@@ -179,46 +194,50 @@ def _images(preprocess: Any, batch: int, data: ImageData | None) -> torch.Tensor
     return torch.randn(batch, 3, preprocess.size, preprocess.size, generator=torch.Generator().manual_seed(0))
 
 
-def _against(entry: Entry, entries: list[Entry]) -> Entry:
-    """The entry with the name of the baseline in the same backend and batch size, if there is another such model."""
+def _with_baseline(entry: Entry, entries: list[Entry]) -> Entry:
+    """The entry with the name of another entry that is the baseline in the same backend and batch size, if there is one."""
     for other in entries:
-        same = (other.backend, other.batch) == (entry.backend, entry.batch)
-        if same and other.about["method"] == "baseline" and not other.error and other.name != entry.name:
+        is_same_format = (other.backend, other.batch) == (entry.backend, entry.batch)
+        if is_same_format and other.about["method"] == "baseline" and not other.error and other.name != entry.name:
             return entry.replace(versus=other.name, versus_artifact=other.artifact)
     return entry
 
 
-def _kept_rows(folder: str | Path, artifacts: set[str]) -> list[Row]:
+def _rows_to_ship(folder: str | Path, artifacts: set[str]) -> list[Row]:
     rows = read_rows(records_file(folder))
-    return [row for row in rows if row.metric in ANYWHERE and row.context.get("artifact") in artifacts]
+    return [
+        row for row in rows if row.metric in DEVICE_INDEPENDENT_METRICS and row.context.get("artifact") in artifacts
+    ]
 
 
-def adopt(bundle: str | Path, out: str | Path, device: str = "") -> int:
-    """Make rows of a bundle's answers and add them to the results folder `out`, with the rows that went along.
+def import_answers(bundle: str | Path, out: str | Path, device: str = "") -> int:
+    """Add the rows of a bundle's answers and the rows in the bundle to the results folder `out`.
 
     Args:
-        bundle: the folder, with `answers.json` from the device in it.
-        device: how rows and figures name it; by default the board's or the processor's own name.
+        bundle: the folder, with `answers.json` from the device.
+        device: the device's name in rows and figures; by default that of its board or processor.
 
     Returns:
-        How many rows the bundle gives.
+        The number of rows from the answers.
 
     Raises:
-        InputError: no answers, of another bundle or schema version, or a results folder with another device's timings.
+        InputError: no answers, answers of another bundle or schema version, or a folder with another device's timings.
     """
     folder, run = Path(bundle).expanduser(), Run(out)
     manifest, answers = (_read(folder / name, kind) for name, kind in ((MANIFEST, Manifest), (ANSWERS, Answers)))
     if answers.bundle != manifest.id:
         raise InputError(f"{ANSWERS} is of bundle {answers.bundle}, this is {manifest.id}; copy the right file")
-    named = device or answers.device.get("board") or answers.device.get("cpu") or "unknown"
-    _refuse_another(run, f"cpu: {named}")
+    device_name = device or answers.device.get("board") or answers.device.get("cpu") or "unknown"
+    _check_same_device(run, f"cpu: {device_name}")
     if (folder / ROWS).is_file():
         append_rows(run.records, read_rows(folder / ROWS))
-    found = {result.name: result for result in answers.results}
+    result_by_name = {result.name: result for result in answers.results}
     rows = [
         row
         for entry in manifest.models
-        for row in _rows(entry, found.get(entry.name), {"threads": answers.threads, "device": f"cpu: {named}"})
+        for row in _rows(
+            entry, result_by_name.get(entry.name), {"threads": answers.threads, "device": f"cpu: {device_name}"}
+        )
     ]
     run.append(rows, answers.device)
     return len(rows)
@@ -237,7 +256,7 @@ def _read(path: Path, kind: type[Config]) -> Any:
     return kind(**content)
 
 
-def _refuse_another(run: Run, device: str) -> None:
+def _check_same_device(run: Run, device: str) -> None:
     if not run.records.exists():
         return
     others = {row.context["device"] for row in read_rows(run.records) if "device" in row.context} - {device}
@@ -248,46 +267,49 @@ def _refuse_another(run: Run, device: str) -> None:
 
 
 def _rows(entry: Entry, result: Result | None, machine: dict[str, Any]) -> Iterator[Row]:
-    """The rows of one entry; where the device has no answer, each metric's row says why."""
+    """The rows of one entry; failed or skipped rows with the reason if the device has no result."""
     context = {**machine, "backend": entry.backend, "batch": entry.batch}
     context |= {"versus": f"baseline:{entry.versus_artifact}"} if entry.versus else {}
-    slots = timing.latency_metrics(context, [entry.backend])
-    slots += [(metric, unit, context) for metric, unit in {**MEMORY, **STARTUP, "exported_bytes": "bytes"}.items()]
+    metrics = timing.latency_metrics(context, [entry.backend])
+    metrics += [(metric, unit, context) for metric, unit in {**MEMORY, **STARTUP, "exported_bytes": "bytes"}.items()]
     rows = [
         Row(
             **entry.about,
             metric=metric,
             unit=unit,
-            context={**own, "artifact": entry.artifact},
+            context={**metric_context, "artifact": entry.artifact},
             value=0,
             source="measured",
         )
-        for metric, unit, own in slots
+        for metric, unit, metric_context in metrics
     ]
-    if why := entry.error or _lacks(entry, result):
+    reason = entry.error or _missing_reason(entry, result)
+    if reason or result is None:
         status = "skipped" if entry.error else "failed"
-        yield from (row.replace(status=status, error=why, value=None, source="") for row in rows)
+        yield from (row.replace(status=status, error=reason, value=None, source="") for row in rows)
     else:
-        values = _values(entry, result)
-        yield from (row.replace(**value.fields()) for row, value in zip(rows, values, strict=True))
+        measurements = _values(entry, result)
+        yield from (row.replace(**value.fields()) for row, value in zip(rows, measurements, strict=True))
 
 
-def _lacks(entry: Entry, result: Result | None) -> str:
-    """What the device's answers do not have of an entry, in words; "" if they are whole."""
+def _missing_reason(entry: Entry, result: Result | None) -> str:
+    """What the device's answers lack of an entry, in words; "" if they are complete."""
     if result is None or result.error:
-        return result.error if result else "the device's answers do not have it"
+        return result.error if result else "the device's answers have no result of it"
     needed = ("times", "peak", "imports", "cold_start", "load", *(["versus_times"] if entry.versus else []))
     missing = [key for key in needed if not getattr(result, key)]
     return f"the device's answers hold no {', '.join(missing)}" if missing else ""
 
 
 def _values(entry: Entry, result: Result) -> Iterator[Measurement]:
-    """The values of the rows, in order."""
-    own = timing.BackendTiming(result.times, result.apart, entry.tolerance)
-    yield from timing.latency_values(entry.backend, own, [result.versus_times] if entry.versus else [], "on the device")
-    starts = f"measured: median of {len(result.peak)} fresh processes on the device, without PyTorch"
+    """The measurements of an entry, in the order of its rows."""
+    model_timing = timing.BackendTiming(result.times, result.apart, entry.tolerance)
+    yield from timing.latency_values(
+        entry.backend, model_timing, [result.versus_times] if entry.versus else [], "on the device"
+    )
+    source = f"measured: median of {len(result.peak)} fresh processes on the device, without PyTorch"
     for metric, samples in zip(
         (*MEMORY, *STARTUP), (result.peak, result.imports, result.cold_start, result.load), strict=True
     ):
-        yield Measurement(metric, float(np.median(samples)), starts, samples=samples)
+        yield Measurement(metric, float(np.median(samples)), source, samples=samples)
     yield Measurement("exported_bytes", entry.exported_bytes, f"measured: files that {entry.backend} loads")

@@ -1,9 +1,9 @@
-"""Modelled cost of one inference on a device: T = transfer + load + infer, and energy likewise, from device and link profiles.
+"""Modelled time and energy of one inference on a device, transfer + load + infer, from device and link profiles.
 
-A model that fits into the device's memory stays there. Another one is transferred for every inference: from the device's storage
-if it fits there, else over the link, as in the setting of DeepCompress-ViT (CVPR 2025), whose abstract compares the two. All of
-it is arithmetic on the constants in `profiles.yaml` or a user's own file, each with its source. `stream` and `roofline` check two
-parts of it against this machine.
+A model that fits into the device's memory stays there. Another one is loaded for every inference: from the device's storage
+if it fits there, else over the link, as in the setting of DeepCompress-ViT (CVPR 2025), whose abstract compares the two. The
+constants come from `profiles.yaml` or a user's file, each with its source. `stream` and `roofline` check two parts of the
+model on this machine.
 """
 
 import functools
@@ -23,7 +23,7 @@ class Constant(Config):
     """A number in SI units, and where it comes from.
 
     Attributes:
-        basis: measured (somebody says how), vendor (stated), derived (by the arithmetic in `source`), assumed (by us).
+        basis: measured (by the source), vendor (stated by it), derived (by the arithmetic in `source`), assumed (here).
     """
 
     value: float = Field(ge=0)
@@ -32,18 +32,18 @@ class Constant(Config):
 
 
 class Positive(Constant):
-    """Likewise, above 0."""
+    """A constant above 0."""
 
     value: float = Field(gt=0)
 
 
 class Device(Config):
-    """What a device is able to.
+    """Memory, storage, speed and power of a device.
 
     Attributes:
         memory: bytes that a model may take.
-        storage: bytes that outlast a restart, of a card or of flash; 0 where there are none.
-        storage_read: bytes/s from there to memory.
+        storage: bytes of a card or of flash, kept over a restart; 0 if there is none.
+        storage_read: bytes/s from storage to memory.
         memory_bandwidth: bytes/s.
         float_macs, int8_macs: sustained multiply-accumulates/s.
         idle_power, load_power: W, of the whole device while it waits and while it computes.
@@ -63,13 +63,13 @@ class Device(Config):
 
 
 class Link(Config):
-    """What brings bytes to a device.
+    """The connection over which a device receives bytes.
 
     Attributes:
-        bandwidth: bytes/s, as an application sees them.
+        bandwidth: bytes/s of an application.
         latency: s before the first byte.
-        energy_per_byte: J/byte that the receiving side's radio or transceiver takes.
-        energy_per_transfer: J beyond that for each transfer, as a radio stays awake for a while.
+        energy_per_byte: J/byte of the receiver's radio or transceiver.
+        energy_per_transfer: J of each transfer beyond its bytes, because a radio stays awake for a while.
     """
 
     title: str
@@ -80,7 +80,7 @@ class Link(Config):
 
 
 class Operations(Config):
-    """Energy of a chip's operations, J: a product and sum in fp32 and in int8, and a byte from memory."""
+    """Energy of a chip's operations in J: a multiply-accumulate in fp32 and in int8, and a byte from memory."""
 
     float_mac: Constant
     int8_mac: Constant
@@ -104,52 +104,57 @@ class Profiles(Config):
 
 
 def load_profiles(path: str | Path = "") -> Profiles:
-    """vitbench's profiles, with those of a YAML file of the same form added or in their places.
+    """The default profiles, with those of a YAML file of the same form added; a profile of the same name replaces the default.
 
     Raises:
-        InputError: not readable, or a constant is missing, negative or without a source; the message names it.
+        InputError: a file that cannot be read, or a constant that is missing, negative or without a source; the message names it.
     """
-    known = _read_own()
+    default_profiles = _default_profiles()
     if not path:
-        return Profiles(**known)
-    own = configs.read_yaml(path, "profiles")
-    if not isinstance(own, dict) or not all(isinstance(group, dict) for group in own.values()):
+        return Profiles(**default_profiles)
+    user_profiles = configs.read_yaml(path, "profiles")
+    if not isinstance(user_profiles, dict) or not all(isinstance(group, dict) for group in user_profiles.values()):
         raise InputError(f"profiles {str(path)!r}: give a mapping with devices, links or operations, each a mapping")
-    for group in own:
-        one_of("group of profiles", group, known)
-    return Profiles(**{group: known[group] | own.get(group, {}) for group in known})
+    for group in user_profiles:
+        one_of("group of profiles", group, default_profiles)
+    return Profiles(**{group: default_profiles[group] | user_profiles.get(group, {}) for group in default_profiles})
 
 
 @functools.cache
-def _read_own() -> dict[str, Any]:
+def _default_profiles() -> dict[str, Any]:
     text = (files("vitbench.edge") / "profiles.yaml").read_text(encoding="utf-8")
     return configs.yaml_value(text, "profiles.yaml")
 
 
-Place = Literal["memory", "storage", "server"]
+WeightsLocation = Literal["memory", "storage", "server"]
 PARTS = ("transfer", "load", "infer")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a model brings: bytes on disk; bytes that it takes in memory while it answers, activations included; MACs an image."""
+class Workload:
+    """What a model costs on any device.
+
+    Attributes:
+        bytes: on disk.
+        resident_bytes: in memory during an inference, activations included.
+        float_macs, int8_macs: multiply-accumulates for one image.
+    """
 
     bytes: float
-    resident: float
+    resident_bytes: float
     float_macs: float
     int8_macs: float = 0.0
 
 
-class Setting(Config):
-    """What is assumed of a deployment, beyond the profiles.
+class Deployment(Config):
+    """Assumptions about a deployment beyond the profiles.
 
     Attributes:
-        first: count the first answer after a restart, with the load from storage (and the transfer, if the model has
-            never been there), in the place of one that follows others.
-        memory: bytes that the model may take, in the place of the device's.
-        storage: bytes of storage, in the place of the device's; 0 is a device that keeps nothing.
-        energy: "board" is measured power times time, "operations" the sum of a chip's operations and bytes from memory, which
-            leaves out all that a board draws besides.
+        first: whether the first inference is modelled, with transfer and load, instead of a later one.
+        memory: bytes that the model may take, instead of the device's.
+        storage: bytes of storage, instead of the device's; 0 for a device that stores nothing.
+        energy: "board" is measured power times time. "operations" is the sum of a chip's operations and bytes from memory,
+            without the rest of the board.
     """
 
     first: bool = False
@@ -160,9 +165,9 @@ class Setting(Config):
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds and joules of one answer, by part, and where the weights come from."""
+    """Seconds and joules of one inference, by part, and where the weights come from."""
 
-    place: Place
+    weights_location: WeightsLocation
     time: dict[str, float]
     energy: dict[str, float]
 
@@ -177,59 +182,61 @@ class Cost:
         return sum(self.energy.values())
 
 
-def place_of(work: Work, device: Device, setting: Setting | None = None) -> Place:
-    """Where the weights of an answer come from: memory if the model fits there, else storage, else the server."""
-    setting = setting or Setting()
-    memory = device.memory.value if setting.memory is None else setting.memory
-    storage = device.storage.value if setting.storage is None else setting.storage
-    if work.resident <= memory:
+def weights_location(workload: Workload, device: Device, deployment: Deployment | None = None) -> WeightsLocation:
+    """Where the weights of an inference come from: memory if the model fits there, else storage, else the server."""
+    deployment = deployment or Deployment()
+    memory = device.memory.value if deployment.memory is None else deployment.memory
+    storage = device.storage.value if deployment.storage is None else deployment.storage
+    if workload.resident_bytes <= memory:
         return "memory"
-    return "storage" if work.bytes <= storage else "server"
+    return "storage" if workload.bytes <= storage else "server"
 
 
-def cost(work: Work, device: Device, link: Link, operations: Operations, setting: Setting | None = None) -> Cost:
-    """One answer of a model on a device that is supplied over a link."""
-    setting = setting or Setting()
-    place = place_of(work, device, setting)
-    fetched = place == "server" or setting.first
-    loaded = place == "storage" or setting.first
+def cost(
+    workload: Workload, device: Device, link: Link, operations: Operations, deployment: Deployment | None = None
+) -> Cost:
+    """The cost of one inference on a device that receives models over a link."""
+    deployment = deployment or Deployment()
+    location = weights_location(workload, device, deployment)
+    is_transferred = location == "server" or deployment.first
+    is_loaded = location == "storage" or deployment.first
     time = {
-        "transfer": transfer_time(work.bytes, link) if fetched else 0.0,
-        "load": work.bytes / device.storage_read.value if loaded else 0.0,
-        "infer": infer_time(work, device),
+        "transfer": transfer_time(workload.bytes, link) if is_transferred else 0.0,
+        "load": workload.bytes / device.storage_read.value if is_loaded else 0.0,
+        "infer": infer_time(workload, device),
     }
     energy = {
-        "transfer": transfer_energy(work.bytes, link) if fetched else 0.0,
-        "load": work.bytes * device.storage_energy.value if loaded else 0.0,
-        "infer": operations_energy(work, operations),
+        "transfer": transfer_energy(workload.bytes, link) if is_transferred else 0.0,
+        "load": workload.bytes * device.storage_energy.value if is_loaded else 0.0,
+        "infer": operations_energy(workload, operations),
     }
-    if setting.energy == "board":
+    if deployment.energy == "board":
         idle, load = device.idle_power.value, device.load_power.value
         energy = {
             "transfer": energy["transfer"] + idle * time["transfer"],
             "load": energy["load"] + idle * time["load"],
             "infer": load * time["infer"],
         }
-    return Cost(place, time, energy)
+    return Cost(location, time, energy)
 
 
 def transfer_time(count: float, link: Link) -> float:
-    """Seconds for so many bytes."""
+    """Seconds to receive `count` bytes."""
     return link.latency.value + count / link.bandwidth.value
 
 
 def transfer_energy(count: float, link: Link) -> float:
-    """Joules of the receiver for so many bytes."""
+    """Joules of the receiver for `count` bytes."""
     return link.energy_per_transfer.value + count * link.energy_per_byte.value
 
 
-def infer_time(work: Work, device: Device) -> float:
-    """Seconds, whichever is longer: to compute, or to bring every byte of the weights from memory once."""
-    compute = work.float_macs / device.float_macs.value + work.int8_macs / device.int8_macs.value
-    return max(compute, work.bytes / device.memory_bandwidth.value)
+def infer_time(workload: Workload, device: Device) -> float:
+    """Seconds of an inference: the longer of its multiply-accumulates and one read of all weights from memory."""
+    compute = workload.float_macs / device.float_macs.value + workload.int8_macs / device.int8_macs.value
+    return max(compute, workload.bytes / device.memory_bandwidth.value)
 
 
-def operations_energy(work: Work, operations: Operations) -> float:
-    """Joules of the operations alone, and of every byte of the weights from memory once."""
-    compute = work.float_macs * operations.float_mac.value + work.int8_macs * operations.int8_mac.value
-    return compute + work.bytes * operations.memory_byte.value
+def operations_energy(workload: Workload, operations: Operations) -> float:
+    """Joules of the multiply-accumulates and of one read of all weights from memory."""
+    compute = workload.float_macs * operations.float_mac.value + workload.int8_macs * operations.int8_mac.value
+    return compute + workload.bytes * operations.memory_byte.value

@@ -1,8 +1,8 @@
-"""Measure every model of the bundle that this file lies in, and write answers.json beside it; needs numpy and a runtime alone.
+"""Measure every model of the bundle in this file's folder and write answers.json there. Only numpy and a runtime are needed.
 
     python3 measure.py
 
-It is copied into bundles and imported from nowhere, so that `standalone` is the file beside it.
+This file is copied into bundles and imported by no module, so `standalone` is the file beside it.
 """
 
 import argparse
@@ -35,29 +35,33 @@ MANIFEST, ANSWERS = "bundle.json", "answers.json"
 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle; every file in it is checked by its SHA-256."""
+    """The manifest of a bundle, after a check of the SHA-256 of every file.
+
+    Raises:
+        BundleError: a missing or damaged file, or another schema version.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise BundleError(f"{str(folder)!r} is not a whole bundle ({error}); copy it again") from None
+        raise BundleError(f"{str(folder)!r} is not a complete bundle ({error}); copy it again") from None
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise BundleError(
             f"the bundle has schema version {manifest.get('schema_version')!r}, this script reads {SCHEMA_VERSION}; "
-            "make it again with the vitbench that is to read its answers"
+            "make the bundle again with the vitbench that will read its answers"
         )
-    for name, wanted in manifest["files"].items():
+    for name, expected_sha256 in manifest["files"].items():
         file = folder / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != wanted:
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected_sha256:
             raise BundleError(f"{name!r} is missing or damaged; copy the bundle again")
     return manifest
 
 
 def measure_bundle(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """Answers, start, memory and times of every model of the bundle; what cannot be had has its reason as `error`.
+    """Logit distance, start, memory and times of every model of the bundle; `error` has the reason if one cannot be measured.
 
-    Each model is timed in turn with the baseline in the same format, in this process, two models in memory at a time.
+    In this process, each model's calls alternate with those of the baseline in the same format: two models in memory at a time.
     """
-    manifest, found = read_bundle(folder), []
+    manifest, results = read_bundle(folder), []
     keep_freed_memory()
     for entry in manifest["models"]:
         result = {"name": entry["name"]}
@@ -67,38 +71,42 @@ def measure_bundle(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
             result |= _measure_entry(folder, entry, manifest["models"], threads, rounds)
         except BundleError as error:
             result["error"] = str(error)
-        except Exception as error:  # one model that fails should not take the others with it
+        except Exception as error:  # one model that fails does not stop the others
             result["error"] = f"{type(error).__name__}: {error}"
         print(f"{entry['name']}: {result.get('error') or _summary(result)}", flush=True)
-        found.append(result)
-    facts = {"schema_version": SCHEMA_VERSION, "bundle": manifest["id"], "device": device(), "threads": threads}
-    return {**facts, "results": found}
+        results.append(result)
+    header = {"schema_version": SCHEMA_VERSION, "bundle": manifest["id"], "device": device(), "threads": threads}
+    return {**header, "results": results}
 
 
 def _measure_entry(
     folder: Path, entry: dict[str, Any], entries: list[dict[str, Any]], threads: int, rounds: int
 ) -> dict[str, Any]:
     path, images = folder / entry["file"], folder / entry["images"]
-    call, apart = _checked(folder, entry, threads)
+    call, logit_distance = _checked_call(folder, entry, threads)
     command, variables = inference_command(path, images, threads), thread_environment(threads)
     starts = [in_fresh_process(command, variables) for _ in range(STARTS)]
     base = next((other for other in entries if other["name"] == entry["versus"]), None)
-    calls = [call, *([_checked(folder, base, threads)[0]] if base else [])]
+    calls = [call, *([_checked_call(folder, base, threads)[0]] if base else [])]
     times = time_alternating(calls, rounds)
-    spent = {key: [start[key] for start in starts] for key in ("imports", "peak", "load", "cold_start")}
-    return {"apart": apart, **spent, "times": times[0], "versus_times": times[1] if base else []}
+    start_samples = {key: [start[key] for start in starts] for key in ("imports", "peak", "load", "cold_start")}
+    return {"apart": logit_distance, **start_samples, "times": times[0], "versus_times": times[1] if base else []}
 
 
-def _checked(folder: Path, entry: dict[str, Any], threads: int) -> tuple[Callable[[], Any], float]:
-    """A call of the model with its images, and how far its answer is from the one that came with it."""
-    images, wanted = (np.load(folder / entry[key], allow_pickle=False) for key in ("images", "logits"))
+def _checked_call(folder: Path, entry: dict[str, Any], threads: int) -> tuple[Callable[[], Any], float]:
+    """A call of the model with its images, and the distance of its logits from those in the bundle, relative to the largest.
+
+    Raises:
+        BundleError: the distance is above the entry's tolerance.
+    """
+    images, expected = (np.load(folder / entry[key], allow_pickle=False) for key in ("images", "logits"))
     model = open_model(folder / entry["file"], threads)
-    apart = float(abs(model(images) - wanted).max() / abs(wanted).max())
-    if not apart <= entry["tolerance"]:
+    logit_distance = float(abs(model(images) - expected).max() / abs(expected).max())
+    if not logit_distance <= entry["tolerance"]:
         raise BundleError(
-            f"its answer is {apart:.1e} of the largest logit from PyTorch's, at most {entry['tolerance']} is allowed"
+            f"its logits differ from PyTorch's by {logit_distance:.1e} of the largest; at most {entry['tolerance']} is allowed"
         )
-    return lambda: model(images), apart
+    return lambda: model(images), logit_distance
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -112,8 +120,8 @@ def device() -> dict[str, Any]:
     for package in ("numpy", *PACKAGES.values()):
         if importlib.util.find_spec(package):
             versions[package] = importlib.import_module(package).__version__
-    facts = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
-    return {**facts, "cpu": _cpu(), "board": _board(), "python": platform.python_version(), "packages": versions}
+    machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
+    return {**machine, "cpu": _cpu(), "board": _board(), "python": platform.python_version(), "packages": versions}
 
 
 def _cpu() -> str:
@@ -144,15 +152,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.threads < 1 or options.rounds < 1:
             raise BundleError("--threads and --rounds are whole numbers of 1 or more")
-        found = measure_bundle(folder, options.threads, options.rounds)
+        answers = measure_bundle(folder, options.threads, options.rounds)
     except BundleError as error:
         print(f"measure.py: {error}", file=sys.stderr)
         return 2
     part = folder / f".{ANSWERS}.part"
-    part.write_text(json.dumps(found))
+    part.write_text(json.dumps(answers))
     part.replace(folder / ANSWERS)
-    failed = [result for result in found["results"] if "error" in result]
-    print(f"{folder / ANSWERS}: {len(found['results']) - len(failed)} measured, {len(failed)} could not be")
+    failed = [result for result in answers["results"] if "error" in result]
+    print(f"{folder / ANSWERS}: {len(answers['results']) - len(failed)} measured, {len(failed)} could not be")
     return 1 if failed else 0
 
 

@@ -1,200 +1,212 @@
-"""Rows and tables of the edge: modelled cost on other devices, every backend in one table, and a measured transfer.
+"""Rows and tables of the edge: modelled cost on other devices, a table of all backends, and a measured transfer.
 
-The table has bytes, memory, MACs, times over two baselines, and the distance of the fastest from the floor. The transfer streams
-bytes over loopback through a rate limiter and times them at the receiving end.
+The table has bytes, memory, MACs, times over those of two baselines, and the ratio of the fastest backend's time to the latency
+floor. The transfer streams bytes over loopback through a rate limiter and times them at the receiver.
 """
 
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 
 from vitbench.base import progress
 from vitbench.base.configs import digest
 from vitbench.base.errors import InputError
-from vitbench.edge.model import PARTS, Cost, Link, Profiles, Setting, Work, cost, transfer_time
+from vitbench.edge.model import PARTS, Cost, Deployment, Link, Profiles, Workload, cost, transfer_time
 from vitbench.rows.comparison_table import EAGER, MEGA, experiment_rows, find_row, timed_labels
 from vitbench.rows.records import KEY_FIELDS, Row
 
 METRICS = {"edge_time": "s", "edge_energy": "J"}
-ABOUT = tuple(name for name in KEY_FIELDS if name not in ("metric", "context"))
-FROM = "weights from "
-NEEDED = ("bytes", "peak_tensors", "macs", "int8_macs")
+COPIED_FIELDS = tuple(name for name in KEY_FIELDS if name not in ("metric", "context"))
+LOCATION_PREFIX = "weights from "
+REQUIRED_METRICS = ("bytes", "peak_tensors", "macs", "int8_macs")
 
 
-def works(rows: pd.DataFrame) -> dict[str, Work]:
-    """What each model of the comparison brings, by label; those of which something was not measured are left out.
+def workloads(rows: pd.DataFrame) -> dict[str, Workload]:
+    """The workload of each model of the comparison, by label. Models without all of `REQUIRED_METRICS` are left out.
 
     Raises:
-        InputError: none is left.
+        InputError: no model has all of them.
     """
-    rows, found = experiment_rows(rows), {}
+    rows, by_label = experiment_rows(rows), {}
     for label in timed_labels(rows):
-        have = [find_row(rows, label, metric) for metric in NEEDED]
-        if all(row is not None for row in have):
-            size, resident, macs, int8 = (row["value"] for row in have)
-            found[label] = Work(size, resident, macs - int8, int8)
-    if not found:
+        found_rows = [find_row(rows, label, metric) for metric in REQUIRED_METRICS]
+        values = [row["value"] for row in found_rows if row is not None]
+        if len(values) == len(REQUIRED_METRICS):
+            size, resident_bytes, macs, int8_macs = values
+            by_label[label] = Workload(size, resident_bytes, macs - int8_macs, int8_macs)
+    if not by_label:
         raise InputError(
-            f"no model of these rows has all of {', '.join(NEEDED)}; run `vitbench measure MODEL --what size memory`"
+            f"no model of these rows has all of {', '.join(REQUIRED_METRICS)}; run `vitbench measure MODEL --what size memory`"
         )
-    return found
+    return by_label
 
 
 def modelled(
-    rows: pd.DataFrame,
+    measured_rows: pd.DataFrame,
     profiles: Profiles,
     devices: Sequence[str] = (),
     links: Sequence[str] = (),
-    setting: Setting | None = None,
+    deployment: Deployment | None = None,
 ) -> list[Row]:
-    """Rows of `edge_time` and `edge_energy` of an answer of each model on each device over each link (all, if none is named).
+    """Rows of `edge_time` and `edge_energy` of one inference: each model on each device over each link (by default all).
 
     The samples are the parts, in the order of `PARTS`.
     """
-    setting = setting or Setting()
-    rows = experiment_rows(rows)
-    made = []
-    for label, work in works(rows).items():
-        like = find_row(rows, label, "bytes")
+    deployment = deployment or Deployment()
+    measured_rows = experiment_rows(measured_rows)
+    rows = []
+    for label, workload in workloads(measured_rows).items():
+        template_row = find_row(measured_rows, label, "bytes")
         for device in devices or profiles.devices:
             for link in links or profiles.links:
-                found = cost(work, profiles.device(device), profiles.link(link), profiles.operations, setting)
-                named = {"profile": device, "link": link, "constants": _constants(profiles, device, link)}
-                made += _rows(like, found, named | setting.to_dict())
-    return made
+                inference_cost = cost(
+                    workload, profiles.device(device), profiles.link(link), profiles.operations, deployment
+                )
+                profile_context = {"profile": device, "link": link, "constants": _constants(profiles, device, link)}
+                rows += _rows(template_row, inference_cost, profile_context | deployment.to_dict())
+    return rows
 
 
 def _constants(profiles: Profiles, device: str, link: str) -> str:
-    """The start of a hash of all that a row rests on, so that other constants under the same names give other rows."""
+    """The start of a hash of all constants of a row, so that other constants under the same names give other rows."""
     used = (profiles.device(device), profiles.link(link), profiles.operations)
-    return digest([one.to_dict() for one in used], 12)
+    return digest([profile.to_dict() for profile in used], 12)
 
 
-def _rows(like: pd.Series, found: Cost, context: dict) -> list[Row]:
-    context = context | {"artifact": like["context"].get("artifact", "")}
-    how = f"modelled: {FROM}{found.place}; parts {', '.join(PARTS)}"
-    values = {"edge_time": (found.seconds, found.time), "edge_energy": (found.joules, found.energy)}
+def _rows(template_row: pd.Series, inference_cost: Cost, context: dict[str, Any]) -> list[Row]:
+    context = context | {"artifact": template_row["context"].get("artifact", "")}
+    source = f"modelled: {LOCATION_PREFIX}{inference_cost.weights_location}; parts {', '.join(PARTS)}"
+    values = {
+        "edge_time": (inference_cost.seconds, inference_cost.time),
+        "edge_energy": (inference_cost.joules, inference_cost.energy),
+    }
     return [
         Row(
-            **{name: like[name] for name in ABOUT},
+            **{name: template_row[name] for name in COPIED_FIELDS},
             metric=metric,
             unit=METRICS[metric],
             value=total,
             samples=list(parts.values()),
-            source=how,
+            source=source,
             context=context,
         )
         for metric, (total, parts) in values.items()
     ]
 
 
-def place(source: str) -> str:
-    """Where the weights come from, by a modelled row's source."""
-    return source.partition(FROM)[2].partition(";")[0]
+def weights_location_of(source: str) -> str:
+    """Where the weights come from, by the source of a modelled row."""
+    return source.partition(LOCATION_PREFIX)[2].partition(";")[0]
 
 
-def modelled_table(made: Sequence[Row]) -> str:
-    """Modelled rows as text: a line for each model, device and link."""
+def modelled_table(rows: Sequence[Row]) -> str:
+    """Modelled rows as text, with a line for each model, device and link."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in made:
+    for row in rows:
         key = (row.method, row.context["artifact"][:6], row.context["profile"], row.context["link"])
-        line = lines.setdefault(key, {FROM.strip(): place(row.source)})
+        line = lines.setdefault(key, {LOCATION_PREFIX.strip(): weights_location_of(row.source)})
         line[f"{row.metric.removeprefix('edge_')} {row.unit}"] = f"{row.value:.3g}"
     index = pd.MultiIndex.from_tuples(lines, names=["method", "artifact", "device", "link"])
     return pd.DataFrame(list(lines.values()), index=index).to_string()
 
 
-def streamed(like: pd.Series, link: Link, name: str, counts: Sequence[int]) -> list[Row]:
-    """Stream so many bytes at the link's bandwidth over loopback: rows of `transfer_time`, and of what `model` says it is.
+def streamed(template_row: pd.Series, link: Link, name: str, counts: Sequence[int]) -> list[Row]:
+    """Stream bytes over loopback at the link's bandwidth: rows of `transfer_time`, measured and modelled (`transfer_time_modelled`).
 
     Args:
-        like: a row of the model and data that these rows stand beside.
+        template_row: a row whose model, data and configs the new rows have.
         name: of the link.
+        counts: the bytes of each stream.
     """
-    made = []
+    rows = []
     for count in progress.progress_bar(list(counts), f"streaming over {name}", unit="stream"):
         context = {"link": name, "count": int(count), "bandwidth": link.bandwidth.value, "latency": link.latency.value}
-        found = {
+        results = {
             "transfer_time": (stream(bytes(int(count)), link), "measured: loopback through a limiter of our own"),
             "transfer_time_modelled": (transfer_time(count, link), "modelled: latency + bytes / bandwidth"),
         }
-        made += [
+        rows += [
             Row(
-                **{name: like[name] for name in ABOUT},
+                **{name: template_row[name] for name in COPIED_FIELDS},
                 metric=metric,
                 unit="s",
                 value=seconds,
-                source=how,
+                source=source,
                 context=context,
             )
-            for metric, (seconds, how) in found.items()
+            for metric, (seconds, source) in results.items()
         ]
-    return made
+    return rows
 
 
-HALF = ("openvino_bf16",)  # computes in bf16, so that a floor made of fp32 products is none for it
+BF16_BACKENDS = ("openvino_bf16",)  # bf16 products can be faster than the latency floor, which is of fp32 products
 
 
 def backend_table(rows: pd.DataFrame) -> str:
-    """The table as Markdown, with the reasons for what is not there below.
+    """The table of all backends in Markdown, with the reasons for missing values below.
 
-    A cell of a backend is the median time over eager fp32's at each batch size and, in parentheses, over fp32's in that
-    same backend. `floor` is the median of the fastest backend that computes in fp32 or integers over the least time that
-    the machine's measured peaks allow (`measure.roofline`).
+    A cell of a backend is the ratio of the median time to that of eager fp32 at each batch size and, in parentheses, to that
+    of fp32 in the same backend. `floor` is the ratio of the fastest backend's median to the latency floor, without bf16
+    (`measurement.roofline`).
     """
-    good, why = experiment_rows(rows), _reasons(rows)
-    timed = good[good["metric"] == "latency_ratio"]
+    ok_rows, reasons = experiment_rows(rows), _reasons(rows)
+    timed = ok_rows[ok_rows["metric"] == "latency_ratio"]
     backends = sorted(dict.fromkeys(timed["backend"]), key=lambda name: name != EAGER)
     batches = sorted(int(batch) for batch in timed["batch"].unique())
-    held = sorted(dict.fromkeys(good["backend"][good["metric"] == "peak_rss"]), key=lambda name: name != EAGER)
-    head = ["method", "MB", "G MACs", *(f"peak MB {name}" for name in held), *backends]
-    lines, notes = [[*head, *(f"floor, batch {batch}" for batch in batches)]], {}
-    for label in timed_labels(good):
-        cells = [label, _number(good, label, "bytes", MEGA, ".1f"), _number(good, label, "macs", 1e9, ".2f")]
-        cells += [_number(good, label, "peak_rss", MEGA, ".0f", backend) for backend in held]
+    memory_backends = sorted(
+        dict.fromkeys(ok_rows["backend"][ok_rows["metric"] == "peak_rss"]), key=lambda name: name != EAGER
+    )
+    header = ["method", "MB", "G MACs", *(f"peak MB {name}" for name in memory_backends), *backends]
+    lines = [[*header, *(f"floor, batch {batch}" for batch in batches)]]
+    footnotes: dict[str, int] = {}
+    for label in timed_labels(ok_rows):
+        cells = [label, _number(ok_rows, label, "bytes", MEGA, ".1f"), _number(ok_rows, label, "macs", 1e9, ".2f")]
+        cells += [_number(ok_rows, label, "peak_rss", MEGA, ".0f", backend) for backend in memory_backends]
         for backend in backends:
-            cell = _times(good, label, backend, batches)
-            if "-" in cell and (reason := why.get((_artifact(good, label), backend))):
-                cell += f" [{notes.setdefault(reason, len(notes) + 1)}]"
+            cell = _times(ok_rows, label, backend, batches)
+            if "-" in cell and (reason := reasons.get((_artifact(ok_rows, label), backend))):
+                cell += f" [{footnotes.setdefault(reason, len(footnotes) + 1)}]"
             cells.append(cell)
-        cells += [_best(good, label, batch) for batch in batches]
+        cells += [_best(ok_rows, label, batch) for batch in batches]
         lines.append(cells)
     rule = ["---"] * len(lines[0])
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
-    return text + "\n\n" + "".join(f"[{number}] {reason}\n\n" for reason, number in notes.items())
+    return text + "\n\n" + "".join(f"[{number}] {reason}\n\n" for reason, number in footnotes.items())
 
 
 def fastest(rows: pd.DataFrame, label: str, batch: int) -> tuple[str, float] | None:
-    """The backend with the smallest median time at a batch size, those in half precision left out, and that time over the floor.
+    """The backend with the smallest median time at a batch size, without bf16, and the ratio of that time to the latency floor.
 
     Args:
-        rows: as `subject` gives them.
+        rows: as `experiment_rows` gives them.
     """
-    floor = find_row(rows, label, "latency_floor", batch)
-    own = rows[(rows["label"] == label) & (rows["metric"] == "latency_p50") & (rows["batch"] == batch)]
-    own = own[~own["backend"].isin(HALF)].drop_duplicates("backend", keep="last")
-    if floor is None or not len(own):
+    floor_row = find_row(rows, label, "latency_floor", batch)
+    latency_rows = rows[(rows["label"] == label) & (rows["metric"] == "latency_p50") & (rows["batch"] == batch)]
+    latency_rows = latency_rows[~latency_rows["backend"].isin(BF16_BACKENDS)].drop_duplicates("backend", keep="last")
+    if floor_row is None or not len(latency_rows):
         return None
-    first = own.loc[own["value"].idxmin()]
-    return first["backend"], first["value"] / floor["value"]
+    fastest_row = latency_rows.loc[latency_rows["value"].idxmin()]
+    return fastest_row["backend"], fastest_row["value"] / floor_row["value"]
 
 
 def _best(rows: pd.DataFrame, label: str, batch: int) -> str:
-    found = fastest(rows, label, batch)
-    return "-" if found is None else f"{found[1]:.1f} ({found[0]})"
+    fastest_backend = fastest(rows, label, batch)
+    return "-" if fastest_backend is None else f"{fastest_backend[1]:.1f} ({fastest_backend[0]})"
 
 
-def _number(rows: pd.DataFrame, label: str, metric: str, scale: float, form: str, backend: str = EAGER) -> str:
+def _number(rows: pd.DataFrame, label: str, metric: str, scale: float, format_spec: str, backend: str = EAGER) -> str:
     row = find_row(rows, label, metric, backend=backend)
-    elsewhere = row is None or not (pd.isna(row["backend"]) or row["backend"] == backend)
-    return "-" if elsewhere else f"{row['value'] / scale:{form}}"
+    if row is None or not (pd.isna(row["backend"]) or row["backend"] == backend):
+        return "-"
+    return f"{row['value'] / scale:{format_spec}}"
 
 
 def _times(rows: pd.DataFrame, label: str, backend: str, batches: list[int]) -> str:
-    """Times over eager fp32's and, in parentheses, over the same backend's fp32; a baseline's own is 1."""
+    """Ratios to the times of eager fp32 and, in parentheses, of fp32 in the same backend; 1 for the baseline itself."""
     versus = "" if backend == EAGER else EAGER
     eager = list(_ratios(rows, label, backend, versus, batches))
     if set(eager) == {"-"}:
@@ -205,9 +217,9 @@ def _times(rows: pd.DataFrame, label: str, backend: str, batches: list[int]) -> 
 
 def _ratios(rows: pd.DataFrame, label: str, backend: str, versus: str, batches: list[int]) -> Iterator[str]:
     for batch in batches:
-        itself = label == "baseline" and not versus
-        row = find_row(rows, label, "latency_p50" if itself else "latency_ratio", batch, backend, versus)
-        yield "-" if row is None or row["backend"] != backend else "1" if itself else f"{row['value']:.2f}"
+        is_baseline = label == "baseline" and not versus
+        row = find_row(rows, label, "latency_p50" if is_baseline else "latency_ratio", batch, backend, versus)
+        yield "-" if row is None or row["backend"] != backend else "1" if is_baseline else f"{row['value']:.2f}"
 
 
 def _artifact(rows: pd.DataFrame, label: str) -> str:
@@ -215,21 +227,21 @@ def _artifact(rows: pd.DataFrame, label: str) -> str:
 
 
 def _reasons(rows: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Why a model has no time in a backend, by the start of its file's hash and the backend."""
-    lost = rows[(rows["status"] != "ok") & (rows["metric"] == "latency_p50")]
-    return {(row["context"].get("artifact", ""), row["backend"]): row["error"] for _, row in lost.iterrows()}
+    """The reason why a model has no time in a backend, by (the start of its file's hash, backend)."""
+    failed_rows = rows[(rows["status"] != "ok") & (rows["metric"] == "latency_p50")]
+    return {(row["context"].get("artifact", ""), row["backend"]): row["error"] for _, row in failed_rows.iterrows()}
 
 
-CHUNK = 16 * 1024  # bytes that go out at once
+CHUNK = 16 * 1024  # bytes that are sent at once
 
 
 def stream(content: bytes, link: Link) -> float:
-    """Send bytes through a socket at the link's latency and bandwidth; seconds from the request to the last byte.
+    """Send bytes through a socket at the link's latency and bandwidth; the seconds from the request to the last byte.
 
-    The receiver asks with one byte; the sender waits for the latency, then sends no faster than the bandwidth.
+    The receiver requests with one byte. The sender waits for the latency, then sends at most at the bandwidth.
 
     Raises:
-        InputError: nothing to send, or not everything arrived.
+        InputError: no bytes to send, or not all bytes arrived.
     """
     if not content:
         raise InputError("nothing to stream: there are no bytes")
@@ -258,7 +270,7 @@ def _serve(server: socket.socket, content: bytes, link: Link) -> None:
         begin = time.perf_counter() + link.latency.value
         for start in range(0, len(content), CHUNK):
             part = content[start : start + CHUNK]
-            due = begin + (start + len(part)) / link.bandwidth.value  # when the part would have gone through the link
+            due = begin + (start + len(part)) / link.bandwidth.value  # when the link would have delivered the part
             if (wait := due - time.perf_counter()) > 0:
                 time.sleep(wait)
             connection.sendall(part)

@@ -100,7 +100,9 @@ def output_errors(model: nn.Module, original: nn.Module, data: ImageData, names:
         token_counts[name] += len(original_y)
 
     batches = eval_batches(split, original.recipe.preprocess, CALIBRATION_BATCH)
-    for x, _ in progress.progress_bar(batches, "errors of outputs", total=-(-len(split) // CALIBRATION_BATCH), unit="batch"):
+    for x, _ in progress.progress_bar(
+        batches, "errors of outputs", total=-(-len(split) // CALIBRATION_BATCH), unit="batch"
+    ):
         for network, on_call in ((original, store_original), (model, add_error)):
             with forward_hooks({name: network.get_submodule(name) for name in names}, on_call):
                 network(x)

@@ -31,7 +31,7 @@ class Rapl:
 
     def __init__(self, zones: list[Path]):
         self.zones = zones
-        self.ranges = [float((zone / "max_energy_counter_rangeuj").read_text()) for zone in zones]
+        self.ranges = [float((zone / "max_energy_range_uj").read_text()) for zone in zones]
         self.source = f"RAPL counters of {len(zones)} processor package(s)"
 
     def read(self) -> list[float]:
@@ -41,10 +41,7 @@ class Rapl:
     def joules_between(self, before: list[float], after: list[float]) -> float:
         """Joules between two readings, if no counter wrapped around more than once."""
         counts = zip(before, after, self.ranges, strict=True)
-        return (
-            sum((new - old) % (counter_range + 1) if new < old else new - old for old, new, counter_range in counts)
-            / 1e6
-        )
+        return sum((new - old) % (top + 1) if new < old else new - old for old, new, top in counts) / 1e6
 
 
 class Nvml:
