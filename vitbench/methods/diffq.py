@@ -67,8 +67,7 @@ def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> nn.Module:
         return config.pressure * (used / target - 1).clamp(min=0)
 
     coded = CodedModel(model, coders)
-    small, small.history = train_codes(coded, config, data, teacher, pressure, lambda: settle(noisy.values(), target))
-    return small
+    return train_codes(coded, config, data, teacher, pressure, lambda: settle(noisy.values(), target))
 
 
 class NoiseCoder(Coder):

@@ -55,7 +55,7 @@ def distillation(model: nn.Module, config: Distillation, data: ImageData | None)
     student = _student(model, config)
     teacher = find_teacher(student, config, data, original=model)
     student.requires_grad_(bool(config.train.epochs))
-    student.history = tune(student, config, data, teacher, title="distilling" if teacher else "training alone")
+    tune(student, config, data, teacher, title="distilling" if teacher else "training alone")
     return student.cpu()
 
 

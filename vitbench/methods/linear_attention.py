@@ -29,5 +29,5 @@ def linear_attention(model: nn.Module, config: LinearAttention, data: ImageData 
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     blocks.replace_attention(model, config.blocks, Layer.from_attention)
     model = model.requires_grad_(bool(config.train.epochs))
-    model.history = tune(model, config, data, teacher, title="training linear attention")
+    tune(model, config, data, teacher, title="training linear attention")
     return model.cpu()

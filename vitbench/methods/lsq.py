@@ -49,10 +49,10 @@ def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
     """Round weights and activations of the blocks' linear layers, and train with the rounding in place."""
     vit.dense_layers_by_type(model, config.layers)
     layers, teacher = vit.linear_layers(model, config.layers), find_teacher(model, config, data)
-    if layers and data is None:
-        raise InputError("lsq starts from ranges on calibration images and no data set was given; give one")
     torch.manual_seed(config.train.seed)
     if layers:
+        if data is None:
+            raise InputError("lsq starts from ranges on calibration images and no data set was given; give one")
         split = data.require_split("calibration")
         seen = quantizers.channel_ranges(model, layers, split)
         found = quantizers.input_ranges(model, layers, seen, split, bits=config.activation_bits)
@@ -62,5 +62,4 @@ def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
     coders += embedding_and_head_coders(model, config.ends_bits)
     if not coders:
         return model
-    small, small.history = train_codes(CodedModel(model, coders), config, data, teacher)
-    return small
+    return train_codes(CodedModel(model, coders), config, data, teacher)

@@ -105,6 +105,7 @@ def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> n
     layers = vit.linear_layers(model, config.layers)
     ranks = _ranks(model, config, layers, found)
     names = [name for name in layers if name in ranks or config.compensation == "closed_form"]
+    work: Iterable[tuple[str, ErrorMoments | None]]
     if config.compensation == "none":
         work = ((name, None) for name in names)
     elif config.propagate:
@@ -114,7 +115,7 @@ def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> n
     for name, mismatch in progress.progress_bar(work, "factoring", total=len(names), unit="layer"):
         _replace(model, config, name, layers[name], ranks.get(name, 0), found[name], mismatch)
     small = model.requires_grad_(bool(config.train.epochs))
-    small.history = tune(small, config, data, teacher, title="distilling")
+    tune(small, config, data, teacher, title="distilling")
     return small.cpu()
 
 
@@ -229,7 +230,8 @@ def _replace(
         bias = bias - change @ moments.mean
     shape = layer.in_features, layer.out_features
     if rank:
-        new = LowRankLinear(*shape, rank, bias=bias is not None).set_factors(*form, bias)
+        left, right = form
+        new = LowRankLinear(*shape, rank, bias=bias is not None).set_factors(left, right, bias)
     else:
         new = nn.Linear(*shape, bias=bias is not None)
         new.weight.data = form[0].float()

@@ -74,7 +74,7 @@ def multidimensional(model: nn.Module, config: MultiDimensional, data: ImageData
     found = task.search()
     counts = task.space.counts(found.best)
     small = task.remover.cut(counts).requires_grad_(bool(config.train.epochs))
-    small.history = tune(small, config, data, teacher, title="recovering")
+    tune(small, config, data, teacher, title="recovering")
     small.search = task.history(found)
     return small.cpu()
 

@@ -70,5 +70,5 @@ def nystroem(model: nn.Module, config: Nystroem, data: ImageData | None) -> nn.M
     own |= {"iterations": config.iterations} if config.iterations else {}
     blocks.replace_attention(model, config.blocks, lambda attn: kind.from_attention(attn, **own))
     model = model.requires_grad_(bool(config.train.epochs))
-    model.history = tune(model, config, data, teacher, title="training Nystroem attention")
+    tune(model, config, data, teacher, title="training Nystroem attention")
     return model.cpu()

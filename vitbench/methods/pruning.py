@@ -51,7 +51,7 @@ def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Mod
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     small = _cut(model, config, data) if any(ratios) else model
     small = small.requires_grad_(bool(config.train.epochs))
-    small.history = tune(small, config, data, teacher, title="recovering")
+    tune(small, config, data, teacher, title="recovering")
     return small.cpu()
 
 

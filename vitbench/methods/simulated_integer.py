@@ -91,9 +91,9 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
     if layers:
         inside = _inside(model, split, config)
     bits = {name: config.activation_bits for name in layers if name not in inputs}
-    bits |= dict.fromkeys(
-        (name for coder in outer for name in coder.names if name.startswith("head")), config.ends_bits
-    )
+    if config.ends_bits:
+        heads = (name for coder in outer for name in coder.names if name.startswith("head"))
+        bits |= dict.fromkeys(heads, config.ends_bits)
     inputs |= _uniform(model, bits, split, config)
     for name, module in inside.items():
         replace_module(model, name, module)
@@ -119,7 +119,8 @@ def _check(model: nn.Module, config: SimulatedInteger) -> None:
 
 def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: SimulatedInteger) -> dict[str, Rounded]:
     """Roundings with one step and one zero point for what the modules in `widths` (name -> bits) are given."""
-    modules, found = {name: model.get_submodule(name) for name in widths}, {}
+    modules = {name: model.get_submodule(name) for name in widths}
+    found: dict[str, Rounded] = {}
     seen = quantizers.channel_ranges(model, modules, split)
     for bits in sorted(set(widths.values())):
         own = {name: module for name, module in modules.items() if widths[name] == bits}

@@ -88,7 +88,9 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
     return model
 
 
-def _round_attention(model: nn.Module, places: Mapping[str, list[str]], split: Split, rule: str) -> None:
+def _round_attention(
+    model: nn.Module, places: Mapping[str, list[str]], split: Split, rule: Literal["mse", "minmax"]
+) -> None:
     """Put roundings into every block's attention, in place."""
     modules = {name: model.get_submodule(name) for names in places.values() for name in names}
     found = quantizers.input_ranges(model, modules, quantizers.channel_ranges(model, modules, split), split, rule)

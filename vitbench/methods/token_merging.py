@@ -72,7 +72,7 @@ def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None
         blocks.reduce_tokens(model, "merge", [m if m < n else None for n, m in zip(before, left)])
         blocks.record_block_shapes(model)
     model = model.requires_grad_(bool(config.train.epochs))
-    model.history = tune(model, config, data, teacher, title="training merged tokens")
+    tune(model, config, data, teacher, title="training merged tokens")
     return model.cpu()
 
 

@@ -137,7 +137,7 @@ def uct(model: nn.Module, config: UCT, data: ImageData | None) -> nn.Module:
     torch.manual_seed(config.train.seed)
     coded = CodedModel(model, [*_coders(model, config, data, rank), *_ends(model, config)])
     _warm_up(coded, config)
-    small, small.history = train_codes(coded, config, data, teacher, lambda mismatch: config.mse_weight * mismatch)
+    small = train_codes(coded, config, data, teacher, lambda mismatch: config.mse_weight * mismatch)
     for layer in factored_layers(small).values():
         layer.order = config.order
     return small

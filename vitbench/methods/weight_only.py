@@ -83,12 +83,14 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
     steps = {}
     if config.rounding == "second_order":
         split = _calibration(data, "rounding=second_order", "nearest")
-        how = {"group": config.group, "damping": config.damping, "ridge": config.ridge}
-        steps = gptq_layers(model, given, layers, bits, split, **how)
+        steps = gptq_layers(
+            model, given, layers, bits, split, group=config.group, damping=config.damping, ridge=config.ridge
+        )
     coders = {name: RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()}
     files: list[StoredFile] = []  # of what takes long on the way
     if config.reconstruction and coders:
         split = _calibration(data, "reconstruction", "0")
+        assert data is not None
         facts = {"model": model_digest(given), "data": data.fingerprint, "settings": config.to_dict()}
         key = work_key("methods", facts)
         files = [Store("reconstructions").file(f"{key}-{index}") for index in range(len(model.blocks))]
@@ -96,7 +98,7 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
     every = [*coders.values(), *embedding_and_head_coders(model, config.ends_bits)]
     if not every:
         return model
-    small, small.history = train_codes(CodedModel(model, every), config, data, teacher)
+    small = train_codes(CodedModel(model, every), config, data, teacher)
     for file in files:
         file.remove()
     return small
@@ -127,8 +129,10 @@ def _bits(
     of its outputs with the nearest codes.
     """
     _calibration(data, "target_bytes", "bits")
-    found = moments.collect_moments(model, layers, data, gradients=True)
-    choices = {}
+    assert data is not None
+    assert config.target_bytes is not None
+    found = moments.collect_moments(model, dict(layers), data, gradients=True)
+    choices: dict[str, list[tuple[float, float, int]]] = {}
     for name, layer in progress.progress_bar(layers.items(), "error by bits", unit="layer"):
         weight, covariance = layer.weight.detach(), found[name].output_error_covariance(layer)
         groups, choices[name] = weight.reshape(-1, config.group or layer.in_features), []

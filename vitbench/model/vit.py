@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import timm
 import torch
@@ -17,7 +17,7 @@ from vitbench.model.macs import analytic_macs as analytic_macs
 from vitbench.model.recipe import Architecture, Preprocess, Recipe
 from vitbench.model.t2t import T2T_VITS
 
-LINEAR_TYPES = ("qkv", "proj", "fc1", "fc2")
+LINEAR_TYPES: Final = ("qkv", "proj", "fc1", "fc2")
 EMBEDDING_AND_HEADS = ("patch_embed.proj", "head", "head_dist")
 
 

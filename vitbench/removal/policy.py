@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from vitbench.base.errors import InputError
 from vitbench.model import blocks
 
 DIMENSIONS = ("neurons", "heads", "head_dims", "tokens")
-PAPER = ("neurons", "heads", "tokens")
+PAPER: Final = ("neurons", "heads", "tokens")
 TOKEN_PLACES = (1 / 4, 2 / 4, 3 / 4)  # of the depth: blocks 3, 6 and 9 of twelve, counted from 0
 
 
@@ -102,7 +103,8 @@ class Space:
                 fewer = _floor(n * (1 - policies[:, -1])) + self.fused
                 n = np.where(policies[:, -1] > 0, np.clip(fewer, self.prefix + 1 + self.fused, n), n)
             after.append(n)
-        return Counts(*units, np.stack(before, 1), np.stack(after, 1))
+        neurons, heads, head_dims = units
+        return Counts(neurons, heads, head_dims, np.stack(before, 1), np.stack(after, 1))
 
     def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """`count` policies, (count, 3 L + 1): ratios drawn evenly up to a limit that each dimension draws for itself.

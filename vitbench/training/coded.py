@@ -125,14 +125,14 @@ def train_codes(
     teacher: nn.Module | None,
     penalty: Callable[[Tensor], Tensor] | None = None,
     settle: Callable[[], None] | None = None,
-) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Train a coded model jointly, and finish it. Returns the compressed model and the history of the training.
+) -> nn.Module:
+    """Train a coded model jointly, and finish it. Returns the compressed model, with the training's `history`.
 
     Args:
         penalty: makes a term of the loss of the coders' mismatch.
         settle: called in between.
     """
-    history = tune(
+    tune(
         coded,
         config,
         data,
@@ -143,4 +143,6 @@ def train_codes(
     )
     if settle:
         settle()
-    return coded.cpu().finish(config.rest), history
+    small = coded.cpu().finish(config.rest)
+    small.history = coded.history
+    return small

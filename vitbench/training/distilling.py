@@ -99,7 +99,9 @@ class Teaching:
         autocast: Callable[[], AbstractContextManager],
     ):
         self.config, self.data, self.device, self.autocast = config, data, device, autocast
-        self.teacher, self.pairs, self.answers = teacher.to(device).eval(), [], None
+        self.teacher = teacher.to(device).eval()
+        self.pairs: list[tuple[int, int]] = []
+        self.answers: Tensor | None = None
         self.projections = nn.ModuleList()
         if keeps_answers(config) and (config.mixup or config.cutmix):
             raise InputError(
@@ -111,12 +113,12 @@ class Teaching:
 
     def _pair(self, student: nn.Module) -> None:
         """Pair each block of the student with the teacher's at the same share of the depth; make the projections."""
-        self.vits = _vit(student), _vit(self.teacher)
-        if None in self.vits:
+        own, other = _vit(student), _vit(self.teacher)
+        if own is None or other is None:
             raise InputError(
                 "feature_weight and attention_weight compare blocks, and the teacher has none; set both to 0"
             )
-        own, other = self.vits
+        self.vits = own, other
         counts = [model.patch_embed.num_patches for model in self.vits]
         if counts[0] != counts[1] or any(hasattr(model.blocks, "counts") for model in self.vits):
             raise InputError(

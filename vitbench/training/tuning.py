@@ -26,19 +26,18 @@ class Tuning(Config):
     teacher: str = "original"
 
 
-def tune(
-    model: nn.Module, config: Tuning, data: ImageData | None, teacher: nn.Module | None, **how: Any
-) -> list[dict[str, float]]:
-    """Train `model` in place as `config` says; a run that was killed goes on. Returns the history, empty for 0 epochs.
+def tune(model: nn.Module, config: Tuning, data: ImageData | None, teacher: nn.Module | None, **how: Any) -> None:
+    """Train `model` in place as `config` says; a run that was killed goes on. Its `history` becomes the training's.
 
     `how` goes to `training.train`: groups, penalty, title.
     """
     if not config.train.epochs:
-        return []
+        model.history = []
+        return
+    assert data is not None, "`find_teacher` refuses a training without images"
     checkpoint = loop.checkpoint_path(model, data, config, teacher)
-    _, history = loop.train(model, data, config.train, teacher=teacher, checkpoint=checkpoint, **how)
+    _, model.history = loop.train(model, data, config.train, teacher=teacher, checkpoint=checkpoint, **how)
     checkpoint.unlink(missing_ok=True)
-    return history
 
 
 def find_teacher(
