@@ -202,7 +202,7 @@ def test_lines_that_are_no_rows(tmp_path, line):
     append_rows(file, rows_of("m"))
     file.write_bytes(file.read_bytes() + line)
     for read in (read_rows, load_records):
-        with pytest.raises(InputError, match="line 3 .*the 2 rows before it are good"):
+        with pytest.raises(InputError, match="line 3 .*the 2 rows before it are valid"):
             read(file)
 
 

@@ -72,7 +72,7 @@ def test_the_table_of_budgets_is_for_reading(folder):
 
 def test_budgets_need_a_baseline(folder):
     rows = load_records(folder)
-    with pytest.raises(InputError, match="none of the baseline"):
+    with pytest.raises(InputError, match="no bytes of the baseline"):
         budgets.winners(rows[rows["method"] != "baseline"])
 
 

@@ -73,7 +73,7 @@ def test_of_two_artifacts_the_later_is_read(tmp_path):
     ("changes", "message"),
     [
         ({"value": None}, "needs a finite value"),
-        ({"source": "guessed"}, "starts with measured, modelled or estimated"),
+        ({"source": "guessed"}, "does not start with measured, modelled or estimated"),
         ({"status": "failed"}, "needs an error"),
         ({"status": "perhaps"}, "status = 'perhaps'"),
         ({"colour": "red"}, "unknown key 'colour'"),
@@ -91,7 +91,7 @@ def test_what_a_killed_writer_left_is_no_row_and_is_put_aside(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
     for read in (read_rows, load_records):
-        with pytest.warns(UserWarning, match="the last line of .* was not written to its end"):
+        with pytest.warns(UserWarning, match="the last line of .* is incomplete"):
             assert len(read(file)) == 1
     assert append_rows(file, [row(seed=1), row(seed=2)]) == 2
     assert [found.seed for found in read_rows(file)] == [0, 1, 2]

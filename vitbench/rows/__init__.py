@@ -1,4 +1,4 @@
-"""Rows: their schema, reading and writing, results folders, statistics, and tables and sentences made of them.
+"""Rows: their schema, reading and writing, results folders, statistics, and tables and sentences made from rows.
 
 Figures and all rooms that measure import it; it imports `base` alone.
 A new field of a row goes into `vitbench.rows.records`, with a new schema version.

@@ -1,4 +1,4 @@
-"""Who wins at equal budgets: the most accurate model within each share of the baseline's cost, and which others cannot be told apart."""
+"""Equal budgets: the most accurate model within each share of the baseline's cost, and the models that do not differ from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from vitbench.base.errors import InputError, one_of
 from vitbench.rows.comparison_table import MEGA, accuracy_text, experiment_rows, find_row, paired_rows
 
 SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 10, 1 / 12, 1 / 15)
-SIGNIFICANCE_LEVEL = 0.05  # largest p at which two models' answers are told apart
+SIGNIFICANCE_LEVEL = 0.05  # two models differ significantly if p is below it
 COSTS = ("bytes", "macs", "latency_ratio")
 
 
@@ -18,13 +18,13 @@ class BudgetWinner:
     """The most accurate model within a budget.
 
     Attributes:
-        share: of the baseline's cost.
-        count: how many models were within the budget, the more of them the luckier the first.
-        top1: the winner's row of accuracy; None if no model is within.
-        cost: the winner's row of the cost.
-        indistinguishable: labels of the others within the budget whose answers to the same images cannot be told apart from the
-            winner's (exact McNemar test, p at least 0.05, without a correction for their number), best first; one without
-            its answers image by image is among them if the intervals overlap.
+        share: the budget, as a share of the baseline's cost.
+        count: how many models are within the budget. With more models, chance favours the winner more.
+        top1: the winner's row of top1; None if no model is within the budget.
+        cost: the winner's row of the cost; None if no model is within the budget.
+        indistinguishable: labels of the other models within the budget that do not differ significantly from the winner on
+            the same images (exact McNemar test, p >= 0.05, not corrected for multiple tests), best first. A model without
+            hits is one of them if the intervals overlap.
     """
 
     share: float
@@ -35,10 +35,15 @@ class BudgetWinner:
 
 
 def models_with_cost(rows: pd.DataFrame, cost: str, batch: int = 1) -> pd.DataFrame:
-    """Each model with an accuracy and a cost, timed or not: columns label, family, top1 and cost (rows), in the order they came.
+    """All models with an accuracy and a cost, in the order of their rows; top1 and cost are rows.
 
     Args:
-        rows: as `experiment_rows` gives them. A time is that of eager mode at the batch size, over the baseline's in turn.
+        rows: the rows of one experiment, as from `experiment_rows`.
+        cost: the metric; "latency_ratio" is that of eager mode at the batch size.
+        batch: the batch size of "latency_ratio".
+
+    Returns:
+        A table with the columns label, family, top1 and cost.
     """
     models = []
     for label in dict.fromkeys(rows["label"][rows["metric"] == "top1"]):
@@ -55,7 +60,7 @@ def winners(
     """The winner within each share of the baseline's cost, the largest share first.
 
     Raises:
-        InputError: no accuracy, or no such cost of the baseline, among the rows.
+        InputError: the rows have no model with accuracy and cost, or no cost of the baseline.
     """
     one_of("cost", cost, COSTS)
     rows = experiment_rows(rows)
@@ -63,7 +68,7 @@ def winners(
     baseline_row = find_row(rows, "baseline", cost)
     baseline_cost = 1.0 if cost == "latency_ratio" else None if baseline_row is None else baseline_row["value"]
     if not len(models) or baseline_cost is None:
-        raise InputError(f"the rows hold no accuracy beside {cost}, or none of the baseline; measure both first")
+        raise InputError(f"the rows hold no model with accuracy and {cost}, or no {cost} of the baseline; measure both")
     accuracy = models["top1"].map(lambda row: row["value"])
     cost_values = models["cost"].map(lambda row: row["value"])
     models = models.assign(accuracy=accuracy, spent=cost_values).sort_values("accuracy", ascending=False, kind="stable")
@@ -80,23 +85,23 @@ def winners(
 
 
 def _is_indistinguishable(first: pd.Series, second: pd.Series) -> bool:
-    """Whether two rows of accuracy on the same images cannot be told apart."""
+    """Whether two rows of top1 on the same images do not differ significantly."""
     if first["hits"] and second["hits"] and first["context"]["images"] == second["context"]["images"]:
         return paired_rows(first, second).p >= SIGNIFICANCE_LEVEL
     return second["high"] >= first["low"]
 
 
 def budget_table(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> pd.DataFrame:
-    """`winners` as a table for reading: one line a budget."""
+    """`winners` as a table to read, with one line for each budget."""
     lines = []
     for winner in winners(rows, cost, batch=batch):
         line = {"budget": f"1/{1 / winner.share:.3g}", "models": winner.count, "most accurate": "-", "top-1 %": "-"}
-        if winner.top1 is not None:
+        if winner.top1 is not None and winner.cost is not None:
             scale, unit = {"bytes": (MEGA, " MB"), "macs": (MEGA, " M")}.get(cost, (1.0, ""))
             line |= {"most accurate": winner.top1["label"], "top-1 %": accuracy_text(winner.top1)}
             line |= {
                 cost: f"{winner.cost['value'] / scale:.3g}{unit}",
-                "cannot be told apart": str(len(winner.indistinguishable)),
+                "not significantly different": str(len(winner.indistinguishable)),
             }
             line["of them"] = "; ".join(winner.indistinguishable[:3]) + (
                 "; ..." if len(winner.indistinguishable) > 3 else ""

@@ -1,6 +1,6 @@
-"""The comparison table, one line a method with every number from a row, and the labels by which tables and figures name models.
+"""The comparison table, with one line for each method and all numbers from rows, and the labels of models.
 
-A label is the method with the settings in which it differs from the others.
+A label is the method's name with the settings that differ from those of the method's first row.
 """
 
 from typing import Any
@@ -16,11 +16,13 @@ EAGER = "eager"
 
 
 def experiment_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """The ok rows of one baseline and what was made from it: the baseline of the last row.
+    """The ok rows of one experiment, a baseline and the models made from it: that of the last row.
 
-    Rows of another model or data set, or of the same model trained in another way (other epochs, another seed), are
-    another subject. A column `label` is added: the method's name, with the settings that differ from the first
-    that were run. Rows that have it are one subject already.
+    Rows of another model or data set, or of a baseline that was trained with other settings or another seed, belong to
+    another experiment. A column `label` is added (see `row_labels`). Rows that have this column are returned unchanged.
+
+    Raises:
+        InputError: there is no ok row.
     """
     if "label" in rows:
         return rows
@@ -33,22 +35,22 @@ def experiment_rows(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def label_of(rows: pd.DataFrame, measured: pd.DataFrame) -> str:
-    """The label, among all rows, of the model whose rows `measure` returned.
+    """The label in `rows` of the model whose rows are `measured`, as `measure` returned them.
 
     Raises:
-        InputError: none of these is an ok row among all.
+        InputError: `rows` has no ok row with one of their keys.
     """
     rows = experiment_rows(rows)
     labels = rows["label"][rows["key"].isin(measured["key"])]
     if not len(labels):
-        raise InputError("the rows hold none of what was measured; read them after `measure`, not before")
+        raise InputError("the rows hold none of the measured rows; read them after `measure`, not before")
     return labels.iloc[-1]
 
 
 def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The values of a metric for the model and images of the last row, of every seed: columns label, seed, value, key.
+    """The values of a metric for all seeds, for the model and images of the last row: columns label, seed, value, key.
 
-    A seed is that of the whole way, baseline and method; all other settings are the label's.
+    The seed is that of both baseline and method. All other settings are those of the label.
     """
     ok_rows = rows[(rows["status"] == "ok") & (rows["metric"] == metric)]
     ok_rows = ok_rows.assign(config=ok_rows["config"].map(_seedless))
@@ -64,7 +66,7 @@ def _seedless(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same_experiment(rows: pd.DataFrame) -> pd.Series:
-    """Which rows have the images, the model and the baseline's origin of the last one."""
+    """Whether each row has the images, the model and the origin of the baseline of the last row."""
     last = rows.iloc[-1]
     is_same = rows["model"].eq(last["model"]) & rows["data_fingerprint"].eq(last["data_fingerprint"])
     is_same &= rows["dataset"].eq(last["dataset"])
@@ -90,19 +92,18 @@ def _origin(config: dict[str, Any], trained: dict[str, Any]) -> Any:
 
 
 def timed_labels(rows: pd.DataFrame) -> list[str]:
-    """The labels that were timed (all, if none was), the baseline first, the others in the order they came.
+    """The labels with a latency (all labels, if none has one), the baseline first, the others in the order of their rows.
 
-    Settings of which only accuracy and size were measured, such as the points of a sweep, are left to figures of their
-    own.
+    Models without a latency, such as the operating points of a sweep, are shown in other figures.
     """
     timed = rows[rows["metric"] == "latency_p50"]
     return sorted(dict.fromkeys((timed if len(timed) else rows)["label"]), key=lambda label: label != "baseline")
 
 
 def in_backend(rows: pd.DataFrame, backend: str = EAGER, versus: str = "") -> pd.Series:
-    """Which rows were measured in `backend`, or have no backend at all (bytes, eager accuracy).
+    """Whether each row was measured in `backend` or has no backend (bytes, eager accuracy).
 
-    `versus` is the backend that a ratio's baseline ran in, by default the same.
+    `versus` is the backend of the baseline of a latency ratio; "" means the same backend.
     """
     is_in_backend = (rows["backend"] == backend) | rows["backend"].isna()
     return is_in_backend & (rows["versus_backend"].eq(versus) if versus else rows["versus_backend"].isna())
@@ -111,9 +112,9 @@ def in_backend(rows: pd.DataFrame, backend: str = EAGER, versus: str = "") -> pd
 def find_row(
     rows: pd.DataFrame, method: str, metric: str, batch: int | None = None, backend: str = EAGER, versus: str = ""
 ) -> pd.Series | None:
-    """The last row of a metric of the method with that label (at a batch size, `in_backend`), or None.
+    """The last row of a metric of the model with the label `method`, at a batch size and `in_backend`; None if there is none.
 
-    A row of that very backend goes before one without.
+    A row of this backend is preferred to one without a backend.
     """
     matches = (rows["label"] == method) & (rows["metric"] == metric) & in_backend(rows, backend, versus)
     if batch is not None:
@@ -124,67 +125,74 @@ def find_row(
 
 
 def top1_text(rows: pd.DataFrame, label: str, backend: str = EAGER) -> str:
-    """Top-1 in per cent with its 95 % interval, as tables show it; "-" where it was not measured."""
+    """Top-1 in per cent with its 95 % interval, as text for tables; "-" if it was not measured."""
     row = find_row(experiment_rows(rows), label, "top1", backend=backend)
     return "-" if row is None else accuracy_text(row)
 
 
 def accuracy_text(row: pd.Series) -> str:
-    """A row of accuracy in per cent with its 95 % interval."""
+    """A row of accuracy in per cent with its 95 % interval, as text."""
     return f"{100 * row['value']:.2f} [{100 * row['low']:.2f}, {100 * row['high']:.2f}]"
 
 
 def top1_difference_text(rows: pd.DataFrame, first: str, second: str) -> str:
-    """`paired_top1` in points with its 95 % interval and p, as tables show it."""
+    """`paired_top1` in percentage points with its 95 % interval and p, as text for tables."""
     test = paired_top1(experiment_rows(rows), first, second)
     return f"{100 * test.difference:+.2f} [{100 * test.low:+.2f}, {100 * test.high:+.2f}] p = {test.p:.2g}"
 
 
 def loss_difference_text(rows: pd.DataFrame, first: str, second: str) -> str:
-    """`paired_loss` in nats with its 95 % interval and p, as tables show it."""
+    """`paired_loss` in nats with its 95 % interval and p, as text for tables."""
     test = paired_loss(experiment_rows(rows), first, second)
     return f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}] p = {test.p:.2g}"
 
 
 def paired_top1(rows: pd.DataFrame, first: str, second: str) -> PairedComparison:
-    """By how much the model labelled `first` is right more often than `second` on the same test images."""
+    """Top-1 of the model labelled `first` minus that of `second`, on the same test images."""
     return paired_rows(*_require_both(rows, (first, second), "top1", "hits"))
 
 
 def _require_both(rows: pd.DataFrame, labels: tuple[str, str], metric: str, field: str) -> list[pd.Series]:
-    """The rows of a metric of both models, with their answers image by image in `field`."""
-    pair = [find_row(rows, label, metric) for label in labels]
-    for label, row in zip(labels, pair, strict=True):
+    """The rows of a metric of both models; `field` has their values for each image.
+
+    Raises:
+        InputError: a row is missing, or has no values for each image.
+    """
+    pair = []
+    for label in labels:
+        row = find_row(rows, label, metric)
         if row is None or not row[field]:
             raise InputError(f"the rows hold no {metric} of {label!r} image by image; measure its accuracy again")
+        pair.append(row)
     return pair
 
 
 def paired_rows(first: pd.Series, second: pd.Series) -> PairedComparison:
-    """Two rows of accuracy, both with their answers image by image, compared on the same images."""
+    """Compare two rows of top1 on the same images; both must have hits."""
     return compare_hits(*(unpack_hits(row.hits, row.context["images"]) for row in (first, second)))
 
 
 def paired_loss(rows: pd.DataFrame, first: str, second: str) -> PairedComparison:
-    """By how many nats the cross-entropy of the model labelled `first` is above that of `second` on the same test images.
+    """The cross-entropy of the model labelled `first` minus that of `second`, in nats, on the same test images.
 
-    It sees what top-1 does not, how sure a right or wrong answer is, and so tells apart what top-1 needs more images for.
+    It includes the probability of the right class, so it shows differences for which top-1 needs more images.
     """
     return compare_means(*(row["samples"] for row in _require_both(rows, (first, second), "cross_entropy", "samples")))
 
 
 def ratios(rows: pd.DataFrame, method: str) -> list[pd.Series]:
-    """The method's latency ratios in eager mode, one for each batch size, smallest first."""
+    """The method's rows of latency ratios in eager mode, one for each batch size, smallest batch first."""
     ratio_rows = rows[(rows["label"] == method) & (rows["metric"] == "latency_ratio") & in_backend(rows)]
-    return [find_row(rows, method, "latency_ratio", batch) for batch in sorted(ratio_rows["batch"].unique())]
+    found = [find_row(rows, method, "latency_ratio", batch) for batch in sorted(ratio_rows["batch"].unique())]
+    return [row for row in found if row is not None]
 
 
 def comparison(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line a method.
+    """The comparison table, with one line for each method.
 
-    Columns: top1, low, high (per cent); bytes (MB) and `x smaller`; MACs (M); for each batch size (and each backend
-    other than eager, named) the median latency (ms) and its ratio to the baseline timed in turn in the same backend;
-    peak RSS (MB), likewise. A number that was not measured is NaN.
+    Columns: top1, low, high (per cent); bytes (MB) and `x smaller`; MACs (M); for each backend and batch size the median
+    latency (ms) and the ratio to the baseline, which was timed alternately in the same backend; for each backend the
+    peak RSS (MB). Column names give the backend unless it is eager. A number that was not measured is NaN.
     """
     rows = experiment_rows(rows)
     latency_rows = rows[(rows["metric"] == "latency_p50") & rows["versus_backend"].isna()]
@@ -212,10 +220,8 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
             "M MACs": cell("macs", 1 / MEGA),
         }
         for backend, batch in timed:
-            selection, name = (
-                {"batch": batch, "backend": backend},
-                f"b{batch}" if backend == EAGER else f"b{batch} {backend}",
-            )
+            selection = {"batch": batch, "backend": backend}
+            name = f"b{batch}" if backend == EAGER else f"b{batch} {backend}"
             line[f"p50 ms {name}"] = cell("latency_p50", **selection)
             line[f"ratio {name}"] = 1.0 if method == "baseline" else cell("latency_ratio", **selection)
         for backend in memory_backends:
@@ -226,10 +232,10 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """What the lessons so far have made of one baseline: a line for each method, in order, at the first of its settings that was timed.
+    """The models that the lessons have made from one baseline so far: for each method the first settings with a latency.
 
-    Columns: top-1 (per cent, 95 %), MB, how many times smaller, multiply-accumulates and time at the smallest batch size over
-    the baseline's.
+    Columns: top-1 (per cent, with its 95 % interval), MB, `x smaller`, and the ratios of multiply-accumulates and of the
+    latency at the smallest batch size to the baseline's.
     """
     rows = experiment_rows(rows)
 
@@ -237,7 +243,8 @@ def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
         row = find_row(rows, label, metric)
         return float("nan") if row is None else row["value"]
 
-    first, lines = {}, []
+    first: dict[str, str] = {}
+    lines = []
     for label in timed_labels(rows):
         first.setdefault(label.partition(" (")[0], label)
     for method, label in first.items():
@@ -256,12 +263,12 @@ def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary_sentences(rows: pd.DataFrame) -> list[str]:
-    """One sentence a compressed method: what it saves, what it costs, and whether the accuracies can be told apart."""
+    """One sentence for each compressed method: its size, its accuracy, whether the intervals overlap, and its latency."""
     rows, sentences = experiment_rows(rows), []
     base_accuracy, base_bytes = find_row(rows, "baseline", "top1"), find_row(rows, "baseline", "bytes")
     for method in timed_labels(rows):
         accuracy, size = find_row(rows, method, "top1"), find_row(rows, method, "bytes")
-        if method == "baseline" or any(row is None for row in (accuracy, size, base_accuracy, base_bytes)):
+        if method == "baseline" or accuracy is None or size is None or base_accuracy is None or base_bytes is None:
             continue
         points = 100 * (accuracy["value"] - base_accuracy["value"])
         overlap = accuracy["low"] <= base_accuracy["high"] and base_accuracy["low"] <= accuracy["high"]
@@ -279,9 +286,9 @@ def summary_sentences(rows: pd.DataFrame) -> list[str]:
 
 
 def row_labels(rows: pd.DataFrame) -> list[str]:
-    """Each row's method, with `key=value` for the settings that are not those of the method's first row."""
+    """The label of each row: the method, with `key=value` for settings that differ from those of the method's first row."""
     default_settings: dict[str, dict[str, Any]] = {}
-    label_cache: dict[tuple[str, int], str] = {}  # many rows share a config, the object
+    label_cache: dict[tuple[str, int], str] = {}  # many rows share one config object
     labels = []
     for method, config in zip(rows["method"], rows["config"], strict=True):
         label = label_cache.get((method, id(config)))
@@ -295,7 +302,7 @@ def row_labels(rows: pd.DataFrame) -> list[str]:
 
 
 def _label(method: str, settings: dict[str, Any], default_settings: dict[str, Any]) -> str:
-    """The method with the settings that are not the usual ones."""
+    """The method with the settings that differ from the default ones."""
     differing = sorted(
         key
         for key, value in settings.items()
@@ -305,26 +312,27 @@ def _label(method: str, settings: dict[str, Any], default_settings: dict[str, An
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What each of a row's methods was told, as one mapping."""
-    steps, settings = config.get("methods", []), {}
+    """The settings of all methods of a row, in one mapping."""
+    steps = config.get("methods", [])
+    settings: dict[str, Any] = {}
     for step in steps:
         _flatten(step["config"], f"{step['method']}." if len(steps) > 1 else "", settings)
     return settings
 
 
 def _short(setting: Any) -> Any:
-    """A setting as labels show it: 0.40625 and not 0.4062499999674."""
+    """A setting in a label: 0.40625 instead of 0.4062499999674."""
     return f"{setting:.6g}" if isinstance(setting, float) else setting
 
 
 def _has_effect(key: str, settings: dict[str, Any]) -> bool:
-    """Whether a setting does anything: how to train does not where there are 0 epochs of it."""
+    """Whether a setting has an effect; settings of a training of 0 epochs have none."""
     group, _, name = key.rpartition(".")
     return name == "epochs" or settings.get(f"{group}.epochs") != 0
 
 
 def _flatten(config: dict[str, Any], prefix: str, target: dict[str, Any]) -> None:
-    """Put the settings of nested configs into `target`, as `train.epochs` and the like."""
+    """Add the settings of nested configs to `target`, under keys such as `train.epochs`."""
     for key, value in config.items():
         if isinstance(value, dict):
             _flatten(value, f"{prefix}{key}.", target)

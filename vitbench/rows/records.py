@@ -1,7 +1,7 @@
-"""The one row schema and its append-only store, `records.jsonl`: one JSON object a metric.
+"""The schema of rows and their append-only store, `records.jsonl`, with one JSON object for each metric.
 
-A row that exists is complete; one that was interrupted does not exist. The `key` says what was measured, so work
-whose key is there already is not done again.
+A row that exists is complete; an interrupted row does not exist. The `key` is the hash of what was measured, and work
+whose key exists is not repeated.
 """
 
 import math
@@ -22,11 +22,11 @@ from vitbench.base.errors import InputError
 from vitbench.base.files import append_bytes
 from vitbench.base.locks import locked
 
-SCHEMA_VERSION = 1
-SOURCES = ("measured", "modelled", "estimated")  # what a source begins with
+SCHEMA_VERSION: Literal[1] = 1
+SOURCES = ("measured", "modelled", "estimated")  # first words of a source
 KEY_FIELDS = ("model", "dataset", "data_fingerprint", "method", "config", "seed", "metric", "context")
 GROUPS = ("accuracy", "size", "weights", "outputs", "latency", "memory")  # of metrics, as `measure` takes them
-DEVICE_GROUPS = ("startup", "limit", "energy", "roofline")  # only if asked for
+DEVICE_GROUPS = ("startup", "limit", "energy", "roofline")  # measured only on request
 
 
 class Row(Config):
@@ -34,19 +34,19 @@ class Row(Config):
 
     Attributes:
         key: hash of what was measured: model, data, method, config, seed, metric and context.
-        time: when, in UTC.
-        status: ok, failed (then `error` says why), or skipped (then `error` says why it cannot be had).
+        time: the time of the measurement, in UTC.
+        status: ok, failed, or skipped (not available); `error` is the reason of the last two.
         dataset, data_fingerprint: the image set and the hash of its content and splits.
         method: `baseline` for the uncompressed model; names joined by + for a combination.
-        config: where the weights came from and each method's config.
+        config: the origin of the weights, and each method's config.
         value, unit: top1 and top5 are fractions, latency is in ms, bytes and peak_rss in bytes.
-        source: `measured`, `modelled` or `estimated`, and by what.
-        low, high: 95 % interval, where there is one.
+        source: `measured`, `modelled` or `estimated`, and how.
+        low, high: the 95 % interval, if there is one.
         context: backend, batch, threads, device, artifact (the start of the weights file's SHA-256), ...
-        samples: raw values, where there are some.
-        hits: of an accuracy, which images were answered right, in the split's order (see `statistics.pack_hits`).
-        env_id: names a file in `environments/` beside the records.
-        commit: of this package's source.
+        samples: raw values, if there are any.
+        hits: for top1, the images that were classified correctly, in the split's order (see `statistics.pack_hits`).
+        env_id: the name of a file in `environments/` beside the records.
+        commit: the commit of this package's source.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -77,32 +77,32 @@ class Row(Config):
         if self.status == "ok" and (self.value is None or not math.isfinite(self.value)):
             raise ValueError(f"an ok row needs a finite value, {self.metric} has {self.value}")
         if self.status == "ok" and not self.source.startswith(SOURCES):
-            raise ValueError(f"source = {self.source!r}: it starts with measured, modelled or estimated")
+            raise ValueError(f"source = {self.source!r} does not start with measured, modelled or estimated")
         if self.status != "ok" and not self.error:
             raise ValueError(f"a {self.status} row needs an error")
         return self
 
     def with_provenance(self, env_id: str = "", commit: str = "") -> "Row":
-        """The row with its key, the time, and where it was made."""
+        """A copy with its key, the time, the environment and the commit."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return self.replace(
             key=self.compute_key(), time=now, env_id=env_id or self.env_id, commit=commit or self.commit
         )
 
     def compute_key(self) -> str:
-        """The key of this row: 16 hex digits of the hash of what it is about."""
+        """The key of this row: 16 hex digits of the hash of what was measured."""
         key_values = self.model_dump(mode="json", include=set(KEY_FIELDS))
         return digest(key_values)
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> int:
-    """Add rows to a records file, all of them or none; a row whose key is there as ok already is left out.
+    """Append rows to a records file atomically, except rows whose key has an ok row already.
 
-    Several processes may write at once. What a writer that was killed left of a line is moved to `records.jsonl.torn`.
-    Returns how many rows were added.
+    Several processes may write at once. An incomplete line of a killed writer is moved to `records.jsonl.torn`.
+    Returns the number of rows that were appended.
 
     Raises:
-        InputError: the file cannot be written; the rows before stay as they were.
+        InputError: the file cannot be written; its previous rows are unchanged.
     """
     path = Path(path)
     try:
@@ -119,19 +119,18 @@ def append_rows(path: str | Path, rows: Iterable[Row]) -> int:
     return len(new)
 
 
-_read_state: dict[
-    Path, tuple[int, bytes, set[bytes]]
-] = {}  # how far this process read a file, its end there, keys of ok rows
+# file -> how far this process has read it (bytes), the last bytes before that offset, the keys of its ok rows
+_read_state: dict[Path, tuple[int, bytes, set[bytes]]] = {}
 
 
 def _ok_keys(path: Path) -> set[bytes]:
-    """The keys of a file's ok rows; of a file that grew only the rest is read."""
+    """The keys of a file's ok rows. If the file has grown since the last call, only its new part is read."""
     offset, last_bytes, keys = _read_state.get(path.absolute(), (0, b"", set()))
     if not path.exists():
         return set()
     with open(path, "rb") as file:
         file.seek(max(0, offset - len(last_bytes)))
-        if file.read(len(last_bytes)) != last_bytes:  # it is another file by now
+        if file.read(len(last_bytes)) != last_bytes:  # the file was replaced
             offset, keys = 0, set()
             file.seek(0)
         text = file.read()
@@ -147,24 +146,26 @@ def _ok_keys(path: Path) -> set[bytes]:
 
 
 def _line(row: Row) -> bytes:
-    """A row as its line, with a checksum of what is before it, so that a damaged one is not taken for another number."""
+    """A row as a line of the file, with a checksum, so that a damaged number is not read as another one."""
     text = row.model_dump_json().encode()[:-1]
     return text + b',"check":"%08x"}\n' % zlib.crc32(text)
 
 
 def read_rows(path: str | Path, containing: str = "") -> list[Row]:
-    """All rows of a records file, or of the `records.jsonl` in a folder; every line is checked against the schema.
+    """All rows of a records file, or of the `records.jsonl` in a folder; each line is checked against the schema.
 
-    containing: only lines with this text in them.
+    Args:
+        containing: read only lines that contain this text.
+
+    Raises:
+        InputError: there are no records, or a line is damaged.
     """
     path = records_file(path)
     return [_row(path, number, line) for number, line in lines_of(path) if containing.encode() in line]
 
 
 def lines_of(path: Path, after: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The lines of a records file `after` its first so many bytes and their numbers, from 1; a last one that was not
-    written to its end is no line.
-    """
+    """The lines of a records file after its first `after` bytes, numbered from 1; an incomplete last line is left out."""
     if not path.is_file():
         raise InputError(
             f"no records at {str(path)!r}; give a results folder or its records.jsonl (`vitbench run` makes one)"
@@ -173,9 +174,7 @@ def lines_of(path: Path, after: int = 0) -> Iterator[tuple[int, bytes]]:
         lines.seek(after)
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
-                warnings.warn(
-                    f"the last line of {str(path)!r} was not written to its end and is left out", stacklevel=2
-                )
+                warnings.warn(f"the last line of {str(path)!r} is incomplete and is left out", stacklevel=2)
                 return
             yield number, line
 
@@ -183,7 +182,7 @@ def lines_of(path: Path, after: int = 0) -> Iterator[tuple[int, bytes]]:
 def _row(path: Path, number: int, line: bytes) -> Row:
     text, is_damaged = split_checksum(line)
     if is_damaged:
-        raise InputError(_damaged_line_message(path, number, "its checksum is another: it was changed"))
+        raise InputError(_damaged_line_message(path, number, "its checksum does not match: it was changed"))
     try:
         return Row.model_validate_json(text)
     except pydantic.ValidationError as error:
@@ -191,7 +190,7 @@ def _row(path: Path, number: int, line: bytes) -> Row:
 
 
 def split_checksum(line: bytes) -> tuple[bytes, bool]:
-    """A line without its checksum, and whether the two are apart; older lines have none."""
+    """A line without its checksum, and whether the checksum does not match; lines of older versions have none."""
     text, mark, check = line.rstrip().rpartition(b',"check":"')
     if not mark or len(check) != 10:
         return line, False
@@ -199,13 +198,13 @@ def split_checksum(line: bytes) -> tuple[bytes, bool]:
 
 
 def records_file(path: str | Path) -> Path:
-    """The records file of a results folder; a file stands for itself."""
+    """The records file of a results folder; a path of a file is returned unchanged."""
     path = Path(path).expanduser()
     return path / "records.jsonl" if path.is_dir() else path
 
 
 def _damaged_line_message(path: Path, number: int, reason: str) -> str:
     return (
-        f"line {number} of {str(path)!r} is not a whole row ({reason[:200]}); the {number - 1} rows before it are good: "
-        f"keep them with `head -n {number - 1}` into a new file, or take that line out"
+        f"line {number} of {str(path)!r} is not a valid row ({reason[:200]}); the {number - 1} rows before it are valid: "
+        f"write them to a new file with `head -n {number - 1}`, or remove that line"
     )

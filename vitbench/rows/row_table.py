@@ -1,4 +1,4 @@
-"""Rows as one tidy table, read fast: a file of a million rows takes seconds."""
+"""Read rows as a tidy table, fast: a file of a million rows takes seconds."""
 
 import contextlib
 import gc
@@ -28,9 +28,7 @@ from vitbench.rows.records import (
 
 CONTEXT_COLUMNS = ("backend", "versus_backend", "batch", "threads", "device", "split", "versus")
 CHUNK = 20_000  # lines that are parsed at once
-MAX_CACHED_ROWS = (
-    100_000  # rows of a file up to which they are kept, so that a file that grew is not read from its start again
-)
+MAX_CACHED_ROWS = 100_000  # a file with at most this many rows is cached, and only its new lines are read later
 FIELDS = list(Row.model_fields)
 NUMBERS = ("value", "low", "high")
 TEXTS = tuple(name for name, field in Row.model_fields.items() if field.annotation is str)
@@ -38,29 +36,39 @@ HEX = re.compile(r"[0-9a-f]*")
 
 
 class _SlowPathNeeded(Exception):
-    """Lines that are to be read one by one, to say what is wrong with which."""
+    """The lines must be read one by one, since one of them may be damaged or written by other code."""
 
 
 def load_records(path: str | Path, *, latest: bool = True) -> pd.DataFrame:
-    """Rows as a tidy DataFrame: the schema's fields as columns, with batch, threads, ... taken out of `context` too.
+    """Rows as a tidy DataFrame: the schema's fields as columns, and batch, threads, ... from `context` as further ones.
 
-    Rows with the same config or context share the object.
+    Rows with equal configs or contexts share one object.
 
-    latest: of rows about the same thing (a model that was made anew and measured again) keep only the last.
+    Args:
+        path: a results folder or a records file.
+        latest: keep only the last of rows with the same key fields, as when a model was rebuilt and measured again.
+
+    Raises:
+        InputError: there are no records, or a line is damaged.
     """
     read_file = _read(records_file(path))
-    if latest and read_file.latest is None:
+    if not latest:
+        return read_file.frame.copy(deep=False)  # pandas copies columns that the caller changes
+    if read_file.latest is None:
         read_file.latest = latest_rows(read_file.frame)
-    return (read_file.latest if latest else read_file.frame).copy(deep=False)  # pandas copies what the caller changes
+    return read_file.latest.copy(deep=False)
 
 
 @dataclass
 class _ReadFile:
-    """What this process read of a file: its first `size` bytes, whose CRC-32 is `crc`, as `frame`."""
+    """The part of a file that this process has read: its first `size` bytes, with their CRC-32, as `frame`.
+
+    `latest` is the result of `latest_rows`, and `shared` maps the text of a config or context to its object.
+    """
 
     size: int = 0
     crc: int = 0
-    frame: pd.DataFrame | None = None
+    frame: pd.DataFrame = field(default_factory=pd.DataFrame)
     latest: pd.DataFrame | None = None
     shared: dict[bytes, Any] = field(default_factory=dict)
 
@@ -69,7 +77,7 @@ _read_files: dict[Path, _ReadFile] = {}
 
 
 def _read(path: Path) -> _ReadFile:
-    """All rows of a file; if it begins with what this process read of it before, only the lines after that are parsed."""
+    """All rows of a file. If it starts with the part that this process has read, only the lines after it are parsed."""
     read_file = _read_files.pop(path.absolute(), _ReadFile())
     if read_file.size and not _starts_with_cached(path, read_file):
         read_file = _ReadFile()
@@ -79,9 +87,9 @@ def _read(path: Path) -> _ReadFile:
     except _SlowPathNeeded:
         rows = read_rows(path)
         return _ReadFile(frame=_frame({name: [getattr(row, name) for row in rows] for name in FIELDS}))
-    if read_file.frame is None or read_file.frame.empty:
+    if read_file.frame.empty:
         read_file.frame, read_file.latest = _frame(columns), None
-    elif columns["key"]:  # a part without rows would change the columns' types
+    elif columns["key"]:  # concatenating a part without rows would change the columns' types
         read_file.frame, read_file.latest = pd.concat([read_file.frame, _frame(columns)], ignore_index=True), None
     if len(read_file.frame) <= MAX_CACHED_ROWS:
         _read_files[path.absolute()] = read_file
@@ -89,7 +97,7 @@ def _read(path: Path) -> _ReadFile:
 
 
 def _starts_with_cached(path: Path, read_file: _ReadFile) -> bool:
-    """Whether the file begins with what was read of it."""
+    """Whether the file starts with the part that was read before."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -102,7 +110,7 @@ def _frame(columns: dict[str, Any]) -> pd.DataFrame:
 
 
 def latest_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """The last row about each thing; which artifact it was measured on does not make it another thing."""
+    """The last row for each combination of the key fields, where the artifact in `context` is ignored."""
     key_columns = frame[[name for name in KEY_FIELDS if name not in ("config", "context")]].assign(
         config=_group_ids(frame["config"]), context=_group_ids(frame["context"], ignored_key="artifact")
     )
@@ -111,7 +119,7 @@ def latest_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _group_ids(mappings: pd.Series, ignored_key: str = "") -> list[int]:
-    """A number for each mapping, the same for those that are equal without the key `ignored_key`; one object is looked at once."""
+    """A number for each mapping; mappings that are equal except for `ignored_key` have the same. Each object is hashed once."""
     id_of_text: dict[str, int] = {}
     id_of_object: dict[int, int] = {}
     ids = []
@@ -124,8 +132,8 @@ def _group_ids(mappings: pd.Series, ignored_key: str = "") -> list[int]:
     return ids
 
 
-def _columns(lines: Iterable[bytes], read_file: _ReadFile) -> dict[str, list[Any]]:
-    """The fields of further lines, checked field by field, not row by row; `read_file` counts their bytes."""
+def _columns(lines: Iterable[bytes], read_file: _ReadFile) -> dict[str, Any]:
+    """The fields of further lines, checked for all rows at once; their bytes are added to `read_file`."""
     columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
     with _no_collection():
         while chunk := list(islice(lines, CHUNK)):
@@ -145,13 +153,13 @@ def _columns(lines: Iterable[bytes], read_file: _ReadFile) -> dict[str, list[Any
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without the collector of cyclic garbage, which would go through all rows again and again."""
-    usual = gc.isenabled()
+    """Disable the collector of cyclic garbage, which would visit all rows again and again."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if usual:
+        if was_enabled:
             gc.enable()
 
 
@@ -159,7 +167,7 @@ def _parsed(lines: list[bytes], shared: dict[bytes, Any]) -> list[dict[str, Any]
     texts, mappings = [], []
     for line in lines:
         text, is_damaged = split_checksum(line)
-        # the two mappings, of which many rows have the same, are parsed once; in a text a quote has a backslash before it
+        # equal configs and contexts are parsed once; these marks cannot be inside a string, where quotes are escaped
         first = text.find(b',"config":{') + 10
         third = text.rfind(b',"context":{') + 11
         second = text.rfind(b',"seed":', first, text.rfind(b',"metric":"', first, third))
@@ -185,13 +193,18 @@ def _json(text: bytes) -> Any:
         raise _SlowPathNeeded from None
 
 
-def _check(columns: dict[str, list[Any]]) -> None:
-    """What `Row` demands of its fields, of all rows at once; numbers become arrays, NaN where there is none."""
-    number = {float, int, type(None)}
-    kinds = dict.fromkeys((*TEXTS, "status"), {str}) | dict.fromkeys(("schema_version", "seed"), {int})
-    kinds |= dict.fromkeys(NUMBERS, number) | dict.fromkeys(("config", "context"), {dict})
-    kinds |= {"samples": {list, type(None)}}
-    if not all(set(map(type, columns[name])) <= kind for name, kind in kinds.items()):
+def _check(columns: dict[str, Any]) -> None:
+    """Check the requirements of `Row` for all rows at once; numbers become arrays, with NaN for null."""
+    types: dict[str, set[type]] = {name: {str} for name in (*TEXTS, "status")}
+    types |= {
+        "schema_version": {int},
+        "seed": {int},
+        "config": {dict},
+        "context": {dict},
+        "samples": {list, type(None)},
+    }
+    types |= {name: {float, int, type(None)} for name in NUMBERS}
+    if not all(set(map(type, columns[name])) <= allowed for name, allowed in types.items()):
         raise _SlowPathNeeded
     if not all(set(map(type, samples)) <= {float, int} for samples in columns["samples"] if samples):
         raise _SlowPathNeeded
@@ -203,7 +216,7 @@ def _check(columns: dict[str, list[Any]]) -> None:
         raise _SlowPathNeeded
     try:
         columns |= {name: np.array(columns[name], dtype=float) for name in NUMBERS}
-    except OverflowError:  # a whole number that no float can be
+    except OverflowError:  # a whole number that is too large for a float
         raise _SlowPathNeeded from None
     ok = np.array([status == "ok" for status in columns["status"]], dtype=bool)
     all_have_errors = all(error for error, is_ok in zip(columns["error"], ok) if not is_ok)

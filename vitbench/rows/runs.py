@@ -1,6 +1,7 @@
 """A results folder: records.jsonl, environments/, models/, figures/, notebooks/ and report.html.
 
-An environment is what a row was made on: machine, versions, source. It is captured once a process and stored once under its hash.
+An environment describes where a row was made: the machine and the versions of packages. Each process captures it once, and
+it is stored once, under its hash.
 """
 
 import functools
@@ -25,14 +26,9 @@ from vitbench.rows.records import Row, append_rows
 from vitbench.rows.row_table import load_records
 from vitbench.version import __version__
 
-RESULTS_MARKERS = (
-    "records.jsonl",
-    "environments",
-    "searches",
-    "suite.lock",
-    "sweep.lock",
-)  # what a results folder is known by
-# what results would write over, or be taken for, where somebody else's lies in a folder
+# a folder with one of these is a results folder
+RESULTS_MARKERS = ("records.jsonl", "environments", "searches", "suite.lock", "sweep.lock")
+# files that results would overwrite or be confused with, if another program's lie in the folder
 RESERVED_NAMES = (
     "notebooks",
     "figures",
@@ -46,46 +42,46 @@ RESERVED_NAMES = (
 
 
 class Run:
-    """A results folder to add rows, models and figures to.
+    """A results folder, to which rows, models and figures are added.
 
     Args:
         folder: an existing or new folder; "" means `results/runs/quick` in the project.
 
     Raises:
-        InputError: the folder cannot be written, or is none of results and holds what results would write over.
+        InputError: the folder cannot be written, or it is not a results folder and has files that results would overwrite.
     """
 
     def __init__(self, folder: str | Path = ""):
         folder = Path(folder or paths.home() / "results" / "runs" / "quick").expanduser()
         _check_results_folder(folder)
         self.folder = paths.writable_folder(folder, "results folder")
-        (self.folder / "environments").mkdir(exist_ok=True)  # from now on it is known as a results folder
+        (self.folder / "environments").mkdir(exist_ok=True)  # marks it as a results folder
         self.records = self.folder / "records.jsonl"
         self.models = self.folder / "models"
         self.figures = self.folder / "figures"
         self.notebooks = self.folder / "notebooks"
 
     def append(self, rows: Iterable[Row], environment: dict | None = None) -> None:
-        """Add rows with the environment, this process's or another device's `environment`, and the commit they were made with.
+        """Append rows, with the environment (by default this process's) and the commit.
 
-        Rows that have a key already, of another process, stay as they are; `keep_environment` keeps what they name.
+        Rows with a key come from another process and are not changed; `keep_environment` stores their environment.
         """
         env_id = self.keep_environment(environment)
         append_rows(self.records, [row if row.key else row.with_provenance(env_id, commit()) for row in rows])
 
     def keep_environment(self, environment: dict | None = None) -> str:
-        """Keep an environment, by default this process's; returns its name."""
+        """Store an environment, by default this process's, and return its id."""
         return write_environment(self.folder / "environments", environment)
 
     def finished_keys(self) -> set[str]:
-        """Keys of the rows that are there as ok or skipped."""
+        """The keys of the rows that are ok or skipped."""
         if not self.records.exists():
             return set()
         rows = load_records(self.records, latest=False)
         return set(rows["key"][rows["status"] != "failed"])
 
     def rows(self) -> pd.DataFrame:
-        """All rows, the latest about each thing."""
+        """The rows as a table, as in `load_records`: the last of rows with the same key fields."""
         return load_records(self.records)
 
 
@@ -93,13 +89,13 @@ def _check_results_folder(folder: Path) -> None:
     conflicts = [name for name in RESERVED_NAMES if (folder / name).exists()]
     if conflicts and not any((folder / name).exists() for name in RESULTS_MARKERS):
         raise InputError(
-            f"{str(folder)!r} holds {conflicts[0]!r} and no results, so it is left alone; give a new folder or one of results"
+            f"{str(folder)!r} holds {conflicts[0]!r} and no results, so it is left alone; give a new folder or a results folder"
         )
 
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name, as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -110,13 +106,13 @@ def cpu_name() -> str:
 
 
 def device_name(backend: str = "") -> str:
-    """What runs a backend: the graphics card or the processor, by name."""
+    """The device that runs a backend: the name of the graphics card for "cuda", otherwise that of the processor."""
     return f"cuda: {torch.cuda.get_device_name()}" if backend == "cuda" else f"cpu: {cpu_name()}"
 
 
 @functools.cache
 def current_environment() -> dict:
-    """Machine and versions; no host name, user or path."""
+    """The machine and the versions of all packages, without host name, user and paths."""
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -139,7 +135,7 @@ def current_environment() -> dict:
 
 
 def write_environment(folder: Path, environment: dict | None = None) -> str:
-    """Keep the environment, this process's or another device's `environment`, as `folder`/<id>.json; returns the id, its hash."""
+    """Store an environment, by default this process's, as `folder`/<id>.json; returns the id, its hash."""
     environment = current_environment() if environment is None else environment
     name = digest(environment, 12)
     target = folder / f"{name}.json"
@@ -151,16 +147,16 @@ def write_environment(folder: Path, environment: dict | None = None) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this package's own source, with "-dirty" if files differ from it; else its version.
+    """The commit of this package's source, with "-dirty" if files differ from it; otherwise its version.
 
-    The source has a commit only where the package lies in its own checkout and git tracks it there. A package that is
-    installed or copied into somebody else's project has none, whatever repository is around it.
+    The source has a commit only if the package lies in its own checkout and git tracks it there. A package that is
+    installed, or copied into another project, has none, even inside that project's repository.
     """
     return commit_of(Path(__file__).resolve().parents[1])
 
 
 def commit_of(package: Path) -> str:
-    """`commit` of the package in that folder."""
+    """`commit` for the package in the folder `package`."""
     checkout = package.parent
     if not (checkout / ".git").exists() or _project(checkout) != package.name:
         return f"version {__version__}"
@@ -181,7 +177,7 @@ def commit_of(package: Path) -> str:
 
 
 def _project(checkout: Path) -> str:
-    """The name of the project that a folder holds, or nothing."""
+    """The name of the project in a folder, from its pyproject.toml; "" if there is none."""
     try:
         return tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
     except (OSError, ValueError, KeyError):

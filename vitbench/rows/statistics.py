@@ -1,4 +1,4 @@
-"""Intervals over rows: binomial for accuracy, bootstrap for ratios of paired timings, and the Pareto front."""
+"""Statistics over rows: intervals of accuracies, paired tests, bootstrap intervals of latency ratios, the Pareto front."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
-QUIET_ROUNDS = 5  # at least so many rounds decide a ratio of times
+QUIET_ROUNDS = 5  # at least this many rounds decide a latency ratio
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion."""
+    """The 95 % Wilson score interval of a proportion (Wilson 1927)."""
     from scipy.stats import binomtest
 
     interval = binomtest(int(correct), int(total)).proportion_ci(CONFIDENCE, method="wilson")
@@ -18,18 +18,18 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
 
 def pack_hits(hits: np.ndarray) -> str:
-    """Right and wrong answers, in order, as hexadecimal digits of four each; `unpack_hits` has them back."""
+    """Hits, (N,) bool in the order of the images, as hexadecimal digits of four hits each; `unpack_hits` is the inverse."""
     return np.packbits(np.asarray(hits, bool)).tobytes().hex()
 
 
 def unpack_hits(text: str, count: int) -> np.ndarray:
-    """The first `count` answers of `pack_hits`."""
+    """The first `count` hits of a text of `pack_hits`, (count,) bool."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two models on the same images: by how much the first's mean is above the second's, its 95 % interval, and p."""
+    """Two models on the same images: the first's mean minus the second's, with its 95 % interval and p-value."""
 
     difference: float
     low: float
@@ -38,15 +38,15 @@ class PairedComparison:
 
 
 def compare_hits(first: np.ndarray, second: np.ndarray) -> PairedComparison:
-    """Compare the right and wrong answers of two models, image by image.
+    """Compare the hits of two models on the same images, (N,) bool each.
 
-    The difference is a fraction of the images, its interval normal, from the discordant pairs; p is that of the exact
-    McNemar test.
+    The difference is a fraction of the images. Its interval is normal, from the discordant pairs. p is that of the exact
+    McNemar test (McNemar 1947).
     """
     from scipy.stats import binomtest, norm
 
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} answers: they are not to the same images")
+        raise ValueError(f"{len(first)} and {len(second)} hits: they are not of the same images")
     only_first, only_second, count = int((first & ~second).sum()), int((~first & second).sum()), len(first)
     difference = (only_first - only_second) / count
     half_width = (
@@ -59,34 +59,38 @@ def compare_hits(first: np.ndarray, second: np.ndarray) -> PairedComparison:
 
 
 def compare_means(first: Sequence[float], second: Sequence[float]) -> PairedComparison:
-    """Compare two models' values on the same images, cross-entropies say, by the paired t test."""
+    """Compare two models' values on the same images, such as cross-entropies, (N,) each, by the paired t-test."""
     from scipy.stats import ttest_rel
 
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} values: they are not of the same images")
     test = ttest_rel(first, second)
-    interval = test.confidence_interval(CONFIDENCE)
-    return PairedComparison(float(np.mean(first) - np.mean(second)), *map(float, interval), float(test.pvalue))
+    low, high = test.confidence_interval(CONFIDENCE)
+    return PairedComparison(float(np.mean(first) - np.mean(second)), float(low), float(high), float(test.pvalue))
 
 
 def quiet_latency_ratio(
     a: Sequence[float], b: Sequence[float], starts: int = 1, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The median of a[i] / b[i] over the quarter of the rounds in which the machine was least disturbed, and its 95 % bootstrap interval.
+    """The median of a[i] / b[i] over the least disturbed quarter of the rounds, and its 95 % bootstrap interval.
 
-    a[i] and b[i] are timings of one round, taken in turn. What else runs on a machine slows one model more than another, for minutes
-    at a time, so that a median over all rounds depends on how many of them were disturbed. Those count in which the two
-    together, each over its own median, took least. The interval is that of this run; it does not cover another machine or day.
+    a[i] and b[i] are alternating timings of one round. Other load on the machine slows one model more than another for
+    minutes, so the median over all rounds would depend on how many of them were disturbed. The least disturbed rounds
+    are those with the smallest sum of both timings, each divided by its median. The interval is valid for this run, not
+    for other machines or days.
 
     Args:
-        a: of all rounds, those of one process after those of another.
-        starts: processes that share the rounds evenly. If there are several they are what the bootstrap draws, since the rounds
-            of one process are alike; else it draws rounds.
+        a: the timings of all rounds, process after process.
+        b: the timings of the baseline in the same rounds.
+        starts: the number of processes that share the rounds evenly. The bootstrap draws processes if there are several,
+            since rounds of one process are correlated; otherwise it draws rounds.
+        seed: the seed of the bootstrap.
     """
     from scipy.stats import bootstrap
 
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    ratios, disturbance = a / b, a / np.median(a) + b / np.median(b)
+    times, baseline_times = np.asarray(a, float), np.asarray(b, float)
+    ratios = times / baseline_times
+    disturbance = times / np.median(times) + baseline_times / np.median(baseline_times)
     rounds_by_start = np.arange(len(a)).reshape(starts if starts > 1 else len(a), -1)
     quiet_count = min(len(a), max(QUIET_ROUNDS, len(a) // 4))
 
@@ -103,7 +107,7 @@ def quiet_latency_ratio(
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of a few independent values (seeds, say) and its 95 % Student t interval; NaN bounds for fewer than two."""
+    """The mean of independent values, such as those of seeds, and its 95 % Student t interval; NaN bounds for one value."""
     from scipy.stats import t
 
     x = np.asarray(values, float)
@@ -114,11 +118,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def pareto_front(cost: Sequence[float], gain: Sequence[float]) -> np.ndarray:
-    """Positions of the points that no other beats: no higher gain at the same or lower cost. Sorted by cost."""
-    cost, gain = np.asarray(cost, float), np.asarray(gain, float)
+    """Indices of the points for which no other has a higher or equal gain at a lower or equal cost, sorted by cost."""
+    costs, gains = np.asarray(cost, float), np.asarray(gain, float)
     front, best = [], -np.inf
-    for i in np.lexsort((-gain, cost)):
-        if gain[i] > best:
+    for i in np.lexsort((-gains, costs)):
+        if gains[i] > best:
             front.append(i)
-            best = gain[i]
+            best = gains[i]
     return np.array(front, dtype=int)
