@@ -1,11 +1,11 @@
-"""What it changes that a virtual machine's cores lie near each other or far apart: the host may move them while it runs.
+"""How latencies depend on the distance of a virtual machine's cores, which the host may move while the machine runs.
 
     pip install -e '.[onnx]'
     python benchmarks/core_distance.py MODELS/baseline MODELS/static_int8 --backends eager onnxruntime --minutes 5 --out DIR
 
-Every second or so one round: how long a byte takes from one core to another and back, then each model in each backend, at batch 1,
-with one thread and with two. Rounds are parted where the journeys are (near below the geometric mean of the least and the most).
-The first model is the baseline: a ratio is a median of rounds' ratios to it, in eager mode with as many threads. Linux alone.
+A round takes about a second. It times a byte from one core to another and back, then each model in each backend at batch 1 with
+one thread and with two. A round is near if its byte time is below the geometric mean of the shortest and the longest, else far.
+The first model is the baseline: a ratio is the median over rounds, to eager mode with as many threads. Linux only.
 """
 
 import argparse
@@ -21,9 +21,9 @@ import torch
 
 import vitbench as vb
 
-JOURNEYS = 2000  # there and back, a probe
-PAUSE = 0.5  # seconds between rounds
-APART = 1.5  # from which ratio of the longest journey to the shortest there are two places
+ROUND_TRIPS = 2000  # of the byte in one measurement
+PAUSE_SECONDS = 0.5  # between rounds
+MIN_RATIO = 1.5  # of the longest byte time to the shortest, above which rounds are near or far
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
         if not options.minutes > 0:
             raise vb.InputError(f"--minutes {options.minutes:g}: give more than 0")
         run = vb.Run(options.out)
-        journeys, times = measured(
+        journeys, times = time_rounds(
             options.models, list(dict.fromkeys(["eager", *options.backends])), 60 * options.minutes
         )
         run.append(rows(options.models[0], journeys, times))
@@ -52,12 +52,12 @@ def main() -> int:
 
 
 def journey(cores: tuple[int, int]) -> float:
-    """Nanoseconds that a byte takes from one core to another and back, each core waiting busily for it."""
+    """Nanoseconds of a byte from one core to another and back, while each core polls for it."""
     byte = mmap.mmap(-1, 1)
-    allowed, other = os.sched_getaffinity(0), os.fork()
-    os.sched_setaffinity(0, {cores[bool(other)]})
-    if not other:
-        for _ in range(JOURNEYS):
+    allowed, child = os.sched_getaffinity(0), os.fork()
+    os.sched_setaffinity(0, {cores[bool(child)]})
+    if not child:
+        for _ in range(ROUND_TRIPS):
             while not byte[0]:
                 pass
             byte[0] = 0
@@ -65,18 +65,18 @@ def journey(cores: tuple[int, int]) -> float:
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
-        for _ in range(JOURNEYS // 10):
+        for _ in range(ROUND_TRIPS // 10):
             byte[0] = 1
             while byte[0]:
                 pass
         best = min(best, time.perf_counter() - start)
-    os.waitpid(other, 0)
+    os.waitpid(child, 0)
     os.sched_setaffinity(0, allowed)
-    return 1e9 * best / (JOURNEYS // 10)
+    return 1e9 * best / (ROUND_TRIPS // 10)
 
 
-def measured(models: list[Path], names: list[str], seconds: float) -> tuple[list[float], dict[tuple, list[float]]]:
-    """Journeys in ns, and milliseconds of each (model, backend, threads), round by round."""
+def time_rounds(models: list[Path], names: list[str], seconds: float) -> tuple[list[float], dict[tuple, list[float]]]:
+    """Byte times (ns), and latencies (ms) of each (model, backend, threads), by round."""
     cores = tuple(sorted(os.sched_getaffinity(0))[:2])
     calls, journeys = {}, []
     with torch.inference_mode():
@@ -90,7 +90,7 @@ def measured(models: list[Path], names: list[str], seconds: float) -> tuple[list
         times: dict[tuple, list[float]] = {key: [] for key in calls}
         end = time.monotonic() + seconds
         with vb.base.progress_bar(None, "rounds", int(seconds), unit="s") as bar:
-            while (left := end - time.monotonic()) > 0:
+            while (seconds_left := end - time.monotonic()) > 0:
                 journeys.append(journey(cores))
                 for key, (call, x) in calls.items():
                     torch.set_num_threads(key[2])
@@ -98,41 +98,46 @@ def measured(models: list[Path], names: list[str], seconds: float) -> tuple[list
                     start = time.perf_counter()
                     call(x)
                     times[key].append(1e3 * (time.perf_counter() - start))
-                time.sleep(PAUSE)
-                bar.update(int(seconds - left) - bar.n)
+                time.sleep(PAUSE_SECONDS)
+                bar.update(int(seconds - seconds_left) - bar.n)
     return journeys, times
 
 
 def rows(base: Path, journeys: list[float], times: dict[tuple, list[float]]) -> list[vb.Row]:
-    """Of each place that the cores were in: the journey, medians, and ratios to the baseline in eager mode."""
+    """For near and for far cores: the byte time, median latencies, and ratios to the baseline in eager mode."""
     far = np.array(journeys) > np.sqrt(min(journeys) * max(journeys))
-    places = {"near": ~far, "far": far} if max(journeys) > APART * min(journeys) else {"one": far | True}
-    data, device, found = vb.load_data("digits"), vb.rows.device_name("eager"), []
+    rounds_by_distance = (
+        {"near": ~far, "far": far} if max(journeys) > MIN_RATIO * min(journeys) else {"one": far | True}
+    )
+    data, device, result = vb.load_data("digits"), vb.rows.device_name("eager"), []
 
-    def add(path: Path, metric: str, unit: str, how: str, context: dict, samples: np.ndarray) -> None:
-        facts = vb.measurement.model_row_fields(vb.model.read_manifest(path).recipe, data) | {
+    def add(path: Path, metric: str, unit: str, source: str, context: dict, samples: np.ndarray) -> None:
+        row_fields = vb.measurement.model_row_fields(vb.model.read_manifest(path).recipe, data) | {
             "metric": metric,
             "unit": unit,
             "context": context,
         }
-        found.append(
+        result.append(
             vb.Row(
-                **facts, value=float(np.median(samples)), source=f"measured: {how}", samples=samples.round(4).tolist()
+                **row_fields,
+                value=float(np.median(samples)),
+                source=f"measured: {source}",
+                samples=samples.round(4).tolist(),
             )
         )
 
-    for place, chosen in places.items():
-        here = {"cores": place, "rounds": int(chosen.sum()), "device": device}
-        for (path, name, threads), taken in times.items():
-            context = here | {"threads": threads, "batch": 1, "backend": name}
+    for distance, selected in rounds_by_distance.items():
+        shared = {"cores": distance, "rounds": int(selected.sum()), "device": device}
+        for (path, name, threads), latencies in times.items():
+            context = shared | {"threads": threads, "batch": 1, "backend": name}
             context |= {"artifact": vb.model.read_manifest(path).sha256[:12]}
-            own, other = np.array(taken)[chosen], np.array(times[base, "eager", threads])[chosen]
-            how = "median of the rounds in which the cores were there"
-            add(path, "latency_p50", "ms", how, context, own)
-            add(path, "latency_ratio", "ratio", how, context, own / other)
-        how = "a byte from one core to another and back, the least of ten goes; median of the rounds"
-        add(base, "core_journey", "ns", how, here, np.array(journeys)[chosen])
-    return found
+            model_times, base_times = np.array(latencies)[selected], np.array(times[base, "eager", threads])[selected]
+            source = "median of the rounds in which the cores were there"
+            add(path, "latency_p50", "ms", source, context, model_times)
+            add(path, "latency_ratio", "ratio", source, context, model_times / base_times)
+        source = "a byte from one core to another and back, the least of ten goes; median of the rounds"
+        add(base, "core_journey", "ns", source, shared, np.array(journeys)[selected])
+    return result
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What each command does when the disk is full: one line, nothing left, and the same command goes on once there is space.
+"""Run each command on a full disk: it should print one line, leave nothing, and resume once there is space.
 
     sudo python benchmarks/disk_full.py --out results/runs/disk-full
 
-Each trial writes into a file system in memory of 4 KB to 1 MB (`mount -t tmpfs`, for which one has to be root): a results or
-output folder, or the cache, where a training, a search and what calibration finds are kept. Then the file system
-grows, and the same command runs again. The table is printed and written to `table.md`, what is behind it to `found.json`.
+Each trial writes into a file system in memory of 4 KB to 1 MB (`mount -t tmpfs`, which needs root): a results or
+output folder, or the cache of trainings, searches and calibration statistics. Then the file system grows, and the same
+command runs again. The table is printed and written to `table.md`, its data to `found.json`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ measures: {what: [size]}
 
 @dataclass(frozen=True)
 class Trial:
-    """A command, and which of its folders is small: OUT, a results or output folder, or the project's cache."""
+    """A command, and the folder that is small: OUT, a results or output folder, or the project's cache."""
 
     words: str
     small: str = "OUT"
@@ -83,101 +83,101 @@ def main() -> int:
     options = parser.parse_args()
     out = vb.base.writable_folder(options.out, "folder").resolve()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder).resolve()
-        os.environ |= {"VITBENCH_HOME": str(place / "home"), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        torch.set_num_threads(1)  # a fork takes no threads along
+        root = Path(folder).resolve()
+        os.environ |= {"VITBENCH_HOME": str(root / "home"), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        torch.set_num_threads(1)  # threads do not survive a fork
         vb.training.loop.CHECKPOINT_SECONDS = 0  # a checkpoint after every epoch
-        if why := cannot_mount(place):
-            print(f"skipped: no file system in memory can be mounted here ({why}); run it as root", file=sys.stderr)
+        if reason := mount_error(root):
+            print(f"skipped: no file system in memory can be mounted here ({reason}); run it as root", file=sys.stderr)
             return 0
-        prepare(place)
-        found = []
+        make_inputs(root)
+        results = []
         for name in options.only:
             for size in options.sizes:
-                found.append(trial(place, name, size))
-                print(line(found[-1]), flush=True)
-    bad = sum(each["tracebacks"] + each["left"] + (not each["goes on"]) for each in found)
-    facts = {"trials": found, "commit": vb.rows.commit(), "bad": bad}
-    vb.base.write_text(out / "found.json", json.dumps(facts, indent=1) + "\n")
+                results.append(trial(root, name, size))
+                print(line(results[-1]), flush=True)
+    bad = sum(result["tracebacks"] + result["left"] + (not result["goes on"]) for result in results)
+    summary = {"trials": results, "commit": vb.rows.commit(), "bad": bad}
+    vb.base.write_text(out / "found.json", json.dumps(summary, indent=1) + "\n")
     head = "| command | KB | with so little space | tracebacks | left over | goes on |\n|---|---|---|---|---|---|\n"
-    vb.base.write_text(out / "table.md", head + "".join(f"{line(each)}\n" for each in found))
-    print(f"{len(found)} trials, {bad} bad")
+    vb.base.write_text(out / "table.md", head + "".join(f"{line(result)}\n" for result in results))
+    print(f"{len(results)} trials, {bad} bad")
     return 1 if bad else 0
 
 
-def line(each: dict) -> str:
+def line(result: dict) -> str:
     """A trial as a line of the table."""
-    cells = [each[key] for key in ("command", "KB", "said", "tracebacks", "left", "goes on")]
+    cells = [result[key] for key in ("command", "KB", "said", "tracebacks", "left", "goes on")]
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def cannot_mount(place: Path) -> str:
-    """Why there can be no file system in memory; "" if there can."""
+def mount_error(root: Path) -> str:
+    """Why no file system in memory can be mounted; "" if it can."""
     try:
-        with mounted(place, "64k"):
+        with mounted(root, "64k"):
             return ""
     except (OSError, subprocess.CalledProcessError) as error:
         return (getattr(error, "stderr", "") or str(error)).strip()
 
 
 @contextlib.contextmanager
-def mounted(place: Path, size: str) -> Iterator[None]:
-    """A file system in memory of so many bytes at `place`."""
-    place.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+def mounted(root: Path, size: str) -> Iterator[None]:
+    """Mount a file system in memory of `size` bytes at `root`."""
+    root.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(root)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True, capture_output=True)
+        subprocess.run(["umount", str(root)], check=True, capture_output=True)
 
 
-def prepare(place: Path) -> None:
-    """A small model, its rows and a sweep, made with all the space that there is."""
-    vb.save(vb.create_model("vit_micro_patch2_8", num_classes=10, img_size=8), place / "model")
-    vb.base.write_text(place / "sweep.yaml", SWEEP)
-    done = vitbench(place, "measure MODEL IMAGES --what accuracy size --out ROWS", "")
+def make_inputs(root: Path) -> None:
+    """Make a small model, its rows and a sweep, with enough space."""
+    vb.save(vb.create_model("vit_micro_patch2_8", num_classes=10, img_size=8), root / "model")
+    vb.base.write_text(root / "sweep.yaml", SWEEP)
+    done = vitbench(root, "measure MODEL IMAGES --what accuracy size --out ROWS", "")
     if done[0]:
         raise SystemExit(f"the model cannot be measured: {done[1][-300:]}")
 
 
-def vitbench(place: Path, words: str, out: str) -> tuple[int, str]:
-    """Run a command in which capital words stand for the folders here; its status and what it said.
+def vitbench(root: Path, words: str, out: str) -> tuple[int, str]:
+    """Run a command, whose words in capitals stand for paths below `root`; returns its status and its output.
 
-    It runs in a fork of this process, which has imported what takes seconds.
+    It runs in a fork of this process, which has done the long imports.
     """
-    named = {"MODEL": "model", "ROWS": "rows", "SWEEP": "sweep.yaml", "OUT": out, "FREE": f"{out}-free"}
-    given = [each for word in words.split() for each in (IMAGES if word == "IMAGES" else [word])]
-    filled = [re.sub("|".join(named), lambda found: str(place / named[found[0]]), word) for word in given]
-    with tempfile.TemporaryFile() as said:
+    paths = {"MODEL": "model", "ROWS": "rows", "SWEEP": "sweep.yaml", "OUT": out, "FREE": f"{out}-free"}
+    expanded = [part for word in words.split() for part in (IMAGES if word == "IMAGES" else [word])]
+    arguments = [re.sub("|".join(paths), lambda match: str(root / paths[match[0]]), word) for word in expanded]
+    with tempfile.TemporaryFile() as output:
         child = os.fork()
         if not child:
             status = 99
             try:
                 for number in (1, 2):
-                    os.dup2(said.fileno(), number)
-                os.chdir(place)
-                status = vb.cli.main(filled)
+                    os.dup2(output.fileno(), number)
+                os.chdir(root)
+                status = vb.cli.main(arguments)
             except BaseException:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said.seek(0)
-        return status, said.read().decode(errors="replace").replace(str(place), "")
+        output.seek(0)
+        return status, output.read().decode(errors="replace").replace(str(root), "")
 
 
-def trial(place: Path, name: str, size: int) -> dict:
-    """Run a command with `size` KB, look at what it left, and run it again with enough."""
-    chosen, out = TRIALS[name], f"{name.replace(' ', '-').replace(',', '')}-{size}"
-    small = place / out if chosen.small == "OUT" else place / "home" / "results" / "cache"
+def trial(root: Path, name: str, size: int) -> dict:
+    """Run a command with `size` KB, count what it leaves, and run it again with enough space."""
+    command, out = TRIALS[name], f"{name.replace(' ', '-').replace(',', '')}-{size}"
+    small = root / out if command.small == "OUT" else root / "home" / "results" / "cache"
     with mounted(small, f"{size}k"):
-        first = vitbench(place, chosen.words, out)
+        first = vitbench(root, command.words, out)
         left = leftovers(small)
         remount = ["mount", "-o", f"remount,size={ENOUGH}", str(small)]
         subprocess.run(remount, check=True, capture_output=True)
-        again = vitbench(place, chosen.words, out)
+        again = vitbench(root, command.words, out)
         left += leftovers(small)
     words = [text for text in re.split("[\r\n]+", first[1]) if re.search("vitbench: |^failed ", text)]
     outcome = "it fits" if first[0] == 0 else (words or [f"status {first[0]} without a word"])[-1]
@@ -194,7 +194,7 @@ def trial(place: Path, name: str, size: int) -> dict:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Parts of files, and copies of notebooks that ran no longer."""
+    """Temporary files, and copies of notebooks that no longer run."""
     return [
         path
         for path in folder.rglob("*")

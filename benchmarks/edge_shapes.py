@@ -1,13 +1,13 @@
-"""What every method costs in every backend on a shape: latency in turn, bytes, memory, MACs, and the machine's own limits.
+"""The costs of every method in every backend on a shape: latency, bytes, memory, MACs, and the limits of the machine.
 
     python benchmarks/edge_shapes.py deit_tiny_patch16_224 --out results/runs/edge-deit-tiny
     python benchmarks/edge_shapes.py deit_small_patch16_224 --out results/runs/edge-deit-small
     python benchmarks/edge_shapes.py deit_base_patch16_224 --rounds 10 --out results/runs/edge-deit-base
 
 Weights are random: size and speed do not depend on them, accuracy is not measured. Every method has its default config, but it
-is not trained (diffq, which learns its bits, for one short epoch), and a search tries 2 policies. The same command goes on where it
-was stopped. Each backend is one process for each batch size (or --starts of them), in which all models take turns with eager fp32
-and with fp32 in that backend. It ends with `table.md` in the results folder.
+is not trained (diffq, which learns its bits, for one short epoch), and a search tries 2 policies. The same command resumes after a
+stop. Each backend is one process for each batch size (or --starts processes), in which all models take turns with eager fp32
+and with fp32 in that backend. The last output is `table.md` in the results folder.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def make(shape: str, names: list[str], run: vb.Run) -> dict[str, Path]:
-    """Each method's model, saved; those that are there already are taken."""
+    """Save each method's model, if it does not exist yet; returns the folders."""
     data = vb.load_data("digits", val=16, test=16, calibration=64)
     paths = {name: run.models / name for name in ("baseline", *names)}
     if not (paths["baseline"] / vb.model.RECIPE).is_file():
@@ -68,14 +68,14 @@ def make(shape: str, names: list[str], run: vb.Run) -> dict[str, Path]:
     for name in names:
         if not (paths[name] / vb.model.RECIPE).is_file():
             start = time.monotonic()
-            usual = UNTRAINED if "train" in vb.METHODS[name].config.model_fields else {}
-            vb.save(vb.compress(base, [vb.make_config(name, CONFIGS.get(name, usual))], small), paths[name])
+            default = UNTRAINED if "train" in vb.METHODS[name].config.model_fields else {}
+            vb.save(vb.compress(base, [vb.make_config(name, CONFIGS.get(name, default))], small), paths[name])
             print(f"{name}: made in {time.monotonic() - start:.0f} s", flush=True)
     return paths
 
 
 def measure(models: dict[str, Path], run: vb.Run, options: argparse.Namespace) -> None:
-    """All rows of all models."""
+    """Measure all models."""
     data = vb.load_data("digits")
     for path in models.values():
         vb.measure(
@@ -84,44 +84,48 @@ def measure(models: dict[str, Path], run: vb.Run, options: argparse.Namespace) -
     for backend in options.backends:
         for batch in options.batches:
             start = time.monotonic()
-            _race(models, data, run, backend, batch, options)
+            _compare(models, data, run, backend, batch, options)
             print(f"{backend}, batch {batch}: {time.monotonic() - start:.0f} s", flush=True)
         if vb.measurement.BACKENDS[backend].runs_without_torch:
             for path in models.values():
                 vb.measure(path, data, run, what=("memory",), backend=backend, threads=options.threads)
 
 
-def _race(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str, batch: int, options: Any) -> None:
-    """Time all models in one process, and add their rows."""
+def _compare(models: dict[str, Path], data: vb.ImageData, run: vb.Run, backend: str, batch: int, options: Any) -> None:
+    """Time all models in turn, and append their rows."""
     base, references = models["baseline"], list(dict.fromkeys((backend, "eager")))
     sha = vb.model.read_manifest(base).sha256[:12]
     timed = {"threads": options.threads, "device": vb.rows.device_name(backend), "backend": backend}
     timed |= vb.measurement.shared_rounds(options.rounds, options.starts)
     timed |= {"batch": batch, "versus": f"baseline:{sha}"}
-    slots = {path: list(_slots(path, data, timed, references)) for path in models.values()}
+    rows_by_path = {path: list(_empty_rows(path, data, timed, references)) for path in models.values()}
     done = run.finished_keys()
-    if all(row.compute_key() in done for rows in slots.values() for row in rows):
+    if all(row.compute_key() in done for rows in rows_by_path.values() for row in rows):
         return
-    able = {path: vb.measurement.unsupported_reason(backend, vb.model.read_manifest(path).recipe) for path in slots}
-    racing = [path for path, why in able.items() if not why]
-    entries = [*((str(base), reference) for reference in references), *((str(path), backend) for path in racing)]
-    (found,) = vb.measurement.compare_latency(entries, [batch], options.threads, options.rounds, options.starts)
-    others = [other.times for other in found[: len(references)]]
-    timings = dict(zip(racing, found[len(references) :], strict=True))
-    for path, rows in slots.items():
-        own = timings.get(path, able[path])
-        if isinstance(own, str):
-            status = {"status": "skipped" if able[path] else "failed", "error": own, "value": None, "source": ""}
+    reasons = {
+        path: vb.measurement.unsupported_reason(backend, vb.model.read_manifest(path).recipe) for path in rows_by_path
+    }
+    supported = [path for path, reason in reasons.items() if not reason]
+    entries = [*((str(base), reference) for reference in references), *((str(path), backend) for path in supported)]
+    (timings,) = vb.measurement.compare_latency(entries, [batch], options.threads, options.rounds, options.starts)
+    baseline_times = [timing.times for timing in timings[: len(references)]]
+    timing_by_path = dict(zip(supported, timings[len(references) :], strict=True))
+    for path, rows in rows_by_path.items():
+        timing = timing_by_path.get(path, reasons[path])
+        if isinstance(timing, str):
+            status = {"status": "skipped" if reasons[path] else "failed", "error": timing, "value": None, "source": ""}
             run.append(row.replace(**status) for row in rows)
         else:
-            run.append(_filled(rows, vb.measurement.latency_values(backend, own, others, starts=options.starts)))
+            run.append(
+                _filled(rows, vb.measurement.latency_values(backend, timing, baseline_times, starts=options.starts))
+            )
 
 
-def _slots(path: Path, data: vb.ImageData, timed: dict[str, Any], references: list[str]) -> Iterator[vb.Row]:
+def _empty_rows(path: Path, data: vb.ImageData, timed: dict[str, Any], references: list[str]) -> Iterator[vb.Row]:
     manifest = vb.model.read_manifest(path)
-    facts = vb.measurement.model_row_fields(manifest.recipe, data) | {"value": 0, "source": "measured"}
+    row_fields = vb.measurement.model_row_fields(manifest.recipe, data) | {"value": 0, "source": "measured"}
     for metric, unit, context in vb.measurement.latency_metrics(timed, references):
-        yield vb.Row(**facts, metric=metric, unit=unit, context={**context, "artifact": manifest.sha256[:12]})
+        yield vb.Row(**row_fields, metric=metric, unit=unit, context={**context, "artifact": manifest.sha256[:12]})
 
 
 def _filled(rows: list[vb.Row], values: Iterator[vb.measurement.Measurement]) -> Iterator[vb.Row]:

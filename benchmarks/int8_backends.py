@@ -1,12 +1,12 @@
-"""Int8 in the backends that have kernels for it, ours beside others' quantizers, each timed in turn with eager fp32.
+"""Int8 in the backends that have kernels for it, ours beside other tools' quantizers, each timed in turn with eager fp32.
 
     pip install -e '.[onnx,openvino,peers]'
     python benchmarks/int8_backends.py --random
     python benchmarks/int8_backends.py --model deit_tiny_patch16_224 --checkpoint FILE --dataset FOLDER --splits test=0.744
 
-A variant has a fresh process of its own, where it takes turns with eager fp32. All in one process would not be fair:
-the thread pools of torch, ONNX Runtime and OpenVINO wait busily after a call and take the cores from whoever comes next,
-and what compiles a model (inductor with freezing) sets switches for the whole process. The rows go to --out.
+Each variant runs in a fresh process, where it takes turns with eager fp32. One process for all would not be fair: the thread
+pools of torch, ONNX Runtime and OpenVINO keep polling after a call and take the cores from the next variant, and a compiler
+(inductor with freezing) sets switches for the whole process. The rows go to --out.
 """
 
 import argparse
@@ -40,9 +40,12 @@ def ours(backend: str) -> Callable:
 
 @dataclass(frozen=True)
 class Variant:
-    """Whose rows it gives, what runs it, and `(model, x, calibration) -> (callable, bytes)`; bytes 0: those of our file.
+    """A quantizer in a backend.
 
-    `file` names the vitbench file that it starts from.
+    Attributes:
+        method: of its rows.
+        make: `(model, x, calibration) -> (callable, bytes)`; 0 bytes stand for those of our file.
+        file: the vitbench file that it starts from.
     """
 
     method: str
@@ -85,54 +88,52 @@ VARIANTS = {
 }
 
 
-class Answers(vb.measurement.BackendModel):
-    """A callable made for `batch` images as a model that can be scored."""
+class FixedBatchModel(vb.measurement.BackendModel):
+    """A callable for `batch` images as a model that can be scored."""
 
     def __init__(self, call: vb.measurement.Call, model: nn.Module, batch: int):
         nn.Module.__init__(self)
         self.recipe, self.batch = model.recipe, batch
-        self.call = lambda images: call(
-            images
-        )  # not a module's part: an exported module refuses to be put in eval mode
+        self.call = lambda images: call(images)  # no submodule: an exported module cannot be put in eval mode
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():  # as it was compiled
             return super().forward(x.clone())
 
 
-def child(task: str, answer: str) -> None:
+def child(request_file: str, result_file: str) -> None:
     """Make one variant and time it in turn with eager fp32, batch size by batch size; score it if there are images."""
-    order = json.loads(Path(task).read_text())
-    torch.set_num_threads(order["threads"])
+    request = json.loads(Path(request_file).read_text())
+    torch.set_num_threads(request["threads"])
     warnings.simplefilter("ignore")
-    base, model = vb.load(order["base"]), vb.load(order["file"])
-    variant, calibration = VARIANTS[order["variant"]], load_file(order["calibration"])["x"]
-    found: dict[str, Any] = {"times": [], "apart": []}
+    base, model = vb.load(request["base"]), vb.load(request["file"])
+    variant, calibration = VARIANTS[request["variant"]], load_file(request["calibration"])["x"]
+    result: dict[str, Any] = {"times": [], "apart": []}
     with torch.no_grad():
-        for batch in order["batches"]:
+        for batch in request["batches"]:
             x = calibration[:batch].clone()
-            call, found["bytes"] = variant.make(model, x, calibration)
-            found["apart"].append(float((call(x) - base(x)).abs().max()))
-            found["times"].append(vb.base.time_alternating([lambda: call(x), lambda: base(x)], order["rounds"]))  # noqa: B023
-    if order["dataset"]:
+            call, result["bytes"] = variant.make(model, x, calibration)
+            result["apart"].append(float((call(x) - base(x)).abs().max()))
+            result["times"].append(vb.base.time_alternating([lambda: call(x), lambda: base(x)], request["rounds"]))  # noqa: B023
+    if request["dataset"]:
         hits = vb.evaluate(
-            Answers(call, model, batch), vb.run.open_data(order["dataset"], "", order["splits"]).test
+            FixedBatchModel(call, model, batch), vb.run.open_data(request["dataset"], "", request["splits"]).test
         ).top1
-        found["hits"] = [int(hit) for hit in hits]
-    Path(answer).write_text(json.dumps(found))
+        result["hits"] = [int(hit) for hit in hits]
+    Path(result_file).write_text(json.dumps(result))
 
 
-def in_child(threads: int, **order: Any) -> dict[str, Any]:
-    """What `child` finds, in a fresh process with so many threads."""
+def in_child(threads: int, **request: Any) -> dict[str, Any]:
+    """The result of `child` in a fresh process with `threads` threads."""
     env = vb.base.thread_environment(threads)
     with tempfile.TemporaryDirectory() as folder:
-        task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
-        task.write_text(json.dumps({"threads": threads, **order}))
-        command = [sys.executable, __file__, "--child", str(task), str(answer)]
+        request_file, result_file = Path(folder, "task.json"), Path(folder, "answer.json")
+        request_file.write_text(json.dumps({"threads": threads, **request}))
+        command = [sys.executable, __file__, "--child", str(request_file), str(result_file)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
-        if done.returncode or not answer.exists():
+        if done.returncode or not result_file.exists():
             raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:500])
-        return json.loads(answer.read_text())
+        return json.loads(result_file.read_text())
 
 
 def main() -> None:
@@ -155,7 +156,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Make the files, then measure variant after variant, each with rows of its own and a line of the table."""
+    """Make the files, then measure each variant, append its rows, and print its line of the table."""
     if bool(args.checkpoint) == args.random:
         raise vb.InputError("give --checkpoint, or --random for size and speed only")
     for name in args.only:
@@ -165,7 +166,7 @@ def compare(args: argparse.Namespace) -> None:
     data = vb.run.open_data(args.dataset, "", splits) if args.dataset else None
     if not data:
         print(f"no data set: calibrated on {IMAGES} digits, which say nothing about accuracy")
-    seen = data or vb.run.open_data("digits", "", {"calibration": IMAGES})
+    calibration_data = data or vb.run.open_data("digits", "", {"calibration": IMAGES})
     base = vb.create_model(args.model, checkpoint=args.checkpoint)
     scored = data if data and not args.random else None
     if scored and base.recipe.architecture.num_classes != len(data.classes):
@@ -177,73 +178,84 @@ def compare(args: argparse.Namespace) -> None:
     for file, (method, config) in FILES.items():
         if any(VARIANTS[name].file == file for name in args.only):
             config = config | ({"compensation": not args.random} if method == "static_int8" else {})
-            files[file] = vb.save(vb.compress(base, vb.make_config(method, config), seen), run.models / file)
-    images = torch.cat([x for x, _ in vb.data.eval_batches(seen.require_split("calibration"), base.recipe.preprocess)])
+            files[file] = vb.save(
+                vb.compress(base, vb.make_config(method, config), calibration_data), run.models / file
+            )
+    images = torch.cat(
+        [x for x, _ in vb.data.eval_batches(calibration_data.require_split("calibration"), base.recipe.preprocess)]
+    )
     images = images[: len(images) // max(args.batches) * max(args.batches)].contiguous()
     with tempfile.TemporaryDirectory() as folder:
         calibration = Path(folder, "calibration.safetensors")
         save_file({"x": images}, calibration)
-        order = {"base": str(files["baseline"]), "calibration": str(calibration), "batches": args.batches}
-        order |= {"rounds": args.rounds, "dataset": args.dataset if scored else "", "splits": splits}
+        request = {"base": str(files["baseline"]), "calibration": str(calibration), "batches": args.batches}
+        request |= {"rounds": args.rounds, "dataset": args.dataset if scored else "", "splits": splits}
         for name in args.only:
-            rows = _slots(VARIANTS[name], files, len(images), args, scored)
+            rows = _empty_rows(VARIANTS[name], files, len(images), args, scored)
             if {row.compute_key() for row in rows} <= run.finished_keys():
                 print(f"{name:28} is in {args.out} already")
             else:
-                run.append(_measured(name, rows, files[VARIANTS[name].file], args.threads, order))
+                run.append(_measure(name, rows, files[VARIANTS[name].file], args.threads, request))
 
 
-def _measured(name: str, rows: list[vb.Row], file: Path, threads: int, order: dict[str, Any]) -> list[vb.Row]:
-    """The rows with what was found, or with the reason why nothing was; prints a line of the table."""
-    status, error = "skipped", _missing(VARIANTS[name])
+def _measure(name: str, rows: list[vb.Row], file: Path, threads: int, request: dict[str, Any]) -> list[vb.Row]:
+    """The rows with their values, or with the reason why there are none; prints a line of the table."""
+    status, error = "skipped", _missing_reason(VARIANTS[name])
     if not error:
         try:
-            found = in_child(threads, variant=name, file=str(file), **order)
+            result = in_child(threads, variant=name, file=str(file), **request)
         except (RuntimeError, subprocess.TimeoutExpired) as failure:
             status, error = "failed", str(failure)
     if error:
         print(f"{name:28} {status}: {error}", flush=True)
         return [row.replace(status=status, error=error, value=None, source="") for row in rows]
-    found["bytes"] = found["bytes"] or vb.size_on_disk(file)
-    print(f"{name:28} {_line(order['batches'], found)}", flush=True)
-    return [row.replace(**fields) for row, fields in zip(rows, _values(found), strict=True)]
+    result["bytes"] = result["bytes"] or vb.size_on_disk(file)
+    print(f"{name:28} {_line(request['batches'], result)}", flush=True)
+    return [row.replace(**fields) for row, fields in zip(rows, _values(result), strict=True)]
 
 
-def _missing(variant: Variant) -> str:
-    """Why it cannot be had here, or ""."""
+def _missing_reason(variant: Variant) -> str:
+    """Why a variant is not available here, or ""."""
     try:
         if variant.backend in vb.measurement.BACKENDS:
             vb.measurement.require_backend(variant.backend)
     except vb.InputError as error:
         return str(error)
-    lacking = [name for name in variant.packages if not importlib.util.find_spec(name)]
-    return f"not installed: {', '.join(lacking)}; pip install 'vitbench[onnx,openvino,peers]'" if lacking else ""
+    missing = [name for name in variant.packages if not importlib.util.find_spec(name)]
+    return f"not installed: {', '.join(missing)}; pip install 'vitbench[onnx,openvino,peers]'" if missing else ""
 
 
-def _slots(variant: Variant, files: dict[str, Path], images: int, args, data: vb.ImageData | None) -> list[vb.Row]:
+def _empty_rows(variant: Variant, files: dict[str, Path], images: int, args, data: vb.ImageData | None) -> list[vb.Row]:
     """The variant's rows without values, in the order of `_values`."""
     manifest, base = (vb.model.read_manifest(files[name]) for name in (variant.file, "baseline"))
-    facts = vb.measurement.model_row_fields(manifest.recipe, data) | {
+    row_fields = vb.measurement.model_row_fields(manifest.recipe, data) | {
         "method": variant.method,
         "value": 0,
         "source": "measured",
     }
-    own = {"artifact": manifest.sha256[:12]}
+    context = {"artifact": manifest.sha256[:12]}
     if variant.method.startswith("peer_"):
-        facts["config"]["methods"] = [{"method": variant.method, "config": {"images": images, **_versions(variant)}}]
-        own["backend"] = variant.backend
-    rows = [vb.Row(**facts, metric="bytes", unit="bytes", context=own)]
+        row_fields["config"]["methods"] = [
+            {"method": variant.method, "config": {"images": images, **_versions(variant)}}
+        ]
+        context["backend"] = variant.backend
+    rows = [vb.Row(**row_fields, metric="bytes", unit="bytes", context=context)]
     timed = {"backend": variant.backend, "threads": args.threads, "rounds": args.rounds}
     timed |= {"device": vb.rows.device_name(), "versus": f"baseline:{base.sha256[:12]}"}
-    timed |= {"artifact": own["artifact"]} | ({} if variant.backend == "eager" else {"versus_backend": "eager"})
+    timed |= {"artifact": context["artifact"]} | ({} if variant.backend == "eager" else {"versus_backend": "eager"})
     for batch in args.batches:
         for metric, unit in (("latency_p50", "ms"), ("latency_ratio", "ratio")):
-            rows.append(vb.Row(**facts, metric=metric, unit=unit, context={**timed, "batch": batch}))
+            rows.append(vb.Row(**row_fields, metric=metric, unit=unit, context={**timed, "batch": batch}))
     if data:
-        context = {"split": "test", "images": len(data.test), "cut": data.origin["test"], "artifact": own["artifact"]}
-        context |= {"scoring_batch": args.batches[-1]}  # dynamic ranges are taken over it
-        context |= {} if variant.backend == "eager" else {"backend": variant.backend}
-        rows.append(vb.Row(**facts, metric="top1", unit="fraction", context=context))
+        scored = {
+            "split": "test",
+            "images": len(data.test),
+            "cut": data.origin["test"],
+            "artifact": context["artifact"],
+        }
+        scored |= {"scoring_batch": args.batches[-1]}  # dynamic ranges are taken over it
+        scored |= {} if variant.backend == "eager" else {"backend": variant.backend}
+        rows.append(vb.Row(**row_fields, metric="top1", unit="fraction", context=scored))
     return rows
 
 
@@ -251,35 +263,35 @@ def _versions(variant: Variant) -> dict[str, str]:
     return {name: version(name) for name in variant.packages if importlib.util.find_spec(name)}
 
 
-def _values(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Fields of the rows of `_slots`."""
-    values = [{"value": found["bytes"], "source": "measured: what is saved"}]
-    for own, eager in found["times"]:
-        how = f"measured: {len(own)} calls in a fresh process after warm-up, in turn with the baseline"
-        ratio, low, high = vb.rows.quiet_latency_ratio(own, eager)
-        values.append({"value": float(np.median(own)), "source": how, "samples": own})
-        how += "; median ratio of the quietest quarter of the rounds, bootstrap 95 %"
-        values.append({"value": ratio, "source": how, "low": low, "high": high, "samples": eager})
-    if "hits" in found:
-        hits = np.array(found["hits"], bool)
+def _values(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Fields of the rows of `_empty_rows`."""
+    values = [{"value": result["bytes"], "source": "measured: what is saved"}]
+    for times, eager in result["times"]:
+        source = f"measured: {len(times)} calls in a fresh process after warm-up, in turn with the baseline"
+        ratio, low, high = vb.rows.quiet_latency_ratio(times, eager)
+        values.append({"value": float(np.median(times)), "source": source, "samples": times})
+        source += "; median ratio of the quietest quarter of the rounds, bootstrap 95 %"
+        values.append({"value": ratio, "source": source, "low": low, "high": high, "samples": eager})
+    if "hits" in result:
+        hits = np.array(result["hits"], bool)
         low, high = vb.rows.wilson(hits.sum(), len(hits))
-        how = "measured: test images, Wilson 95 %"
+        source = "measured: test images, Wilson 95 %"
         values.append(
-            {"value": float(hits.mean()), "source": how, "low": low, "high": high, "hits": vb.rows.pack_hits(hits)}
+            {"value": float(hits.mean()), "source": source, "low": low, "high": high, "hits": vb.rows.pack_hits(hits)}
         )
     return values
 
 
-def _line(batches: list[int], found: dict[str, Any]) -> str:
-    parts = [f"{found['bytes'] / 1e6:6.2f} MB"]
-    for batch, (own, eager), apart in zip(batches, found["times"], found["apart"], strict=True):
-        ratio, low, high = vb.rows.quiet_latency_ratio(own, eager)
+def _line(batches: list[int], result: dict[str, Any]) -> str:
+    parts = [f"{result['bytes'] / 1e6:6.2f} MB"]
+    for batch, (times, eager), distance in zip(batches, result["times"], result["apart"], strict=True):
+        ratio, low, high = vb.rows.quiet_latency_ratio(times, eager)
         parts.append(
-            f"b{batch}: {np.median(own):7.1f} ms, eager {np.median(eager):7.1f}, ratio {ratio:.3f} "
-            f"[{low:.3f}, {high:.3f}], logits off by {apart:.3g}"
+            f"b{batch}: {np.median(times):7.1f} ms, eager {np.median(eager):7.1f}, ratio {ratio:.3f} "
+            f"[{low:.3f}, {high:.3f}], logits off by {distance:.3g}"
         )
-    if "hits" in found:
-        parts.append(f"top1 {100 * np.mean(found['hits']):.2f} %")
+    if "hits" in result:
+        parts.append(f"top1 {100 * np.mean(result['hits']):.2f} %")
     return " | ".join(parts)
 
 
@@ -289,5 +301,5 @@ if __name__ == "__main__":
     else:
         try:
             child(*sys.argv[2:])
-        except Exception as error:  # whatever a peer raises becomes the one line of its rows
+        except Exception as error:  # an exception of a peer becomes the error of its rows
             raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from None

@@ -1,7 +1,7 @@
-"""Others' quantizers, each as `(model, x, calibration) -> (callable, bytes of what it would save)`.
+"""Other tools' quantizers, each as `(model, x, calibration) -> (callable, bytes of the model that it would save)`.
 
-The model is vitbench's in fp32, x the shape to be prepared for, and calibration images (N, 3, size, size) with N a
-multiple of len(x). Each has its own defaults for which layers it takes, with weights by output channel.
+The model is vitbench's in fp32, x an input of the shape to prepare for, and calibration holds images (N, 3, size, size), N a
+multiple of len(x). Each tool quantizes the layers of its defaults, with weights per channel.
 """
 
 import copy
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import vitbench as vb
 
-Made = tuple[vb.measurement.Call, int]
+Quantized = tuple[vb.measurement.Call, int]
 
 
 def nncf(precision: str) -> Callable:
     """NNCF's post-training quantization of the OpenVINO model."""
 
-    def make(model: nn.Module, x: Tensor, calibration: Tensor) -> Made:
+    def make(model: nn.Module, x: Tensor, calibration: Tensor) -> Quantized:
         import nncf
         import openvino
 
@@ -41,15 +41,15 @@ def nncf(precision: str) -> Callable:
     return make
 
 
-def onnxruntime_dynamic(model: nn.Module, x: Tensor, calibration: Tensor) -> Made:
-    """ONNX Runtime's own: weights ahead of time, activations as they pass."""
+def onnxruntime_dynamic(model: nn.Module, x: Tensor, calibration: Tensor) -> Quantized:
+    """ONNX Runtime's dynamic quantization: weights ahead of time, activations at each call."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     return _onnx(model, x, lambda old, new: quantize_dynamic(old, new, per_channel=True, weight_type=QuantType.QInt8))
 
 
-def onnxruntime_static(model: nn.Module, x: Tensor, calibration: Tensor) -> Made:
-    """ONNX Runtime's own, with ranges fixed on the calibration images."""
+def onnxruntime_static(model: nn.Module, x: Tensor, calibration: Tensor) -> Quantized:
+    """ONNX Runtime's static quantization, with ranges fixed on the calibration images."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Images(CalibrationDataReader):
@@ -60,19 +60,17 @@ def onnxruntime_static(model: nn.Module, x: Tensor, calibration: Tensor) -> Made
             return None if part is None else {"x": part.numpy()}
 
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "quant_format": QuantFormat.QDQ}
-    # with all operators, its default, ONNX Runtime 1.32 cannot load what it makes of a ViT ("replace the existing tensor")
+    # with all operators, its default, ONNX Runtime 1.32 cannot load its own model of a ViT ("replace the existing tensor")
     kinds["op_types_to_quantize"] = ["MatMul", "Gemm"]
     return _onnx(model, x, lambda old, new: quantize_static(old, new, Images(), per_channel=True, **kinds))
 
 
-def _onnx(model: nn.Module, x: Tensor, quantize: Callable[[str, str], None]) -> Made:
+def _onnx(model: nn.Module, x: Tensor, quantize: Callable[[str, str], None]) -> Quantized:
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     exported = onnx.load_from_string(vb.measurement.onnx_file(model, x))
-    exported.graph.ClearField(
-        "value_info"
-    )  # the exporter's shapes of transposed weights, which the quantizer trips over
+    exported.graph.ClearField("value_info")  # the exporter's shapes of transposed weights, on which the quantizer fails
     with tempfile.TemporaryDirectory() as folder:
         raw, clean, small = (str(Path(folder, name)) for name in ("raw.onnx", "clean.onnx", "small.onnx"))
         onnx.save(exported, raw)
@@ -82,7 +80,7 @@ def _onnx(model: nn.Module, x: Tensor, quantize: Callable[[str, str], None]) -> 
     return vb.measurement.onnx_call(file), len(file)
 
 
-def pt2e(model: nn.Module, x: Tensor, calibration: Tensor) -> Made:
+def pt2e(model: nn.Module, x: Tensor, calibration: Tensor) -> Quantized:
     """torchao's PT2E with the quantizer for x86, compiled."""
     from torchao.quantization.pt2e import quantize_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -94,15 +92,15 @@ def pt2e(model: nn.Module, x: Tensor, calibration: Tensor) -> Made:
     return _compiled(quantize_pt2e.convert_pt2e(prepared), x)
 
 
-def torch_dynamic(model: nn.Module, x: Tensor, calibration: Tensor) -> Made:
-    """PyTorch's own dynamic quantization, which it says will go."""
+def torch_dynamic(model: nn.Module, x: Tensor, calibration: Tensor) -> Quantized:
+    """PyTorch's own dynamic quantization, which is deprecated."""
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
     small = quantize_dynamic(copy.deepcopy(model), {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8)
-    return small, _saved(small)
+    return small, _saved_bytes(small)
 
 
-def torchao_dynamic(model: nn.Module, x: Tensor, calibration: Tensor) -> Made:
+def torchao_dynamic(model: nn.Module, x: Tensor, calibration: Tensor) -> Quantized:
     """torchao's dynamic quantization, compiled."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -111,17 +109,17 @@ def torchao_dynamic(model: nn.Module, x: Tensor, calibration: Tensor) -> Made:
     return _compiled(small, x)
 
 
-def _compiled(model: nn.Module, x: Tensor) -> Made:
-    """Compiled with its weights frozen in, a switch of the whole process."""
+def _compiled(model: nn.Module, x: Tensor) -> Quantized:
+    """Compile with frozen weights, a switch of the whole process."""
     import torch._inductor.config
 
-    size, call = _saved(model), torch.compile(model)
+    size, call = _saved_bytes(model), torch.compile(model)
     with torch._inductor.config.patch(freezing=True):
         call(x)
     return call, size
 
 
-def _saved(model: nn.Module) -> int:
+def _saved_bytes(model: nn.Module) -> int:
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     return file.tell()

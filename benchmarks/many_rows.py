@@ -1,4 +1,4 @@
-"""A records file of a million rows: how long it takes to load, filter and draw, and how much memory.
+"""A records file of a million rows: the time to load, filter and draw it, and the memory.
 
 python benchmarks/many_rows.py --rows 1000000
 """
@@ -43,34 +43,34 @@ def main() -> int:
         start = time.monotonic()
         rows = vb.load_records(file)
         loaded = time.monotonic()
-        chosen = vb.rows.experiment_rows(rows)
+        experiment = vb.rows.experiment_rows(rows)
         filtered = time.monotonic()
-        vb.figures.tradeoff(chosen, "bytes")[0].savefig(Path(folder, "figure.png"))
+        vb.figures.tradeoff(experiment, "bytes")[0].savefig(Path(folder, "figure.png"))
         drawn = time.monotonic()
         size = file.stat().st_size
-    found = {
+    result = {
         "rows": options.rows,
         "MB": size / 1e6,
         "load, s": loaded - start,
         "filter, s": filtered - loaded,
-        "rows that are drawn": len(chosen),
+        "rows that are drawn": len(experiment),
         "draw, s": drawn - filtered,
         "in all, s": drawn - start,
         "peak, GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "commit": vb.rows.commit(),
         "cpu": vb.rows.cpu_name(),
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(result, indent=1))
     if options.out:
         (vb.base.writable_folder(options.out, "results folder") / "found.json").write_text(
-            json.dumps(found, indent=1) + "\n"
+            json.dumps(result, indent=1) + "\n"
         )
     return 0
 
 
 def write(file: Path, count: int) -> None:
-    """`count` rows as a sweep makes them, twelve a cell: models x seeds, a baseline and a method at as many settings as it takes."""
-    made, settings = 0, 1 + count // (12 * SEEDS * MODELS)
+    """Write `count` rows as a sweep does, twelve a cell: models x seeds x (a baseline and settings of a method)."""
+    written, settings = 0, 1 + count // (12 * SEEDS * MODELS)
     for model in range(MODELS):
         rows = []
         for seed in range(SEEDS):
@@ -94,10 +94,10 @@ def write(file: Path, count: int) -> None:
                 accuracy = 0.95 - 0.5 / (1 + setting)
                 values = {"top1": accuracy, "bytes": 1e6 - 5000.0 * setting} | dict.fromkeys(OTHERS, 1.0)
                 for metric, value in values.items():
-                    if made < count:
+                    if written < count:
                         row = vb.Row(**shared, metric=metric, unit="one", value=value, source="measured: made up")
                         rows.append(row.with_provenance("9a4a9199a0e4", "f03b6538caec"))
-                        made += 1
+                        written += 1
         vb.rows.append_rows(file, rows)
 
 

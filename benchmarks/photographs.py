@@ -1,4 +1,4 @@
-"""Makes what the lessons start from: a small set of photographs, and a small model that was fine-tuned on the whole set.
+"""Make what the lessons start from: a small set of photographs, and a small model that was fine-tuned on the whole set.
 
     python benchmarks/photographs.py images --dataset FOLDER               # data/photographs
     python benchmarks/photographs.py model --dataset FOLDER --checkpoint FILE    # data/deit_tiny_patch16_96
@@ -44,13 +44,13 @@ def write_images(options: argparse.Namespace) -> None:
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     for split, count in COUNTS.items():
         whole = getattr(data, split)
-        each = count // len(data.classes)
+        per_class = count // len(data.classes)
         by_class = [np.flatnonzero(whole.labels == label) for label in range(len(data.classes))]
-        spread = [places[np.linspace(0, len(places), each, endpoint=False).astype(int)] for places in by_class]
-        chosen = np.random.default_rng(0).permutation(np.concatenate(spread))
+        spread = [indices[np.linspace(0, len(indices), per_class, endpoint=False).astype(int)] for indices in by_class]
+        selected = np.random.default_rng(0).permutation(np.concatenate(spread))
         source = files["test" if split == "test" else "train"]
-        rows = [{"bytes": source[whole.indices[place]], "path": None} for place in chosen]
-        columns = {"image": pa.array(rows, image), "label": pa.array(whole.labels[chosen])}
+        rows = [{"bytes": source[whole.indices[index]], "path": None} for index in selected]
+        columns = {"image": pa.array(rows, image), "label": pa.array(whole.labels[selected])}
         table = pa.table(columns).replace_schema_metadata(metadata)
         pq.write_table(table, folder / f"{split}.parquet", compression="zstd", compression_level=19)
         print(f"{split}: {count} images, {(folder / f'{split}.parquet').stat().st_size:,} bytes")

@@ -1,7 +1,7 @@
-"""Makes the models of a results folder again, each by the config in its rows, and measures accuracy, size and errors anew.
+"""Rebuild the models of a results folder from the configs in its rows, and measure accuracy, size and errors again.
 
-A fault was mended, and the rows from before it stay wrong until somebody makes them again: this does so for one folder at
-a time. It goes on where it stopped. Times are left alone: they are a machine's, and most faults do not touch them.
+After a fault is mended, older rows stay wrong until they are measured again; this does it for one folder at a time, and
+resumes after a stop. Times are kept: they belong to a machine, and most faults do not change them.
 
     python benchmarks/rows_again.py results/reference/digits-quick --dataset digits --out results/runs/again
     python benchmarks/rows_again.py results/reference/digits-quick --with results/runs/again     # old row, new row
@@ -24,8 +24,8 @@ def steps_of(row: vb.Row) -> dict[str, dict]:
     return {step["method"]: step["config"] for step in row.config.get("methods", ())}
 
 
-def place(row: vb.Row) -> str:
-    """What a row and its later twin have in common: all but the hashes of the models' files, with settings added since."""
+def identity(row: vb.Row) -> str:
+    """What a row shares with its replacement: all but the hashes of the models' files, with later settings at their defaults."""
     steps = [
         {**step, "config": vb.make_config(step["method"], step["config"]).to_dict()}
         for step in row.config.get("methods", ())
@@ -39,61 +39,61 @@ def place(row: vb.Row) -> str:
 
 
 def make(options: argparse.Namespace, rows: list[vb.Row], data: vb.ImageData) -> int:
-    """Make and measure the models that are wanted; a model that cannot be made is named, and the others go on."""
+    """Rebuild and measure the selected models; a failure is printed, and the others go on."""
     run, failed = vb.Run(options.out), 0
-    seen = {}
+    models = {}
     for row in rows:
-        wanted = not options.only or set(options.only) & {*(steps_of(row) or {"baseline": {}})}
-        if row.status == "ok" and row.metric == "top1" and wanted and row.data_fingerprint == data.fingerprint:
-            seen.setdefault(json.dumps([row.model, row.config], sort_keys=True), row)
-    print(f"{len(seen)} models of {options.folder} on {data.name}", flush=True)
-    for number, row in enumerate(seen.values(), 1):
+        selected = not options.only or set(options.only) & {*(steps_of(row) or {"baseline": {}})}
+        if row.status == "ok" and row.metric == "top1" and selected and row.data_fingerprint == data.fingerprint:
+            models.setdefault(json.dumps([row.model, row.config], sort_keys=True), row)
+    print(f"{len(models)} models of {options.folder} on {data.name}", flush=True)
+    for number, row in enumerate(models.values(), 1):
         label = ", ".join(steps_of(row)) or "baseline"
         try:
-            about = {"checkpoint": options.checkpoint, "img_size": options.img_size}
-            base = vb.run.remake(row.model, {**row.config, "methods": []}, data, **about)
-            made = vb.run.remake(row.model, row.config, data, **about)
+            start = {"checkpoint": options.checkpoint, "img_size": options.img_size}
+            base = vb.run.remake(row.model, {**row.config, "methods": []}, data, **start)
+            cached = vb.run.remake(row.model, row.config, data, **start)
             what = [name for name in MEASURES if name in options.what]
-            vb.measure(made.path, data, run, versus=base.path if made.path != base.path else "", what=what)
+            vb.measure(cached.path, data, run, versus=base.path if cached.path != base.path else "", what=what)
         except Exception as error:  # noqa: BLE001  (one model of many)
             failed += 1
-            print(f"[{number}/{len(seen)}] {label} failed: {type(error).__name__}: {error}", flush=True)
+            print(f"[{number}/{len(models)}] {label} failed: {type(error).__name__}: {error}", flush=True)
         else:
-            print(f"[{number}/{len(seen)}] {label}", flush=True)
+            print(f"[{number}/{len(models)}] {label}", flush=True)
     return 1 if failed else 0
 
 
 def merge(folder: Path, again: Path) -> int:
-    """Put the new rows in the place of the old ones, and print how far each accuracy and error moved.
+    """Replace the old rows by the new ones, and print the change of each accuracy and error.
 
-    A new row keeps the old one's config: settings added since, at their defaults, would part it from its times.
+    A new row keeps the old one's config: later settings at their defaults would separate it from the rows of its times.
     """
-    new = {place(row): row for row in vb.rows.read_rows(again) if row.status == "ok"}
-    lines, moved = [], 0
-    with tempfile.TemporaryDirectory() as scratch:
+    new = {identity(row): row for row in vb.rows.read_rows(again) if row.status == "ok"}
+    lines, replaced = [], 0
+    with tempfile.TemporaryDirectory() as temporary_folder:
         for line in (folder / "records.jsonl").read_bytes().splitlines(keepends=True):
             old = vb.Row.model_validate_json(vb.rows.split_checksum(line)[0])
-            twin = new.pop(place(old), None)
-            if twin is not None and old.status == "ok":
-                twin = twin.replace(config=old.config)
-                file = Path(scratch, f"{moved}.jsonl")
-                vb.rows.append_rows(file, [twin.replace(key=twin.compute_key())])
-                line, moved = file.read_bytes(), moved + 1
+            replacement = new.pop(identity(old), None)
+            if replacement is not None and old.status == "ok":
+                replacement = replacement.replace(config=old.config)
+                file = Path(temporary_folder, f"{replaced}.jsonl")
+                vb.rows.append_rows(file, [replacement.replace(key=replacement.compute_key())])
+                line, replaced = file.read_bytes(), replaced + 1
                 if old.metric in METRICS:
                     print(
-                        f"{old.metric:13} {old.value:.5f} -> {twin.value:.5f}  {', '.join(steps_of(old)) or 'baseline'}"
+                        f"{old.metric:13} {old.value:.5f} -> {replacement.value:.5f}  {', '.join(steps_of(old)) or 'baseline'}"
                     )
             lines.append(line)
     vb.base.write_bytes(folder / "records.jsonl", b"".join(lines))
     (folder / "environments").mkdir(exist_ok=True)
     for file in (again / "environments").iterdir():
         vb.base.write_bytes(folder / "environments" / file.name, file.read_bytes())
-    print(f"{moved} rows made anew")
+    print(f"{replaced} rows replaced")
     return 0
 
 
 def main() -> int:
-    """Make rows of a folder again, or, with `--with`, put them in the place of the old ones."""
+    """Measure rows of a folder again, or, with `--with`, replace the old ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the results folder whose rows are made again")
     vb.cli.add_images(parser, "the images of the rows")

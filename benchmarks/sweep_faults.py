@@ -1,4 +1,4 @@
-"""A sweep whose workers and whose scheduler are killed, and what a second worker is worth.
+"""A sweep whose workers and scheduler are killed, and the speed of a second worker.
 
     python benchmarks/sweep_faults.py faults --out results/runs/sweep-faults
     python benchmarks/sweep_faults.py scaling --out results/runs/sweep-scaling
@@ -41,11 +41,11 @@ def main() -> int:
     if any(out.iterdir()):
         print(f"sweep_faults.py: {out} is not empty; give a new folder", file=sys.stderr)
         return 2
-    found = faults(out, options.workers, options.every) if options.what == "faults" else scaling(out)
-    found |= {"commit": vb.rows.commit(), "cpu": vb.rows.cpu_name(), "cores": os.cpu_count()}
-    (out / "found.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
-    return 0 if found.get("whole", True) else 1
+    result = faults(out, options.workers, options.every) if options.what == "faults" else scaling(out)
+    result |= {"commit": vb.rows.commit(), "cpu": vb.rows.cpu_name(), "cores": os.cpu_count()}
+    (out / "found.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return 0 if result.get("whole", True) else 1
 
 
 def faults(out: Path, workers: int, every: float) -> dict:
@@ -79,7 +79,7 @@ def faults(out: Path, workers: int, every: float) -> dict:
     rows = vb.rows.read_rows(out / "records.jsonl")
     cells = [row.context["cell"] for row in rows if row.metric == "cell_seconds" and row.status == "ok"]
     keys = [row.key for row in rows if row.status == "ok"]
-    found = {
+    result = {
         "cells": len(set(cells)),
         "doubled": len(cells) - len(set(cells)),
         "rows": len(keys),
@@ -90,8 +90,8 @@ def faults(out: Path, workers: int, every: float) -> dict:
         "status of the second run, and of a third": [status, again],
         "seconds": round(time.monotonic() - start, 1),
     }
-    whole = found["cells"] == CELLS and not found["doubled"] and not found["rows doubled"]
-    return {**found, "whole": whole and len(killed) == KILLS and (status, again) == (0, 0)}
+    is_complete = result["cells"] == CELLS and not result["doubled"] and not result["rows doubled"]
+    return {**result, "whole": is_complete and len(killed) == KILLS and (status, again) == (0, 0)}
 
 
 def scaling(out: Path) -> dict:
@@ -102,25 +102,25 @@ def scaling(out: Path) -> dict:
     values |= {"seeds": [0, 1], "methods": ["baseline", codes, ranks]}
     file = out / "sweep.yaml"
     file.write_text(yaml.safe_dump(values))
-    found: dict = {}
+    by_workers: dict = {}
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as home:
             run(out / f"with-{workers}", workers, home, file).wait()
         status = json.loads((out / f"with-{workers}" / "sweep.json").read_text())
-        found[f"{workers} workers"] = {
+        by_workers[f"{workers} workers"] = {
             "cells": len(status["cells"]),
             "seconds": status["passed"],
             "work, seconds of all workers": status["work"]["seconds"],
             "starting, seconds of all workers": status["work"]["starting"],
         }
-    one, two = found.values()
-    beyond = one["seconds"] - one["work, seconds of all workers"] - one["starting, seconds of all workers"]
-    running = [each["seconds"] - each["starting, seconds of all workers"] / n for n, each in enumerate((one, two), 1)]
+    one, two = by_workers.values()
+    overhead = one["seconds"] - one["work, seconds of all workers"] - one["starting, seconds of all workers"]
+    running = [run["seconds"] - run["starting, seconds of all workers"] / n for n, run in enumerate((one, two), 1)]
     return {
-        **found,
+        **by_workers,
         "throughput, 2 workers over 1": one["seconds"] / two["seconds"],
         "likewise, once workers have started": running[0] / running[1],
-        "seconds a cell beyond its work, worker kept": beyond / one["cells"],
+        "seconds a cell beyond its work, worker kept": overhead / one["cells"],
         "seconds to start a worker": one["starting, seconds of all workers"],
     }
 

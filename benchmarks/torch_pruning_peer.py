@@ -3,9 +3,9 @@
     pip install torch-pruning
     python benchmarks/torch_pruning_peer.py --profile cifar10-deit --keep 0.6 --set dataset=FOLDER checkpoint=FILE ...
 
-Both take the same share of every block's hidden neurons and of every head's dimensions, chosen by a first-order Taylor
-criterion on the calibration images. What Torch-Pruning leaves is copied into a model of those sizes, so that one file
-format, one scorer and one clock serve all; the softmax scale is corrected for it as it is for ours. The rows go to --out.
+Both remove the same share of every block's hidden neurons and of every head's dimensions, chosen by a first-order Taylor
+criterion on the calibration images. Torch-Pruning's result becomes a vitbench model of those sizes, so that all models share
+one file format, one scorer and one clock; the softmax scale is corrected as for ours. The rows go to --out.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import vitbench as vb
 
 
 def torch_pruned(base: torch.nn.Module, data: vb.ImageData, ratio: float) -> torch.nn.Module:
-    """`base` after Torch-Pruning took `ratio` of each block's neurons and of each head's dimensions."""
+    """`base` after Torch-Pruning removed `ratio` of each block's neurons and of each head's dimensions."""
     try:
         import torch_pruning
     except ImportError:
@@ -55,8 +55,8 @@ def torch_pruned(base: torch.nn.Module, data: vb.ImageData, ratio: float) -> tor
 
 
 def ratio_for(base: torch.nn.Module, keep: float) -> float:
-    """The one ratio of neurons and of heads' dimensions that leaves the share `keep` of the multiply-accumulates."""
-    shapes, whole, low, high = vb.model.block_shapes(base), vb.model.analytic_macs(base), 0.0, 0.99
+    """The ratio of neurons and of heads' dimensions to remove so that the share `keep` of the multiply-accumulates is left."""
+    shapes, total, low, high = vb.model.block_shapes(base), vb.model.analytic_macs(base), 0.0, 0.99
     for _ in range(30):
         middle = (low + high) / 2
         smaller = tuple(
@@ -65,8 +65,8 @@ def ratio_for(base: torch.nn.Module, keep: float) -> float:
             )
             for shape in shapes
         )
-        left = vb.model.analytic_macs(vb.model.meta_model(base.recipe.architecture.replace(blocks=smaller))) / whole
-        low, high = (middle, high) if left > keep else (low, middle)
+        share = vb.model.analytic_macs(vb.model.meta_model(base.recipe.architecture.replace(blocks=smaller))) / total
+        low, high = (middle, high) if share > keep else (low, middle)
     return (low + high) / 2
 
 

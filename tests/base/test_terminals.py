@@ -122,7 +122,7 @@ def test_a_lesson_without_its_figures_is_a_failure(shown, failed, tmp_path):
     lesson = Lesson(tmp_path / "01_baseline.ipynb", "title", "baseline", 1, {}, 3)
     outputs = [nbformat.v4.new_output("display_data", {"image/png": "x"}) for _ in range(shown)]
     cells = [nbformat.v4.new_code_cell("draw()", outputs=outputs)]
-    found = suite._lacks_figures(nbformat.v4.new_notebook(cells=cells), lesson, run, begun)
+    found = suite._missing_figures_reason(nbformat.v4.new_notebook(cells=cells), lesson, run, begun)
     assert bool(found) == failed, found
     assert not failed or f"it saved 2 figures and shows {shown}" in found
 

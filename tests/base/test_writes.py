@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_no_half_notebook(tmp_path, monkeypatch, room):
             papermill_io.write(nbformat.writes(new_notebook(metadata={"count": count})), partial)
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
-    monkeypatch.setattr(suite, "_lacks_figures", lambda *_: "")
+    monkeypatch.setattr(suite, "_missing_figures_reason", lambda *_: "")
     run, lesson = Run(tmp_path / "run"), SimpleNamespace(name="05", path=tmp_path / "05.ipynb", parameters={})
     kernels = SimpleNamespace(kernel=nullcontext, stopped=False)
     with monkeypatch.context() as patch:

@@ -325,7 +325,7 @@ def test_paired_answers_against_mcnemar_by_hand():
     assert found.p == pytest.approx(2 * (1 + 6) / 2**6)
     assert found.low < 0.4 < found.high
     assert statistics.compare_hits(first, first).p == 1.0
-    with pytest.raises(ValueError, match="not to the same images"):
+    with pytest.raises(ValueError, match="not of the same images"):
         statistics.compare_hits(first, second[:5])
 
 

@@ -173,7 +173,7 @@ def _export(folder: Path, number: int, path: Path, backend: str, batch: int, dat
     with torch.inference_mode():
         logits = model(x)
     export = backends.BACKENDS[backend].export
-    assert export, "make_bundle allows backends with an export alone"
+    assert export is not None, "make_bundle allows backends with an export alone"
     file = export(model, x, folder / stem)
     size = sum(part.stat().st_size for part in folder.glob(f"{stem}.*"))
     write_array(images_file, x.numpy())

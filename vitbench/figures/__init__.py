@@ -1,8 +1,8 @@
-"""Pictures and pages, made from rows alone.
+"""Pictures and pages, made from rows alone: this room imports `rows` and `base`.
 
-Notebooks and the command line import the functions that draw. This room imports `rows` and `base`.
-A new figure is a function from rows to a figure and the rows that it shows. If the command line draws it, it is also an
-entry of `gallery.GALLERY`.
+Notebooks and the command line import the functions that draw.
+A new figure is a function from rows to a figure and the rows that it shows, and an entry of `gallery.GALLERY` if the
+command line draws it.
 """
 
 import lazy_loader

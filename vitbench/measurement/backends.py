@@ -196,7 +196,7 @@ def make_call(backend: str, model: nn.Module, x: Tensor, stem: Path | None = Non
     backend_spec, threads = BACKENDS[backend], torch.get_num_threads()
     if backend_spec.call:
         return backend_spec.call(model, x)
-    assert backend_spec.export, "a backend has a call or an export"
+    assert backend_spec.export is not None, "a backend has a call or an export"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         stem = stem or Path(folder, "model")
         existing = [path for path in map(stem.with_suffix, standalone.PACKAGES) if path.exists()]
