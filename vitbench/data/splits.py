@@ -79,12 +79,12 @@ class ImageData:
         selected: Split = getattr(self, split)
         if len(selected) == 0:
             raise InputError(
-                f"{self.name} has no {split} images as it was split ({self.describe_splits()}); "
+                f"{self.name} has no {split} images as it was split ({self.describe()}); "
                 f"give the test split fewer images, for example test=0.2"
             )
         return selected
 
-    def describe_splits(self) -> str:
+    def describe(self) -> str:
         """One line: the size of each split and where it came from."""
         return "; ".join(f"{name} {len(getattr(self, name))}: {origin}" for name, origin in self.origin.items())
 

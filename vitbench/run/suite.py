@@ -89,7 +89,7 @@ def run_suite(lessons: list[Lesson], values: dict[str, Any], out: Path, workers:
                 lesson,
                 "left out",
                 _executed_path(run, lesson),
-                f"it needs {missing_splits[lesson.name][0]} images; {data.describe_splits()}",
+                f"it needs {missing_splits[lesson.name][0]} images; {data.describe()}",
             )
             for lesson in lessons
             if missing_splits[lesson.name]
