@@ -59,7 +59,7 @@ def write_images(options: argparse.Namespace) -> None:
 def write_model(options: argparse.Namespace) -> None:
     """Fine-tune at 96 pixels, keep the weights in 8 bits, and measure that file on all test images."""
     data, out = open_whole(options.dataset), options.out or DATA / MODEL
-    train = vb.TrainConfig(**TRAIN | {"epochs": options.epochs, "ema": options.ema}, precision="auto")
+    train = vb.TrainConfig(**TRAIN | {"epochs": options.epochs}, precision="auto")
     base = vb.baseline("deit_tiny_patch16_224", data, train, checkpoint=options.checkpoint, img_size=96)
     packed = vb.compress(base.model, vb.make_config("weight_only", {"bits": 8}), data)
     path, run = vb.save(packed, out), vb.Run(options.record)
@@ -75,7 +75,6 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", required=True, help="CIFAR-10: a folder of train-*.parquet and test-*.parquet")
     parser.add_argument("--checkpoint", help="weights of DeiT-Tiny to start from")
     parser.add_argument("--epochs", type=int, default=TRAIN["epochs"])
-    parser.add_argument("--ema", type=float, default=0.0)
     parser.add_argument("--record", default="results/runs/photographs", help="folder of the model's rows")
     parser.add_argument("--out", type=Path, help="folder to write (default: in data/)")
     options = parser.parse_args()

@@ -38,9 +38,17 @@ def test_its_recipe_is_an_uncompressed_models_that_names_the_file(packed, tmp_pa
     assert artifact.weights_hash(again) == artifact.weights_hash(model)
 
 
-def test_a_model_of_other_layers_is_refused(micro, few_digits, tmp_path):
-    path = artifact.save(compress(micro, make_config("mixed_rank", {"keep": 0.5}), few_digits), tmp_path / "m")
-    with pytest.raises(InputError, match="only packed weights become dense again"):
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("mixed_rank", {"keep": 0.5}),
+        ("pruning", {"neurons": 0.5}),  # dense layers alone, and no longer the baseline's
+        ("simulated_integer", {}),  # packed weights, and roundings before them
+    ],
+)
+def test_a_model_of_another_method_is_refused(micro, few_digits, tmp_path, method, settings):
+    path = artifact.save(compress(micro, make_config(method, settings), few_digits), tmp_path / "model")
+    with pytest.raises(InputError, match=f"made by {method}, and only packed weights become dense again"):
         load_unpacked(path)
 
 

@@ -34,11 +34,10 @@ def model_cache() -> Path:
     return home() / "results" / "cache"
 
 
-def shipped(name: str) -> Path | None:
-    """The folder of that name that comes with the project (photographs, a small model); None if there is none."""
+def photographs() -> Path | None:
+    """The photographs that come with the source checkout; None where vitbench is installed without one."""
     root = checkout()
-    folder = root / "data" / name if root and name.isidentifier() else None
-    return folder if folder and folder.is_dir() and name != "cache" else None
+    return root / "data" / "photographs" if root else None
 
 
 def writable_folder(path: str | Path, description: str) -> Path:

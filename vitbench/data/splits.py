@@ -17,7 +17,6 @@ from vitbench.base.errors import InputError
 from vitbench.data.sources import ArrayImages, Images, open_images, read_digits
 
 MIN_CLASSES = 2
-PHOTOGRAPHS = "photographs"
 DEFAULT_VAL_FRACTION, DEFAULT_CALIBRATION_IMAGES = 0.1, 256
 
 _printed_lines: set[str] = set()  # the lines that this process has printed
@@ -135,7 +134,8 @@ def load_data(
     if str(name_or_path) == "digits":
         image_set = read_digits()
     else:
-        image_set = open_images(_shipped(name_or_path), label, skip_broken)
+        folder = _photographs() if str(name_or_path) == "photographs" else name_or_path
+        image_set = open_images(folder, label, skip_broken)
     summary = f"{name}: {image_set.describe()}"
     _print_once(summary)
     present = np.unique(np.concatenate([part.labels for part in image_set.parts.values()]))
@@ -158,14 +158,11 @@ def load_data(
     )
 
 
-def _shipped(name_or_path: str | Path) -> str | Path:
-    """The folder of the project's photographs, if that is the name; otherwise the argument."""
-    if str(name_or_path) != PHOTOGRAPHS:
-        return name_or_path
-    folder = paths.shipped(PHOTOGRAPHS)
+def _photographs() -> Path:
+    folder = paths.photographs()
     if folder is None:
         raise InputError(
-            f"the images {PHOTOGRAPHS!r} come with the project's checkout, and this installation has none; "
+            "the images 'photographs' come with the project's checkout, and this installation has none; "
             "give 'digits', a Hugging Face name, or a folder"
         )
     return folder

@@ -2,7 +2,7 @@
 
 - `cls_attention` keeps the tokens that the class token attends to most (mean over heads) and adds one token, the mean of
   the removed ones (EViT, Liang et al. 2022).
-- `hsic` keeps tokens by a fixed score of each position (`vitbench.removal.criteria.positions`), `hsic_cls` by the product of
+- `hsic` keeps tokens by a fixed score of each position (`vitbench.removal.dependence.positions`), `hsic_cls` by the product of
   both.
 - `merge` averages the most similar pairs instead of removing tokens (token merging, Bolya et al. 2023). Attention counts
   each token by its size, the number of tokens merged into it.

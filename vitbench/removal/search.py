@@ -1,4 +1,4 @@
-"""Search for the policy with the highest score within a budget, of MACs or of latency: Gaussian process with expected improvement, or random.
+"""Search for the policy with the highest score within a budget: Gaussian process with expected improvement, or random.
 
 A budget of latency uses a table of the time that each part of a block takes on this machine.
 """

@@ -53,10 +53,10 @@ def baseline(
 ) -> CachedModel:
     """Make, or take from the cache, the model `model` trained on `data`, for images of `img_size` pixels a side.
 
-    `model` is a name for `create_model`, the folder of a saved model, or the name of one that comes with the project.
+    `model` is a name for `create_model`, or the folder of a saved model that is uncompressed or has packed weights.
 
     With `train.epochs` = 0 the pretrained or checkpoint weights are used unchanged, for their own classes.
-    The cache's key (`training.training_key`) is the hash of the model before training, the data's fingerprint, the training
+    The cache's key (`vitbench.training.loop.training_key`) is the hash of the model before training, the data's fingerprint, the training
     config, the code that trains with its imports, the versions, the thread count and the kind of device.
     A killed run resumes from its last checkpoint; two processes that need one baseline train it once.
 
@@ -187,8 +187,8 @@ def create_initial_model(
 
 
 def _saved_model(model: str) -> Path | None:
-    """The folder of a saved model, by its path or its name in the project; None if it is neither."""
-    folder = paths.shipped(model) or Path(model).expanduser()
+    """The folder `model`, if it holds a saved model; otherwise None."""
+    folder = Path(model).expanduser()
     return folder if (folder / artifact.RECIPE).is_file() else None
 
 

@@ -50,7 +50,7 @@ class CodedModel(nn.Module):
                 model.get_submodule(name).weight.requires_grad_(False)
 
     def decode(self) -> dict[str, Tensor]:
-        """The coded weights by parameter name. Fills `mismatch`."""
+        """The coded weights by parameter name. Fills `regularizer`."""
         weights: dict[str, Tensor] = {}
         self.regularizer = 0.0
         with torch.autocast(next(self.coders.parameters()).device.type, enabled=False):
@@ -129,8 +129,8 @@ def train_codes(
     """Train a coded model jointly, and finish it. Returns the compressed model, with the training's `history`.
 
     Args:
-        penalty: makes a term of the loss of the coders' mismatch.
-        settle: called in between.
+        penalty: turns the coders' regularizer into a term of the loss.
+        settle: called after the training, before the weights are packed.
     """
     tune(
         coded,

@@ -27,9 +27,9 @@ class Tuning(Config):
 
 
 def tune(model: nn.Module, config: Tuning, data: ImageData | None, teacher: nn.Module | None, **how: Any) -> None:
-    """Train `model` in place as `config` says; a run that was killed goes on. Its `history` becomes the training's.
+    """Train `model` in place by `config.train`, and set `model.history` (see `loop.train`); 0 epochs leave it empty.
 
-    `how` goes to `training.train`: groups, penalty, title.
+    A killed run resumes from its last checkpoint. `how` are further arguments of `loop.train`: groups, penalty, title.
     """
     if not config.train.epochs:
         model.history = []
