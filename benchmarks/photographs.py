@@ -63,10 +63,9 @@ def write_model(options: argparse.Namespace) -> None:
     base = vb.baseline("deit_tiny_patch16_224", data, train, checkpoint=options.checkpoint, img_size=96)
     packed = vb.compress(base.model, vb.make_config("weight_only", {"bits": 8}), data)
     path, run = vb.save(packed, out), vb.Run(options.record)
-    for model, versus in ((base.path, ""), (path, base.path)):
-        for row in vb.measure(model, data, run, versus=versus, what=("accuracy", "size")):
-            if row.metric in ("top1", "bytes"):
-                print(f"{model}: {row.metric} {row.value:,.4f}")
+    vb.measure(base.path, data, run, what=("accuracy", "size"))
+    vb.measure(path, data, run, versus=base.path, what=("accuracy", "size"))
+    print(vb.rows.comparison(run.rows()).round(2).to_string())
 
 
 if __name__ == "__main__":
