@@ -32,6 +32,6 @@ def test_they_take_at_most_three_megabytes():
 
 
 def test_an_installation_without_them_says_what_to_give(monkeypatch):
-    monkeypatch.setattr(paths, "photographs", lambda: None)
+    monkeypatch.setattr(paths, "shipped", lambda name: None)
     with pytest.raises(InputError, match="give 'digits', a Hugging Face name, or a folder"):
         load_data("photographs")

@@ -34,10 +34,11 @@ def model_cache() -> Path:
     return home() / "results" / "cache"
 
 
-def photographs() -> Path | None:
-    """The photographs that come with the source checkout; None where vitbench is installed without one."""
+def shipped(name: str) -> Path | None:
+    """The folder `name` of the images and models that come with the source checkout; None where there is no such folder."""
     root = checkout()
-    return root / "data" / "photographs" if root else None
+    folder = root / "data" / name if root and Path(name).name == name else None
+    return folder if folder and folder.is_dir() else None
 
 
 def writable_folder(path: str | Path, description: str) -> Path:

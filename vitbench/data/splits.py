@@ -159,7 +159,7 @@ def load_data(
 
 
 def _photographs() -> Path:
-    folder = paths.photographs()
+    folder = paths.shipped("photographs")
     if folder is None:
         raise InputError(
             "the images 'photographs' come with the project's checkout, and this installation has none; "

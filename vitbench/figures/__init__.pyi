@@ -30,6 +30,7 @@ from .one_model import (
     parts as parts,
     training_curves as training_curves,
 )
+from .photographs import changed_answers as changed_answers
 from .ranking import (
     equal_budgets as equal_budgets,
     ranks as ranks,

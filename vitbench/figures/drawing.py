@@ -1,6 +1,7 @@
 """One style for all figures, legible in grey and safe for colour-blind readers; figures of latencies and predictions."""
 
 import contextlib
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -101,13 +102,19 @@ def save_figure(
     name: str,
     rows: pd.DataFrame | None = None,
     kinds: Sequence[str] = ("png", "svg"),
+    alt: str = "",
 ) -> None:
-    """Write `name`.png and `name`.svg, and `name`.csv of `rows`, the rows that the figure shows."""
+    """Write `name`.png and `name`.svg, and `name`.csv of `rows`, the rows that the figure shows.
+
+    Args:
+        alt: the figure's text for readers who cannot see it. It goes into the files, and a notebook shows the figure with it.
+    """
     folder = writable_folder(folder, "figures folder")
     undated: dict[str, dict[str, Any]] = {
-        "svg": {"Date": None},
-        "pdf": {"CreationDate": None},
-    }  # the same rows give the same file
+        "png": {"Description": alt} if alt else {},
+        "svg": {"Date": None} | ({"Description": alt} if alt else {}),
+        "pdf": {"CreationDate": None} | ({"Subject": alt} if alt else {}),
+    }  # without a date the same rows give the same file
     with style():
         for kind in kinds:
             write_bytes(folder / f"{name}.{kind}", figure_bytes(figure, kind, metadata=undated.get(kind)))
@@ -116,6 +123,20 @@ def save_figure(
         identity_columns = ["key", "model", "dataset", "method", "config", "metric", "batch"]
         columns = [*identity_columns, "value", "low", "high", "unit", "source", "commit"]
         write_text(folder / f"{name}.csv", rows[columns].to_csv(index=False))
+    if alt:
+        _show(figure, alt)
+
+
+def _show(figure: Figure, alt: str) -> None:
+    """In a notebook, show the figure with its alternative text, which the inline backend would not write."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None or not hasattr(shell, "kernel"):
+        return
+    from IPython.display import Image, display
+
+    with style():
+        display(Image(figure_bytes(figure, "png", dpi=figure.dpi), format="png", alt=alt))
+    plt.close(figure)  # or the inline backend would show it again
 
 
 def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:

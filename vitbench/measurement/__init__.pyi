@@ -1,3 +1,4 @@
+from .accuracy import predict as predict
 from .backends import (
     BACKENDS as BACKENDS,
     BackendModel as BackendModel,

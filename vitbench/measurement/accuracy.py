@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitbench.base import progress
 from vitbench.calibration.moments import CALIBRATION_BATCH, forward_hooks
 from vitbench.data.batches import eval_batches
-from vitbench.data.splits import ImageData
+from vitbench.data.splits import ImageData, Split
 from vitbench.measurement import backends
 from vitbench.measurement.cost import Measurement, count_params
 from vitbench.model import artifact, vit
@@ -46,6 +46,13 @@ def accuracy(path: Path, data: ImageData, metrics: Sequence[str], device: str, b
         low, high = wilson(hits.sum(), len(hits))
         source = "measured: test images, Wilson 95 %"
         yield Measurement(metric, float(hits.mean()), source, low, high, hits=pack_hits(hits))
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, split: Split) -> np.ndarray:
+    """The probabilities of the classes for each image of `split`, (N, classes), in batches as in scoring."""
+    batches = eval_batches(split, model.recipe.preprocess, SCORING_BATCH)
+    return torch.cat([model.eval()(x).float().softmax(1) for x, _ in batches]).numpy()
 
 
 def layers_of(model: nn.Module) -> list[str]:

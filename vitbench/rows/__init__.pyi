@@ -30,3 +30,9 @@ from .statistics import (
     quiet_latency_ratio as quiet_latency_ratio,
     wilson as wilson,
 )
+from .verdicts import (
+    accuracy_verdict as accuracy_verdict,
+    best_verdict as best_verdict,
+    cost_verdict as cost_verdict,
+    time_verdict as time_verdict,
+)

@@ -1,5 +1,6 @@
 """A bench for lessons: a baseline, its images and a results folder; models made from it are found by their labels."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -9,7 +10,7 @@ from vitbench.data.splits import ImageData
 from vitbench.measurement.measures import Measures
 from vitbench.measurement.measuring import measure
 from vitbench.methods.multidimensional import MultiDimensional
-from vitbench.rows import comparison_table
+from vitbench.rows import comparison_table, verdicts
 from vitbench.rows.runs import Run
 from vitbench.run.cache import CachedModel, compress_cached
 from vitbench.run.history import search_rows
@@ -72,3 +73,21 @@ class Bench:
     def loss_difference_text(self, first: str, second: str) -> str:
         """By how many nats the first's cross-entropy is above the second's, on the same images, with 95 % interval and p."""
         return comparison_table.loss_difference_text(self.rows, first, second)
+
+    def accuracy_verdict(self, first: str, second: str = "baseline", names: tuple[str, str] | None = None) -> str:
+        """Which of two models is more accurate on the same test images (see `rows.accuracy_verdict`)."""
+        return verdicts.accuracy_verdict(self.rows, first, second, names)
+
+    def cost_verdict(
+        self, first: str, second: str = "baseline", cost: str = "bytes", names: tuple[str, str] | None = None
+    ) -> str:
+        """How the bytes or multiply-accumulates of two models compare (see `rows.cost_verdict`)."""
+        return verdicts.cost_verdict(self.rows, first, second, cost, names)
+
+    def time_verdict(self, label: str, batch: int = 1, backend: str = comparison_table.EAGER, name: str = "") -> str:
+        """Whether a model is faster than the baseline (see `rows.time_verdict`)."""
+        return verdicts.time_verdict(self.rows, label, batch, backend, name)
+
+    def best_verdict(self, labels: Mapping[str, str]) -> str:
+        """The most accurate of several models, name -> label (see `rows.best_verdict`)."""
+        return verdicts.best_verdict(self.rows, labels)

@@ -1,0 +1,128 @@
+"""Sentences that interpret rows: each is computed from a paired test or an interval, so that other rows give another sentence."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from vitbench.base.errors import InputError
+from vitbench.rows.budgets import SIGNIFICANCE_LEVEL
+from vitbench.rows.comparison_table import EAGER, MEGA, experiment_rows, find_row, paired_rows
+
+COST_NAMES = {"bytes": ("file", "smaller", "larger"), "macs": ("multiply-accumulates", "fewer", "more")}
+
+
+def accuracy_verdict(rows: pd.DataFrame, first: str, second: str, names: tuple[str, str] | None = None) -> str:
+    """Which of two models is more accurate on the same test images, and by how much; or that they do not differ significantly.
+
+    The test is the exact McNemar test (`paired_rows`); the interval is the difference's.
+
+    Args:
+        first, second: labels of the models.
+        names: what the sentence calls them; by default their labels.
+
+    Raises:
+        InputError: a model without an accuracy image by image.
+    """
+    rows = experiment_rows(rows)
+    pair = [_accuracy_row(rows, label) for label in (first, second)]
+    test, count = paired_rows(*pair), pair[0]["context"]["images"]
+    first_name, second_name = names or (first, second)
+    points, interval = 100 * test.difference, f"[{100 * test.low:+.1f}, {100 * test.high:+.1f}]"
+    if test.p >= SIGNIFICANCE_LEVEL:
+        return (
+            f"**{first_name}** and **{second_name}** are not significantly different on these {count:,} test "
+            f"images: {points:+.1f} points {interval} (p = {test.p:.2g})."
+        )
+    direction = "more" if points > 0 else "less"
+    return (
+        f"**{first_name}** is {abs(points):.1f} points {direction} accurate than **{second_name}** on the same {count:,} test "
+        f"images ({points:+.1f} {interval}, p = {test.p:.1g})."
+    )
+
+
+def cost_verdict(
+    rows: pd.DataFrame, first: str, second: str, cost: str = "bytes", names: tuple[str, str] | None = None
+) -> str:
+    """How the cost of two models compares: bytes of the file on disk, or multiply-accumulates.
+
+    Raises:
+        InputError: a cost that is not one of these, or a model without it.
+    """
+    if cost not in COST_NAMES:
+        raise InputError(f"cost = {cost!r} is not known here; allowed: {', '.join(COST_NAMES)}")
+    rows, (what, less, more) = experiment_rows(rows), COST_NAMES[cost]
+    values = [_value(rows, label, cost) for label in (first, second)]
+    first_name, second_name = names or (first, second)
+    scale, unit = (MEGA, "MB") if cost == "bytes" else (MEGA, "M")
+    numbers = f"{values[0] / scale:.3g} {unit} against {values[1] / scale:.3g} {unit}"
+    ratio = values[1] / values[0]
+    if abs(ratio - 1) < 0.005:
+        return f"**{first_name}** and **{second_name}** take as much: {what} of {numbers}."
+    if cost == "macs":
+        share = 100 * abs(1 - values[0] / values[1])
+        return f"**{first_name}** does {share:.0f} % {less if ratio > 1 else more} {what} than **{second_name}**: {numbers}."
+    factor = max(ratio, 1 / ratio)
+    return f"The {what} of **{first_name}** is {factor:.2g} times {less if ratio > 1 else more} than that of **{second_name}**: {numbers}."
+
+
+def time_verdict(rows: pd.DataFrame, label: str, batch: int = 1, backend: str = EAGER, name: str = "") -> str:
+    """Whether a model is faster than the baseline that was timed in turn with it, from the interval of the ratio.
+
+    Raises:
+        InputError: a model without a latency ratio at that batch size in that backend.
+    """
+    row = find_row(experiment_rows(rows), label, "latency_ratio", batch, backend)
+    if row is None:
+        raise InputError(
+            f"the rows hold no latency ratio of {label!r} at batch {batch} in {backend}; measure its latency"
+        )
+    where = f"at batch {batch}" + ("" if backend == EAGER else f" in {backend}")
+    numbers = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] of the baseline's time {where}"
+    if row["high"] < 1:
+        return f"**{name or label}** is faster: {numbers}."
+    if row["low"] > 1:
+        return f"**{name or label}** is slower: {numbers}."
+    return f"**{name or label}** is neither faster nor slower than this run can tell: {numbers}."
+
+
+def best_verdict(rows: pd.DataFrame, labels: Mapping[str, str]) -> str:
+    """The most accurate of several models, and the others that do not differ significantly from it.
+
+    Args:
+        labels: name in the sentence -> label.
+
+    Raises:
+        InputError: fewer than two models, or one without an accuracy image by image.
+    """
+    if len(labels) < 2:
+        raise InputError(f"{len(labels)} model was given to choose the best from; give two or more")
+    rows = experiment_rows(rows)
+    by_name = {name: _accuracy_row(rows, label) for name, label in labels.items()}
+    ranked = sorted(by_name, key=lambda name: -by_name[name]["value"])
+    best, others = ranked[0], ranked[1:]
+    tied = [name for name in others if paired_rows(by_name[best], by_name[name]).p >= SIGNIFICANCE_LEVEL]
+    beaten = [name for name in others if name not in tied]
+    count, top1 = by_name[best]["context"]["images"], 100 * by_name[best]["value"]
+    sentence = f"**{best}** has the highest top-1, {top1:.1f} % of {count:,} test images"
+    if not beaten:
+        return f"{sentence}, but no difference to {_listed(tied)} is significant."
+    sentence += f"; it is significantly better than {_listed(beaten)}"
+    return sentence + (f", and not significantly better than {_listed(tied)}." if tied else ".")
+
+
+def _accuracy_row(rows: pd.DataFrame, label: str) -> pd.Series:
+    row = find_row(rows, label, "top1")
+    if row is None or not row["hits"]:
+        raise InputError(f"the rows hold no top1 of {label!r} image by image; measure its accuracy again")
+    return row
+
+
+def _value(rows: pd.DataFrame, label: str, metric: str) -> float:
+    row = find_row(rows, label, metric)
+    if row is None:
+        raise InputError(f"the rows hold no {metric} of {label!r}; measure its size")
+    return float(row["value"])
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
