@@ -107,8 +107,12 @@ def compare(values: dict, keep: float, out: str) -> None:
     for epochs in (0, train.epochs):
         tuned = {"train": train if epochs else vb.removal.TRAIN}
         model = torch_pruned(base.model, data, ratio).requires_grad_(bool(epochs))
-        vb.training.tune(
-            model, vb.training.Tuning(**tuned), data, copy.deepcopy(base.model), title="torch-pruning, fine-tuning"
+        vb.training.fine_tune(
+            model,
+            vb.training.FineTuneConfig(**tuned),
+            data,
+            copy.deepcopy(base.model),
+            title="torch-pruning, fine-tuning",
         )
         step = vb.model.Step(
             method="torch_pruning", config={"ratio": round(ratio, 4), "train": tuned["train"].to_dict()}

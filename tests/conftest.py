@@ -66,7 +66,7 @@ def base(digits):
 @contextlib.contextmanager
 def stop_training(at):
     """`with stop_training(2): ...` has a training that saves after each epoch interrupted before its third."""
-    whole = loop._Run.epoch
+    whole = loop._TrainingRun.epoch
 
     def interrupted(self, epoch, *rest):
         if epoch == at:
@@ -75,7 +75,7 @@ def stop_training(at):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-        patch.setattr(loop._Run, "epoch", interrupted)
+        patch.setattr(loop._TrainingRun, "epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             yield
 

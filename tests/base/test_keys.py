@@ -219,7 +219,7 @@ def test_code_that_changed_makes_every_kind_of_work_anew(micro, few_digits, home
         cache.compress_cached(base, make_config("dynamic_int8"))
         moments.collect_moments(micro, vit.linear_layers(micro), few_digits)
         criteria.score(micro, few_digits, Criterion(name="activation", samples=16))
-        distilling.kept_answers(
+        distilling.cached_teacher_logits(
             micro, few_digits, train, 0, torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False)
         )
         compress(micro, scored, few_digits)

@@ -12,8 +12,8 @@ from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, blocks, tokens, vit
 from vitbench.model.recipe import BlockShape
 from vitbench.removal import cut
-from vitbench.removal.cut import Kept
-from vitbench.removal.policy import Space, mac_cost
+from vitbench.removal.cut import KeptUnits
+from vitbench.removal.policy import PolicySpace, mac_cost
 
 REDUCTIONS = ("cls_attention", "hsic", "hsic_cls", "merge")
 
@@ -29,7 +29,7 @@ def random_kept(model, seed, head_dims=True):
         width = shape.head_dim - 5
         inside = {name: torch.stack([some(width, shape.head_dim) for _ in range(shape.heads)]) for name in ("qk", "v")}
         heads = some(int(torch.randint(1, shape.heads + 1, (1,), generator=generator)), shape.heads)
-        kept.append(Kept(some(shape.neurons // 3, shape.neurons), heads, **inside if head_dims else {}))
+        kept.append(KeptUnits(some(shape.neurons // 3, shape.neurons), heads, **inside if head_dims else {}))
     return kept
 
 
@@ -51,7 +51,7 @@ def test_a_cut_model_answers_as_the_masked_one(seed, head_dims, deit, tmp_path):
         wanted = deit(x)
     assert not torch.allclose(deit(x), wanted, atol=1e-2)
     small = copy.deepcopy(deit)
-    cut.prune(small, kept)
+    cut.remove_units(small, kept)
     loaded = artifact.load(artifact.save(small, tmp_path / "small"))
     for model in (small, loaded):
         for fused in (True, False):
@@ -175,13 +175,13 @@ def test_macs_of_the_released_policy_of_deit_base():
 
 
 def test_the_policys_cost_is_the_models(deit):
-    space = Space(np.full(4, 768), np.full(4, 3), np.full(4, 64), 17, 1, (1, 2, 3))
+    space = PolicySpace(np.full(4, 768), np.full(4, 3), np.full(4, 64), 17, 1, (1, 2, 3))
     policy = np.array([0.3, 0.1, 0.2, 0.5, 0.4, 0.0, 0.5, 0.1, 0.25, 0.0, 0.5, 0.1, 0.35])
     counts = space.counts(policy)
     cost = mac_cost(192, "cls_attention", 1)(counts)[0]
     shapes = [
         BlockShape(heads=h, head_dim=w, neurons=n, tokens=m)
-        for (n, h, w), m in zip(counts.left(), counts.after[0].tolist(), strict=True)
+        for (n, h, w), m in zip(counts.units_left(), counts.tokens_out[0].tolist(), strict=True)
     ]
     model = vit.meta_model(deit.recipe.architecture.replace(blocks=tuple(shapes), reduction="cls_attention"))
     ends = model.patch_embed.proj.weight.numel() * 16 + 1920
@@ -198,7 +198,7 @@ def test_what_cannot_be_pruned_says_why(base, deit):
     normed = copy.deepcopy(deit)
     normed.blocks[0].attn.q_norm = torch.nn.LayerNorm(64)
     with pytest.raises(InputError, match="normalises queries over a head's 64 dimensions"):
-        cut.prune(normed, random_kept(normed, 0))
+        cut.remove_units(normed, random_kept(normed, 0))
     normed.blocks[0].attn.norm = torch.nn.LayerNorm(192)
     with pytest.raises(InputError, match=r"has attn.norm inside its blocks"):
         cut.check_prunable(normed)

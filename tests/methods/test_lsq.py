@@ -44,7 +44,7 @@ def test_the_file_answers_as_the_trained_model_did(base, digits, tmp_path):
     coded = CodedModel(model, [RowCoder(name, layer, 4) for name, layer in layers.items()]).eval()
     with torch.no_grad():
         wanted = coded(x)
-        small = coded.finish("float32").requires_grad_(False).eval()
+        small = coded.to_packed_model("float32").requires_grad_(False).eval()
         path = artifact.save(small, tmp_path / "small")
         loaded = artifact.load(path)
         assert torch.allclose(loaded(x), wanted, atol=0.02 * float(wanted.abs().max()))

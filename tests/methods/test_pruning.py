@@ -16,7 +16,7 @@ from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, blocks, vit
 from vitbench.removal import cut
 from vitbench.removal.policy import DIMENSIONS
-from vitbench.removal.remover import compensate
+from vitbench.removal.pruner import compensate
 from vitbench.removal.scores import Criterion
 from vitbench.removal.search import LatencyTable, SearchConfig
 from vitbench.rows import comparison_table
@@ -91,14 +91,14 @@ def test_the_same_code_prunes_t2t_vit(digits):
 
 def test_a_layer_without_bias_gets_none_and_is_refused_nothing():
     model = vit.create_model("t2t_vit_t_14", img_size=32, depth=1, num_classes=10)
-    kept = [cut.Kept(torch.arange(600), torch.arange(3))]
+    kept = [cut.KeptUnits(torch.arange(600), torch.arange(3))]
     moments = {}
     for name, size in (("blocks.0.mlp.fc2", 1152), ("blocks.0.attn.proj", 384)):
         moments[name] = Moments(
             10, torch.eye(size).double(), torch.zeros(size).double(), torch.ones(size), torch.empty(0)
         )
     compensate(model, kept, moments, "ridge", 0.1)
-    cut.prune(model, kept)
+    cut.remove_units(model, kept)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
@@ -231,11 +231,11 @@ def test_weights_shared_over_policies_suit_them_better(base, digits):
     shared = hard.replace(sharing=TrainConfig(epochs=6, lr=1e-3, warmup_epochs=0, mixup=0.0))
     tasks = [Task(base.model, config, digits) for config in (hard, shared)]
     rng = np.random.default_rng(0)
-    policies = tasks[0].space.fitted(tasks[0].space.sample(rng, 20), tasks[0].cost, *tasks[0].limits)[:5]
+    policies = tasks[0].space.scale_to_budget(tasks[0].space.sample(rng, 20), tasks[0].cost, *tasks[0].limits)[:5]
     plain, better = ([task.evaluate(each) for each in policies] for task in tasks)
     assert np.mean(better) > np.mean(plain)
-    assert type(tasks[1].remover.model.blocks) is torch.nn.Sequential
-    assert tasks[1].remover.model.state_dict().keys() == base.model.state_dict().keys()
+    assert type(tasks[1].pruner.model.blocks) is torch.nn.Sequential
+    assert tasks[1].pruner.model.state_dict().keys() == base.model.state_dict().keys()
 
 
 @pytest.mark.slow
@@ -256,6 +256,6 @@ def test_a_latency_table_grows_with_units_and_is_met(base, digits):
     assert table(half)[0] == pytest.approx(1 + 4 * (3 + 2 + 2 / 3))
     narrow = task.space.counts(np.array([0.0] * 8 + [0.5] * 4 + [0.0]))
     assert table(narrow)[0] == pytest.approx(1 + 4 * (3 + 4))
-    measured = LatencyTable.measured(base.model, task.space, 4)
+    measured = LatencyTable.measure(base.model, task.space, 4)
     assert 0 < measured(half)[0] < 1
     assert measured.attention.shape == (4, 2, len(measured.tokens))

@@ -176,9 +176,9 @@ def test_a_killed_training_goes_on(base, digits, monkeypatch, stopped):
     whole = compress(base.model, SHORT, digits)
     with stopped(1):
         compress(base.model, SHORT, digits)
-    epochs = loop._Run.epoch
+    epochs = loop._TrainingRun.epoch
     monkeypatch.setattr(
-        loop._Run,
+        loop._TrainingRun,
         "epoch",
         lambda self, epoch, *rest: epoch == 0 and pytest.fail("begun anew") or epochs(self, epoch, *rest),
     )
@@ -190,13 +190,13 @@ def test_a_killed_training_goes_on(base, digits, monkeypatch, stopped):
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits, monkeypatch, home):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     steps = len(digits.train) // 128
-    losses = loop._Run._loss
+    losses = loop._TrainingRun._loss
 
     def broken(self, *batch):
         self.seen = getattr(self, "seen", 0) + 1
         return losses(self, *batch) * (float("nan") if self.seen == steps + 3 else 1.0)
 
-    monkeypatch.setattr(loop._Run, "_loss", broken)
+    monkeypatch.setattr(loop._TrainingRun, "_loss", broken)
     unfinished = home / "results" / "cache" / "unfinished"
     before = set(unfinished.glob("*.safetensors"))
     with pytest.raises(InputError, match=f"the loss is nan at step {steps + 3} .epoch 2.: .* is kept"):

@@ -10,7 +10,7 @@ from vitbench.methods.registry import compress, make_config
 from vitbench.methods.simulated_integer import reparameterise
 from vitbench.model import vit
 from vitbench.model.layers import Log2Rounded, Rounded
-from vitbench.training.coded import LEAST_HALF, round_to_half
+from vitbench.training.coded import MIN_FLOAT16, round_to_half
 
 VALUES = [0.0, 1e-9, -2.9e-8, 3.1e-8, 5.9e-8, -1e-6, 1e-5, 6.1e-5, 6.2e-5, 0.1, -3.0, 65504.0]
 
@@ -21,15 +21,15 @@ def test_every_tensor_becomes_what_numpys_float16_holds():
     layer.bias.data = torch.tensor([1e-6])
     round_to_half(layer)
     assert layer.weight[0].tolist() == np.array(VALUES, np.float16).astype(np.float32).tolist()
-    assert float(layer.bias.detach()) == pytest.approx(1e-6, abs=LEAST_HALF / 2)
-    assert np.float32(np.nextafter(np.float16(0), np.float16(1))) == LEAST_HALF
+    assert float(layer.bias.detach()) == pytest.approx(1e-6, abs=MIN_FLOAT16 / 2)
+    assert np.float32(np.nextafter(np.float16(0), np.float16(1))) == MIN_FLOAT16
 
 
 def test_a_step_that_divides_stays_above_0():
     for layer, name in ((Rounded(8), "step"), (Rounded(8, 3), "step"), (Log2Rounded(4), "scale")):
         setattr(layer, name, torch.full_like(getattr(layer, name), 1e-9))
         round_to_half(layer)
-        assert bool((getattr(layer, name) == LEAST_HALF).all())
+        assert bool((getattr(layer, name) == MIN_FLOAT16).all())
         assert bool(torch.isfinite(layer(torch.rand(2, 3))).all()), type(layer).__name__
 
 
@@ -70,7 +70,7 @@ def test_small_layer_scales_and_small_steps_lose_no_more_than_float16_loses():
         config = make_config("weight_only", {"bits": 8, "group": 32, "ends_bits": None})
         small = compress(model, config)
         scale = small.blocks[0].ls1.gamma
-        assert torch.allclose(scale, torch.full_like(scale, 1e-6), atol=LEAST_HALF / 2)
+        assert torch.allclose(scale, torch.full_like(scale, 1e-6), atol=MIN_FLOAT16 / 2)
         for block, given in zip(small.blocks, model.blocks, strict=True):
             block.ls1, block.ls2, given.ls1, given.ls2 = (nn.Identity() for _ in range(4))
         with torch.inference_mode():

@@ -13,7 +13,7 @@ from vitbench.base.errors import InputError
 from vitbench.methods.registry import compress, make_config
 from vitbench.model.layers.factored import reordered_share
 from vitbench.model.vit import LINEAR_TYPES, linear_layers
-from vitbench.removal.dependence import centred, gaussian_mixture, hsic
+from vitbench.removal.dependence import centre_kernel, gaussian_mixture, hsic
 from vitbench.rows import statistics
 
 
@@ -119,7 +119,8 @@ def test_06_hsic_of_independent_samples_falls():
 
     def mean(n, times=60):
         draws = [
-            [centred(gaussian_mixture(torch.randn(n, 1, generator=generator))) for _ in range(2)] for _ in range(times)
+            [centre_kernel(gaussian_mixture(torch.randn(n, 1, generator=generator))) for _ in range(2)]
+            for _ in range(times)
         ]
         return float(np.mean([hsic(*pair) for pair in draws]))
 

@@ -13,8 +13,8 @@ from vitbench.data.splits import load_data
 from vitbench.measurement.limits import LiveTensors
 from vitbench.model import vit
 from vitbench.removal import criteria, dependence
-from vitbench.removal.dependence import positions
-from vitbench.removal.scores import OFFICIAL_CRITERION, Criterion, Scores, choose
+from vitbench.removal.dependence import position_scores
+from vitbench.removal.scores import OFFICIAL_CRITERION, Criterion, Scores, top_units
 
 EVERY = ["magnitude", "activation", "taylor", pytest.param("gates", marks=pytest.mark.slow), "hsic"]
 GATES = {"gates": {"epochs": 2, "lr": 0.01, "warmup_epochs": 0, "mixup": 0.0}}
@@ -57,11 +57,11 @@ def test_hsic_is_near_zero_for_independent_variables_and_grows_with_dependence()
 
 def test_both_normalisations_are_there_by_name():
     x = 3 + 2 * torch.randn(50, 4)
-    corrected, official = (dependence.standardised(x, how) for how in ("corrected", "official"))
+    corrected, official = (dependence.standardize(x, how) for how in ("corrected", "official"))
     assert torch.allclose(corrected.mean(0), torch.zeros(4), atol=1e-5)
     assert torch.allclose(corrected.std(0), torch.ones(4), atol=1e-3)
     assert torch.allclose(official, x - x.mean(0) / (x.std(0) + 1e-5))
-    assert torch.equal(dependence.standardised(x, "none"), x)
+    assert torch.equal(dependence.standardize(x, "none"), x)
     assert OFFICIAL_CRITERION.normalise == "official"
     assert OFFICIAL_CRITERION.blend == 0.1
 
@@ -143,7 +143,7 @@ def test_a_head_that_repeats_another_loses_for_it(base, digits):
 
 
 def test_positions_have_scores_and_the_class_token_none(base, digits):
-    scores = positions(base.model, digits, 2, Criterion())
+    scores = position_scores(base.model, digits, 2, Criterion())
     assert scores.shape == (17,)
     assert scores[0] == 0
     assert scores.min() >= 0
@@ -152,11 +152,11 @@ def test_positions_have_scores_and_the_class_token_none(base, digits):
 
 def test_the_best_units_are_chosen_in_order():
     scores = Scores(torch.tensor([1.0, 3, 2, 4]), torch.tensor([0.0, 1]), torch.eye(2, 3), 1 - torch.eye(2, 3))
-    (kept,) = choose([scores], [(2, 1, scores.v.shape[1])])
+    (kept,) = top_units([scores], [(2, 1, scores.v.shape[1])])
     assert kept.neurons.tolist() == [1, 3]
     assert kept.heads.tolist() == [1]
     assert kept.qk is None
-    (kept,) = choose([scores], [(4, 2, 1)])
+    (kept,) = top_units([scores], [(4, 2, 1)])
     assert kept.qk.tolist() == [[0], [1]]
 
 

@@ -6,10 +6,18 @@ import pytest
 from vitbench.base.errors import InputError
 from vitbench.base.store import Journal
 from vitbench.removal import policy, search
-from vitbench.removal.policy import DIMENSIONS, PAPER, Space, budget, mac_cost, one_ratio, simple
+from vitbench.removal.policy import (
+    DIMENSIONS,
+    PAPER_DIMENSIONS,
+    PolicySpace,
+    budget,
+    mac_cost,
+    single_ratio_policies,
+    single_ratio_policy,
+)
 from vitbench.removal.search import SearchConfig, expected_improvement
 
-SPACE = Space(np.full(12, 768), np.full(12, 6), np.full(12, 32), 65, 1, policy.token_blocks(12), most=0.6)
+SPACE = PolicySpace(np.full(12, 768), np.full(12, 6), np.full(12, 32), 65, 1, policy.token_blocks(12), max_ratio=0.6)
 COST = mac_cost(192, "cls_attention", 1)
 LIMITS = budget(SPACE, COST, 0.6, 0.02)
 
@@ -17,7 +25,7 @@ LIMITS = budget(SPACE, COST, 0.6, 0.02)
 def toy_score(ratios):
     """Blocks differ in what they can do without, tokens are dear: a surface with one good region."""
     need = np.concatenate([np.linspace(2, 0.2, 12), np.linspace(0.5, 1.5, 12), np.zeros(12), [12.0]])
-    return -float((need * np.square(SPACE.removed(ratios)[0])).sum())
+    return -float((need * np.square(SPACE.removed_fractions(ratios)[0])).sum())
 
 
 def test_tokens_go_at_a_quarter_a_half_and_three_quarters():
@@ -27,28 +35,30 @@ def test_tokens_go_at_a_quarter_a_half_and_three_quarters():
 
 
 def test_what_a_policy_leaves_is_rounded_down_with_one_fused_token():
-    space = Space(np.full(12, 1536), np.full(12, 6), np.full(12, 64), 197, 1, (3, 6, 9))
+    space = PolicySpace(np.full(12, 1536), np.full(12, 6), np.full(12, 64), 197, 1, (3, 6, 9))
     ratios = np.array([0.25] * 12 + [0.2] * 12 + [0.0] * 12 + [0.488])
     counts = space.counts(ratios)
     assert set(counts.neurons[0]) == {1152}
     assert set(counts.heads[0]) == {4}  # any ratio above 0 takes at least one of six heads
-    assert sorted(set(counts.after[0]), reverse=True) == [197, 101, 52, 27]  # as the released policy's
-    assert space.removed(ratios)[0, 12] == pytest.approx(1 / 3)
+    assert sorted(set(counts.tokens_out[0]), reverse=True) == [197, 101, 52, 27]  # as the released policy's
+    assert space.removed_fractions(ratios)[0, 12] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("dimensions", [DIMENSIONS, PAPER, ("neurons",), ("neurons", "tokens")])
+@pytest.mark.parametrize("dimensions", [DIMENSIONS, PAPER_DIMENSIONS, ("neurons",), ("neurons", "tokens")])
 def test_sampled_and_neighbouring_policies_meet_the_budget(dimensions):
-    space = Space(SPACE.neurons, SPACE.heads, SPACE.head_dims, 65, 1, SPACE.at, dimensions=dimensions, most=0.9)
+    space = PolicySpace(
+        SPACE.neurons, SPACE.heads, SPACE.head_dims, 65, 1, SPACE.token_blocks, dimensions=dimensions, max_ratio=0.9
+    )
     rng, limits = np.random.default_rng(0), budget(space, COST, 0.7, 0.02)
-    found = space.fitted(space.sample(rng, 500), COST, *limits)
+    found = space.scale_to_budget(space.sample(rng, 500), COST, *limits)
     assert len(found) > 100
-    near = space.fitted(space.near(rng, found[:3], 500), COST, *limits)
-    for each in (found, near, one_ratio(space, COST, *limits)[None]):
+    near = space.scale_to_budget(space.perturb(rng, found[:3], 500), COST, *limits)
+    for each in (found, near, single_ratio_policy(space, COST, *limits)[None]):
         costs = COST(space.counts(each))
         assert ((limits[0] <= costs) & (costs <= limits[1])).all()
         assert each.min() >= 0
         assert each.max() <= 0.9
-        assert not each[:, ~space.free].any()
+        assert not each[:, ~space.prunable].any()
 
 
 def test_a_budget_that_no_policy_meets_is_refused():
@@ -56,7 +66,9 @@ def test_a_budget_that_no_policy_meets_is_refused():
         InputError, match=r"no policy keeps 0.1 of the cost: with 0.6 of all neurons, heads, tokens gone"
     ):
         budget(SPACE, COST, 0.1, 0.02)
-    coarse = Space(np.full(1, 64), np.full(1, 2), np.full(1, 32), 17, 1, (0,), dimensions=("heads",), most=0.5)
+    coarse = PolicySpace(
+        np.full(1, 64), np.full(1, 2), np.full(1, 32), 17, 1, (0,), dimensions=("heads",), max_ratio=0.5
+    )
     cost = mac_cost(64, "cls_attention", 1)
     with pytest.raises(InputError, match="the steps are too coarse"):
         search.search(coarse, cost, (0.9 * cost(coarse.counts(np.zeros(4)))[0],) * 2, toy_score, SearchConfig())
@@ -99,12 +111,15 @@ def test_the_first_policies_are_random_searchs_and_the_seed_decides_all():
 
 
 def test_a_search_starts_from_one_ratio_for_each_set_of_dimensions():
-    starts = simple(SPACE, COST, *LIMITS)
+    starts = single_ratio_policies(SPACE, COST, *LIMITS)
     found = search.search(SPACE, COST, LIMITS, toy_score, SearchConfig(how="random", evaluations=12, first=10))
     assert np.array_equal(found.policies[: len(starts)], starts)
-    assert np.array_equal(starts[0], one_ratio(SPACE, COST, *LIMITS))
-    cut = [{name for name in PAPER if each[SPACE.spread(np.isin(DIMENSIONS, [name]))].any()} for each in starts]
-    assert cut[0] == set(PAPER)
+    assert np.array_equal(starts[0], single_ratio_policy(SPACE, COST, *LIMITS))
+    cut = [
+        {name for name in PAPER_DIMENSIONS if each[SPACE.expand_dimensions(np.isin(DIMENSIONS, [name]))].any()}
+        for each in starts
+    ]
+    assert cut[0] == set(PAPER_DIMENSIONS)
     assert {"tokens"} in cut
     assert {"heads"} not in cut  # alone they cannot meet the budget
     assert found.scores.max() >= max(toy_score(each) for each in starts)

@@ -60,7 +60,7 @@ def test_the_losses_by_hand():
 def test_kept_answers_teach_as_live_ones_do(few, teacher, monkeypatch, kind):
     how = {"train": {"kd_labels": kind, "kd_weight": 1.0}}
     kept = distilled(teacher, few, **how)
-    monkeypatch.setattr(distilling, "keeps_answers", lambda config: False)
+    monkeypatch.setattr(distilling, "caches_teacher_logits", lambda config: False)
     live = distilled(teacher, few, **how)
     assert torch.allclose(weights(kept), weights(live), atol=1e-4)
     other = distilled(teacher, few, train={**how["train"], "seed": 1})
@@ -113,7 +113,7 @@ def test_timms_augmentation_has_views_too(few):
 @pytest.mark.parametrize("harm", ["torn", "one bit"])
 def test_a_damaged_cache_is_made_again(few, teacher, home, capsys, harm):
     def answers():
-        return distilling.kept_answers(
+        return distilling.cached_teacher_logits(
             teacher, few, SHORT, view, torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False)
         )
 

@@ -27,7 +27,7 @@ from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import vit
 from vitbench.model.vit import LINEAR_TYPES
-from vitbench.training.coded import CodedModel, Coding, train_codes
+from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
@@ -35,7 +35,7 @@ LEAST, MOST = 2, 8  # bits
 SPEED = 10.0  # of the logits behind the bits, so that they move with the weights' learning rate
 
 
-class DiffQ(Coding):
+class DiffQ(CodedTrainingConfig):
     """Which layers, for how many bits on average.
 
     Attributes:

@@ -20,10 +20,10 @@ from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import artifact, blocks, vit
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import Tuning, find_teacher, tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
 
 
-class Distillation(Tuning):
+class Distillation(FineTuneConfig):
     """Who learns, from whom, and how.
 
     Attributes:
@@ -55,7 +55,7 @@ def distillation(model: nn.Module, config: Distillation, data: ImageData | None)
     student = _student(model, config)
     teacher = find_teacher(student, config, data, original=model)
     student.requires_grad_(bool(config.train.epochs))
-    tune(student, config, data, teacher, title="distilling" if teacher else "training alone")
+    fine_tune(student, config, data, teacher, title="distilling" if teacher else "training alone")
     return student.cpu()
 
 

@@ -11,12 +11,12 @@ from vitbench.methods.method import register
 from vitbench.model import blocks
 from vitbench.model.layers import LinearAttention as Layer
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import Tuning, find_teacher, tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
 
 TRAIN = TrainConfig(epochs=5, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
-class LinearAttention(Tuning):
+class LinearAttention(FineTuneConfig):
     """Which blocks get linear attention, counted from 0 (None: all), and how they are trained afterwards."""
 
     blocks: tuple[int, ...] | None = None
@@ -29,5 +29,5 @@ def linear_attention(model: nn.Module, config: LinearAttention, data: ImageData 
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     blocks.replace_attention(model, config.blocks, Layer.from_attention)
     model = model.requires_grad_(bool(config.train.epochs))
-    tune(model, config, data, teacher, title="training linear attention")
+    fine_tune(model, config, data, teacher, title="training linear attention")
     return model.cpu()

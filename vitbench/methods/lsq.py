@@ -23,12 +23,12 @@ from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import vit
 from vitbench.model.vit import LINEAR_TYPES
-from vitbench.training.coded import CodedModel, Coding, train_codes
+from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
 
-class LSQ(Coding):
+class LSQ(CodedTrainingConfig):
     """Bits of the weights and of the inputs of the blocks' linear layers; attention's own products stay in floating point.
 
     With `train.epochs` 0 it is post-training quantization: what training is worth is the difference.

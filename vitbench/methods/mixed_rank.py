@@ -35,12 +35,12 @@ from vitbench.model import blocks, vit
 from vitbench.model.layers import LowRankLinear
 from vitbench.model.vit import LINEAR_TYPES
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import Tuning, find_teacher, tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
 
 TOKENS_PER_INPUT = 10  # calibration tokens for each input feature below which a covariance is called unstable
 
 
-class MixedRank(Tuning):
+class MixedRank(FineTuneConfig):
     """Settings of mixed rank.
 
     Attributes:
@@ -115,7 +115,7 @@ def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> n
     for name, mismatch in progress.progress_bar(work, "factoring", total=len(names), unit="layer"):
         _replace(model, config, name, layers[name], ranks.get(name, 0), found[name], mismatch)
     small = model.requires_grad_(bool(config.train.epochs))
-    tune(small, config, data, teacher, title="distilling")
+    fine_tune(small, config, data, teacher, title="distilling")
     return small.cpu()
 
 

@@ -25,17 +25,17 @@ from vitbench.methods.method import register
 from vitbench.model import artifact, vit
 from vitbench.model.tokens import TokenBlocks
 from vitbench.removal import cut
-from vitbench.removal.policy import PAPER, Space, budget, describe, mac_cost, one_ratio
-from vitbench.removal.remover import Removal, Remover
-from vitbench.removal.scores import Scores, choose
-from vitbench.removal.search import Cost, Found, LatencyTable, SearchConfig, search
+from vitbench.removal.policy import PAPER_DIMENSIONS, PolicySpace, budget, counts_to_dict, mac_cost, single_ratio_policy
+from vitbench.removal.pruner import Pruner, RemovalConfig
+from vitbench.removal.scores import Scores, top_units
+from vitbench.removal.search import Cost, LatencyTable, SearchConfig, SearchResult, search
 from vitbench.training import loop
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import find_teacher, tune
+from vitbench.training.tuning import find_teacher, fine_tune
 
 
-class MultiDimensional(Removal):
-    """Settings of multi-dimensional pruning, beside those of `Removal`.
+class MultiDimensional(RemovalConfig):
+    """Settings of multi-dimensional pruning, beside those of `RemovalConfig`.
 
     Attributes:
         keep: the share of the budget that is left.
@@ -55,7 +55,7 @@ class MultiDimensional(Removal):
     budget: Literal["macs", "latency"] = "macs"
     batch: int = Field(default=1, ge=1)
     tolerance: float = Field(default=0.02, gt=0, le=0.2)
-    dimensions: tuple[Literal["neurons", "heads", "head_dims", "tokens"], ...] = PAPER
+    dimensions: tuple[Literal["neurons", "heads", "head_dims", "tokens"], ...] = PAPER_DIMENSIONS
     most: float = Field(default=0.5, gt=0, lt=1)
     search: SearchConfig = SearchConfig()
     objective: Literal["top1", "cross_entropy"] = "top1"
@@ -73,8 +73,8 @@ def multidimensional(model: nn.Module, config: MultiDimensional, data: ImageData
     task = Task(model, config, data)
     found = task.search()
     counts = task.space.counts(found.best)
-    small = task.remover.cut(counts).requires_grad_(bool(config.train.epochs))
-    tune(small, config, data, teacher, title="recovering")
+    small = task.pruner.prune(counts).requires_grad_(bool(config.train.epochs))
+    fine_tune(small, config, data, teacher, title="recovering")
     small.search = task.history(found)
     return small.cpu()
 
@@ -88,54 +88,54 @@ class Task:
 
     def __init__(self, model: nn.Module, config: MultiDimensional, data: ImageData):
         self.config, self.data, self.val = config, data, data.require_split("val")
-        self.remover = Remover(model, config, data, tokens="tokens" in config.dimensions)
-        self.space = self.remover.space(config.dimensions, config.most)
+        self.pruner = Pruner(model, config, data, tokens="tokens" in config.dimensions)
+        self.space = self.pruner.space(config.dimensions, config.most)
         self.cost = self._cost(model)
         self.limits = budget(self.space, self.cost, config.keep, config.tolerance)
         self._prepared: list[tuple[Tensor, Tensor]] | None = None
         if config.sharing.epochs:
-            self.remover = self.remover.retrained(self._shared(model))
+            self.pruner = self.pruner.with_weights(self._shared(model))
 
     def _cost(self, model: nn.Module) -> Cost:
         if self.config.budget == "latency":
-            return LatencyTable.measured(model, self.space, self.config.batch)
+            return LatencyTable.measure(model, self.space, self.config.batch)
         whole = self.space.counts(np.zeros(self.space.size))
         inner = mac_cost(model.embed_dim, self.config.reduction, model.num_prefix_tokens)
         fixed = vit.analytic_macs(model) - int(inner(whole)[0])
         return lambda counts: fixed + inner(counts)
 
-    def search(self, config: SearchConfig | None = None) -> Found:
+    def search(self, config: SearchConfig | None = None) -> SearchResult:
         """Search as `config` (by default the task's) says; what was scored before is not scored again."""
         config = config or self.config.search
         if config.how == "one_ratio":
-            best = one_ratio(self.space, self.cost, *self.limits)
-            return Found(best[None], np.array([self.evaluate(best)]))
+            best = single_ratio_policy(self.space, self.cost, *self.limits)
+            return SearchResult(best[None], np.array([self.evaluate(best)]))
         decides = self.config.replace(
             search=config, train=TrainConfig(), teacher="none"
         ).to_dict()  # training comes later
-        facts = {"model": artifact.model_digest(self.remover.model), "data": self.data.fingerprint, "settings": decides}
+        facts = {"model": artifact.model_digest(self.pruner.model), "data": self.data.fingerprint, "settings": decides}
         key = work_key("methods", facts, loop.pick_device(), packages=("scipy", "sklearn"))
         return search(self.space, self.cost, self.limits, self.evaluate, config, Store("searches").journal(key))
 
     def evaluate(self, policy: np.ndarray) -> float:
         """The score on the val split of the model cut by `policy` (3 L + 1,); higher is better."""
-        small = self.remover.cut(self.space.counts(policy))
+        small = self.pruner.prune(self.space.counts(policy))
         return _score(small.to(loop.pick_device()), self._batches(), self.config.objective)
 
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """The val images, prepared once if they fit into a gigabyte."""
-        preprocess = self.remover.model.recipe.preprocess
+        preprocess = self.pruner.model.recipe.preprocess
         batches = eval_batches(self.val, preprocess, device=loop.pick_device())
         if self._prepared is None and 12 * len(self.val) * preprocess.size**2 < 2**30:
             self._prepared = list(batches)
         return batches if self._prepared is None else self._prepared
 
-    def history(self, found: Found) -> list[dict[str, Any]]:
+    def history(self, found: SearchResult) -> list[dict[str, Any]]:
         """Each policy that was scored, with what it leaves, its cost and its score."""
         return [
             {
                 "policy": policy.tolist(),
-                **describe(self.space.counts(policy)),
+                **counts_to_dict(self.space.counts(policy)),
                 "cost": float(self.cost(self.space.counts(policy))[0]),
                 "score": float(score),
             }
@@ -145,12 +145,12 @@ class Task:
     def _shared(self, model: nn.Module) -> nn.Module:
         """A copy of the model, trained while at every step another policy within the budget masks it."""
         rng = np.random.default_rng(self.config.search.seed)
-        pool = self.space.fitted(self.space.sample(rng, 512), self.cost, *self.limits)
+        pool = self.space.scale_to_budget(self.space.sample(rng, 512), self.cost, *self.limits)
         shared = copy.deepcopy(model).requires_grad_(True)
         if "tokens" in self.space.dimensions:
-            self.remover.reduce_tokens(shared, [None] * self.space.depth)
+            self.pruner.reduce_tokens(shared, [None] * self.space.depth)
         teacher = find_teacher(model, self.config, self.data)
-        masks = _Masks(shared, self.remover.scores, self.space, pool, self.config.sharing.seed)
+        masks = _Masks(shared, self.pruner.scores, self.space, pool, self.config.sharing.seed)
         loop.train(shared, self.data, self.config.sharing, teacher=teacher, title="sharing weights")
         masks.remove()
         if isinstance(shared.blocks, TokenBlocks):
@@ -161,7 +161,7 @@ class Task:
 class _Masks:
     """Before every training step a policy is drawn from the pool: units that it lacks answer zero, tokens really go."""
 
-    def __init__(self, model: nn.Module, scores: list[Scores], space: Space, pool: np.ndarray, seed: int):
+    def __init__(self, model: nn.Module, scores: list[Scores], space: PolicySpace, pool: np.ndarray, seed: int):
         self.model, self.scores, self.space, self.pool = model, scores, space, pool
         self.rng = np.random.default_rng(seed)
         self.masks: list[tuple[Tensor, Tensor]] = []
@@ -174,9 +174,9 @@ class _Masks:
         counts = self.space.counts(self.pool[self.rng.integers(len(self.pool))])
         self.masks, after = [], [None] * self.space.depth
         if self.model.training:
-            after = counts.after[0].tolist()
+            after = counts.tokens_out[0].tolist()
             device = next(self.model.parameters()).device
-            for block, keep in zip(self.model.blocks, choose(self.scores, counts.left()), strict=True):
+            for block, keep in zip(self.model.blocks, top_units(self.scores, counts.units_left()), strict=True):
                 self.masks.append(tuple(mask.to(device) for mask in cut.masks(block, keep)))
         if isinstance(self.model.blocks, TokenBlocks):
             self.model.blocks.counts = tuple(after)

@@ -16,13 +16,13 @@ from vitbench.methods.method import register
 from vitbench.model import blocks, vit
 from vitbench.model.layers import ExactNystroemAttention, NystroemAttention
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import Tuning, find_teacher, tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
 
 USUAL, SHARE = 32, 4  # landmarks, and tokens for each at least
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
-class Nystroem(Tuning):
+class Nystroem(FineTuneConfig):
     """Settings of Nystroem attention; by default nothing is trained.
 
     Attributes:
@@ -70,5 +70,5 @@ def nystroem(model: nn.Module, config: Nystroem, data: ImageData | None) -> nn.M
     own |= {"iterations": config.iterations} if config.iterations else {}
     blocks.replace_attention(model, config.blocks, lambda attn: kind.from_attention(attn, **own))
     model = model.requires_grad_(bool(config.train.epochs))
-    tune(model, config, data, teacher, title="training Nystroem attention")
+    fine_tune(model, config, data, teacher, title="training Nystroem attention")
     return model.cpu()

@@ -15,14 +15,14 @@ from torch import nn
 from vitbench.base.errors import InputError
 from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
-from vitbench.removal.policy import DIMENSIONS, Space
-from vitbench.removal.remover import Removal, Remover
+from vitbench.removal.policy import DIMENSIONS, PolicySpace
+from vitbench.removal.pruner import Pruner, RemovalConfig
 from vitbench.removal.scores import Scores
-from vitbench.training.tuning import find_teacher, tune
+from vitbench.training.tuning import find_teacher, fine_tune
 
 
-class Pruning(Removal):
-    """Settings of pruning, beside those of `Removal`.
+class Pruning(RemovalConfig):
+    """Settings of pruning, beside those of `RemovalConfig`.
 
     Attributes:
         neurons, heads, head_dims: the share that goes in every block; counts are rounded down.
@@ -51,23 +51,23 @@ def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Mod
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     small = _cut(model, config, data) if any(ratios) else model
     small = small.requires_grad_(bool(config.train.epochs))
-    tune(small, config, data, teacher, title="recovering")
+    fine_tune(small, config, data, teacher, title="recovering")
     return small.cpu()
 
 
 def _cut(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
-    remover = Remover(model, config, data, tokens=config.tokens > 0)
-    space = remover.space((), most=1.0)
+    pruner = Pruner(model, config, data, tokens=config.tokens > 0)
+    space = pruner.space((), max_ratio=1.0)
     ratios = np.array([getattr(config, name) for name in DIMENSIONS])
     _check(config, space)
-    counts = space.counts(space.spread(ratios))
+    counts = space.counts(space.expand_dimensions(ratios))
     if config.scope == "global":
-        across = {name: _across(remover.scores, name, getattr(config, name)) for name in ("neurons", "heads")}
+        across = {name: _across(pruner.scores, name, getattr(config, name)) for name in ("neurons", "heads")}
         counts = dataclasses.replace(counts, **across)
-    return remover.cut(counts)
+    return pruner.prune(counts)
 
 
-def _check(config: Pruning, space: Space) -> None:
+def _check(config: Pruning, space: PolicySpace) -> None:
     """Raise `InputError` where a ratio leaves a block with nothing."""
     for name in ("neurons", "heads", "head_dims"):
         ratio, whole = getattr(config, name), getattr(space, name)

@@ -103,7 +103,7 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
         coder.install_packed(model)
     for name, module in inputs.items():
         model.get_submodule(name).input = module
-    return CodedModel(model, []).finish(config.rest)
+    return CodedModel(model, []).to_packed_model(config.rest)
 
 
 def _check(model: nn.Module, config: SimulatedInteger) -> None:

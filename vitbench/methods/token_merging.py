@@ -17,13 +17,13 @@ from vitbench.methods.method import register
 from vitbench.model import blocks, vit
 from vitbench.model.tokens import TokenBlocks, max_merged
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import Tuning, find_teacher, tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
 
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 Pairs = Annotated[int, Field(ge=0)]
 
 
-class TokenMerging(Tuning):
+class TokenMerging(FineTuneConfig):
     """How many pairs go together in which block; by default nothing is trained.
 
     Attributes:
@@ -72,7 +72,7 @@ def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None
         blocks.reduce_tokens(model, "merge", [m if m < n else None for n, m in zip(before, left)])
         blocks.record_block_shapes(model)
     model = model.requires_grad_(bool(config.train.epochs))
-    tune(model, config, data, teacher, title="training merged tokens")
+    fine_tune(model, config, data, teacher, title="training merged tokens")
     return model.cpu()
 
 

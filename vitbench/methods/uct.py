@@ -36,14 +36,14 @@ from vitbench.methods.method import register
 from vitbench.model import vit
 from vitbench.model.layers.factored import Order, factored_layers
 from vitbench.model.vit import LINEAR_TYPES, dense_layers_by_type
-from vitbench.training.coded import CodedModel, Coding, train_codes
+from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
 HIDDEN = {"qkv": 2, "proj": 1, "fc1": 2, "fc2": 1}  # the encoder's hidden width in widths of the ViT, by type
 
 
-class UCT(Coding):
+class UCT(CodedTrainingConfig):
     """Settings of UCT.
 
     Attributes:

@@ -32,14 +32,14 @@ from vitbench.model import vit
 from vitbench.model.artifact import model_digest
 from vitbench.model.layers.packed import packed_bytes
 from vitbench.model.vit import LINEAR_TYPES
-from vitbench.training.coded import CodedModel, Coding, train_codes
+from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
 LEAST, MOST = 2, 8  # bits
 
 
-class WeightOnly(Coding):
+class WeightOnly(CodedTrainingConfig):
     """Which linear layers of the blocks to code and how; by default nothing is trained.
 
     Attributes:

@@ -1,6 +1,6 @@
 """What to cut from a model, by which score, and within which budget.
 
-Methods import the remover, the criteria and the search from here.
+Methods import the pruner, the criteria and the search from here.
 A new criterion is a function in `vitbench.removal.criteria` under its name in the table at the end of that file.
 """
 

@@ -1,21 +1,21 @@
 from .criteria import score as score
 from .cut import (
     masked as masked,
-    prune as prune,
+    remove_units as remove_units,
 )
 from .dependence import (
     gaussian_mixture as gaussian_mixture,
     hsic as hsic,
 )
-from .remover import (
+from .pruner import (
     TRAIN as TRAIN,
-    Removal as Removal,
-    Remover as Remover,
+    Pruner as Pruner,
+    RemovalConfig as RemovalConfig,
 )
 from .scores import (
     OFFICIAL_CRITERION as OFFICIAL_CRITERION,
     Criterion as Criterion,
-    choose as choose,
+    top_units as top_units,
 )
 from .search import (
     SearchConfig as SearchConfig,

@@ -23,10 +23,10 @@ from vitbench.model import vit
 from vitbench.model.artifact import model_digest
 from vitbench.removal import dependence
 from vitbench.removal.cut import check_prunable
-from vitbench.removal.scores import Criterion, Scores, by_head, seen_by
+from vitbench.removal.scores import Criterion, Scores, by_head, scoring_images
 from vitbench.training import loop
 
-LEAST_SAMPLES = 8  # fewer tell nothing about dependence
+MIN_HSIC_SAMPLES = 8  # fewer tell nothing about dependence
 
 
 def score(model: nn.Module, data: ImageData | None, criterion: Criterion) -> list[Scores]:
@@ -40,9 +40,9 @@ def score(model: nn.Module, data: ImageData | None, criterion: Criterion) -> lis
         raise InputError(
             f"the criterion {criterion.name} looks at images and no data set was given; give one, or magnitude"
         )
-    if criterion.name == "hsic" and data is not None and len(seen_by(data, criterion)) < LEAST_SAMPLES:
+    if criterion.name == "hsic" and data is not None and len(scoring_images(data, criterion)) < MIN_HSIC_SAMPLES:
         raise InputError(
-            f"HSIC from {len(seen_by(data, criterion))} samples says nothing; at least {LEAST_SAMPLES} calibration images are "
+            f"HSIC from {len(scoring_images(data, criterion))} samples says nothing; at least {MIN_HSIC_SAMPLES} calibration images are "
             "needed, and 128 or more are advised"
         )
 
@@ -112,7 +112,7 @@ def activation(model: nn.Module, data: ImageData, settings: Criterion) -> list[S
     def see(name: str, x: Tensor, y: Tensor) -> None:
         sums.add(name, y.square().sum(1) if name.endswith("qkv") else x.abs().sum(1))
 
-    sums.over(seen_by(data, settings), see)
+    sums.over(scoring_images(data, settings), see)
     found = []
     for index, block in enumerate(model.blocks):
         q, k, _ = sums.of(index, "attn.qkv").chunk(3)
@@ -143,7 +143,7 @@ def taylor(model: nn.Module, data: ImageData, settings: Criterion) -> list[Score
     def after(x: Tensor, logits: Tensor, labels: Tensor) -> None:
         F.cross_entropy(logits, labels, reduction="sum").backward(inputs=[x])
 
-    sums.over(seen_by(data, settings), see, after)
+    sums.over(scoring_images(data, settings), see, after)
     found = []
     for index, block in enumerate(model.blocks):
         q = sums.of(index, "attn.qkv").chunk(3)[0]  # a gate on q_j is a gate on the product q_j k_j

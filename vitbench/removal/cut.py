@@ -12,7 +12,7 @@ from vitbench.model import blocks
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptUnits:
     """What stays of one block: ascending indices of its units.
 
     Attributes:
@@ -54,7 +54,7 @@ def check_prunable(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def prune(model: nn.Module, kept: Sequence[Kept]) -> None:
+def remove_units(model: nn.Module, kept: Sequence[KeptUnits]) -> None:
     """Take everything but `kept` out of the blocks, in place: matrices become smaller, nothing is masked.
 
     The softmax scale stays that of the old head width: timm's fused kernel scales by the new one, so the difference goes
@@ -83,7 +83,7 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> None:
     blocks.record_block_shapes(model)
 
 
-def _rows(attn: nn.Module, keep: Kept, which: str) -> Tensor:
+def _rows(attn: nn.Module, keep: KeptUnits, which: str) -> Tensor:
     """Rows of the queries' part (likewise the keys', the values') of qkv that stay."""
     inside = getattr(keep, which)
     if inside is None:
@@ -104,12 +104,12 @@ def _cut(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = 
     return new
 
 
-def value_rows(attn: nn.Module, keep: Kept) -> Tensor:
+def value_rows(attn: nn.Module, keep: KeptUnits) -> Tensor:
     """The inputs of `proj` that stay."""
     return _rows(attn, keep, "v")
 
 
-def masks(block: nn.Module, keep: Kept) -> tuple[Tensor, Tensor]:
+def masks(block: nn.Module, keep: KeptUnits) -> tuple[Tensor, Tensor]:
     """1 for what stays, 0 for what goes: of qkv's outputs (3 a,) and of fc2's inputs (h,)."""
     qkv, hidden = torch.zeros(3, block.attn.attn_dim), torch.zeros(block.mlp.fc1.out_features)
     for part, which in zip(qkv, ("qk", "qk", "v"), strict=True):
@@ -119,7 +119,7 @@ def masks(block: nn.Module, keep: Kept) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def masked(model: nn.Module, kept: Sequence[Kept]) -> Iterator[None]:
+def masked(model: nn.Module, kept: Sequence[KeptUnits]) -> Iterator[None]:
     """While open, the units outside `kept` answer zero, and cost as much as before."""
     handles = []
     for block, keep in zip(model.blocks, kept, strict=True):

@@ -16,7 +16,7 @@ from vitbench.calibration.moments import CALIBRATION_BATCH, forward_hooks
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import ImageData
 from vitbench.model import vit
-from vitbench.removal.scores import Criterion, Scores, by_head, seen_by
+from vitbench.removal.scores import Criterion, Scores, by_head, scoring_images
 
 WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -37,7 +37,7 @@ def linear(x: Tensor) -> Tensor:
     return x @ x.transpose(-2, -1)
 
 
-def centred(kernel: Tensor) -> Tensor:
+def centre_kernel(kernel: Tensor) -> Tensor:
     """H K H: (..., n, n) -> (..., n, n)."""
     rows = kernel.mean(-1, keepdim=True)
     return kernel - rows - rows.transpose(-2, -1) + rows.mean(-2, keepdim=True)
@@ -46,10 +46,10 @@ def centred(kernel: Tensor) -> Tensor:
 def hsic(kernel: Tensor, other: Tensor) -> Tensor:
     """tr(K H L H) / (n - 1)^2 of two kernel matrices (..., n, n), which may be broadcast: (...)."""
     n = kernel.shape[-1]
-    return (kernel * centred(other)).sum((-2, -1)) / (n - 1) ** 2
+    return (kernel * centre_kernel(other)).sum((-2, -1)) / (n - 1) ** 2
 
 
-def standardised(x: Tensor, how: str, eps: float = 1e-5) -> Tensor:
+def standardize(x: Tensor, how: str, eps: float = 1e-5) -> Tensor:
     """Samples (..., n, d) feature by feature, over the samples.
 
     "corrected": (x - mean) / (std + eps). "official": x - mean / (std + eps), as the paper's public code has it without
@@ -72,7 +72,7 @@ def unit_hsic(model: nn.Module, data: ImageData, settings: Criterion) -> list[Sc
     `redundancy` times their mean HSIC with the other heads. Block after block is run on all images and let go again, so
     memory is that of one block's values.
     """
-    split = seen_by(data, settings)
+    split = scoring_images(data, settings)
     batches = eval_batches(split, model.recipe.preprocess, CALIBRATION_BATCH)
     tokens, answers = [], []
     for x, _ in progress.progress_bar(
@@ -80,7 +80,7 @@ def unit_hsic(model: nn.Module, data: ImageData, settings: Criterion) -> list[Sc
     ):
         tokens.append(vit.embed_patches(model, x))
         answers.append(model(x).softmax(-1))
-    wanted = centred(linear(torch.cat(answers)))
+    wanted = centre_kernel(linear(torch.cat(answers)))
     found = []
     for block in progress.progress_bar(model.blocks, "dependence", unit="block"):
         held: dict[str, list[Tensor]] = {"qkv": [], "proj": [], "fc2": []}
@@ -109,7 +109,7 @@ def _dependence(values: Tensor, wanted: Tensor, settings: Criterion) -> Tensor:
     """HSIC of each unit's values (units, n, N) with the samples whose centred kernel is `wanted` (n, n): (units,)."""
     n = values.shape[1]
     chunks = values.split(max(1, CHUNK // n**2))
-    kernels = (gaussian_mixture(standardised(chunk, settings.normalise)) for chunk in chunks)
+    kernels = (gaussian_mixture(standardize(chunk, settings.normalise)) for chunk in chunks)
     return torch.cat([(kernel * wanted).sum((-2, -1)) for kernel in kernels]) / (n - 1) ** 2
 
 
@@ -117,7 +117,7 @@ def _redundancy(means: Tensor, settings: Criterion) -> Tensor:
     """The mean HSIC of each head's values (heads, n, N) with those of the others: (heads,)."""
     if len(means) == 1:
         return torch.zeros(1)
-    kernels = centred(gaussian_mixture(standardised(means, settings.normalise))).flatten(1)
+    kernels = centre_kernel(gaussian_mixture(standardize(means, settings.normalise))).flatten(1)
     pairs = kernels @ kernels.T / (means.shape[1] - 1) ** 2
     return (pairs.sum(1) - pairs.diagonal()) / (len(means) - 1)
 
@@ -129,13 +129,13 @@ def _to_unit(scores: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def positions(model: nn.Module, data: ImageData, index: int, settings: Criterion) -> Tensor:
+def position_scores(model: nn.Module, data: ImageData, index: int, settings: Criterion) -> Tensor:
     """A score in [0, 1] of each of the N tokens' positions: HSIC of the values there with the label, at one block.
 
     The features are the values v of all heads at that position, (images, attn_dim); the label is one-hot. Prefix tokens
     have 0, they always stay.
     """
-    split = seen_by(data, settings)
+    split = scoring_images(data, settings)
     block, seen, labels = model.blocks[index], [], []
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
@@ -145,7 +145,7 @@ def positions(model: nn.Module, data: ImageData, index: int, settings: Criterion
         for x, y in eval_batches(split, model.recipe.preprocess, CALIBRATION_BATCH):
             model(x)
             labels.append(y)
-    wanted = centred(linear(F.one_hot(torch.cat(labels)).float()))
+    wanted = centre_kernel(linear(F.one_hot(torch.cat(labels)).float()))
     found = _dependence(torch.cat(seen).transpose(0, 1), wanted, settings)
     found[: model.num_prefix_tokens] = found.min()
     return _to_unit(found)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitbench.base.configs import Config
 from vitbench.data.splits import ImageData, Split
-from vitbench.removal.cut import Kept
+from vitbench.removal.cut import KeptUnits
 from vitbench.training.config import TrainConfig
 
 
@@ -19,7 +19,7 @@ class Criterion(Config):
     Attributes:
         name: what scores, see `vitbench.removal.criteria`.
         samples: how many calibration images are looked at; all of them if there are fewer.
-        normalise: of a unit's values before HSIC: "corrected", "official" or "none" (`dependence.standardised`).
+        normalise: of a unit's values before HSIC: "corrected", "official" or "none" (`dependence.standardize`).
         blend: the share of HSIC in the score of a neuron, the rest is the sum of |activation|, both scaled to [0, 1].
             1 is the paper's criterion; its public code has 0.1.
         redundancy: what a head loses for its mean HSIC with the block's other heads.
@@ -47,18 +47,18 @@ class Scores:
     v: Tensor
 
 
-def seen_by(data: ImageData, criterion: Criterion) -> Split:
+def scoring_images(data: ImageData, criterion: Criterion) -> Split:
     """The calibration images that a criterion looks at."""
     return data.require_split("calibration").subset(criterion.samples)
 
 
-def choose(scores: Sequence[Scores], left: Sequence[tuple[int, int, int]]) -> list[Kept]:
+def top_units(scores: Sequence[Scores], left: Sequence[tuple[int, int, int]]) -> list[KeptUnits]:
     """The best units of each block, as many as (neurons, heads, dimensions of a head) are left."""
     kept = []
     for found, (neurons, heads, width) in zip(scores, left, strict=True):
         narrower = width < found.v.shape[1]
         inside = {which: _best(getattr(found, which), width) for which in ("qk", "v")} if narrower else {}
-        kept.append(Kept(_best(found.neurons, neurons), _best(found.heads, heads), **inside))
+        kept.append(KeptUnits(_best(found.neurons, neurons), _best(found.heads, heads), **inside))
     return kept
 
 

@@ -21,9 +21,9 @@ from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
 from vitbench.base.store import Journal
 from vitbench.model import blocks
-from vitbench.removal.policy import Counts, Space, simple
+from vitbench.removal.policy import PolicySpace, UnitCounts, single_ratio_policies
 
-Cost = Callable[[Counts], np.ndarray]
+Cost = Callable[[UnitCounts], np.ndarray]
 
 
 class SearchConfig(Config):
@@ -45,7 +45,7 @@ class SearchConfig(Config):
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """All policies that were scored, in order, (E, 3 L + 1), and their scores (E,)."""
 
     policies: np.ndarray
@@ -71,13 +71,13 @@ def expected_improvement(mean: np.ndarray, spread: np.ndarray, best: float) -> n
 
 
 def search(
-    space: Space,
+    space: PolicySpace,
     cost: Cost,
     limits: tuple[float, float],
     evaluate: Callable[[np.ndarray], float],
     config: SearchConfig,
     memory: Journal | None = None,
-) -> Found:
+) -> SearchResult:
     """Score policies whose cost lies within `limits` and return them all.
 
     Args:
@@ -91,12 +91,12 @@ def search(
     known = memory.read() if memory else {}
     policies: list[np.ndarray] = []
     scores: list[float] = []
-    starts = simple(space, cost, *limits)[: config.first]
+    starts = single_ratio_policies(space, cost, *limits)[: config.first]
     for step in progress.progress_bar(range(config.evaluations), f"search ({config.how})", unit="policy"):
         if step < len(starts):
             policy = starts[step]
         elif config.how == "gp" and step >= config.first:
-            near = space.near(rng, _elite(policies, scores), config.pool // 2)
+            near = space.perturb(rng, _elite(policies, scores), config.pool // 2)
             pool = _feasible(space, cost, limits, np.concatenate([space.sample(rng, config.pool // 2), near]))
             policy = _propose(space, np.array(policies), np.array(scores), pool, config.seed)
         else:
@@ -108,11 +108,11 @@ def search(
             if memory:
                 memory.append(name, known[name])
         scores.append(known[name])
-    return Found(np.array(policies), np.array(scores))
+    return SearchResult(np.array(policies), np.array(scores))
 
 
-def _feasible(space: Space, cost: Cost, limits: tuple[float, float], policies: np.ndarray) -> np.ndarray:
-    found = space.fitted(policies, cost, *limits)
+def _feasible(space: PolicySpace, cost: Cost, limits: tuple[float, float], policies: np.ndarray) -> np.ndarray:
+    found = space.scale_to_budget(policies, cost, *limits)
     if not len(found):
         raise InputError(
             f"none of {len(policies)} policies could be brought to a cost between {limits[0]:.4g} and {limits[1]:.4g}: the "
@@ -125,7 +125,7 @@ def _elite(policies: list[np.ndarray], scores: list[float], count: int = 3) -> n
     return np.array(policies)[np.argsort(scores)[::-1][:count]]
 
 
-def _propose(space: Space, policies: np.ndarray, scores: np.ndarray, pool: np.ndarray, seed: int) -> np.ndarray:
+def _propose(space: PolicySpace, policies: np.ndarray, scores: np.ndarray, pool: np.ndarray, seed: int) -> np.ndarray:
     """The policy of the pool with the highest expected improvement under a Gaussian process with a Matern 3/2 kernel.
 
     It sees what really goes, not the ratios before rounding; one length for all of it, noise included, scores normalised.
@@ -139,10 +139,10 @@ def _propose(space: Space, policies: np.ndarray, scores: np.ndarray, pool: np.nd
     process = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=1, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        process.fit(space.removed(policies)[:, space.free], scores)
-        mean, spread = process.predict(space.removed(pool)[:, space.free], return_std=True)
+        process.fit(space.removed_fractions(policies)[:, space.prunable], scores)
+        mean, spread = process.predict(space.removed_fractions(pool)[:, space.prunable], return_std=True)
         best = process.predict(
-            space.removed(policies)[:, space.free]
+            space.removed_fractions(policies)[:, space.prunable]
         ).max()  # scores are noisy: the best mean, not the luckiest score
     return pool[int(expected_improvement(mean, spread, best).argmax())]
 
@@ -170,22 +170,22 @@ class LatencyTable:
     mlp: np.ndarray
     rest: float
 
-    def __call__(self, counts: Counts) -> np.ndarray:
+    def __call__(self, counts: UnitCounts) -> np.ndarray:
         """Seconds for each of P policies: (P,)."""
         from scipy.interpolate import RegularGridInterpolator
 
         attention = RegularGridInterpolator((self.heads, self.head_dims, self.tokens), self.attention)
         mlp = RegularGridInterpolator((self.neurons, self.tokens), self.mlp)
-        seconds = attention(np.stack([counts.heads, counts.head_dims, counts.before], -1))
-        return self.rest + (seconds + mlp(np.stack([counts.neurons, counts.after], -1))).sum(-1)
+        seconds = attention(np.stack([counts.heads, counts.head_dims, counts.tokens_in], -1))
+        return self.rest + (seconds + mlp(np.stack([counts.neurons, counts.tokens_out], -1))).sum(-1)
 
     @classmethod
     @torch.inference_mode()
-    def measured(cls, model: nn.Module, space: Space, batch: int) -> "LatencyTable":
+    def measure(cls, model: nn.Module, space: PolicySpace, batch: int) -> "LatencyTable":
         """Time parts of the model's first block at sizes that cover the space, for `batch` images."""
         block, whole = model.blocks[0], np.zeros(space.size)
-        least = space.counts(whole + space.most)
-        tokens = np.unique(np.linspace(least.after.min(), space.tokens, GRID).astype(int))
+        least = space.counts(whole + space.max_ratio)
+        tokens = np.unique(np.linspace(least.tokens_out.min(), space.tokens, GRID).astype(int))
         heads = np.arange(1, space.heads.max() + 1)
         head_dims = np.unique([least.head_dims.min(), space.head_dims.max()])
         neurons = np.unique(np.linspace(least.neurons.min(), space.neurons.max(), GRID).astype(int))

@@ -6,6 +6,6 @@ from .loop import (
     train as train,
 )
 from .tuning import (
-    Tuning as Tuning,
-    tune as tune,
+    FineTuneConfig as FineTuneConfig,
+    fine_tune as fine_tune,
 )

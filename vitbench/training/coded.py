@@ -16,12 +16,12 @@ from vitbench.calibration.coders import Coder
 from vitbench.calibration.quantizers import LearnedRange
 from vitbench.data.splits import ImageData
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import Tuning, tune
+from vitbench.training.tuning import FineTuneConfig, fine_tune
 
-LEAST_HALF = 2.0**-24  # float16's least number above 0, a subnormal one
+MIN_FLOAT16 = 2.0**-24  # float16's least number above 0, a subnormal one
 
 
-class Coding(Tuning):
+class CodedTrainingConfig(FineTuneConfig):
     """What methods that train codes have in common.
 
     Attributes:
@@ -83,7 +83,7 @@ class CodedModel(nn.Module):
             {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": rest_lr},
         ]
 
-    def finish(self, rest: str) -> nn.Module:
+    def to_packed_model(self, rest: str) -> nn.Module:
         """The compressed model: runtime layers for what was coded, `rest` for the other tensors."""
         model = self.vit
         for coder in self.coders:
@@ -114,13 +114,13 @@ def round_to_half(model: nn.Module) -> None:
         if not torch.isfinite(half).all():
             raise InputError("a value of the model does not fit float16; give rest=float32")
         if id(tensor) in divisors:
-            half = torch.where((half == 0) & (tensor != 0), LEAST_HALF * tensor.sign(), half)
+            half = torch.where((half == 0) & (tensor != 0), MIN_FLOAT16 * tensor.sign(), half)
         tensor.data.copy_(half)
 
 
 def train_codes(
     coded: CodedModel,
-    config: Coding,
+    config: CodedTrainingConfig,
     data: ImageData | None,
     teacher: nn.Module | None,
     penalty: Callable[[Tensor], Tensor] | None = None,
@@ -132,7 +132,7 @@ def train_codes(
         penalty: turns the coders' regularizer into a term of the loss.
         settle: called after the training, before the weights are packed.
     """
-    tune(
+    fine_tune(
         coded,
         config,
         data,
@@ -143,6 +143,6 @@ def train_codes(
     )
     if settle:
         settle()
-    small = coded.cpu().finish(config.rest)
+    small = coded.cpu().to_packed_model(config.rest)
     small.history = coded.history
     return small

@@ -50,7 +50,7 @@ def feature_loss(tokens: Tensor, wanted: Tensor) -> Tensor:
     Hints (Romero et al. 2015, equation 3), where the teacher's tokens are standardised one by one first, so that the
     loss has one scale for all models.
     """
-    return F.mse_loss(tokens, standardised(wanted))
+    return F.mse_loss(tokens, standardize_tokens(wanted))
 
 
 def attention_loss(tokens: Tensor, wanted: Tensor) -> Tensor:
@@ -63,17 +63,17 @@ def attention_loss(tokens: Tensor, wanted: Tensor) -> Tensor:
     return (next(maps) - next(maps)).square().sum(1).mean()
 
 
-def standardised(tokens: Tensor) -> Tensor:
+def standardize_tokens(tokens: Tensor) -> Tensor:
     """Each token with mean 0 and variance 1 over its channels."""
     return F.layer_norm(tokens, tokens.shape[-1:])
 
 
-def keeps_answers(config: TrainConfig) -> bool:
+def caches_teacher_logits(config: TrainConfig) -> bool:
     """Whether the teacher answers each view once; what its blocks hold would be too much to keep."""
     return config.views > 0 and not config.feature_weight and not config.attention_weight
 
 
-class Teaching:
+class Distiller:
     """A teacher at work in one training.
 
     Args:
@@ -103,7 +103,7 @@ class Teaching:
         self.pairs: list[tuple[int, int]] = []
         self.answers: Tensor | None = None
         self.projections = nn.ModuleList()
-        if keeps_answers(config) and (config.mixup or config.cutmix):
+        if caches_teacher_logits(config) and (config.mixup or config.cutmix):
             raise InputError(
                 f"views = {config.views} keeps the teacher's answers, and mixup = {config.mixup:g} with cutmix = {config.cutmix:g} "
                 "makes new images at every step; set both to 0, or views to 0 so that the teacher answers as it goes"
@@ -135,8 +135,8 @@ class Teaching:
     def begin(self, view: int | None) -> None:
         """Take up an epoch, whose images are augmented as the seed `view` says."""
         self.answers = None
-        if keeps_answers(self.config) and view is not None:
-            self.answers = kept_answers(self.teacher, self.data, self.config, view, self.device, self.autocast)
+        if caches_teacher_logits(self.config) and view is not None:
+            self.answers = cached_teacher_logits(self.teacher, self.data, self.config, view, self.device, self.autocast)
 
     @contextmanager
     def watch(self) -> Iterator[list[Tensor]]:
@@ -180,12 +180,12 @@ class Teaching:
             loss = loss + config.attention_weight * attention_loss(own[:, first:], other[:, second:])
         if config.feature_weight:  # the class token, which the head reads, and the patches
             own, other = (torch.cat([x[:, : min(1, n)], x[:, n:]], 1) for x, n in ((own, first), (other, second)))
-            own = self.projections[place](standardised(own)) if len(self.projections) else standardised(own)
+            own = self.projections[place](standardize_tokens(own)) if len(self.projections) else standardize_tokens(own)
             loss = loss + config.feature_weight * feature_loss(own, other)
         return loss
 
 
-def kept_answers(
+def cached_teacher_logits(
     teacher: nn.Module,
     data: ImageData,
     config: TrainConfig,

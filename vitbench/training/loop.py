@@ -24,7 +24,7 @@ from vitbench.model.artifact import model_digest
 from vitbench.model.blocks import set_distilled_training
 from vitbench.model.vit import set_fused_attention
 from vitbench.training.config import TrainConfig
-from vitbench.training.distilling import Teaching
+from vitbench.training.distilling import Distiller
 
 CHECKPOINT_SECONDS = 5.0
 
@@ -119,7 +119,7 @@ def train(
         `steps` (since the start), `loss`, `lr`, `val_top1` (a fraction; NaN without a val split). The last epoch is the result: no epoch is chosen.
 
     Raises:
-        InputError: fewer images than a batch, a teacher that cannot teach like that (see `distilling.Teaching`), or a
+        InputError: fewer images than a batch, a teacher that cannot teach like that (see `distilling.Distiller`), or a
             loss that is no longer finite; the last checkpoint is kept.
     """
     split, target = data.require_split("train"), pick_device(device)
@@ -129,7 +129,7 @@ def train(
             f"batch_size = {config.batch_size} is more than the {len(split)} training images; give a smaller one"
         )
     set_fused_attention(model, target.type != "cpu")  # on a CPU the fused kernel's backward pass is the slower one
-    run = _Run(model.to(target), data, config, teacher, target, groups, penalty)
+    run = _TrainingRun(model.to(target), data, config, teacher, target, groups, penalty)
     kept = StoredFile(checkpoint, "checkpoint")
     history = run.resume(kept, key) if checkpoint else []
     saved = time.monotonic()
@@ -156,7 +156,7 @@ def train(
     return model.eval(), history
 
 
-class _Run:
+class _TrainingRun:
     """The moving parts of one training run."""
 
     def __init__(self, model, data, config, teacher, device, groups, penalty):
@@ -170,7 +170,7 @@ class _Run:
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(model, device))
         self.teaching = None
         if teacher is not None:
-            self.teaching = Teaching(model, teacher, config, data, device, self.autocast)
+            self.teaching = Distiller(model, teacher, config, data, device, self.autocast)
         set_distilled_training(model, teacher is not None)
         groups = list(groups or param_groups_weight_decay(model, config.weight_decay))
         if self.teaching:

@@ -10,10 +10,10 @@ from vitbench.base.errors import InputError
 from vitbench.data.splits import ImageData
 from vitbench.training import loop
 from vitbench.training.config import TrainConfig
-from vitbench.training.distilling import keeps_answers, load_teacher
+from vitbench.training.distilling import caches_teacher_logits, load_teacher
 
 
-class Tuning(Config):
+class FineTuneConfig(Config):
     """What methods that train have in common.
 
     Attributes:
@@ -26,7 +26,9 @@ class Tuning(Config):
     teacher: str = "original"
 
 
-def tune(model: nn.Module, config: Tuning, data: ImageData | None, teacher: nn.Module | None, **how: Any) -> None:
+def fine_tune(
+    model: nn.Module, config: FineTuneConfig, data: ImageData | None, teacher: nn.Module | None, **how: Any
+) -> None:
     """Train `model` in place by `config.train`, and set `model.history` (see `loop.train`); 0 epochs leave it empty.
 
     A killed run resumes from its last checkpoint. `how` are further arguments of `loop.train`: groups, penalty, title.
@@ -41,7 +43,7 @@ def tune(model: nn.Module, config: Tuning, data: ImageData | None, teacher: nn.M
 
 
 def find_teacher(
-    model: nn.Module, config: Tuning, data: ImageData | None, original: nn.Module | None = None
+    model: nn.Module, config: FineTuneConfig, data: ImageData | None, original: nn.Module | None = None
 ) -> nn.Module | None:
     """The teacher that `config` names, after checking that it and the images suit the student `model`.
 
@@ -72,7 +74,7 @@ def find_teacher(
             f"the teacher {config.teacher!r} answers {other.architecture.num_classes} classes and the student {classes}; "
             "give a teacher trained on the same classes, or teacher=original"
         )
-    own_views = keeps_answers(config.train) and config.train.augment != "timm"
+    own_views = caches_teacher_logits(config.train) and config.train.augment != "timm"
     if other.preprocess != own.preprocess and not own_views:
         raise InputError(
             f"the teacher {config.teacher!r} takes images prepared in another way ({other.preprocess}) than the student "

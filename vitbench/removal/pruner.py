@@ -17,16 +17,16 @@ from vitbench.model import blocks, vit
 from vitbench.model.recipe import Reduction
 from vitbench.model.tokens import TokenBlocks, max_merged
 from vitbench.removal import criteria, cut, policy
-from vitbench.removal.dependence import positions
-from vitbench.removal.policy import Counts, Space
-from vitbench.removal.scores import Criterion, Scores, choose
+from vitbench.removal.dependence import position_scores
+from vitbench.removal.policy import PolicySpace, UnitCounts
+from vitbench.removal.scores import Criterion, Scores, top_units
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import Tuning
+from vitbench.training.tuning import FineTuneConfig
 
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
-class Removal(Tuning):
+class RemovalConfig(FineTuneConfig):
     """What methods that remove units have in common.
 
     Attributes:
@@ -47,17 +47,19 @@ class Removal(Tuning):
     train: TrainConfig = TRAIN
 
 
-class Remover:
+class Pruner:
     """A model that can be cut in many ways: scores and moments are collected once, when first needed.
 
     Raises:
         InputError: units or tokens that this model cannot lose, or images that are missing (see `criteria.score`).
     """
 
-    def __init__(self, model: nn.Module, config: Removal, data: ImageData | None, *, tokens: bool):
+    def __init__(self, model: nn.Module, config: RemovalConfig, data: ImageData | None, *, tokens: bool):
         cut.check_prunable(model)
         self.model, self.config, self.data = model, config, data
-        self.at = policy.token_blocks(len(model.blocks)) if config.token_blocks is None else config.token_blocks
+        self.token_blocks = (
+            policy.token_blocks(len(model.blocks)) if config.token_blocks is None else config.token_blocks
+        )
         if tokens:
             self._check_tokens()
         self._scores: list[Scores] | None = None
@@ -74,25 +76,25 @@ class Remover:
             )
         if config.reduction.startswith("hsic") and self.data is None:
             raise InputError(f"reduction={config.reduction} looks at images and no data set was given; give one")
-        wrong = [index for index in self.at if not 0 <= index < len(model.blocks)]
-        if wrong or not self.at:
+        wrong = [index for index in self.token_blocks if not 0 <= index < len(model.blocks)]
+        if wrong or not self.token_blocks:
             raise InputError(
-                f"token_blocks = {self.at}: {name} has blocks 0 to {len(model.blocks) - 1}; name at least one of them"
+                f"token_blocks = {self.token_blocks}: {name} has blocks 0 to {len(model.blocks) - 1}; name at least one of them"
             )
 
-    def space(self, dimensions: Sequence[str], most: float) -> Space:
+    def space(self, dimensions: Sequence[str], max_ratio: float) -> PolicySpace:
         """The policies for this model."""
         shapes = blocks.block_shapes(self.model)
-        return Space(
+        return PolicySpace(
             neurons=np.array([shape.neurons for shape in shapes]),
             heads=np.array([shape.heads for shape in shapes]),
             head_dims=np.array([shape.head_dim for shape in shapes]),
             tokens=vit.token_count(self.model),
             prefix=self.model.num_prefix_tokens,
-            at=self.at,
-            fused=self.config.reduction != "merge",
+            token_blocks=self.token_blocks,
+            has_fused_token=self.config.reduction != "merge",
             dimensions=tuple(dimensions),
-            most=most,
+            max_ratio=max_ratio,
         )
 
     @property
@@ -102,21 +104,21 @@ class Remover:
             self._scores = criteria.score(self.model, self.data, self.config.criterion)
         return self._scores
 
-    def retrained(self, model: nn.Module) -> "Remover":
+    def with_weights(self, model: nn.Module) -> "Pruner":
         """The same for `model`, which has other weights: units keep their scores, moments are collected anew."""
-        other = Remover(model, self.config, self.data, tokens=False)
+        other = Pruner(model, self.config, self.data, tokens=False)
         other._scores, other._positions = self.scores, self._positions
         return other
 
-    def cut(self, counts: Counts) -> nn.Module:
+    def prune(self, counts: UnitCounts) -> nn.Module:
         """A smaller copy of the model, with the units that score best."""
         small = copy.deepcopy(self.model)
         whole = [(shape.neurons, shape.heads, shape.head_dim) for shape in blocks.block_shapes(small)]
-        if counts.left() != whole:
-            kept = choose(self.scores, counts.left())
+        if counts.units_left() != whole:
+            kept = top_units(self.scores, counts.units_left())
             if self.config.compensation != "none":
                 compensate(small, kept, self.moments, self.config.compensation, self.config.ridge)
-            cut.prune(small, kept)
+            cut.remove_units(small, kept)
         self._cut_tokens(small, counts)
         return small
 
@@ -133,8 +135,8 @@ class Remover:
             self._moments = moments_module.collect_moments(self.model, layers, self.data)
         return self._moments
 
-    def _cut_tokens(self, model: nn.Module, counts: Counts) -> None:
-        before, after = counts.before[0], counts.after[0]
+    def _cut_tokens(self, model: nn.Module, counts: UnitCounts) -> None:
+        before, after = counts.tokens_in[0], counts.tokens_out[0]
         if (after == before[0]).all() or isinstance(model.blocks, TokenBlocks):
             return
         reduction = self.config.reduction
@@ -154,12 +156,14 @@ class Remover:
         blocks.reduce_tokens(model, self.config.reduction, counts)
         if self.config.reduction.startswith("hsic"):
             if self._positions is None:
-                self._positions = positions(self.model, self.data, min(self.at), self.config.criterion)
+                self._positions = position_scores(self.model, self.data, min(self.token_blocks), self.config.criterion)
             model.blocks.scores.copy_(self._positions)
 
 
 @torch.no_grad()
-def compensate(model: nn.Module, kept: Sequence[cut.Kept], moments: dict[str, Moments], how: str, ridge: float) -> None:
+def compensate(
+    model: nn.Module, kept: Sequence[cut.KeptUnits], moments: dict[str, Moments], how: str, ridge: float
+) -> None:
     """Let what follows the units outside `kept` do without them, in place, before they are taken out.
 
     With the units' values z = [z_k, z_g] (kept, gone) and the next layer W z + b:
