@@ -87,6 +87,14 @@ def test_links_between_lessons_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+@FORM
+def test_links_to_the_glossary_lead_to_its_terms(path):
+    glossary = (path.parents[1] / "docs" / "GLOSSARY.md").read_text(encoding="utf-8")
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    for term in re.findall(r"\]\(\.\./docs/GLOSSARY\.md#([^)]+)\)", text):
+        assert f'<a id="{term}"></a>' in glossary, term
+
+
 def test_every_profile_sets_known_parameters_of_the_right_type():
     for name in lessons.profiles():
         read_profile(name, [], find_lessons())
