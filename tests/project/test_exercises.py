@@ -50,29 +50,28 @@ def test_01_tokens_of_smaller_patches():
     assert (fine / coarse) ** 2 == pytest.approx(16, abs=0.2)
 
 
-def test_02_break_even_and_a_shared_factor():
-    first, second, third = answers("02")
-    assert f"r = {3 / (1 + 3):g}\\,d" in first
-    assert f"gives ${4 / (1 + 4):g}\\,d$" in first
-    assert reordered_share(100, 75) == pytest.approx(1)
-    ratio, depth = 0.72, 12
-    own, shared = ratio * (1 + 1 + 1 + 4), ratio * (3 + 1 + 4 + 1)  # Z of a block, D of them all, in units of d^2
-    assert 12 / own == pytest.approx(2.4, abs=0.05)
-    assert 12 * depth / (depth * own + shared) == pytest.approx(2.1, abs=0.06)
-    assert "$12 / 5 \\approx 2.4$ times; for 12 blocks, with $D$, about 2.1" in second
-    n = ratio / (2 * ratio - 1)  # n r 2d = r d^2 + n d^2, in units of d
-    assert f"$n > {n:.2f}\\,d$" in third
+def test_02_share_of_the_mlp_and_logarithmic_codes(base):
+    first, _, third = answers("02")
+    mlp, every = (
+        sum(layer.weight.numel() for layer in linear_layers(base.model, kinds).values())
+        for kinds in (("fc1", "fc2"), LINEAR_TYPES)
+    )
+    assert mlp / every == pytest.approx(2 / 3)
+    assert "two thirds" in first
+    for base_, high, low in ((2, 41, 29), (math.sqrt(2), 19, 16)):
+        assert round(100 * (base_**0.5 - 1)) == high
+        assert round(100 * (1 - base_**-0.5)) == low
+        assert str(high) in third
+        assert str(low) in third
+    assert f"2^{{{-15 / 2:g}}}" in third
 
 
-def test_03_rank_and_correction(base, digits):
-    assert f"{768 * 192 / (768 + 192):g}" in answers("03")[0]
-    own = make_config("mixed_rank", {"keep": 0.4, "propagate": False})
-    bare = own.replace(compensation="none")
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    models = [compress(base.model, config, digits) for config in (own, bare)]
-    with torch.inference_mode():
-        found = [model(x) for model in models]
-    assert torch.allclose(*found, atol=1e-4), "own inputs alone leave nothing to make up for"
+def test_03_bits_of_groups_and_codes():
+    first, second, _ = answers("03")
+    assert f"= {4 + 16 / 32:g}$ bits" in first
+    assert f"g = {16 / 1.5:.1f}" in first
+    assert f"one code in {2**8}" in second
+    assert "one in four" in second
 
 
 def test_04_scale_of_queries_and_size_of_zeros(base, digits, tmp_path):
@@ -90,31 +89,44 @@ def test_04_scale_of_queries_and_size_of_zeros(base, digits, tmp_path):
     assert len({(file / "model.safetensors").stat().st_size for file in files}) == 1
 
 
-def test_05_share_of_the_mlp_and_logarithmic_codes(base):
-    first, _, third = answers("05")
-    mlp, every = (
-        sum(layer.weight.numel() for layer in linear_layers(base.model, kinds).values())
-        for kinds in (("fc1", "fc2"), LINEAR_TYPES)
+def test_05_rank_and_correction(base, digits):
+    assert f"{768 * 192 / (768 + 192):g}" in answers("05")[0]
+    own = make_config("mixed_rank", {"keep": 0.4, "propagate": False})
+    bare = own.replace(compensation="none")
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    models = [compress(base.model, config, digits) for config in (own, bare)]
+    with torch.inference_mode():
+        found = [model(x) for model in models]
+    assert torch.allclose(*found, atol=1e-4), "own inputs alone leave nothing to make up for"
+
+
+def test_06_warm_distributions_are_matched_logits():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(2, 10, generator=generator, dtype=torch.float64)
+    teacher, student = teacher - teacher.mean(), student - student.mean()
+    T = 1000.0
+    p, q = torch.softmax(teacher / T, 0), torch.softmax(student / T, 0)
+    assert float(T**2 * (p * (p / q).log()).sum()) == pytest.approx(
+        float((teacher - student).square().sum() / 20), rel=0.01
     )
-    assert mlp / every == pytest.approx(2 / 3)
-    assert "two thirds" in first
-    for base_, high, low in ((2, 41, 29), (math.sqrt(2), 19, 16)):
-        assert round(100 * (base_**0.5 - 1)) == high
-        assert round(100 * (1 - base_**-0.5)) == low
-        assert str(high) in third
-        assert str(low) in third
-    assert f"2^{{{-15 / 2:g}}}" in third
+    assert r"\frac{1}{2 C T^2}" in answers("06")[0]
 
 
-def test_05b_bits_of_groups_and_codes():
-    first, second, _ = answers("05b")
-    assert f"= {4 + 16 / 32:g}$ bits" in first
-    assert f"g = {16 / 1.5:.1f}" in first
-    assert f"one code in {2**8}" in second
-    assert "one in four" in second
+def test_07_break_even_and_a_shared_factor():
+    first, second, third = answers("07")
+    assert f"r = {3 / (1 + 3):g}\\,d" in first
+    assert f"gives ${4 / (1 + 4):g}\\,d$" in first
+    assert reordered_share(100, 75) == pytest.approx(1)
+    ratio, depth = 0.72, 12
+    own, shared = ratio * (1 + 1 + 1 + 4), ratio * (3 + 1 + 4 + 1)  # Z of a block, D of them all, in units of d^2
+    assert 12 / own == pytest.approx(2.4, abs=0.05)
+    assert 12 * depth / (depth * own + shared) == pytest.approx(2.1, abs=0.06)
+    assert "$12 / 5 \\approx 2.4$ times; for 12 blocks, with $D$, about 2.1" in second
+    n = ratio / (2 * ratio - 1)  # n r 2d = r d^2 + n d^2, in units of d
+    assert f"$n > {n:.2f}\\,d$" in third
 
 
-def test_06_hsic_of_independent_samples_falls():
+def test_08_hsic_of_independent_samples_falls():
     generator = torch.Generator().manual_seed(0)
 
     def mean(n, times=60):
@@ -129,20 +141,8 @@ def test_06_hsic_of_independent_samples_falls():
     assert few / many == pytest.approx(4, rel=0.35), "as 1 / n"
 
 
-def test_07_warm_distributions_are_matched_logits():
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = torch.randn(2, 10, generator=generator, dtype=torch.float64)
-    teacher, student = teacher - teacher.mean(), student - student.mean()
-    T = 1000.0
-    p, q = torch.softmax(teacher / T, 0), torch.softmax(student / T, 0)
-    assert float(T**2 * (p * (p / q).log()).sum()) == pytest.approx(
-        float((teacher - student).square().sum() / 20), rel=0.01
-    )
-    assert r"\frac{1}{2 C T^2}" in answers("07")[0]
-
-
-def test_08_where_landmarks_pay():
-    text = answers("08")[0]
+def test_09_where_landmarks_pay():
+    text = answers("09")[0]
 
     def least(turns, m=64, c=64):
         return next(n for n in range(1, 2000) if 4 * n * m * c + 2 * m**2 * c + 4 * turns * m**3 < 2 * n**2 * c)
@@ -151,15 +151,15 @@ def test_08_where_landmarks_pay():
     assert f"it is {least(2)}" in text or f"it is {least(2) - 1}" in text
 
 
-def test_09_energy_of_a_byte():
-    text = answers("09")[2]
+def test_10_energy_of_a_byte():
+    text = answers("10")[2]
     energy = 1470 * 0.1
     assert f"{energy:g} J for 346 MB" in text
     assert f"{energy / 346:.2f} µJ a byte" in text
 
 
-def test_91_savings_and_their_product():
-    text = answers("91")[0]
+def test_11_savings_and_their_product():
+    text = answers("11")[0]
     both = 9 / 2 * 4 / 32 + 1
     pruned, coded = 9 / 2 + 1, 9 * 4 / 32 + 1
     for number in (
@@ -173,8 +173,8 @@ def test_91_savings_and_their_product():
         assert number in text
 
 
-def test_92_the_luckiest_of_many(base, digits):
-    first, _, third = answers("92")
+def test_12_the_luckiest_of_many(base, digits):
+    first, _, third = answers("12")
     best = np.random.default_rng(0).binomial(200, 0.9, (4000, 32)).max(axis=1).mean() / 200
     assert 100 * (best - 0.9) == pytest.approx(4, abs=0.5)
     assert "about 4 points" in first

@@ -148,7 +148,7 @@ def test_settings_reach_into_what_is_usual():
 
 
 def test_only_whole_blocks_can_come_before_uct(base, digits):
-    """The answer to an exercise of lesson 91."""
+    """The answer to an exercise of lesson 11."""
     uct = make_config("uct", {"train": {"epochs": 0}})
     taught = make_config("distillation", {"train": {"epochs": 0}})
     assert compress(base.model, [taught, uct], digits).recipe.method == "distillation+uct"

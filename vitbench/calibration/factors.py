@@ -1,7 +1,7 @@
 """Low-rank factors of weight matrices in closed form: of one matrix, or with one factor that all blocks share.
 
 One matrix is W (out x in) ~ A B. The factors are nested: the first r columns and rows are the factors of rank r. "activation"
-has the least error of the layer's outputs (lesson 03): with the inputs' covariance C, G = W C W^T = U diag(s^2) U^T and
+has the least error of the layer's outputs (lesson 05): with the inputs' covariance C, G = W C W^T = U diag(s^2) U^T and
 W_r = U_r U_r^T W, the mean squared error of the outputs, E||(W - W_r) x||^2, is the sum of the discarded s_i^2. The other
 decompositions are published ones, for comparison. With a shared factor, W_l^T ~ Z_l D for all blocks l, which also have
 trainable codes (`vitbench.methods.uct`).
