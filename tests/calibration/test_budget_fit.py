@@ -1,4 +1,4 @@
-"""A method that is asked for a budget keeps within it and saves no more than it must."""
+"""A method that is asked for a budget keeps within it and reduces no more than it must."""
 
 import pytest
 
@@ -9,24 +9,23 @@ from vitbench.methods.registry import METHODS, compress, make_config
 from vitbench.model import artifact
 from vitbench.run.combinations import fit_budget
 
-ABLE = [name for name, method in METHODS.items() if method.ladder]
+ABLE = [name for name, method in METHODS.items() if method.operating_points]
 QUICK = {"train": {"epochs": 0}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ABLE)
-def test_a_ladder_goes_down(name, base, digits, tmp_path):
-    """What a budget costs by is measured, so that a rung may save nothing more; none may save less than the one before."""
-    rungs = METHODS[name].ladder(base.model)
-    assert len(rungs) > 3
+def test_operating_points_cost_less_and_less(name, base, digits, tmp_path):
+    """A budget measures costs, so two neighbouring points may cost the same; none may cost more than the one before it."""
+    points = METHODS[name].operating_points(base.model)
+    assert len(points) > 3
     spent = []
     own = {"start": "weights"} if name == "uct" else {"compensation": "none"} if name == "pruning" else {}
-    for rung in (rungs[0], rungs[len(rungs) // 2], rungs[-1]):
-        small = compress(base.model, make_config(name, QUICK | own | rung), digits)
-        saves = METHODS[name].saves
+    for point in (points[0], points[len(points) // 2], points[-1]):
+        small = compress(base.model, make_config(name, QUICK | own | point), digits)
         spent.append(
             count_macs(small)
-            if saves == "macs"
+            if METHODS[name].reduces == "macs"
             else artifact.size_on_disk(artifact.save(small, tmp_path / str(len(spent))))
         )
     assert spent[0] > spent[1] > spent[2]
@@ -39,12 +38,12 @@ def test_a_ladder_goes_down(name, base, digits, tmp_path):
 )
 def test_bytes(name, share, base, digits, tmp_path):
     config = fit_budget(base.model, name, digits, target=share, settings=QUICK)
-    rungs, size = METHODS[name].ladder(base.model), artifact.size_on_disk(base.path)
+    points, size = METHODS[name].operating_points(base.model), artifact.size_on_disk(base.path)
     small = compress(base.model, config, digits)
     assert artifact.size_on_disk(artifact.save(small, tmp_path / "small")) <= share * size
-    chosen = next(i for i, rung in enumerate(rungs) if rung.items() <= config.to_dict().items())
+    chosen = next(i for i, point in enumerate(points) if point.items() <= config.to_dict().items())
     if chosen:
-        dearer = compress(base.model, make_config(name, QUICK | rungs[chosen - 1]), digits)
+        dearer = compress(base.model, make_config(name, QUICK | points[chosen - 1]), digits)
         assert artifact.size_on_disk(artifact.save(dearer, tmp_path / "dearer")) + 512 > share * size
 
 
@@ -74,7 +73,7 @@ def test_latency_in_turn_with_the_model_itself(base, digits):
         ("weight_only", "macs", 0.5, "cannot get to macs"),
     ],
 )
-def test_budgets_that_cannot_be_had(name, cost, target, message, base, digits):
+def test_unreachable_budgets(name, cost, target, message, base, digits):
     with pytest.raises(InputError, match=message):
         fit_budget(base.model, name, digits, cost=cost, target=target, settings=QUICK)
 

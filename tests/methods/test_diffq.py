@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vitbench.base.errors import InputError
-from vitbench.methods.diffq import LEAST, MOST, NoiseCoder, settle
+from vitbench.methods.diffq import MAX_BITS, MIN_BITS, NoiseCoder, round_bits_to_target
 from vitbench.methods.registry import compress, make_config
 from vitbench.model import vit
 from vitbench.model.layers import PackedLinear
@@ -28,7 +28,7 @@ def test_the_noise_is_as_large_as_the_rounding_error():
 def test_more_bits_less_noise_and_the_gradient_says_so():
     noisy = coder(4.0).train()
     (noisy.decode()["layer"] - noisy.value.detach() * noisy.scale).square().sum().backward()
-    assert noisy.moved.grad < 0, "going against the gradient gives more bits"
+    assert noisy.logit_change.grad < 0, "going against the gradient gives more bits"
     assert float(noisy.regularizer({}).detach()) == pytest.approx(4.0 * 240, rel=1e-4)
 
 
@@ -36,18 +36,20 @@ def test_more_bits_less_noise_and_the_gradient_says_so():
 def test_settled_bits_are_whole_and_meet_the_target(target):
     coders = [coder(bits, shape) for bits, shape in ((2.4, (6, 40)), (3.5, (12, 40)), (6.6, (3, 40)), (4.0, (9, 40)))]
     count = sum(each.value.numel() for each in coders)
-    settle(coders, target * count)
-    used = sum(each.whole * each.value.numel() for each in coders)
+    round_bits_to_target(coders, target * count)
+    used = sum(each.final_bits * each.value.numel() for each in coders)
     assert used <= target * count
-    assert all(LEAST <= each.whole <= MOST for each in coders)
+    assert all(MIN_BITS <= each.final_bits <= MAX_BITS for each in coders)
     room = target * count - used
-    assert all(each.value.numel() > room or each.whole == MOST for each in coders), "more bits would have fitted"
+    assert all(each.value.numel() > room or each.final_bits == MAX_BITS for each in coders), (
+        "more bits would have fitted"
+    )
 
 
 def test_where_rounding_hurts_more_there_are_more_bits():
     wanted = [coder(6.6), coder(2.4)]
-    settle(wanted, 4.5 * 480)
-    assert wanted[0].whole > wanted[1].whole
+    round_bits_to_target(wanted, 4.5 * 480)
+    assert wanted[0].final_bits > wanted[1].final_bits
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitbench.calibration import quantizers
 from vitbench.methods.registry import compress, make_config
-from vitbench.methods.static_int8 import _equalise
+from vitbench.methods.static_int8 import _smooth_channels
 from vitbench.model import blocks, vit
 from vitbench.model.recipe import Architecture, Preprocess, Recipe
 
@@ -62,7 +62,7 @@ def test_the_float_models_answers_stay(kind, few):
     assert {name.split(".", 2)[2] for name in blocks.preceding_norms(model)} == expected
     layers = vit.linear_layers(model)
     before, weights = model(x), {name: layer.weight.clone() for name, layer in layers.items()}
-    _equalise(model, layers, quantizers.channel_ranges(model, layers, few.calibration), 0.5)
+    _smooth_channels(model, layers, quantizers.channel_ranges(model, layers, few.calibration), 0.5)
     assert float((model(x) - before).abs().max()) <= 1e-4 * float(before.abs().max()), kind
     changed = {name.split(".", 2)[2] for name, layer in layers.items() if not torch.equal(layer.weight, weights[name])}
     assert changed == expected

@@ -72,7 +72,7 @@ def test_saved_and_loaded_it_answers_the_same_and_saves_what_it_promises(name, b
     wanted = small(x)  # activations quantized on the fly may round the other way for a last bit
     assert torch.allclose(loaded(x), wanted, atol=2e-2 * wanted.abs().max())
     promised = {"bytes": artifact.size_on_disk, "macs": lambda path: count_macs(artifact.load(path))}[
-        METHODS[name].saves
+        METHODS[name].reduces
     ]
     assert promised(path) < promised(base.path)
 

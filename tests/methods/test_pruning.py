@@ -10,7 +10,7 @@ from vitbench.data.batches import eval_batches
 from vitbench.figures import search_policies
 from vitbench.measurement.cost import count_macs
 from vitbench.measurement.measuring import measure
-from vitbench.methods.multidimensional import MultiDimensional, Task
+from vitbench.methods.multidimensional import MultiDimensional, PolicySearch
 from vitbench.methods.pruning import Pruning
 from vitbench.methods.registry import compress, make_config
 from vitbench.model import artifact, blocks, vit
@@ -229,7 +229,7 @@ def test_weights_shared_over_policies_suit_them_better(base, digits):
     """The same policies, cut without compensation: after training under random ones their cross-entropy is lower."""
     hard = QUICK.replace(keep=0.4, compensation="none", dimensions=DIMENSIONS)
     shared = hard.replace(sharing=TrainConfig(epochs=6, lr=1e-3, warmup_epochs=0, mixup=0.0))
-    tasks = [Task(base.model, config, digits) for config in (hard, shared)]
+    tasks = [PolicySearch(base.model, config, digits) for config in (hard, shared)]
     rng = np.random.default_rng(0)
     policies = tasks[0].space.scale_to_budget(tasks[0].space.sample(rng, 20), tasks[0].cost, *tasks[0].limits)[:5]
     plain, better = ([task.evaluate(each) for each in policies] for task in tasks)
@@ -249,7 +249,7 @@ def test_a_latency_table_grows_with_units_and_is_met(base, digits):
         mlp=np.array([[1.0, 2], [2, 4]]),
         rest=1.0,
     )
-    task = Task(base.model, QUICK.replace(keep=0.7, most=0.7), digits)
+    task = PolicySearch(base.model, QUICK.replace(keep=0.7, most=0.7), digits)
     whole = task.space.counts(np.zeros(13))
     assert table(whole)[0] == pytest.approx(1 + 4 * (5 + 4))
     half = task.space.counts(np.array([0.5] * 8 + [0.0] * 5))

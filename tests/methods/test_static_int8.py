@@ -12,7 +12,7 @@ from vitbench.data.batches import eval_batches
 from vitbench.measurement import backends
 from vitbench.measurement.measuring import measure
 from vitbench.methods.registry import compress, make_config
-from vitbench.methods.static_int8 import _equalise
+from vitbench.methods.static_int8 import _smooth_channels
 from vitbench.model import artifact, blocks, vit
 from vitbench.model.layers import StaticInt8Linear
 from vitbench.rows import comparison_table
@@ -73,7 +73,7 @@ def test_evening_out_channels_changes_no_answer(base, digits):
     layers, x = vit.linear_layers(model), torch.randn(4, 3, 8, 8)
     before, seen = model(x), channel_ranges(model, layers, digits.calibration)
     reach = {name: torch.maximum(c.low.abs(), c.high.abs()) for name, c in seen.items()}
-    _equalise(model, layers, seen, 0.5)
+    _smooth_channels(model, layers, seen, 0.5)
     after = channel_ranges(model, layers, digits.calibration)
     assert torch.allclose(model(x), before, atol=1e-4)
     for name, found in after.items():

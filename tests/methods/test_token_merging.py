@@ -10,7 +10,7 @@ from vitbench.measurement.cost import count_macs
 from vitbench.methods.nystroem import Nystroem
 from vitbench.methods.pruning import Pruning
 from vitbench.methods.registry import compress, make_config
-from vitbench.methods.token_merging import TokenMerging, schedule, tokens_left
+from vitbench.methods.token_merging import TokenMerging, merge_schedule, tokens_after
 from vitbench.model import artifact, blocks, tokens, vit
 
 # of pruning's settings: tokens alone, merged after every block, and no images
@@ -30,20 +30,20 @@ def model():
 
 def test_the_schedules_merge_as_many_in_all():
     for r in (1, 4, 8, 13, 16):
-        constant, decreasing = schedule(r, 12, "constant"), schedule(r, 12, "decreasing")
+        constant, decreasing = merge_schedule(r, 12, "constant"), merge_schedule(r, 12, "decreasing")
         assert constant == [r] * 12
         assert sum(decreasing) == 12 * r
         assert decreasing[0] == 2 * r
         assert decreasing[-1] == 0
         assert decreasing == sorted(decreasing, reverse=True)
-    assert schedule(3, 1, "decreasing") == [3]
+    assert merge_schedule(3, 1, "decreasing") == [3]
 
 
 def test_at_most_half_of_the_tokens_go_and_two_stay():
-    assert tokens_left([8] * 12, 197, 1) == [197 - 8 * i for i in range(1, 13)]
-    assert tokens_left([100, 100, 3, 0], 197, 1) == [99, 50, 47, 47]  # 196 // 2 = 98, 98 // 2 = 49
-    assert tokens_left([9] * 6, 5, 1) == [3, 2, 2, 2, 2, 2]
-    assert tokens_left([9] * 4, 4, 0) == [2, 2, 2, 2]
+    assert tokens_after([8] * 12, 197, 1) == [197 - 8 * i for i in range(1, 13)]
+    assert tokens_after([100, 100, 3, 0], 197, 1) == [99, 50, 47, 47]  # 196 // 2 = 98, 98 // 2 = 49
+    assert tokens_after([9] * 6, 5, 1) == [3, 2, 2, 2, 2, 2]
+    assert tokens_after([9] * 4, 4, 0) == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

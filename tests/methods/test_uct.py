@@ -14,7 +14,7 @@ from vitbench.measurement.cost import count_macs
 from vitbench.measurement.limits import peak_tensors
 from vitbench.methods import uct
 from vitbench.methods.registry import compress, make_config
-from vitbench.methods.uct import OFFICIAL_UCT, UCT, set_order
+from vitbench.methods.uct import OFFICIAL_UCT, UCT, with_order
 from vitbench.model import artifact, vit
 from vitbench.model.layers.factored import factored_layers
 from vitbench.run.cache import compress_cached
@@ -67,7 +67,7 @@ def test_both_orders_agree_on_published_shapes(published):
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     first = small(x)
     for order in ("decode_first", "cheapest"):
-        assert (set_order(small, order)(x) - first).abs().max() <= 1e-4 * first.abs().max()
+        assert (with_order(small, order)(x) - first).abs().max() <= 1e-4 * first.abs().max()
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_reordered_inference_never_holds_a_decoded_matrix(published):
     decoded |= {pair[::-1] for pair in decoded}
     peaks = {}
     for order in ("reordered", "decode_first"):
-        model = set_order(small, order)
+        model = with_order(small, order)
         with Shapes() as shapes:
             model.blocks(torch.zeros(1, 197, model.embed_dim))
         assert bool(shapes.seen & decoded) == (order == "decode_first")

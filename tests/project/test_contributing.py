@@ -46,7 +46,7 @@ def run(checkout, *command):
 
 
 def test_the_commands_of_the_page_are_the_ones_tried_here():
-    (commands,) = re.findall(r"\*\*3\. Look at it\.\*\*\n\n```\n(.+?)```", TEXT, re.S)
+    (commands,) = re.findall(r"\*\*3\. Check the result\.\*\*\n\n```\n(.+?)```", TEXT, re.S)
     assert commands.splitlines() == [
         "vitbench list methods",
         "pytest tests/methods/test_methods.py -k half",

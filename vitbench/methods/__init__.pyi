@@ -30,6 +30,6 @@ from .token_merging import TokenMerging as TokenMerging
 from .uct import (
     OFFICIAL_UCT as OFFICIAL_UCT,
     UCT as UCT,
-    set_order as set_order,
+    with_order as with_order,
 )
 from .weight_only import WeightOnly as WeightOnly

@@ -31,8 +31,8 @@ from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
-LEAST, MOST = 2, 8  # bits
-SPEED = 10.0  # of the logits behind the bits, so that they move with the weights' learning rate
+MIN_BITS, MAX_BITS = 2, 8  # bits
+BITS_LR_FACTOR = 10.0  # of the logits behind the bits, so that they move with the weights' learning rate
 
 
 class DiffQ(CodedTrainingConfig):
@@ -44,7 +44,7 @@ class DiffQ(CodedTrainingConfig):
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
-    bits: float = Field(default=4.0, ge=LEAST, le=MOST)
+    bits: float = Field(default=4.0, ge=MIN_BITS, le=MAX_BITS)
     pressure: float = Field(default=10.0, gt=0)
     train: TrainConfig = TrainConfig(epochs=5, lr=2e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
@@ -67,7 +67,7 @@ def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> nn.Module:
         return config.pressure * (used / target - 1).clamp(min=0)
 
     coded = CodedModel(model, coders)
-    return train_codes(coded, config, data, teacher, pressure, lambda: settle(noisy.values(), target))
+    return train_codes(coded, config, data, teacher, pressure, lambda: round_bits_to_target(noisy.values(), target))
 
 
 class NoiseCoder(Coder):
@@ -79,14 +79,14 @@ class NoiseCoder(Coder):
         weight = module.weight.detach()
         self.register_buffer("scale", weight.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8))
         self.value = nn.Parameter(weight / self.scale)
-        share = min(max((bits - LEAST) / (MOST - LEAST), 0.02), 0.98)
-        self.start, self.moved = math.log(share / (1 - share)), nn.Parameter(torch.zeros(1))
-        self.whole = LEAST  # until it is settled
+        share = min(max((bits - MIN_BITS) / (MAX_BITS - MIN_BITS), 0.02), 0.98)
+        self.initial_logit, self.logit_change = math.log(share / (1 - share)), nn.Parameter(torch.zeros(1))
+        self.final_bits = MIN_BITS  # until it is settled
 
     @property
     def bits(self) -> Tensor:
         """The present bits, between the least and the most, (1,)."""
-        return LEAST + (MOST - LEAST) * torch.sigmoid(self.start + SPEED * self.moved)
+        return MIN_BITS + (MAX_BITS - MIN_BITS) * torch.sigmoid(self.initial_logit + BITS_LR_FACTOR * self.logit_change)
 
     def decode(self) -> dict[str, Tensor]:
         if not self.training:
@@ -101,7 +101,7 @@ class NoiseCoder(Coder):
         return (self.bits * self.value.numel()).sum()
 
     def install_packed(self, model: nn.Module) -> None:
-        self._rounded(self.whole).install_packed(model)
+        self._rounded(self.final_bits).install_packed(model)
 
     def _rounded(self, bits: int) -> RowCoder:
         layer = nn.Linear(*reversed(self.value.shape), bias=False, device="meta")
@@ -109,17 +109,17 @@ class NoiseCoder(Coder):
         return RowCoder(self.names[0], layer, bits)
 
 
-def settle(coders: Iterable[NoiseCoder], target: float) -> None:
+def round_bits_to_target(coders: Iterable[NoiseCoder], target: float) -> None:
     """Whole bits that meet the target: the learned ones rounded, then the least wanted taken or the most wanted given."""
     coders = list(coders)
     learned = {coder: float(coder.bits.detach()) for coder in coders}
     for coder in coders:
-        coder.whole = round(learned[coder])
+        coder.final_bits = round(learned[coder])
 
     def left() -> float:
-        return target - sum(coder.whole * coder.value.numel() for coder in coders)
+        return target - sum(coder.final_bits * coder.value.numel() for coder in coders)
 
-    while left() < 0 and (above := [coder for coder in coders if coder.whole > LEAST]):
-        max(above, key=lambda coder: coder.whole - learned[coder]).whole -= 1
-    while fitting := [coder for coder in coders if coder.whole < MOST and coder.value.numel() <= left()]:
-        max(fitting, key=lambda coder: learned[coder] - coder.whole).whole += 1
+    while left() < 0 and (above := [coder for coder in coders if coder.final_bits > MIN_BITS]):
+        max(above, key=lambda coder: coder.final_bits - learned[coder]).final_bits -= 1
+    while fitting := [coder for coder in coders if coder.final_bits < MAX_BITS and coder.value.numel() <= left()]:
+        max(fitting, key=lambda coder: learned[coder] - coder.final_bits).final_bits += 1

@@ -48,7 +48,7 @@ class Distillation(FineTuneConfig):
 @register(
     Distillation,
     identity=Distillation(depth=0, train=TrainConfig(epochs=0)),
-    ladder=lambda model: [{"depth": n} for n in range(len(model.blocks), 0, -1)],
+    operating_points=lambda model: [{"depth": n} for n in range(len(model.blocks), 0, -1)],
 )
 def distillation(model: nn.Module, config: Distillation, data: ImageData | None) -> nn.Module:
     """Make the student, and train it. The teacher is thrown away, and so is what only served to compare with it."""

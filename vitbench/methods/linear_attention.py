@@ -23,7 +23,7 @@ class LinearAttention(FineTuneConfig):
     train: TrainConfig = TRAIN
 
 
-@register(LinearAttention, identity=LinearAttention(blocks=(), train=TRAIN.replace(epochs=0)), saves="macs")
+@register(LinearAttention, identity=LinearAttention(blocks=(), train=TRAIN.replace(epochs=0)), reduces="macs")
 def linear_attention(model: nn.Module, config: LinearAttention, data: ImageData | None) -> nn.Module:
     """Put linear attention in the place of the blocks' softmax attention, and train on."""
     teacher = find_teacher(model, config, data) if config.train.epochs else None

@@ -43,7 +43,7 @@ class LSQ(CodedTrainingConfig):
 @register(
     LSQ,
     identity=LSQ(layers=(), ends_bits=None, rest="float32"),
-    ladder=lambda model: [{"weight_bits": n} for n in range(8, 1, -1)],
+    operating_points=lambda model: [{"weight_bits": n} for n in range(8, 1, -1)],
 )
 def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
     """Round weights and activations of the blocks' linear layers, and train with the rounding in place."""

@@ -1,6 +1,6 @@
-"""What a method is: a config class and a handler `(model, config, data) -> model`, tied together by `register`.
+"""What a method is: a config class and a handler `(model, config, data) -> model`, which `register` joins under one name.
 
-`METHODS` is whole once `vitbench.methods.registry` is imported, which imports every file of the folder.
+`METHODS` is complete once `vitbench.methods.registry` is imported, because that imports every file of the folder.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from torch import nn
 from vitbench.base.configs import Config
 from vitbench.data.splits import ImageData
 
-Saves = Literal["bytes", "macs"]
+Reduces = Literal["bytes", "macs"]
 
 
 Handler = Callable[[nn.Module, Any, ImageData | None], nn.Module]  # each handler takes its own config class
 
 
-Ladder = Callable[[nn.Module], list[dict[str, Any]]]
+OperatingPoints = Callable[[nn.Module], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,33 @@ class Method:
     config: type[Config]
     handler: Handler
     identity: Config
-    saves: Saves
-    ladder: Ladder | None = None
+    reduces: Reduces
+    operating_points: OperatingPoints | None = None
 
 
 METHODS: dict[str, Method] = {}
 
 
 def register(
-    config: type[Config], *, identity: Config, saves: Saves = "bytes", ladder: Ladder | None = None
+    config: type[Config],
+    *,
+    identity: Config,
+    reduces: Reduces = "bytes",
+    operating_points: OperatingPoints | None = None,
 ) -> Callable[[Handler], Handler]:
     """Register a handler under its function's name.
 
     Args:
-        config: the class of its configs; all fields have defaults, which are the method's usual setting.
-        identity: the config at which nothing is compressed (tests hold every method to it).
-        saves: what the usual setting has less of, a file's bytes or multiply-accumulates (likewise).
-        ladder: for a model, settings from the one that saves least to the one that saves most; a budget picks one of them
-            (`vitbench.run.combinations.fit_budget`).
+        config: the method's config class. All its fields have defaults, which are the method's default setting.
+        identity: the config that compresses nothing. A test checks this for every method.
+        reduces: what the default setting reduces: the bytes of the file, or the multiply-accumulates. A test checks this
+            for every method.
+        operating_points: a function that lists settings for a model, in the order of how much they reduce, least first.
+            A budget picks one of them (`vitbench.run.combinations.fit_budget`).
     """
 
     def add(handler: Handler) -> Handler:
-        METHODS[handler.__name__] = Method(handler.__name__, config, handler, identity, saves, ladder)
+        METHODS[handler.__name__] = Method(handler.__name__, config, handler, identity, reduces, operating_points)
         return handler
 
     return add

@@ -92,7 +92,7 @@ def _keeps(model: nn.Module) -> list[dict[str, float]]:
     return [{"keep": n / 50} for n in range(50, 0, -1) if n / 50 >= least]
 
 
-@register(MixedRank, identity=MixedRank(keep=1.0), ladder=_keeps)
+@register(MixedRank, identity=MixedRank(keep=1.0), operating_points=_keeps)
 def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> nn.Module:
     """Factor linear layers at ranks that suit them, compensate the error, and train on if asked to."""
     vit.dense_layers_by_type(model, config.layers)

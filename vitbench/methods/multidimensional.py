@@ -70,7 +70,7 @@ def multidimensional(model: nn.Module, config: MultiDimensional, data: ImageData
     if data is None:
         raise InputError("multidimensional scores policies on images and no data set was given; give one")
     teacher = find_teacher(model, config, data) if config.train.epochs else None
-    task = Task(model, config, data)
+    task = PolicySearch(model, config, data)
     found = task.search()
     counts = task.space.counts(found.best)
     small = task.pruner.prune(counts).requires_grad_(bool(config.train.epochs))
@@ -79,7 +79,7 @@ def multidimensional(model: nn.Module, config: MultiDimensional, data: ImageData
     return small.cpu()
 
 
-class Task:
+class PolicySearch:
     """One search: the space, its budget, and what scores a policy. `search` may be asked for several times.
 
     Raises:

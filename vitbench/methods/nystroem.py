@@ -52,8 +52,8 @@ class Nystroem(FineTuneConfig):
 @register(
     Nystroem,
     identity=Nystroem(blocks=()),
-    saves="macs",
-    ladder=lambda model: [{"landmarks": n} for n in range(vit.token_count(model), 1, -1)],
+    reduces="macs",
+    operating_points=lambda model: [{"landmarks": n} for n in range(vit.token_count(model), 1, -1)],
 )
 def nystroem(model: nn.Module, config: Nystroem, data: ImageData | None) -> nn.Module:
     """Put Nystroem attention in the place of the blocks' softmax attention, and train on if asked to."""

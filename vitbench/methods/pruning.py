@@ -44,7 +44,7 @@ def _shares(model: nn.Module) -> list[dict[str, float]]:
     return [{"neurons": n / 50, "head_dims": n / 50, "heads": 0.0} for n in range(50) if n / 50 <= most]
 
 
-@register(Pruning, identity=Pruning(neurons=0.0, heads=0.0), ladder=_shares)
+@register(Pruning, identity=Pruning(neurons=0.0, heads=0.0), operating_points=_shares)
 def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
     """Take out the units and tokens that matter least, make up for them, and train on if asked to."""
     ratios = [getattr(config, name) for name in DIMENSIONS]

@@ -62,7 +62,7 @@ def static_int8(model: nn.Module, config: StaticInt8, data: ImageData | None) ->
     places = blocks.make_attention_quantizable(model) if config.attention else {}
     seen = quantizers.channel_ranges(model, layers, split)
     if config.equalise:
-        _equalise(model, layers, seen, config.equalise)
+        _smooth_channels(model, layers, seen, config.equalise)
     found = quantizers.input_ranges(model, layers, seen, split, config.range)
     given = copy.deepcopy(model) if config.compensation else None
     if places:
@@ -101,7 +101,7 @@ def _round_attention(
 
 
 @torch.no_grad()
-def _equalise(
+def _smooth_channels(
     model: nn.Module, layers: Mapping[str, nn.Linear], seen: Mapping[str, ChannelRanges], power: float
 ) -> None:
     """Divide what LayerNorm gives channel j by s_j = max|x_j|^p / max|W_.j|^(1-p), and multiply W_.j by it, in place."""

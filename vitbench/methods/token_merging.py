@@ -39,14 +39,14 @@ class TokenMerging(FineTuneConfig):
     train: TrainConfig = TRAIN
 
 
-def schedule(r: int, depth: int, kind: str) -> list[int]:
+def merge_schedule(r: int, depth: int, kind: str) -> list[int]:
     """Pairs to merge in each of `depth` blocks."""
     if kind == "constant" or depth == 1:
         return [r] * depth
     return [int(2 * r * (1 - index / (depth - 1)) + 0.5) for index in range(depth)]
 
 
-def tokens_left(pairs: Sequence[int], tokens: int, prefix: int) -> list[int]:
+def tokens_after(pairs: Sequence[int], tokens: int, prefix: int) -> list[int]:
     """Tokens after each block that merges so many pairs, of which at most half of those that may go do, and two stay."""
     left = []
     for count in pairs:
@@ -58,8 +58,8 @@ def tokens_left(pairs: Sequence[int], tokens: int, prefix: int) -> list[int]:
 @register(
     TokenMerging,
     identity=TokenMerging(r=0),
-    saves="macs",
-    ladder=lambda model: [{"r": n} for n in range(model.patch_embed.num_patches // 2)],
+    reduces="macs",
+    operating_points=lambda model: [{"r": n} for n in range(model.patch_embed.num_patches // 2)],
 )
 def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None) -> nn.Module:
     """Let every block merge tokens, and train on if asked to."""
@@ -67,7 +67,7 @@ def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None
     pairs, tokens = _pairs(model, config), vit.token_count(model)
     if any(pairs):
         _check(model)
-        left = tokens_left(pairs, tokens, model.num_prefix_tokens)
+        left = tokens_after(pairs, tokens, model.num_prefix_tokens)
         before = [tokens, *left]
         blocks.reduce_tokens(model, "merge", [m if m < n else None for n, m in zip(before, left)])
         blocks.record_block_shapes(model)
@@ -86,7 +86,7 @@ def _pairs(model: nn.Module, config: TokenMerging) -> list[int]:
             )
         return list(config.r)
     r = max(1, model.patch_embed.num_patches // (2 * depth)) if config.r is None else config.r
-    return schedule(r, depth, config.schedule)
+    return merge_schedule(r, depth, config.schedule)
 
 
 def _check(model: nn.Module) -> None:

@@ -128,7 +128,9 @@ def _ranks(model: nn.Module) -> list[dict[str, int]]:
     return [{"rank": rank} for rank in range(model.embed_dim, 0, -max(1, model.embed_dim // 48))]
 
 
-@register(UCT, identity=UCT(layers=(), ends_bits=None, rest="float32", train=TrainConfig(epochs=0)), ladder=_ranks)
+@register(
+    UCT, identity=UCT(layers=(), ends_bits=None, rest="float32", train=TrainConfig(epochs=0)), operating_points=_ranks
+)
 def uct(model: nn.Module, config: UCT, data: ImageData | None) -> nn.Module:
     """Code the blocks' linear layers with a factor that all blocks share, and train the codes."""
     if not config.layers and config.ends_bits is None:
@@ -143,7 +145,7 @@ def uct(model: nn.Module, config: UCT, data: ImageData | None) -> nn.Module:
     return small
 
 
-def set_order(model: nn.Module, order: Order) -> nn.Module:
+def with_order(model: nn.Module, order: Order) -> nn.Module:
     """The same compressed model (a copy) with its factored layers multiplying in another order."""
     model = copy.deepcopy(model)
     for layer in factored_layers(model).values():

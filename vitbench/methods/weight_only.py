@@ -36,7 +36,7 @@ from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
-LEAST, MOST = 2, 8  # bits
+MIN_BITS, MAX_BITS = 2, 8  # bits
 
 
 class WeightOnly(CodedTrainingConfig):
@@ -68,7 +68,7 @@ class WeightOnly(CodedTrainingConfig):
 @register(
     WeightOnly,
     identity=WeightOnly(layers=(), ends_bits=None, rest="float32"),
-    ladder=lambda model: [{"bits": n} for n in range(8, 1, -1)],
+    operating_points=lambda model: [{"bits": n} for n in range(8, 1, -1)],
 )
 def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) -> nn.Module:
     """Round the blocks' linear layers to packed codes of a few bits, and train them if asked to."""
@@ -136,18 +136,18 @@ def _bits(
     for name, layer in progress.progress_bar(layers.items(), "error by bits", unit="layer"):
         weight, covariance = layer.weight.detach(), found[name].output_error_covariance(layer)
         groups, choices[name] = weight.reshape(-1, config.group or layer.in_features), []
-        for bits in range(MOST, LEAST - 1, -1):
+        for bits in range(MAX_BITS, MIN_BITS - 1, -1):
             step = min_error_step(groups, bits, dim=1)
             change = ((quantize(groups, step, bits) * step).view_as(weight) - weight).double()
             lost = float(((change @ covariance) * change).sum())
-            choices[name].append(((MOST - bits) * weight.numel(), found[name].sensitivity * lost, bits))
-    whole = _bytes(model, layers, MOST, config)
+            choices[name].append(((MAX_BITS - bits) * weight.numel(), found[name].sensitivity * lost, bits))
+    whole = _bytes(model, layers, MAX_BITS, config)
     try:
-        return dict.fromkeys(layers, MOST) | greedy_allocation(choices, 8 * (whole - config.target_bytes))
+        return dict.fromkeys(layers, MAX_BITS) | greedy_allocation(choices, 8 * (whole - config.target_bytes))
     except BudgetUnreachable:
         raise InputError(
-            f"target_bytes = {config.target_bytes:,} is below the floor: with {LEAST} bits in each of the {len(layers)} layers "
-            f"all tensors take {_bytes(model, layers, LEAST, config):,} bytes; give at least that, or a larger group"
+            f"target_bytes = {config.target_bytes:,} is below the floor: with {MIN_BITS} bits in each of the {len(layers)} layers "
+            f"all tensors take {_bytes(model, layers, MIN_BITS, config):,} bytes; give at least that, or a larger group"
         ) from None
 
 

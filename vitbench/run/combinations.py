@@ -185,7 +185,7 @@ def _check(config: CombinationSearch) -> None:
         first = {key: values[0] for key, values in config.choices.get(name, {}).items() if values}
         make_config(name, config.settings.get(name, {}) | first)
     for name in set(config.structures) - {NONE}:
-        if METHODS[name].ladder is None:
+        if METHODS[name].operating_points is None:
             raise InputError(f"structures = {config.structures}: {name} has no operating points; take it for codes")
 
 
@@ -197,9 +197,9 @@ def _suggest(trial: Any, model: nn.Module, config: CombinationSearch) -> list[Co
         if name == NONE:
             continue
         values = dict(config.settings.get(name, {}))
-        if (ladder := METHODS[name].ladder) is not None:
-            operating_points = ladder(model)
-            values |= operating_points[trial.suggest_int(f"{name} rung", 0, len(operating_points) - 1)]
+        if (points_of := METHODS[name].operating_points) is not None:
+            operating_points = points_of(model)
+            values |= operating_points[trial.suggest_int(f"{name} operating point", 0, len(operating_points) - 1)]
         for key, allowed in config.choices.get(name, {}).items():
             values[key] = trial.suggest_categorical(f"{name} {key}", list(allowed))
         if "train" in METHODS[name].config.model_fields:
@@ -265,10 +265,10 @@ def fit_budget(
     """
     method, settings = METHODS[one_of("method", name, METHODS)], settings or {}
     one_of("cost", cost, COSTS)
-    if method.ladder is None:
-        adjustable_methods = ", ".join(other for other in METHODS if METHODS[other].ladder)
+    if method.operating_points is None:
+        adjustable_methods = ", ".join(other for other in METHODS if METHODS[other].operating_points)
         raise InputError(f"{name} has no setting that a budget could choose; allowed: {adjustable_methods}")
-    operating_points = method.ladder(model)
+    operating_points = method.operating_points(model)
     if conflicting := settings.keys() & operating_points[0].keys():
         raise InputError(f"{name}: the budget chooses {', '.join(sorted(conflicting))}; leave it out of the settings")
     with tempfile.TemporaryDirectory() as folder:
