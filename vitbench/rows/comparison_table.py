@@ -234,6 +234,8 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
 def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The models that the lessons have made from one baseline so far: for each method the first settings with a latency.
 
+    Methods of which no settings were timed follow, with their first settings and "-" as the time.
+
     Columns: top-1 (per cent, with its 95 % interval), MB, `x smaller`, and the ratios of multiply-accumulates and of the
     latency at the smallest batch size to the baseline's.
     """
@@ -245,7 +247,7 @@ def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     first: dict[str, str] = {}
     lines = []
-    for label in timed_labels(rows):
+    for label in (*timed_labels(rows), *rows["label"]):
         first.setdefault(label.partition(" (")[0], label)
     for method, label in first.items():
         size, times = number(label, "bytes"), ratios(rows, label)
@@ -256,7 +258,7 @@ def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
                 "MB": size / MEGA,
                 "x smaller": number("baseline", "bytes") / size,
                 "MACs": number(label, "macs") / number("baseline", "macs"),
-                "time": 1.0 if label == "baseline" else times[0]["value"] if times else float("nan"),
+                "time": 1.0 if label == "baseline" else round(times[0]["value"], 2) if times else "-",
             }
         )
     return pd.DataFrame(lines).set_index("method").round(2)
