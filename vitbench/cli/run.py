@@ -22,7 +22,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="run the notebooks of this folder, which are programs, with its profiles (default: the project's own)",
     )
-    add_settings(run, "parameters in place of the profile's, for example dataset=FOLDER train.epochs=5")
+    add_settings(
+        run,
+        "parameters in place of the profile's, for example dataset=FOLDER train.epochs=5, or 08.tuned.epochs=5 of lesson 08",
+    )
     run.add_argument(
         "--workers",
         type=int,

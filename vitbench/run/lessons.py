@@ -11,6 +11,9 @@ from vitbench.base import configs, paths
 from vitbench.base.errors import InputError, one_of
 
 STAGES = ("baseline", "method", "comparison")
+LESSONS = "lessons"  # the key of a profile under which single lessons have values of their own
+# what makes the images and the baseline, and the folder: one for all lessons of a run
+SHARED = ("dataset", "dataset_name", "splits", "model", "checkpoint", "pretrained", "img_size", "train", "out")
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,14 @@ def _lesson(path: Path) -> Lesson:
     )
 
 
+def _by_name_or_number(lessons: list[Lesson]) -> dict[str, Lesson]:
+    return {lesson.name: lesson for lesson in lessons} | {lesson.name.split("_")[0]: lesson for lesson in lessons}
+
+
 def choose(lessons: list[Lesson], only: list[str]) -> list[Lesson]:
     """The lessons whose name or number is in `only`; all lessons if it is empty."""
-    by_name = {lesson.name: lesson.name for lesson in lessons} | {
-        lesson.name.split("_")[0]: lesson.name for lesson in lessons
-    }
-    selected_names = {by_name[one_of("notebook", name.removesuffix(".ipynb"), by_name)] for name in only}
+    by_name = _by_name_or_number(lessons)
+    selected_names = {by_name[one_of("notebook", name.removesuffix(".ipynb"), by_name)].name for name in only}
     return [lesson for lesson in lessons if not only or lesson.name in selected_names]
 
 
@@ -110,10 +115,15 @@ def profiles(folder: str | Path = "") -> dict[str, Path]:
 def read_profile(name: str, settings: list[str], lessons: list[Lesson], folder: str | Path = "") -> dict[str, Any]:
     """The parameters of a profile (a name, or a path to a YAML file) overridden by `key=value` settings.
 
-    A dotted key reaches into a parameter that is a mapping: train.epochs=5.
+    A dotted key reaches into a parameter that is a mapping: train.epochs=5. One that begins with a lesson's name or number sets the
+    parameter of that lesson alone, as the profile's mapping `lessons` does: 04.tuned.epochs=5. A setting of all lessons
+    also replaces what the profile has for single ones.
+
+    Returns:
+        The values by parameter; below `lessons`, if there are any, those of single lessons by the lesson's name and the parameter.
 
     Raises:
-        InputError: unknown profile or key, or a value of another type than the notebooks declare.
+        InputError: unknown profile, lesson or key, or a value of another type than the notebooks declare.
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
@@ -123,17 +133,58 @@ def read_profile(name: str, settings: list[str], lessons: list[Lesson], folder: 
     values = configs.read_yaml(path, "profile")
     if not isinstance(values, dict):
         raise InputError(f"profile {path.name!r} is not a mapping of parameter names to values")
+    values_by_lesson = _values_by_lesson(values.pop(LESSONS, {}), lessons, path.name)
+    by_name = _by_name_or_number(lessons)
     for setting in settings:
         key, value = parse_setting(setting)
-        outer, _, inner = key.partition(".")
-        if inner:
-            current_value = values.get(outer, {})
-            if not isinstance(current_value, dict):
-                raise InputError(f"--set {key}: {outer} is not a mapping, so it has no {inner!r}")
-            values[outer] = {**current_value, inner: value}
-        else:
-            values[outer] = value
-    return _convert_parameters(values, lessons)
+        first, _, rest = key.partition(".")
+        if rest and first in by_name:
+            own_values = values_by_lesson.setdefault(by_name[first].name, {})
+            _set_value(own_values, rest, value, key, default=values)
+            continue
+        for own_values in values_by_lesson.values():
+            if first in own_values:
+                _set_value(own_values, key, value, key)
+        _set_value(values, key, value, key)
+    for lesson in lessons:
+        if lesson.name in values_by_lesson:
+            values_by_lesson[lesson.name] = _convert_own(values_by_lesson[lesson.name], lesson)
+    return _convert_parameters(values, lessons) | ({LESSONS: values_by_lesson} if values_by_lesson else {})
+
+
+def values_of(lesson: Lesson, values: dict[str, Any]) -> dict[str, Any]:
+    """What the values of `read_profile` give a lesson's parameters; its own go before those of all lessons."""
+    for_all = {name: value for name, value in values.items() if name in lesson.parameters}
+    return for_all | values.get(LESSONS, {}).get(lesson.name, {})
+
+
+def _values_by_lesson(found: Any, lessons: list[Lesson], source: str) -> dict[str, dict[str, Any]]:
+    """A profile's `lessons` by the lessons' names."""
+    if not isinstance(found, dict):
+        raise InputError(f"{LESSONS} of profile {source!r} is not a mapping of lessons to their parameters")
+    by_name = _by_name_or_number(lessons)
+    values_by_lesson: dict[str, dict[str, Any]] = {}
+    for key, own_values in found.items():
+        name = by_name[one_of(f"lesson of profile {source!r}", key, by_name)].name
+        if not isinstance(own_values, dict):
+            raise InputError(f"{LESSONS}: {key} of profile {source!r} is not a mapping of parameter names to values")
+        if name in values_by_lesson:
+            raise InputError(f"profile {source!r} has lesson {name} twice, by its name and its number; join the two")
+        values_by_lesson[name] = dict(own_values)
+    return values_by_lesson
+
+
+def _set_value(
+    values: dict[str, Any], key: str, value: Any, setting: str, default: dict[str, Any] | None = None
+) -> None:
+    """Set a key of `values`; a dotted one changes the mapping that it reaches into, which `default` has if `values` does not."""
+    outer, _, inner = key.partition(".")
+    if inner:
+        current_value = values.get(outer, (default or {}).get(outer, {}))
+        if not isinstance(current_value, dict):
+            raise InputError(f"--set {setting}: {outer} is not a mapping, so it has no {inner!r}")
+        value = {**current_value, inner: value}
+    values[outer] = value
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -142,6 +193,18 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise InputError(f"setting {text!r}: give key=value, for example train.epochs=5")
     return key, configs.yaml_value(value, f"setting {key}") if value.strip() else ""
+
+
+def _convert_own(own_values: dict[str, Any], lesson: Lesson) -> dict[str, Any]:
+    """The values of one lesson at its declared types."""
+    for name in SHARED:
+        if name in own_values:
+            raise InputError(f"{name} is one for all lessons; set it outside of {lesson.name}")
+    kinds = {name: kind for name, kind in lesson.parameters.items() if name not in SHARED}
+    return {
+        key: convert_parameter(key, value, kinds[one_of(f"parameter of {lesson.name}", key, kinds)])
+        for key, value in own_values.items()
+    }
 
 
 def _convert_parameters(values: dict[str, Any], lessons: list[Lesson]) -> dict[str, Any]:

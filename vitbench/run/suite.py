@@ -22,7 +22,7 @@ from vitbench.data.splits import ImageData, load_data
 from vitbench.rows.runs import Run
 from vitbench.run.cache import create_initial_model
 from vitbench.run.kernels import OPTIONS, Kernels
-from vitbench.run.lessons import STAGES, Lesson
+from vitbench.run.lessons import STAGES, Lesson, values_of
 from vitbench.training.config import TrainConfig
 
 POLL_SECONDS = 0.5
@@ -178,7 +178,7 @@ def _run_one(lesson: Lesson, key: str, values: dict[str, Any], run: Run, kernels
     _make_papermill_atomic(str(run.notebooks))
     partial_path, final_path = _executed_path(run, lesson, running=True), _executed_path(run, lesson)
     partial_path.parent.mkdir(parents=True, exist_ok=True)
-    parameters = {name: value for name, value in values.items() if name in lesson.parameters}
+    parameters = values_of(lesson, values)
     parameters |= _absolute(parameters) | {"out": str(run.folder.absolute())}
     error, start, started_at = "", time.monotonic(), time.time()
     try:
@@ -283,10 +283,9 @@ def _finished_key(copy: Path) -> str:
 
 
 def _key(lesson: Lesson, values: dict[str, Any], sources: str, fingerprint: str, upstream_keys: str) -> str:
-    lesson_parameters = {name: value for name, value in values.items() if name in lesson.parameters}
     key_inputs = [
         lesson.path.read_text(encoding="utf-8"),
-        lesson_parameters,
+        values_of(lesson, values),
         sources,
         fingerprint,
         upstream_keys if lesson.stage == "comparison" else "",
