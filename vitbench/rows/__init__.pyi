@@ -5,6 +5,7 @@ from .comparison_table import (
     experiment_rows as experiment_rows,
     find_row as find_row,
     label_of as label_of,
+    paired_top1 as paired_top1,
     progress_table as progress_table,
     ratios as ratios,
     summary_sentences as summary_sentences,
