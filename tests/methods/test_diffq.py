@@ -33,23 +33,23 @@ def test_more_bits_less_noise_and_the_gradient_says_so():
 
 
 @pytest.mark.parametrize("target", [2.0, 3.3, 5.0])
-def test_settled_bits_are_whole_and_meet_the_target(target):
+def test_final_bits_are_integers_that_meet_the_target(target):
     coders = [coder(bits, shape) for bits, shape in ((2.4, (6, 40)), (3.5, (12, 40)), (6.6, (3, 40)), (4.0, (9, 40)))]
-    count = sum(each.value.numel() for each in coders)
+    count = sum(noisy.value.numel() for noisy in coders)
     round_bits_to_target(coders, target * count)
-    used = sum(each.final_bits * each.value.numel() for each in coders)
+    used = sum(noisy.final_bits * noisy.value.numel() for noisy in coders)
     assert used <= target * count
-    assert all(MIN_BITS <= each.final_bits <= MAX_BITS for each in coders)
+    assert all(MIN_BITS <= noisy.final_bits <= MAX_BITS for noisy in coders)
     room = target * count - used
-    assert all(each.value.numel() > room or each.final_bits == MAX_BITS for each in coders), (
+    assert all(noisy.value.numel() > room or noisy.final_bits == MAX_BITS for noisy in coders), (
         "more bits would have fitted"
     )
 
 
 def test_where_rounding_hurts_more_there_are_more_bits():
-    wanted = [coder(6.6), coder(2.4)]
-    round_bits_to_target(wanted, 4.5 * 480)
-    assert wanted[0].final_bits > wanted[1].final_bits
+    coders = [coder(6.6), coder(2.4)]
+    round_bits_to_target(coders, 4.5 * 480)
+    assert coders[0].final_bits > coders[1].final_bits
 
 
 @pytest.mark.slow

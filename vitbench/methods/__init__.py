@@ -1,7 +1,7 @@
 """The compression methods, one file each: a config and a handler `(model, config, data) -> model`.
 
-Import `compress` and `make_config` to use any of them, or a method's config by its class.
-To add one, write a file with a function under `@register`; it is found by itself.
+Import `compress` and `make_config` to use any of them, or the config class of one method.
+To add a method, write a file with a function under `@register`, and `vitbench.methods.registry` finds it.
 """
 
 import lazy_loader

@@ -1,16 +1,16 @@
-"""DiffQ: how many bits each layer gets is learned, by gradient, together with its weights.
+"""DiffQ: the number of bits of each layer is learned by gradient, together with its weights.
 
-Rounding has no gradient in the number of bits. DiffQ (Défossez et al. 2021, arXiv 2104.09987) puts noise of the size of the
-rounding error in its place while training:
+Rounding has no gradient in the number of bits. In training, DiffQ (Défossez et al. 2021, arXiv 2104.09987) replaces rounding
+by noise of the same size as the rounding error:
 
     w + s(b) u / 2,    u uniform in [-1, 1],    s(b) = (max w - min w) / (2^b - 1),
 
-which is smooth in the bits b. The loss gets a term for the bytes; here it is one-sided, as there is a target:
+which is smooth in the bits b. The loss gets a penalty on the bytes. Here only bytes above the target are penalised:
 
     L + pressure max(0, bytes(b) / target - 1).
 
-At the end the bits become whole numbers that meet the target, and each row takes the step that rounds with the least
-squared error. The original gives bits to groups of 8 or 16 weights; here it is layers, and rows have the steps.
+After training, the bits are rounded to integers that meet the target, and each row gets the step of least squared error.
+The paper learns bits for groups of 8 or 16 weights; here each layer has its bits, and each row its step.
 """
 
 import math
@@ -31,16 +31,16 @@ from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
-MIN_BITS, MAX_BITS = 2, 8  # bits
-BITS_LR_FACTOR = 10.0  # of the logits behind the bits, so that they move with the weights' learning rate
+MIN_BITS, MAX_BITS = 2, 8
+BITS_LR_FACTOR = 10.0  # multiplies the logits of the bits, which share the learning rate of the weights
 
 
 class DiffQ(CodedTrainingConfig):
-    """Which layers, for how many bits on average.
+    """The layers to quantize and their mean number of bits.
 
     Attributes:
-        bits: a weight of these layers may take on average, as the target; steps and all else come on top.
-        pressure: of the term for the bytes above the target.
+        bits: the target: bits for each weight of these layers, on average; steps and all other tensors are not counted.
+        pressure: the weight of the penalty on bytes above the target.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -51,7 +51,7 @@ class DiffQ(CodedTrainingConfig):
 
 @register(DiffQ, identity=DiffQ(layers=(), ends_bits=None, rest="float32"))
 def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> nn.Module:
-    """Learn bits for each layer under noise, then round."""
+    """Learn the bits of each layer under noise, then round the weights."""
     vit.dense_layers_by_type(model, config.layers)
     layers, teacher = vit.linear_layers(model, config.layers), find_teacher(model, config, data)
     if layers and not config.train.epochs:
@@ -71,7 +71,7 @@ def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> nn.Module:
 
 
 class NoiseCoder(Coder):
-    """One weight whose bits are learned, in units of its rows' root mean squares; all its rows share the bits."""
+    """One weight with learned bits, which all its rows share; values are in units of each row's root mean square."""
 
     def __init__(self, name: str, module: nn.Linear, bits: float):
         super().__init__()
@@ -79,13 +79,16 @@ class NoiseCoder(Coder):
         weight = module.weight.detach()
         self.register_buffer("scale", weight.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8))
         self.value = nn.Parameter(weight / self.scale)
-        share = min(max((bits - MIN_BITS) / (MAX_BITS - MIN_BITS), 0.02), 0.98)
-        self.initial_logit, self.logit_change = math.log(share / (1 - share)), nn.Parameter(torch.zeros(1))
-        self.final_bits = MIN_BITS  # until it is settled
+        bits_fraction = min(max((bits - MIN_BITS) / (MAX_BITS - MIN_BITS), 0.02), 0.98)
+        self.initial_logit, self.logit_change = (
+            math.log(bits_fraction / (1 - bits_fraction)),
+            nn.Parameter(torch.zeros(1)),
+        )
+        self.final_bits = MIN_BITS  # until `round_bits_to_target` sets it
 
     @property
     def bits(self) -> Tensor:
-        """The present bits, between the least and the most, (1,)."""
+        """The current bits, a real number from MIN_BITS to MAX_BITS, (1,)."""
         return MIN_BITS + (MAX_BITS - MIN_BITS) * torch.sigmoid(self.initial_logit + BITS_LR_FACTOR * self.logit_change)
 
     def decode(self) -> dict[str, Tensor]:
@@ -97,7 +100,7 @@ class NoiseCoder(Coder):
         return {self.names[0]: (self.value + step * noise) * self.scale}
 
     def regularizer(self, weights: dict[str, Tensor]) -> Tensor:
-        """The bits of the whole weight."""
+        """The total bits of the weight."""
         return (self.bits * self.value.numel()).sum()
 
     def install_packed(self, model: nn.Module) -> None:
@@ -110,16 +113,21 @@ class NoiseCoder(Coder):
 
 
 def round_bits_to_target(coders: Iterable[NoiseCoder], target: float) -> None:
-    """Whole bits that meet the target: the learned ones rounded, then the least wanted taken or the most wanted given."""
+    """Set each coder's `final_bits` to an integer, so that all weights together take at most `target` bits.
+
+    The learned bits are rounded first. Then single bits are removed or added where rounding was furthest from the learned value.
+    """
     coders = list(coders)
     learned = {coder: float(coder.bits.detach()) for coder in coders}
     for coder in coders:
         coder.final_bits = round(learned[coder])
 
-    def left() -> float:
+    def bits_left() -> float:
         return target - sum(coder.final_bits * coder.value.numel() for coder in coders)
 
-    while left() < 0 and (above := [coder for coder in coders if coder.final_bits > MIN_BITS]):
-        max(above, key=lambda coder: coder.final_bits - learned[coder]).final_bits -= 1
-    while fitting := [coder for coder in coders if coder.final_bits < MAX_BITS and coder.value.numel() <= left()]:
-        max(fitting, key=lambda coder: learned[coder] - coder.final_bits).final_bits += 1
+    while bits_left() < 0 and (reducible := [coder for coder in coders if coder.final_bits > MIN_BITS]):
+        max(reducible, key=lambda coder: coder.final_bits - learned[coder]).final_bits -= 1
+    while increasable := [
+        coder for coder in coders if coder.final_bits < MAX_BITS and coder.value.numel() <= bits_left()
+    ]:
+        max(increasable, key=lambda coder: learned[coder] - coder.final_bits).final_bits += 1

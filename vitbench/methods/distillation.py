@@ -1,12 +1,13 @@
-"""Distillation: a smaller student learns from the labels and from what a teacher says of the same images.
+"""Distillation: a smaller student learns from the labels and from a teacher's outputs for the same images.
 
-What the teacher gives (`train`, see `vitbench.training.config`): its softened answers (Hinton et al. 2015), its first class (DeiT,
-Touvron et al. 2021), and what its blocks hold (hints, Romero et al. 2015; attention transfer, Zagoruyko & Komodakis 2017).
-As Beyer et al. 2022 have it, both see the very same view of an image. The survey's (Chen et al. 2024, arXiv 2404.10407)
-distillation rows are DeiTs that were fine-tuned without a teacher.
+The student can match the teacher's softened probabilities (Hinton et al. 2015), its predicted class (DeiT, Touvron et al. 2021),
+and its blocks' outputs (hints, Romero et al. 2015; attention transfer, Zagoruyko & Komodakis 2017); see `train` and
+`vitbench.training.config`. Both models get the same augmented view of an image (Beyer et al. 2022). In the survey
+(Chen et al. 2024, arXiv 2404.10407), the distillation rows are DeiTs that were fine-tuned without a teacher.
 
-The student is a part of the model that came in, another Vision Transformer, or, with `depth` 0, that model itself: a
-compressed one that learns from its original (`teacher`). With teacher "none" all but the teacher is the same.
+The student is some blocks of the input model, another Vision Transformer, or, with `depth` 0, the input model itself. In the
+last case it is a compressed model that learns from its original (`teacher`). With teacher "none" the same training runs
+without the distillation loss.
 """
 
 import copy
@@ -24,16 +25,17 @@ from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
 
 
 class Distillation(FineTuneConfig):
-    """Who learns, from whom, and how.
+    """The student, the teacher and the training.
 
     Attributes:
-        student: a name that `create_model` takes (from random weights), or the folder of a saved model; "" takes the
-            student out of the model that came in.
-        depth: of "", how many of its blocks, evenly spaced, with their weights; of a name, how many blocks; 0: all.
-        img_size: of a name, the height and width of its input; 0: as the model that came in.
-        token: give the student a distillation token, whose head follows the teacher while the other follows the labels; the
-            answer is the mean of both (DeiT).
-        teacher: as for all methods that train; "original" is the model that came in.
+        student: a name that `create_model` accepts (random weights), the folder of a saved model, or "": blocks of the input
+            model.
+        depth: for student "", the number of the input model's blocks to keep, evenly spaced, with their weights; for a name,
+            the number of blocks; 0: all.
+        img_size: for a name, the height and width of its input (pixels); 0: those of the input model.
+        token: give the student a distillation token. Its head learns from the teacher and the other head from the labels;
+            the logits are the mean of both heads (DeiT).
+        teacher: as for all methods that train; "original" is the input model.
     """
 
     student: str = ""
@@ -51,7 +53,7 @@ class Distillation(FineTuneConfig):
     operating_points=lambda model: [{"depth": n} for n in range(len(model.blocks), 0, -1)],
 )
 def distillation(model: nn.Module, config: Distillation, data: ImageData | None) -> nn.Module:
-    """Make the student, and train it. The teacher is thrown away, and so is what only served to compare with it."""
+    """Make the student and train it. The teacher is not kept, nor are layers that only compare the two."""
     student = _student(model, config)
     teacher = find_teacher(student, config, data, original=model)
     student.requires_grad_(bool(config.train.epochs))
@@ -64,14 +66,14 @@ def _student(model: nn.Module, config: Distillation) -> nn.Module:
         student, count = model, len(model.blocks)
         if config.depth > count:
             raise InputError(
-                f"depth = {config.depth} is more than the {count} blocks of the model that came in; give at most {count}, or a "
+                f"depth = {config.depth} is more than the {count} blocks of the input model; give at most {count}, or a "
                 "student by name"
             )
         if config.depth not in (0, count):
             student = copy.deepcopy(model)
             blocks.keep_blocks(student, blocks.evenly_spaced_blocks(config.depth, count))
     else:
-        student = _another(model, config)
+        student = _new_student(model, config)
     if config.token:
         student = copy.deepcopy(student)
         vit.add_distillation_token(student)
@@ -81,21 +83,21 @@ def _student(model: nn.Module, config: Distillation) -> nn.Module:
     return student
 
 
-def _another(model: nn.Module, config: Distillation) -> nn.Module:
-    """A student of another architecture, which keeps the story of the model that came in."""
-    given = model.recipe
+def _new_student(model: nn.Module, config: Distillation) -> nn.Module:
+    """A student of another architecture, whose recipe keeps the input model's origin and methods."""
+    input_recipe = model.recipe
     if Path(config.student).expanduser().is_dir():
         student = artifact.load(config.student)
-        own = student.recipe
+        student_recipe = student.recipe
     else:
         if not config.train.epochs:
             raise InputError(f"student = {config.student!r} starts from random weights; set train.epochs above 0")
-        size = config.img_size or given.architecture.img_size
-        classes, depth = given.architecture.num_classes, config.depth or None
+        size = config.img_size or input_recipe.architecture.img_size
+        classes, depth = input_recipe.architecture.num_classes, config.depth or None
         student = vit.create_model(
             config.student, num_classes=classes, img_size=size, depth=depth, seed=config.train.seed
         )
-        own = student.recipe.replace(preprocess=given.preprocess.replace(size=size))
-    original = given.original or given.architecture.name
-    student.recipe = own.replace(origin=given.origin, original=original, methods=given.methods)
+        student_recipe = student.recipe.replace(preprocess=input_recipe.preprocess.replace(size=size))
+    original = input_recipe.original or input_recipe.architecture.name
+    student.recipe = student_recipe.replace(origin=input_recipe.origin, original=original, methods=input_recipe.methods)
     return student

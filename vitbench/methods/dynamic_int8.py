@@ -1,11 +1,11 @@
-"""Dynamic int8 quantization: weights to 8 bits ahead of time, activations to 8 bits as they pass.
+"""Dynamic int8 quantization: weights in 8 bits ahead of time, activations in 8 bits with ranges taken at each call.
 
-The survey (Chen et al. 2024, arXiv 2404.10407) applies PyTorch's `quantize_dynamic` to every linear layer. The same
-here for the four linear layers of each block, with one step for each output row of the weights:
+The survey (Chen et al. 2024, arXiv 2404.10407) applies PyTorch's `quantize_dynamic` to every linear layer. Here it is applied
+to the four linear layers of each block, with one step for each output row of the weights:
 
     s_i = max_j |W_ij| / 127,    Q_ij = round(W_ij / s_i),    y = s_i s_x (Q_i . (q_x - z_x)) + b_i
 
-where (s_x, z_x) are taken from the range of x at each call. No image is needed to set it up.
+where (s_x, z_x) come from the range of x at each call. No calibration images are needed.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ from vitbench.model.vit import LINEAR_TYPES, linear_layers, replace_module
 class DynamicInt8(Config):
     """Which linear layers of the blocks to quantize, and whether each output row of the weights has its own step.
 
-    `per_channel` False gives all rows the step of the largest weight, as an illustration of what that costs.
+    With `per_channel` False all rows share the step of the largest weight, to show what that costs in accuracy.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -35,7 +35,7 @@ def quantize_rows(weight: Tensor, per_channel: bool = True) -> tuple[Tensor, Ten
 
     Args:
         weight: (out, in), floating point.
-        per_channel: one step for each row; otherwise all rows share the largest.
+        per_channel: one step for each row; if False, all rows share the largest step.
 
     Returns:
         codes int8 (out, in) in [-127, 127] and steps float32 (out,), with weight ~ steps[:, None] * codes.
@@ -58,7 +58,7 @@ def to_dynamic_int8(linear: nn.Linear, per_channel: bool = True) -> DynamicInt8L
 
 @register(DynamicInt8, identity=DynamicInt8(layers=()))
 def dynamic_int8(model: nn.Module, config: DynamicInt8, data: ImageData | None) -> nn.Module:
-    """Put int8 layers in the place of the dense ones. `data` is not used."""
+    """Replace the dense linear layers by int8 layers. `data` is not used."""
     for name, linear in linear_layers(model, config.layers).items():
         replace_module(model, name, to_dynamic_int8(linear, config.per_channel))
     return model

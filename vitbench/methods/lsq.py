@@ -1,13 +1,13 @@
-"""LSQ: weights and activations in few bits, trained with the rounding in place (quantization-aware training).
+"""LSQ: weights and activations in few bits, trained with rounding in the forward pass (quantization-aware training).
 
 Learned step size quantization (Esser et al. 2020, arXiv 1902.08153) makes the steps parameters. Weights have a step for each
 output row; the inputs of each layer have one step and one zero point (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576), since
-what comes out of GELU lies on one side. All start where they round with the least squared error on calibration images,
-and are trained together with the weights under cross-entropy and distillation. The survey's 4-bit row is this with the
-weights alone (`weight_only` with training).
+GELU's outputs are asymmetric about 0. All steps start at the least squared rounding error on calibration images, and are
+trained together with the weights under cross-entropy and distillation. The survey's 4-bit row quantizes only the weights
+(`weight_only` with training).
 
-Weights are packed on disk. Activations are rounded and then multiplied in floating point: the numbers are those of integer
-arithmetic, the time is not.
+Weights are packed on disk. Activations are rounded and then multiplied in floating point: values are those of integer
+arithmetic, times are not.
 """
 
 from typing import Literal
@@ -31,7 +31,7 @@ from vitbench.training.tuning import find_teacher
 class LSQ(CodedTrainingConfig):
     """Bits of the weights and of the inputs of the blocks' linear layers; attention's own products stay in floating point.
 
-    With `train.epochs` 0 it is post-training quantization: what training is worth is the difference.
+    With `train.epochs` 0 it is post-training quantization; the difference is the effect of training.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -46,18 +46,18 @@ class LSQ(CodedTrainingConfig):
     operating_points=lambda model: [{"weight_bits": n} for n in range(8, 1, -1)],
 )
 def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
-    """Round weights and activations of the blocks' linear layers, and train with the rounding in place."""
+    """Round weights and activations of the blocks' linear layers, and train with rounding in the forward pass."""
     vit.dense_layers_by_type(model, config.layers)
     layers, teacher = vit.linear_layers(model, config.layers), find_teacher(model, config, data)
     torch.manual_seed(config.train.seed)
     if layers:
         if data is None:
-            raise InputError("lsq starts from ranges on calibration images and no data set was given; give one")
+            raise InputError("lsq takes its first ranges from calibration images and no data set was given; give one")
         split = data.require_split("calibration")
-        seen = quantizers.channel_ranges(model, layers, split)
-        found = quantizers.input_ranges(model, layers, seen, split, bits=config.activation_bits)
+        channel_ranges = quantizers.channel_ranges(model, layers, split)
+        input_ranges = quantizers.input_ranges(model, layers, channel_ranges, split, bits=config.activation_bits)
         for name, layer in layers.items():
-            vit.replace_module(model, name, FakeQuantLinear(layer, config.activation_bits, *found[name]))
+            vit.replace_module(model, name, FakeQuantLinear(layer, config.activation_bits, *input_ranges[name]))
     coders = [RowCoder(name, layer, config.weight_bits) for name, layer in layers.items()]
     coders += embedding_and_head_coders(model, config.ends_bits)
     if not coders:

@@ -1,4 +1,4 @@
-"""All compression methods: the files of this folder, found by themselves, and what is done with any of them."""
+"""The registry of compression methods: imports every file of this folder, makes configs, and compresses models."""
 
 import copy
 import importlib
@@ -17,7 +17,7 @@ from vitbench.model.recipe import Step
 
 
 def method_of(config: Config) -> Method:
-    """The method that a config belongs to."""
+    """The method of a config, by the config's class."""
     for method in METHODS.values():
         if type(config) is method.config:
             return method
@@ -26,12 +26,12 @@ def method_of(config: Config) -> Method:
 
 
 def make_config(name: str, values: dict[str, Any] | None = None) -> Config:
-    """The config of the method `name` with `values` in place of its defaults, inside nested configs too."""
+    """The config of the method `name`, with `values` in place of its defaults, also inside nested configs."""
     config = METHODS[one_of("method", name, METHODS)].config
     defaults, values = config().to_dict(), dict(values or {})
-    for key, given in values.items():
-        if isinstance(given, dict) and isinstance(defaults.get(key), dict):
-            values[key] = {**defaults[key], **given}
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            values[key] = {**defaults[key], **value}
     return config(**values)
 
 
@@ -41,22 +41,22 @@ def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageDa
     Args:
         model: a Vision Transformer made by vitbench; it is not changed.
         configs: one method's config, or a list of them (a combination).
-        data: images for the methods that calibrate or train; never its test split.
+        data: images for the methods that calibrate or train. The test split is never used.
 
     Returns:
-        The compressed model; one that a method trained has a `history`, as `vitbench.training.train` returns it.
+        The compressed model. If a method trained it, it has a `history`, as `vitbench.training.train` returns it.
     """
-    result = copy.deepcopy(model)
+    model = copy.deepcopy(model)
     for config in [configs] if isinstance(configs, Config) else configs:
         method = method_of(config)
-        result = method.handler(result, config, data)
-        steps = (*result.recipe.methods, Step(method=method.name, config=config.to_dict()))
-        result.recipe = result.recipe.replace(methods=steps)
-    return result.requires_grad_(False).eval()
+        model = method.handler(model, config, data)
+        steps = (*model.recipe.methods, Step(method=method.name, config=config.to_dict()))
+        model.recipe = model.recipe.replace(methods=steps)
+    return model.requires_grad_(False).eval()
 
 
 for _module in pkgutil.iter_modules([str(Path(__file__).parent)]):
     importlib.import_module(f"vitbench.methods.{_module.name}")
-_by_file = sorted(METHODS.items(), key=lambda item: item[1].handler.__module__)  # whichever was imported first
+_by_file = sorted(METHODS.items(), key=lambda item: item[1].handler.__module__)  # independent of the order of imports
 METHODS.clear()
 METHODS.update(_by_file)
