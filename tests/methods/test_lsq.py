@@ -74,5 +74,7 @@ def test_ranges_take_next_to_nothing_on_disk(base, digits, tmp_path):
 
 
 def test_no_images_no_ranges(base):
-    with pytest.raises(InputError, match="lsq takes its first ranges from calibration images and no data set was given"):
+    with pytest.raises(
+        InputError, match="lsq takes its first ranges from calibration images and no data set was given"
+    ):
         compress(base.model, make_config("lsq", {"train": {"epochs": 0}}))

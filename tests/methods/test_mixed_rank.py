@@ -215,7 +215,7 @@ def test_too_few_calibration_images_warn_with_the_number_needed(base, digits):
         ({"layers": ["norm1"]}, "layers"),
         ({"keep": 0.01}, "give a larger keep"),
         ({"keep": 0.02, "allocation": "uniform"}, "below rank_step = 8"),
-        ({"allocation": "uniform", "budget": "macs"}, "budget=macs needs greedy"),
+        ({"allocation": "uniform", "budget": "macs"}, "give allocation=greedy for budget=macs"),
         ({"decomposition": "qr"}, "decomposition"),
         ({"ridge": -1}, "ridge = -1"),
     ],

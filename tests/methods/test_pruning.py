@@ -128,9 +128,9 @@ def test_ranking_across_blocks_keeps_as_many_units_and_one_in_each(base, digits)
     ("config", "message"),
     [
         ({"neurons": 1.0}, "neurons = 1.0"),
-        ({"neurons": 0.999}, "neurons = 0.999 leaves block 0 with none of its 256 neurons; take at most 0.9961"),
-        ({"heads": 0.9}, "heads = 0.9 leaves block 0 with none of its 4 heads; take at most 0.75"),
-        ({"head_dims": 0.99}, "head_dims = 0.99 leaves block 0 with none of its 16 head_dims; take at most 0.9375"),
+        ({"neurons": 0.999}, "neurons = 0.999 leaves block 0 with none of its 256 neurons; give at most 0.9961"),
+        ({"heads": 0.9}, "heads = 0.9 leaves block 0 with none of its 4 heads; give at most 0.75"),
+        ({"head_dims": 0.99}, "head_dims = 0.99 leaves block 0 with none of its 16 head_dims; give at most 0.9375"),
         ({"tokens": 0.2, "token_blocks": [7]}, r"token_blocks = \(7,\): vit_mini_patch2_8 has blocks 0 to 3"),
         ({"tokens": 0.7, "reduction": "merge"}, "merging in pairs leaves at least half of the tokens"),
         ({"reduction": "magic"}, "reduction = 'magic'"),

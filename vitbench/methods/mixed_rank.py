@@ -1,15 +1,15 @@
 """Mixed rank: activation-aware low-rank layers, ranks by greedy allocation, and layer-wise error compensation.
 
-Azizi, Nazemi and Pedram (2024, arXiv 2402.06004) state three stages; no code of theirs is public, so the formulas are
-ours:
+Azizi, Nazemi and Pedram (2024, arXiv 2402.06004) describe three stages. They published no code, so the formulas here are
+derived from the paper's text:
 
-1. W ~ A B with the least error of the outputs on calibration images (`vitbench.calibration.factors`), the mean of what is lost
-   going into the bias: b' = b + (W - A B) mean(x).
-2. Ranks by greedy allocation (`vitbench.calibration.allocation`). Losses of different layers are compared by the second order of the
-   model's loss, tr(Gamma dW C dW^T) ~ mean(diag Gamma) E||dW x||^2 with Gamma the second moments of the loss's gradient.
-3. Compensation (`vitbench.calibration.compensation`), layer by layer on the inputs that the compressed layers before produce.
+1. W ~ A B with the least output error on calibration images (`vitbench.calibration.factors`). The bias takes the mean of the
+   error: b' = b + (W - A B) mean(x).
+2. Ranks by greedy allocation (`vitbench.calibration.allocation`). Errors of different layers are compared by the second-order term
+   of the model's loss, tr(Gamma dW C dW^T) ~ mean(diag Gamma) E||dW x||^2, with Gamma the second moments of the loss's gradient.
+3. Compensation (`vitbench.calibration.compensation`), layer by layer, on the inputs that the compressed earlier layers produce.
 
-All three are free of training. A short distillation may follow (`train`); it is another setting, never the same number.
+None of the three trains. A short distillation may follow (`train`); rows with and without it have different configs.
 """
 
 import copy
@@ -37,7 +37,7 @@ from vitbench.model.vit import LINEAR_TYPES
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
 
-TOKENS_PER_INPUT = 10  # calibration tokens for each input feature below which a covariance is called unstable
+TOKENS_PER_INPUT = 10  # calibration tokens for each input feature; with fewer, a covariance counts as unstable
 
 
 class MixedRank(FineTuneConfig):
@@ -45,24 +45,24 @@ class MixedRank(FineTuneConfig):
 
     Attributes:
         layers: which types of linear layers may be factored.
-        keep: the share of the budget that is left, in (0, 1].
-        budget: what `keep` is a share of: the weights of those layers, the model's multiply-accumulates for one image,
-            or the bytes of the model's tensors.
-        decomposition: "activation" (stage 1), or the rivals svd, asvd and svd_llm.
-        gradient_weight: how much the gradient's moments decide which errors of a layer's outputs count, see
-            `low_rank.factorise`; 0 counts all alike, as the paper does.
-        allocation: "greedy" (stage 2), or the same share of each layer ("uniform").
-        scale: how greedy compares layers: by "sensitivity" to the loss, by their plain "error", or by "energy", the
-            error as a share of the layer's outputs.
+        keep: the fraction of the budget that is kept, in (0, 1].
+        budget: what `keep` is a fraction of: the weights of those layers ("params"), the model's multiply-accumulates for one
+            image ("macs"), or the bytes of the model's tensors ("bytes").
+        decomposition: "activation" (stage 1), or the alternatives svd, asvd and svd_llm.
+        gradient_weight: how much the gradient's moments weight the errors of a layer's outputs, see
+            `vitbench.calibration.factors.factorise`; 0 weights all outputs equally, as the paper does.
+        allocation: "greedy" (stage 2), or the same fraction of each layer's weights ("uniform").
+        scale: how greedy allocation compares layers: by "sensitivity" (to the loss), by their unscaled "error", or by "energy"
+            (the error as a share of the layer's outputs).
         rank_step: ranks are multiples of it.
-        split_qkv: cut q, k and v of every head apart, so that each gets a rank of its own.
-        mean_correction: put the mean of what is lost into the bias; covariances are then about the mean, but for layers
+        split_qkv: split q, k and v of every head into separate layers, each with its own rank.
+        mean_correction: add the mean of the error to the bias. Covariances are then about the mean, except for layers
             without a bias.
-        compensation: stage 3: "closed_form" (least squares, dense layers too), "gradient" (Adam on a compact residual
-            of the factors, as the paper has it), or "none".
-        propagate: compensate on the inputs that the compressed layers produce; False shows what is lost without.
-        ridge: of the compensation, in units of the inputs' mean variance.
-        residual_rank, residual_steps: the compact residual's rank, which is part of the layer's, and Adam's steps.
+        compensation: stage 3: "closed_form" (least squares, also for dense layers), "gradient" (Adam on a compact residual
+            of the factors, as in the paper), or "none".
+        propagate: compensate on the inputs that the compressed layers produce; False uses the original inputs, for comparison.
+        ridge: the ridge penalty of the compensation, in units of the inputs' mean variance.
+        residual_rank, residual_steps: the rank of the compact residual, which is part of the layer's rank, and Adam's steps.
         train, teacher: the short distillation.
     """
 
@@ -84,66 +84,66 @@ class MixedRank(FineTuneConfig):
     train: TrainConfig = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
-def _keeps(model: nn.Module) -> list[dict[str, float]]:
-    """Down to the share at which every layer has the least rank."""
+def _operating_points(model: nn.Module) -> list[dict[str, float]]:
+    """Values of `keep` from 1 down to the fraction at which every layer has the smallest rank."""
     layers, step = vit.linear_layers(model).values(), MixedRank().rank_step
-    least = step * sum(layer.in_features + layer.out_features for layer in layers)
-    least /= sum(layer.in_features * layer.out_features for layer in layers)
-    return [{"keep": n / 50} for n in range(50, 0, -1) if n / 50 >= least]
+    min_keep = step * sum(layer.in_features + layer.out_features for layer in layers)
+    min_keep /= sum(layer.in_features * layer.out_features for layer in layers)
+    return [{"keep": n / 50} for n in range(50, 0, -1) if n / 50 >= min_keep]
 
 
-@register(MixedRank, identity=MixedRank(keep=1.0), operating_points=_keeps)
+@register(MixedRank, identity=MixedRank(keep=1.0), operating_points=_operating_points)
 def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> nn.Module:
-    """Factor linear layers at ranks that suit them, compensate the error, and train on if asked to."""
+    """Factor the linear layers at allocated ranks, compensate the error, and fine-tune if `train.epochs` is above 0."""
     vit.dense_layers_by_type(model, config.layers)
     if config.keep == 1 or not config.layers:
         return model
     if data is None:
         raise InputError("mixed_rank needs calibration images and no data set was given; give one")
     teacher = find_teacher(model, config, data) if config.train.epochs else None
-    found = _moments(model, config, data)
+    moments = _moments(model, config, data)
     layers = vit.linear_layers(model, config.layers)
-    ranks = _ranks(model, config, layers, found)
+    ranks = _ranks(model, config, layers, moments)
     names = [name for name in layers if name in ranks or config.compensation == "closed_form"]
-    work: Iterable[tuple[str, ErrorMoments | None]]
+    layer_errors: Iterable[tuple[str, ErrorMoments | None]]
     if config.compensation == "none":
-        work = ((name, None) for name in names)
+        layer_errors = ((name, None) for name in names)
     elif config.propagate:
-        work = layer_error_moments(model, copy.deepcopy(model), names, data.calibration)
+        layer_errors = layer_error_moments(model, copy.deepcopy(model), names, data.calibration)
     else:
-        work = ((name, _no_mismatch(layers[name], found[name])) for name in names)
-    for name, mismatch in progress.progress_bar(work, "factoring", total=len(names), unit="layer"):
-        _replace(model, config, name, layers[name], ranks.get(name, 0), found[name], mismatch)
+        layer_errors = ((name, _zero_error_moments(layers[name], moments[name])) for name in names)
+    for name, mismatch in progress.progress_bar(layer_errors, "factoring", total=len(names), unit="layer"):
+        _replace(model, config, name, layers[name], ranks.get(name, 0), moments[name], mismatch)
     small = model.requires_grad_(bool(config.train.epochs))
     fine_tune(small, config, data, teacher, title="distilling")
     return small.cpu()
 
 
 def _moments(model: nn.Module, config: MixedRank, data: ImageData) -> dict[str, Moments]:
-    """The moments of all layers, those of a split layer's parts included; splits the layers in `model`."""
+    """The moments of all layers. With `split_qkv`, also splits the qkv layers in `model` and adds the parts' moments."""
     needs_gradients = config.gradient_weight > 0 or (config.allocation == "greedy" and config.scale == "sensitivity")
     layers = vit.linear_layers(model, config.layers)
-    found = moments_module.collect_moments(model, layers, data, gradients=needs_gradients)
-    widest = max(found, key=lambda name: len(found[name].mean))
-    size, tokens = len(found[widest].mean), found[widest].tokens
+    moments = moments_module.collect_moments(model, layers, data, gradients=needs_gradients)
+    widest_layer = max(moments, key=lambda name: len(moments[name].mean))
+    size, tokens = len(moments[widest_layer].mean), moments[widest_layer].tokens
     if tokens < TOKENS_PER_INPUT * size:
         images = len(data.calibration)
         warnings.warn(
-            f"{images} calibration images give {tokens} tokens for the {size} inputs of {widest}: too few for a stable "
-            f"covariance, which is drawn {100 * _shrinkage(found[widest]):.0f} % towards a multiple of the identity; "
-            f"{-(-TOKENS_PER_INPUT * size * images // tokens)} images would do without",
+            f"{images} calibration images give {tokens} tokens for the {size} inputs of {widest_layer}: too few for a "
+            f"stable covariance, so it is shrunk by {100 * _shrinkage(moments[widest_layer]):.0f} % towards a multiple of the "
+            f"identity; give {-(-TOKENS_PER_INPUT * size * images // tokens)} images to avoid this",
             stacklevel=2,
         )
     if config.split_qkv and "qkv" in config.layers:
         for name, rows in blocks.split_qkv_by_head(model).items():
-            whole = found[name.rpartition(".parts.")[0]]
-            gradient = whole.gradient[rows, rows] if needs_gradients else whole.gradient
-            found[name] = dataclasses.replace(whole, gradient=gradient)
-    return found
+            qkv_moments = moments[name.rpartition(".parts.")[0]]
+            gradient = qkv_moments.gradient[rows, rows] if needs_gradients else qkv_moments.gradient
+            moments[name] = dataclasses.replace(qkv_moments, gradient=gradient)
+    return moments
 
 
 def _shrinkage(moments: Moments) -> float:
-    """How far a covariance from few tokens is drawn towards the identity: n / (n + tokens), or 0 where they are enough."""
+    """The shrinkage of a covariance towards the identity: n / (n + tokens), or 0 where tokens are enough."""
     size = len(moments.mean)
     return size / (size + moments.tokens) if moments.tokens < TOKENS_PER_INPUT * size else 0.0
 
@@ -156,55 +156,58 @@ def _covariance(layer: nn.Linear, moments: Moments, config: MixedRank) -> Tensor
 
 
 def _ranks(
-    model: nn.Module, config: MixedRank, layers: dict[str, nn.Linear], found: dict[str, Moments]
+    model: nn.Module, config: MixedRank, layers: dict[str, nn.Linear], moments: dict[str, Moments]
 ) -> dict[str, int]:
-    """Layer name -> rank, for the layers that do not stay dense."""
+    """Layer name -> rank, for the layers to factor; the others stay dense."""
     shapes = {name: LayerErrors(tuple(layer.weight.shape), ()) for name, layer in layers.items()}
     if config.allocation == "uniform":
         if config.budget != "params":
             raise InputError(
-                f"allocation=uniform keeps a share of each layer's weights; budget={config.budget} needs greedy"
+                f"allocation=uniform keeps a fraction of each layer's weights; give allocation=greedy for budget={config.budget}"
             )
         return uniform_ranks(shapes, config.keep, config.rank_step)
-    curves, shares = {}, _shares(model, layers) if config.budget == "macs" else {}
+    layer_errors, token_shares = {}, _token_shares(model, layers) if config.budget == "macs" else {}
     for name, layer in progress.progress_bar(layers.items(), "error by rank", unit="layer"):
-        moments = found[name]
-        covariance = _covariance(layer, moments, config)
-        lost = factorise(
-            layer.weight, moments, covariance, config.decomposition, config.gradient_weight
+        covariance = _covariance(layer, moments[name], config)
+        error_by_rank = factorise(
+            layer.weight, moments[name], covariance, config.decomposition, config.gradient_weight
         ).output_error_by_rank(covariance)
-        scale = {"sensitivity": moments.sensitivity, "error": 1.0, "energy": 1 / max(float(lost[0]), 1e-300)}[
-            config.scale
-        ]
-        curves[name] = LayerErrors(shapes[name].shape, tuple((scale * lost).tolist()), shares.get(name, 1.0))
-    return greedy_ranks(curves, _saving(model, config, layers), config.rank_step)
+        scale = {
+            "sensitivity": moments[name].sensitivity,
+            "error": 1.0,
+            "energy": 1 / max(float(error_by_rank[0]), 1e-300),
+        }[config.scale]
+        layer_errors[name] = LayerErrors(
+            shapes[name].shape, tuple((scale * error_by_rank).tolist()), token_shares.get(name, 1.0)
+        )
+    return greedy_ranks(layer_errors, _weights_to_remove(model, config, layers), config.rank_step)
 
 
-def _shares(model: nn.Module, layers: Iterable[str]) -> dict[str, float]:
-    """Layer name -> the part of an image's tokens that it sees; less than 1 where tokens were reduced before it."""
+def _token_shares(model: nn.Module, layers: Iterable[str]) -> dict[str, float]:
+    """Layer name -> the share of an image's tokens that it gets; less than 1 where tokens were reduced before it."""
     tokens = vit.token_count(model)
     before, after = blocks.tokens_per_block(blocks.block_shapes(model), tokens)
-    seen = {"qkv": before, "proj": before, "fc1": after, "fc2": after}
-    return {name: seen[vit.layer_type(name)][int(name.split(".")[1])] / tokens for name in layers}
+    tokens_seen = {"qkv": before, "proj": before, "fc1": after, "fc2": after}
+    return {name: tokens_seen[vit.layer_type(name)][int(name.split(".")[1])] / tokens for name in layers}
 
 
-def _saving(model: nn.Module, config: MixedRank, layers: dict[str, nn.Linear]) -> int:
-    """How many weights have to go for `keep` of the budget to be left."""
+def _weights_to_remove(model: nn.Module, config: MixedRank, layers: dict[str, nn.Linear]) -> int:
+    """The number of weights to remove so that `keep` of the budget remains."""
     if config.budget == "params":
-        whole, each = sum(layer.weight.numel() for layer in layers.values()), 1
+        total_budget, cost_per_weight = sum(layer.weight.numel() for layer in layers.values()), 1
     elif config.budget == "macs":
-        whole, each = vit.analytic_macs(model), vit.token_count(model)
+        total_budget, cost_per_weight = vit.analytic_macs(model), vit.token_count(model)
     else:
-        each = getattr(torch, model.recipe.storage).itemsize
-        whole = sum(
-            tensor.numel() * (each if tensor.is_floating_point() else tensor.element_size())
+        cost_per_weight = getattr(torch, model.recipe.storage).itemsize
+        total_budget = sum(
+            tensor.numel() * (cost_per_weight if tensor.is_floating_point() else tensor.element_size())
             for tensor in model.state_dict().values()
         )
-    return round((1 - config.keep) * whole / each)
+    return round((1 - config.keep) * total_budget / cost_per_weight)
 
 
-def _no_mismatch(layer: nn.Linear, moments: Moments) -> ErrorMoments:
-    """What compensation would be given if each layer were looked at by itself: its original inputs, and no error yet."""
+def _zero_error_moments(layer: nn.Linear, moments: Moments) -> ErrorMoments:
+    """The compensation's input for a layer by itself: its original inputs, without error from earlier layers."""
     zeros = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
     return ErrorMoments(
         moments.tokens, moments.output_error_covariance(layer), moments.mean, zeros, zeros[:, 0].clone(), 0.0
@@ -220,9 +223,10 @@ def _replace(
     moments: Moments,
     mismatch: ErrorMoments | None,
 ) -> None:
-    """Put the layer's factors of that rank (0: a dense weight) into `model`, with the bias that goes with them."""
-    form = _form(config, layer, rank, moments, mismatch)
-    change = (form[0] @ form[1] if rank else form[0]) - layer.weight.detach().double()
+    """Replace the layer in `model` by its factors of that rank (0: a dense weight) with the corrected bias."""
+    factors_or_weight = _new_weight(config, layer, rank, moments, mismatch)
+    new_weight = factors_or_weight[0] @ factors_or_weight[1] if rank else factors_or_weight[0]
+    change = new_weight - layer.weight.detach().double()
     bias = layer.bias
     if bias is not None and mismatch:
         bias = bias + mismatch.bias_change(change)
@@ -230,20 +234,20 @@ def _replace(
         bias = bias - change @ moments.mean
     shape = layer.in_features, layer.out_features
     if rank:
-        left, right = form
+        left, right = factors_or_weight
         new = LowRankLinear(*shape, rank, bias=bias is not None).set_factors(left, right, bias)
     else:
         new = nn.Linear(*shape, bias=bias is not None)
-        new.weight.data = form[0].float()
+        new.weight.data = factors_or_weight[0].float()
         if bias is not None:
             new.bias.data = bias.detach().float()
     vit.replace_module(model, name, new)
 
 
-def _form(
+def _new_weight(
     config: MixedRank, layer: nn.Linear, rank: int, moments: Moments, mismatch: ErrorMoments | None
 ) -> tuple[Tensor, ...]:
-    """The layer's new weight (float64): A and B of that rank, or for rank 0 the whole, compensated as `config` says."""
+    """The layer's new weight (float64), compensated as `config` says: A and B of that rank, or for rank 0 a dense weight."""
     weight = layer.weight.detach().double()
     if mismatch and config.compensation == "closed_form":
         weight = weight + mismatch.correction(config.ridge)

@@ -1,8 +1,8 @@
-"""Nystroem attention: each block's attention goes through a few landmarks (`vitbench.model.layers.attention`).
+"""Nystroem attention: each block's attention is approximated with a few landmarks (`vitbench.model.layers.attention`).
 
-The survey (Chen et al. 2024, arXiv 2404.10407) puts it into a trained ViT and trains nothing, with two iterations of the
-pseudo-inverse and the class token averaged into the first landmark. That is `iterations=2, class_token="averaged"` here.
-It saves multiply-accumulates and memory where tokens are many, and no bytes.
+The survey (Chen et al. 2024, arXiv 2404.10407) puts it into a trained ViT without further training, with two iterations for
+the pseudo-inverse and the class token averaged into the first landmark. Here these are `iterations=2, class_token="averaged"`.
+With many tokens it needs fewer multiply-accumulates and less memory; the bytes on disk do not change.
 """
 
 from typing import Literal
@@ -18,7 +18,7 @@ from vitbench.model.layers import ExactNystroemAttention, NystroemAttention
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
 
-USUAL, SHARE = 32, 4  # landmarks, and tokens for each at least
+DEFAULT_LANDMARKS, MIN_TOKENS_PER_LANDMARK = 32, 4
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
@@ -26,12 +26,12 @@ class Nystroem(FineTuneConfig):
     """Settings of Nystroem attention; by default nothing is trained.
 
     Attributes:
-        landmarks: m, those of class and register tokens included; None: 32, or a quarter of the tokens if that is less.
-        iterations: of the pseudo-inverse; None: exact, by singular values, a slow control.
-        class_token: "apart", a landmark by itself with full attention's answer, or "averaged" with its neighbours.
-        residual: odd width of a depthwise convolution of the values that is added, which only training can make use of; 0:
-            none.
-        blocks: which blocks, counted from 0; None: all.
+        landmarks: m, including those of class and register tokens; None: 32, or a quarter of the tokens if that is less.
+        iterations: iterations for the pseudo-inverse; None: exact, by singular values, a slow control.
+        class_token: "apart", a landmark by itself with the output of full attention, or "averaged" with its neighbours.
+        residual: the odd width of a depthwise convolution of the values that is added to the output; it helps only after
+            training; 0: none.
+        blocks: the blocks to change, counted from 0; None: all.
     """
 
     landmarks: int | None = Field(default=None, ge=1)
@@ -45,7 +45,7 @@ class Nystroem(FineTuneConfig):
     @classmethod
     def _odd(cls, width: int) -> int:
         if width and width % 2 == 0:
-            raise ValueError("give an odd width, so that a token has as many neighbours on either side, or 0")
+            raise ValueError("give an odd width, which has as many neighbours on either side of a token, or 0")
         return width
 
 
@@ -56,19 +56,19 @@ class Nystroem(FineTuneConfig):
     operating_points=lambda model: [{"landmarks": n} for n in range(vit.token_count(model), 1, -1)],
 )
 def nystroem(model: nn.Module, config: Nystroem, data: ImageData | None) -> nn.Module:
-    """Put Nystroem attention in the place of the blocks' softmax attention, and train on if asked to."""
+    """Replace the blocks' softmax attention by Nystroem attention, and fine-tune if `train.epochs` is above 0."""
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     tokens, prefix = vit.token_count(model), model.num_prefix_tokens if config.class_token == "apart" else 0
-    count = config.landmarks or max(prefix + 1, min(USUAL, tokens // SHARE))
+    count = config.landmarks or max(prefix + 1, min(DEFAULT_LANDMARKS, tokens // MIN_TOKENS_PER_LANDMARK))
     if not prefix < count <= tokens:
         raise InputError(
             f"landmarks = {count}: {model.recipe.architecture.name} has {tokens} tokens, of which {prefix} are landmarks by "
-            f"themselves; take {prefix + 1} to {tokens}"
+            f"themselves; give {prefix + 1} to {tokens}"
         )
-    own = {"landmarks": count, "prefix": prefix, "residual": config.residual}
-    kind = NystroemAttention if config.iterations else ExactNystroemAttention
-    own |= {"iterations": config.iterations} if config.iterations else {}
-    blocks.replace_attention(model, config.blocks, lambda attn: kind.from_attention(attn, **own))
+    options = {"landmarks": count, "prefix": prefix, "residual": config.residual}
+    layer_class = NystroemAttention if config.iterations else ExactNystroemAttention
+    options |= {"iterations": config.iterations} if config.iterations else {}
+    blocks.replace_attention(model, config.blocks, lambda attn: layer_class.from_attention(attn, **options))
     model = model.requires_grad_(bool(config.train.epochs))
     fine_tune(model, config, data, teacher, title="training Nystroem attention")
     return model.cpu()

@@ -1,7 +1,7 @@
-"""Structured pruning: neurons, heads, dimensions of heads and tokens are taken out, and the matrices become smaller.
+"""Structured pruning: neurons, heads, dimensions of heads and tokens are removed, and the matrices become smaller.
 
-The survey's row (Papa et al. 2023, arXiv 2309.02031) masks gated channels and leaves the model as large and as slow as
-it was; here the same gates, or better criteria (`vitbench.removal.criteria`), choose what goes.
+The survey's row (Papa et al. 2023, arXiv 2309.02031) masks gated channels, so the model's size and speed do not change.
+Here the same gates, or better criteria (`vitbench.removal.criteria`), choose the units that are removed.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ class Pruning(RemovalConfig):
     """Settings of pruning, beside those of `RemovalConfig`.
 
     Attributes:
-        neurons, heads, head_dims: the share that goes in every block; counts are rounded down.
-        tokens: the share that goes at each of `token_blocks`.
-        scope: rank units within each block ("block"), or across all blocks ("global": neurons and heads, by their scores
-            over the mean score of the kind in the model; each block keeps at least one).
+        neurons, heads, head_dims: the fraction to remove in every block; the number of kept units is rounded down.
+        tokens: the fraction to remove at each of `token_blocks`.
+        scope: rank units within each block ("block"), or across all blocks ("global"). "global" ranks neurons and heads by
+            their scores divided by the mean score of their kind in the model; each block keeps at least one.
     """
 
     neurons: float = Field(default=0.4, ge=0, lt=1)
@@ -38,52 +38,55 @@ class Pruning(RemovalConfig):
     scope: Literal["block", "global"] = "block"
 
 
-def _shares(model: nn.Module) -> list[dict[str, float]]:
-    """The same share of neurons and of heads' dimensions, of which each head keeps one."""
-    most = 1 - 1 / min(block.attn.head_dim for block in model.blocks)
-    return [{"neurons": n / 50, "head_dims": n / 50, "heads": 0.0} for n in range(50) if n / 50 <= most]
+def _operating_points(model: nn.Module) -> list[dict[str, float]]:
+    """The same ratio for neurons and for heads' dimensions, up to one dimension in each head."""
+    max_ratio = 1 - 1 / min(block.attn.head_dim for block in model.blocks)
+    return [{"neurons": n / 50, "head_dims": n / 50, "heads": 0.0} for n in range(50) if n / 50 <= max_ratio]
 
 
-@register(Pruning, identity=Pruning(neurons=0.0, heads=0.0), operating_points=_shares)
+@register(Pruning, identity=Pruning(neurons=0.0, heads=0.0), operating_points=_operating_points)
 def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
-    """Take out the units and tokens that matter least, make up for them, and train on if asked to."""
+    """Remove the units and tokens of least score, compensate, and fine-tune if `train.epochs` is above 0."""
     ratios = [getattr(config, name) for name in DIMENSIONS]
     teacher = find_teacher(model, config, data) if config.train.epochs else None
-    small = _cut(model, config, data) if any(ratios) else model
+    small = _prune(model, config, data) if any(ratios) else model
     small = small.requires_grad_(bool(config.train.epochs))
     fine_tune(small, config, data, teacher, title="recovering")
     return small.cpu()
 
 
-def _cut(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
+def _prune(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
     pruner = Pruner(model, config, data, tokens=config.tokens > 0)
     space = pruner.space((), max_ratio=1.0)
     ratios = np.array([getattr(config, name) for name in DIMENSIONS])
     _check(config, space)
     counts = space.counts(space.expand_dimensions(ratios))
     if config.scope == "global":
-        across = {name: _across(pruner.scores, name, getattr(config, name)) for name in ("neurons", "heads")}
-        counts = dataclasses.replace(counts, **across)
+        global_counts = {
+            name: _global_counts(pruner.scores, name, getattr(config, name)) for name in ("neurons", "heads")
+        }
+        counts = dataclasses.replace(counts, **global_counts)
     return pruner.prune(counts)
 
 
 def _check(config: Pruning, space: PolicySpace) -> None:
-    """Raise `InputError` where a ratio leaves a block with nothing."""
+    """Raise `InputError` if a ratio would remove all units of a block."""
     for name in ("neurons", "heads", "head_dims"):
-        ratio, whole = getattr(config, name), getattr(space, name)
-        empty = np.flatnonzero(np.floor(whole * (1 - ratio) + 1e-9) < 1)
-        if len(empty) and (config.scope == "block" or name == "head_dims"):
-            count = whole[empty[0]]
+        ratio, unit_counts = getattr(config, name), getattr(space, name)
+        emptied_blocks = np.flatnonzero(np.floor(unit_counts * (1 - ratio) + 1e-9) < 1)
+        if len(emptied_blocks) and (config.scope == "block" or name == "head_dims"):
+            count = unit_counts[emptied_blocks[0]]
             raise InputError(
-                f"{name} = {ratio:g} leaves block {empty[0]} with none of its {count} {name}; take at most "
+                f"{name} = {ratio:g} leaves block {emptied_blocks[0]} with none of its {count} {name}; give at most "
                 f"{1 - 1 / count:.4g}"
             )
 
 
-def _across(scores: list[Scores], kind: str, ratio: float) -> np.ndarray:
-    """How many units of `kind` each block keeps when all blocks are ranked together: (1, L)."""
-    each = [getattr(found, kind) for found in scores]
-    pooled = torch.cat([values - values.min() if values.min() < 0 else values for values in each])
-    stay = max(len(each), int(len(pooled) * (1 - ratio) + 1e-9))
-    threshold = pooled.topk(stay).values[-1]
-    return np.array([[max(1, int((values >= threshold).sum())) for values in pooled.split([len(v) for v in each])]])
+def _global_counts(scores: list[Scores], kind: str, ratio: float) -> np.ndarray:
+    """The number of units of `kind` that each block keeps when all blocks are ranked together: (1, L)."""
+    scores_by_block = [getattr(block_scores, kind) for block_scores in scores]
+    all_scores = torch.cat([values - values.min() if values.min() < 0 else values for values in scores_by_block])
+    keep_count = max(len(scores_by_block), int(len(all_scores) * (1 - ratio) + 1e-9))
+    threshold = all_scores.topk(keep_count).values[-1]
+    shifted_by_block = all_scores.split([len(values) for values in scores_by_block])
+    return np.array([[max(1, int((values >= threshold).sum())) for values in shifted_by_block]])
