@@ -247,7 +247,7 @@ def test_a_latency_table_grows_with_units_and_is_met(base, digits):
         neurons=np.array([64, 256]),
         attention=np.array([[[1.0, 1], [1, 1 + heads]] for heads in range(1, 5)]),
         mlp=np.array([[1.0, 2], [2, 4]]),
-        rest=1.0,
+        other_seconds=1.0,
     )
     task = PolicySearch(base.model, QUICK.replace(keep=0.7, most=0.7), digits)
     whole = task.space.counts(np.zeros(13))
@@ -256,6 +256,6 @@ def test_a_latency_table_grows_with_units_and_is_met(base, digits):
     assert table(half)[0] == pytest.approx(1 + 4 * (3 + 2 + 2 / 3))
     narrow = task.space.counts(np.array([0.0] * 8 + [0.5] * 4 + [0.0]))
     assert table(narrow)[0] == pytest.approx(1 + 4 * (3 + 4))
-    measured = LatencyTable.measure(base.model, task.space, 4)
-    assert 0 < measured(half)[0] < 1
-    assert measured.attention.shape == (4, 2, len(measured.tokens))
+    table = LatencyTable.measure(base.model, task.space, 4)
+    assert 0 < table(half)[0] < 1
+    assert table.attention.shape == (4, 2, len(table.tokens))

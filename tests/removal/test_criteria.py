@@ -162,9 +162,11 @@ def test_the_best_units_are_chosen_in_order():
 
 def test_too_few_images_and_none_are_refused(base, digits):
     few = dataclasses.replace(digits, calibration=digits.calibration.subset(4))
-    with pytest.raises(InputError, match="HSIC from 4 samples says nothing; at least 8 calibration images"):
+    with pytest.raises(
+        InputError, match="HSIC from 4 samples does not measure dependence; give at least 8 calibration images"
+    ):
         criteria.score(base.model, few, Criterion())
-    with pytest.raises(InputError, match="the criterion taylor looks at images and no data set was given"):
+    with pytest.raises(InputError, match="the criterion taylor needs images and no data set was given"):
         criteria.score(base.model, None, Criterion(name="taylor"))
     assert len(criteria.score(base.model, None, Criterion(name="magnitude"))) == len(base.model.blocks)
     with pytest.raises(InputError, match="samples = 1"):

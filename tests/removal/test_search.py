@@ -63,7 +63,7 @@ def test_sampled_and_neighbouring_policies_meet_the_budget(dimensions):
 
 def test_a_budget_that_no_policy_meets_is_refused():
     with pytest.raises(
-        InputError, match=r"no policy keeps 0.1 of the cost: with 0.6 of all neurons, heads, tokens gone"
+        InputError, match=r"no policy keeps 0.1 of the cost: with 0.6 of all neurons, heads, tokens removed"
     ):
         budget(SPACE, COST, 0.1, 0.02)
     coarse = PolicySpace(

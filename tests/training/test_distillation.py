@@ -57,7 +57,7 @@ def test_the_losses_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_kept_answers_teach_as_live_ones_do(few, teacher, monkeypatch, kind):
+def test_cached_logits_teach_as_live_ones_do(few, teacher, monkeypatch, kind):
     how = {"train": {"kd_labels": kind, "kd_weight": 1.0}}
     kept = distilled(teacher, few, **how)
     monkeypatch.setattr(distilling, "caches_teacher_logits", lambda config: False)
@@ -232,7 +232,7 @@ def test_a_teacher_of_another_kind_and_size_answers_from_disk(teacher, tmp_path)
     assert load_teacher(name, 10).recipe.preprocess.size == 176
     short = {"batch_size": 32, "epochs": 1}
     assert distilled(teacher, some, teacher=name, train=short).history
-    with pytest.raises(InputError, match="prepared in another way.*train.views of 1 or more"):
+    with pytest.raises(InputError, match="has another preprocessing.*train.views of 1 or more"):
         distilled(teacher, some, teacher=name, train={**short, "views": 0})
     with pytest.raises(InputError, match="'resnet10t' could not be made"):
         load_teacher(name, 7)
@@ -241,8 +241,8 @@ def test_a_teacher_of_another_kind_and_size_answers_from_disk(teacher, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"mixup": 0.2}}, "views = 2 keeps the teacher's answers, and mixup = 0.2.*set both to 0"),
-        ({"train": {"cutmix": 1.0}}, "views = 2 keeps.*cutmix = 1"),
+        ({"train": {"mixup": 0.2}}, "views = 2 caches the teacher's logits, and mixup = 0.2.*set both to 0"),
+        ({"train": {"cutmix": 1.0}}, "views = 2 caches.*cutmix = 1"),
         ({"student": "", "depth": 5}, "depth = 5 is more than the 4 blocks.*at most 4"),
         ({"student": "vit_nano"}, "unknown model 'vit_nano'"),
         ({"train": {"epochs": 0}}, "starts from random weights"),
@@ -261,7 +261,7 @@ def test_unknown_kinds_of_labels():
 
 def test_teachers_that_do_not_fit(few, teacher, tmp_path):
     seven = artifact.save(vit.create_model("vit_mini_patch2_8", num_classes=7), tmp_path / "seven")
-    with pytest.raises(InputError, match="answers 7 classes and the student 10"):
+    with pytest.raises(InputError, match="has 7 classes and the student 10"):
         distilled(teacher, few, teacher=str(seven))
     large = vit.create_model("vit_mini_patch2_8", img_size=16)
     large.recipe = large.recipe.replace(preprocess=teacher.recipe.preprocess)

@@ -25,10 +25,18 @@ from vitbench.methods.method import register
 from vitbench.model import artifact, vit
 from vitbench.model.tokens import TokenBlocks
 from vitbench.removal import cut
-from vitbench.removal.policy import PAPER_DIMENSIONS, PolicySpace, budget, counts_to_dict, mac_cost, single_ratio_policy
+from vitbench.removal.policy import (
+    PAPER_DIMENSIONS,
+    Cost,
+    PolicySpace,
+    budget,
+    counts_to_dict,
+    mac_cost,
+    single_ratio_policy,
+)
 from vitbench.removal.pruner import Pruner, RemovalConfig
 from vitbench.removal.scores import Scores, top_units
-from vitbench.removal.search import Cost, LatencyTable, SearchConfig, SearchResult, search
+from vitbench.removal.search import LatencyTable, SearchConfig, SearchResult, search
 from vitbench.training import loop
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher, fine_tune

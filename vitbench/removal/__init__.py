@@ -1,4 +1,4 @@
-"""What to cut from a model, by which score, and within which budget.
+"""Pruning: scores of units, their removal with compensation, and the search for a policy within a budget.
 
 Methods import the pruner, the criteria and the search from here.
 A new criterion is a function in `vitbench.removal.criteria` under its name in the table at the end of that file.

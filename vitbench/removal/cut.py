@@ -1,4 +1,4 @@
-"""Units of the blocks, neurons, heads, their dimensions: which stay, and how the others are taken out or masked."""
+"""Removal and masking of units in the blocks: neurons, heads and dimensions of heads."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +13,13 @@ from vitbench.model import blocks
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """What stays of one block: ascending indices of its units.
+    """The units of one block that are kept, as ascending indices.
 
     Attributes:
-        neurons: of the MLP's hidden layer, (n,).
-        heads: (h,).
-        qk, v: of each head's dimensions, (all heads, d') each, or None for all. The two may differ, their number may not.
+        neurons: neurons of the MLP's hidden layer, (n,).
+        heads: attention heads, (h,).
+        qk, v: dimensions of the queries and keys, and of the values, of each head, (all heads, d') each; None keeps all. The
+            indices of the two may differ, their number d' may not.
     """
 
     neurons: Tensor
@@ -28,15 +29,15 @@ class KeptUnits:
 
 
 def check_prunable(model: nn.Module) -> None:
-    """Raise `InputError` unless heads and neurons can be taken out of each block's plain layers."""
+    """Raise `InputError` unless heads and neurons can be removed from plain linear layers in each block."""
     for index, block in enumerate(model.blocks):
         blocks.check_standard_attention(model, index)
         attn, mlp = block.attn, block.mlp
         layers = {"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2}
-        coded = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
-        if coded:
+        not_dense = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
+        if not_dense:
             raise InputError(
-                f"blocks.{index}.{coded[0]} is a {type(layers[coded[0]]).__name__}, not a plain linear layer; prune first, "
+                f"blocks.{index}.{not_dense[0]} is a {type(layers[not_dense[0]]).__name__}, not a plain linear layer; prune first, "
                 "then factorise or quantize"
             )
         if blocks.fc1_rows_per_neuron(block) > 1:
@@ -45,53 +46,53 @@ def check_prunable(model: nn.Module) -> None:
                 "pairs of outputs; give a ViT with a plain MLP"
             )
         inner = {"attn.norm": attn.norm, "attn.gate": getattr(attn, "gate", None), "mlp.norm": mlp.norm}
-        odd = [name for name, module in inner.items() if not isinstance(module, nn.Identity | None)]
-        if odd:
+        mixing_layers = [name for name, module in inner.items() if not isinstance(module, nn.Identity | None)]
+        if mixing_layers:
             raise InputError(
-                f"{model.recipe.architecture.name} has {odd[0]} inside its blocks, which mixes the units; no unit of it can "
-                "be taken out without changing the others"
+                f"{model.recipe.architecture.name} has {mixing_layers[0]} inside its blocks, which mixes the units, so the "
+                "removal of one changes the others; give a ViT without it"
             )
 
 
 @torch.no_grad()
-def remove_units(model: nn.Module, kept: Sequence[KeptUnits]) -> None:
-    """Take everything but `kept` out of the blocks, in place: matrices become smaller, nothing is masked.
+def remove_units(model: nn.Module, kept_units: Sequence[KeptUnits]) -> None:
+    """Remove the units outside `kept_units` from the blocks, in place; the matrices become smaller, and nothing is masked.
 
-    The softmax scale stays that of the old head width: timm's fused kernel scales by the new one, so the difference goes
-    into the queries' weights.
+    The softmax keeps the scale of the old head width. timm's fused kernel scales by the new width, so the quotient of the two
+    scales is multiplied into the queries' weights.
 
     Raises:
         InputError: see `check_prunable`; fewer dimensions of heads whose queries are normalised.
     """
     check_prunable(model)
-    for index, (block, keep) in enumerate(zip(model.blocks, kept, strict=True)):
+    for index, (block, kept) in enumerate(zip(model.blocks, kept_units, strict=True)):
         attn, mlp = block.attn, block.mlp
-        rows_qk, rows_v = _rows(attn, keep, "qk"), _rows(attn, keep, "v")
-        heads, width = len(keep.heads), len(rows_v) // len(keep.heads)
+        rows_qk, rows_v = _rows(attn, kept, "qk"), _rows(attn, kept, "v")
+        heads, width = len(kept.heads), len(rows_v) // len(kept.heads)
         if width != attn.head_dim and not isinstance(attn.q_norm, nn.Identity):
             raise InputError(
-                f"blocks.{index}.attn normalises queries over a head's {attn.head_dim} dimensions, so none can go; prune "
-                "whole heads"
+                f"blocks.{index}.attn normalises queries over a head's {attn.head_dim} dimensions, so none of them can be "
+                "removed; prune whole heads"
             )
         qkv = torch.cat([rows_qk, attn.attn_dim + rows_qk, 2 * attn.attn_dim + rows_v])
         old_scale = attn.scale
-        attn.qkv, attn.proj = _cut(attn.qkv, rows=qkv), _cut(attn.proj, columns=rows_v)
+        attn.qkv, attn.proj = _slice_linear(attn.qkv, rows=qkv), _slice_linear(attn.proj, columns=rows_v)
         blocks.set_attention_shape(attn, heads, width)
         for tensor in attn.qkv.parameters():
             tensor[: attn.attn_dim] *= old_scale / attn.scale
-        mlp.fc1, mlp.fc2 = _cut(mlp.fc1, rows=keep.neurons), _cut(mlp.fc2, columns=keep.neurons)
+        mlp.fc1, mlp.fc2 = _slice_linear(mlp.fc1, rows=kept.neurons), _slice_linear(mlp.fc2, columns=kept.neurons)
     blocks.record_block_shapes(model)
 
 
-def _rows(attn: nn.Module, keep: KeptUnits, which: str) -> Tensor:
-    """Rows of the queries' part (likewise the keys', the values') of qkv that stay."""
-    inside = getattr(keep, which)
-    if inside is None:
-        inside = torch.arange(attn.head_dim).expand(attn.num_heads, -1)
-    return (keep.heads[:, None] * attn.head_dim + inside[keep.heads]).flatten()
+def _rows(attn: nn.Module, kept: KeptUnits, part: str) -> Tensor:
+    """The kept rows of one third of qkv: of the queries or the keys if `part` is "qk", of the values if it is "v"."""
+    kept_dims = getattr(kept, part)
+    if kept_dims is None:
+        kept_dims = torch.arange(attn.head_dim).expand(attn.num_heads, -1)
+    return (kept.heads[:, None] * attn.head_dim + kept_dims[kept.heads]).flatten()
 
 
-def _cut(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
+def _slice_linear(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
     weight, bias = layer.weight.detach(), layer.bias
     if rows is not None:
         weight, bias = weight[rows], None if bias is None else bias.detach()[rows]
@@ -104,26 +105,26 @@ def _cut(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = 
     return new
 
 
-def value_rows(attn: nn.Module, keep: KeptUnits) -> Tensor:
-    """The inputs of `proj` that stay."""
-    return _rows(attn, keep, "v")
+def value_rows(attn: nn.Module, kept: KeptUnits) -> Tensor:
+    """The inputs of `proj` that are kept, as indices."""
+    return _rows(attn, kept, "v")
 
 
-def masks(block: nn.Module, keep: KeptUnits) -> tuple[Tensor, Tensor]:
-    """1 for what stays, 0 for what goes: of qkv's outputs (3 a,) and of fc2's inputs (h,)."""
+def masks(block: nn.Module, kept: KeptUnits) -> tuple[Tensor, Tensor]:
+    """Masks of qkv's outputs (3 a,) and of fc2's inputs (h,): 1 for units that are kept, 0 for the others."""
     qkv, hidden = torch.zeros(3, block.attn.attn_dim), torch.zeros(block.mlp.fc1.out_features)
-    for part, which in zip(qkv, ("qk", "qk", "v"), strict=True):
-        part[_rows(block.attn, keep, which)] = 1
-    hidden[keep.neurons] = 1
+    for mask, part in zip(qkv, ("qk", "qk", "v"), strict=True):
+        mask[_rows(block.attn, kept, part)] = 1
+    hidden[kept.neurons] = 1
     return qkv.flatten(), hidden
 
 
 @contextmanager
-def masked(model: nn.Module, kept: Sequence[KeptUnits]) -> Iterator[None]:
-    """While open, the units outside `kept` answer zero, and cost as much as before."""
+def masked(model: nn.Module, kept_units: Sequence[KeptUnits]) -> Iterator[None]:
+    """While open, units outside `kept_units` have outputs of zero; they still cost time and memory."""
     handles = []
-    for block, keep in zip(model.blocks, kept, strict=True):
-        qkv, hidden = (mask.to(block.attn.qkv.weight.device) for mask in masks(block, keep))
+    for block, kept in zip(model.blocks, kept_units, strict=True):
+        qkv, hidden = (mask.to(block.attn.qkv.weight.device) for mask in masks(block, kept))
         handles.append(block.attn.qkv.register_forward_hook(lambda _, x, y, mask=qkv: y * mask))
         handles.append(block.mlp.fc2.register_forward_pre_hook(lambda _, x, mask=hidden: (x[0] * mask,)))
     try:

@@ -1,8 +1,8 @@
-"""Policies of multi-dimensional pruning: how much of each block's neurons and heads, and of the tokens, goes.
+"""Policies of multi-dimensional pruning: the fractions of neurons, heads and tokens to remove, and budgets for their cost.
 
-A policy is a vector of ratios removed (Hou and Kung 2022, arXiv 2201.00043): one for the neurons of each of the L blocks,
-one for the heads of each, one for the dimensions of each block's heads (not in the paper, and not cut by default), and one
-for the tokens, 3 L + 1 numbers. What stays is rounded down, as in the paper's code.
+A policy is a vector of the ratios that are removed (Hou and Kung 2022, arXiv 2201.00043): one for the neurons of each of the
+L blocks, one for the heads of each, one for the dimensions of each block's heads (not in the paper, and not pruned by default),
+and one for the tokens, 3 L + 1 numbers. The counts that are kept are rounded down, as in the paper's code.
 """
 
 import dataclasses
@@ -22,13 +22,18 @@ TOKEN_BLOCK_POSITIONS = (1 / 4, 2 / 4, 3 / 4)  # of the depth: blocks 3, 6 and 9
 
 
 def token_blocks(depth: int) -> tuple[int, ...]:
-    """After the attention of which blocks tokens go: at a quarter, a half and three quarters of the depth."""
-    return tuple(dict.fromkeys(min(depth - 1, int(depth * place)) for place in TOKEN_BLOCK_POSITIONS))
+    """The blocks after whose attention tokens are removed: those at a quarter, a half and three quarters of the depth."""
+    return tuple(dict.fromkeys(min(depth - 1, int(depth * position)) for position in TOKEN_BLOCK_POSITIONS))
 
 
 @dataclass(frozen=True)
 class UnitCounts:
-    """What policies leave, each (P, L): neurons, heads, dimensions of a head, tokens before and after a block's attention."""
+    """The counts that policies keep in each block, (P, L) each.
+
+    Attributes:
+        neurons, heads, head_dims: neurons, heads, and dimensions of one head.
+        tokens_in, tokens_out: tokens before and after the block's attention.
+    """
 
     neurons: np.ndarray
     heads: np.ndarray
@@ -42,17 +47,20 @@ class UnitCounts:
         return list(zip(*units, strict=True))
 
 
+Cost = Callable[[UnitCounts], np.ndarray]  # counts of P policies -> their costs, (P,)
+
+
 @dataclass(frozen=True)
 class PolicySpace:
     """The policies for one model.
 
     Attributes:
-        neurons, heads, head_dims: of each block of the dense model, (L,); `head_dims` are those of one head.
-        tokens: that come in, `prefix` of which always stay.
-        at: the blocks after whose attention tokens go.
-        fused: whether one token is added for those that go.
-        dimensions: which of `DIMENSIONS` may be cut.
-        most: the largest ratio.
+        neurons, heads, head_dims: counts in each block of the dense model, (L,); `head_dims` are dimensions of one head.
+        tokens: the number of input tokens, of which the first `prefix` are always kept.
+        token_blocks: the blocks after whose attention tokens are removed.
+        has_fused_token: whether one token that fuses the removed ones is added.
+        dimensions: those of `DIMENSIONS` that may be pruned.
+        max_ratio: the largest ratio.
     """
 
     neurons: np.ndarray
@@ -75,145 +83,135 @@ class PolicySpace:
 
     @property
     def size(self) -> int:
-        """How many ratios a policy has."""
+        """The number of ratios of a policy."""
         return 3 * self.depth + 1
 
     @property
     def prunable(self) -> np.ndarray:
-        """Which ratios may be above 0."""
+        """Whether each ratio may be above 0, (3 L + 1,)."""
         return self.expand_dimensions(np.isin(DIMENSIONS, self.dimensions))
 
     def expand_dimensions(self, values: np.ndarray) -> np.ndarray:
-        """Values of the four `DIMENSIONS`, (..., 4), given to each of their ratios, (..., 3 L + 1)."""
+        """Repeat one value for each of `DIMENSIONS`, (..., 4), for all ratios of the dimension, (..., 3 L + 1)."""
         return np.repeat(values, [self.depth, self.depth, self.depth, 1], axis=-1)
 
     def counts(self, policies: np.ndarray) -> UnitCounts:
-        """What policies (P, 3 L + 1) leave.
+        """The counts that policies (P, 3 L + 1) keep.
 
-        Of N tokens, int(N (1 - ratio)) stay where tokens go, and one more if those that go are fused; never fewer than
-        the prefix and one.
+        Of N tokens, a block that removes tokens keeps int(N (1 - ratio)), and adds one if the removed ones are fused; it
+        keeps at least the prefix and one more.
         """
         policies = np.atleast_2d(policies)
         ratios = np.split(policies, self.depth * np.arange(1, 4), axis=1)
-        units = [_floor(whole * (1 - ratio)) for whole, ratio in zip(self._units, ratios, strict=False)]
-        n, before, after = np.full(len(policies), self.tokens), [], []
+        units = [_floor(total * (1 - ratio)) for total, ratio in zip(self._units, ratios, strict=False)]
+        tokens, tokens_in, tokens_out = np.full(len(policies), self.tokens), [], []
+        min_tokens = self.prefix + 1 + self.has_fused_token
         for index in range(self.depth):
-            before.append(n)
+            tokens_in.append(tokens)
             if index in self.token_blocks:
-                fewer = _floor(n * (1 - policies[:, -1])) + self.has_fused_token
-                n = np.where(policies[:, -1] > 0, np.clip(fewer, self.prefix + 1 + self.has_fused_token, n), n)
-            after.append(n)
+                tokens_left = _floor(tokens * (1 - policies[:, -1])) + self.has_fused_token
+                tokens = np.where(policies[:, -1] > 0, np.clip(tokens_left, min_tokens, tokens), tokens)
+            tokens_out.append(tokens)
         neurons, heads, head_dims = units
-        return UnitCounts(neurons, heads, head_dims, np.stack(before, 1), np.stack(after, 1))
+        return UnitCounts(neurons, heads, head_dims, np.stack(tokens_in, 1), np.stack(tokens_out, 1))
 
     def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` policies, (count, 3 L + 1): ratios drawn evenly up to a limit that each dimension draws for itself.
+        """`count` random policies, (count, 3 L + 1): ratios are uniform up to a random limit for each dimension.
 
-        A third of the limits is 0, so that policies which spare a dimension are found too.
+        A limit is 0 with probability 1/3, so that some policies leave a dimension unpruned.
         """
-        free = np.isin(DIMENSIONS, self.dimensions)
-        limits = rng.random((count, 4)) * (rng.random((count, 4)) > 1 / 3) * free
-        limits[limits.sum(1) == 0] = free
+        prunable = np.isin(DIMENSIONS, self.dimensions)
+        limits = rng.random((count, 4)) * (rng.random((count, 4)) > 1 / 3) * prunable
+        limits[limits.sum(1) == 0] = prunable
         return self.max_ratio * rng.random((count, self.size)) * self.expand_dimensions(limits)
 
     def perturb(self, rng: np.random.Generator, policies: np.ndarray, count: int) -> np.ndarray:
-        """`count` policies about those given: some ratios moved a little, some heads more or less."""
+        """`count` policies near those in `policies`: some ratios change a little, and some heads by one."""
         start = policies[rng.integers(len(policies), size=count)]
-        spread = 10 ** rng.uniform(-2, -0.5, (count, 1))
-        moved = start + spread * (rng.random(start.shape) < 1 / 3) * rng.standard_normal(start.shape)
-        heads = slice(self.depth, 2 * self.depth)  # any ratio above 0 takes a whole head, so they move by whole heads
-        step = rng.choice([-1, 0, 1], start[:, heads].shape, p=[0.1, 0.8, 0.1]) / self.heads
-        moved[:, heads] = self.removed_fractions(start)[:, heads] + step
-        return np.clip(moved, 0, self.max_ratio) * self.prunable
+        noise_scale = 10 ** rng.uniform(-2, -0.5, (count, 1))
+        perturbed = start + noise_scale * (rng.random(start.shape) < 1 / 3) * rng.standard_normal(start.shape)
+        heads = slice(self.depth, 2 * self.depth)  # a ratio above 0 removes a whole head, so heads change by whole ones
+        head_steps = rng.choice([-1, 0, 1], start[:, heads].shape, p=[0.1, 0.8, 0.1]) / self.heads
+        perturbed[:, heads] = self.removed_fractions(start)[:, heads] + head_steps
+        return np.clip(perturbed, 0, self.max_ratio) * self.prunable
 
     def removed_fractions(self, policies: np.ndarray) -> np.ndarray:
-        """The shares that really go, after rounding, of each ratio's units; for tokens that at the end: (P, 3 L + 1)."""
+        """The fractions that are removed after rounding, for each ratio, (P, 3 L + 1); of tokens after the last block."""
         counts = self.counts(policies)
-        left = counts.neurons, counts.heads, counts.head_dims
-        units = [count / whole for count, whole in zip(left, self._units, strict=True)]
-        return 1 - np.concatenate([*units, counts.tokens_out[:, -1:] / self.tokens], axis=1)
+        units_left = counts.neurons, counts.heads, counts.head_dims
+        kept = [count / total for count, total in zip(units_left, self._units, strict=True)]
+        return 1 - np.concatenate([*kept, counts.tokens_out[:, -1:] / self.tokens], axis=1)
 
-    def scale_to_budget(
-        self, policies: np.ndarray, cost: Callable[[UnitCounts], np.ndarray], low: float, high: float
-    ) -> np.ndarray:
-        """Policies scaled, up to `most`, until their cost lies in [low, high]; those that cannot are left out."""
+    def scale_to_budget(self, policies: np.ndarray, cost: Cost, low: float, high: float) -> np.ndarray:
+        """Scale policies, with ratios up to `max_ratio`, to a cost in [low, high], and drop those for which it is impossible."""
         lower, upper = np.zeros(len(policies)), np.full(len(policies), 100.0)
         for _ in range(32):
-            middle = (lower + upper) / 2
-            dear = cost(self.counts(self._scaled(policies, middle))) > (low + high) / 2
-            lower, upper = np.where(dear, middle, lower), np.where(dear, upper, middle)
-        below, above = (self._scaled(policies, by) for by in (upper, lower))  # of the middle; steps may be coarse
-        found = np.where((cost(self.counts(below)) >= low)[:, None], below, above)
-        costs = cost(self.counts(found))
-        return found[(low <= costs) & (costs <= high)]
+            factor = (lower + upper) / 2
+            too_expensive = cost(self.counts(self._scaled(policies, factor))) > (low + high) / 2
+            lower, upper = np.where(too_expensive, factor, lower), np.where(too_expensive, upper, factor)
+        # the two policies next to the middle of the budget, whose costs differ because counts are whole numbers
+        cheaper, dearer = self._scaled(policies, upper), self._scaled(policies, lower)
+        scaled = np.where((cost(self.counts(cheaper)) >= low)[:, None], cheaper, dearer)
+        costs = cost(self.counts(scaled))
+        return scaled[(low <= costs) & (costs <= high)]
 
-    def _scaled(self, policies: np.ndarray, by: np.ndarray) -> np.ndarray:
-        return np.minimum(policies * by[:, None], self.max_ratio)
+    def _scaled(self, policies: np.ndarray, factors: np.ndarray) -> np.ndarray:
+        return np.minimum(policies * factors[:, None], self.max_ratio)
 
 
 def _floor(x: np.ndarray) -> np.ndarray:
     return np.maximum(1, np.floor(x + 1e-9)).astype(int)
 
 
-def mac_cost(width: int, reduction: str, prefix: int) -> Callable[[UnitCounts], np.ndarray]:
-    """Multiply-accumulates of the blocks that policies leave."""
+def mac_cost(width: int, reduction: str, prefix: int) -> Cost:
+    """A cost that counts the multiply-accumulates of the blocks for one image."""
 
     def cost(counts: UnitCounts) -> np.ndarray:
-        return blocks.block_macs(
-            counts.heads,
-            counts.head_dims,
-            counts.neurons,
-            counts.tokens_in,
-            counts.tokens_out,
-            width,
-            reduction,
-            prefix=prefix,
-        )
+        units = counts.heads, counts.head_dims, counts.neurons
+        return blocks.block_macs(*units, counts.tokens_in, counts.tokens_out, width, reduction, prefix=prefix)
 
     return cost
 
 
-def budget(
-    space: PolicySpace, cost: Callable[[UnitCounts], np.ndarray], keep: float, tolerance: float
-) -> tuple[float, float]:
-    """The costs between which a policy keeps the share `keep` of the dense model's, +- `tolerance` of that.
+def budget(space: PolicySpace, cost: Cost, keep: float, tolerance: float) -> tuple[float, float]:
+    """The lowest and highest cost of a budget: the share `keep` of the dense model's cost, +- `tolerance` of that share.
 
     Raises:
-        InputError: no policy is as cheap as that.
+        InputError: no policy of the space is cheap enough.
     """
-    dense = float(cost(space.counts(np.zeros(space.size)))[0])
-    least = float(cost(space.counts(space.max_ratio * space.prunable))[0])
-    low, high = (keep * dense * (1 + sign * tolerance) for sign in (-1, 1))
-    if least > high:
+    dense_cost = float(cost(space.counts(np.zeros(space.size)))[0])
+    min_cost = float(cost(space.counts(space.max_ratio * space.prunable))[0])
+    low, high = (keep * dense_cost * (1 + sign * tolerance) for sign in (-1, 1))
+    if min_cost > high:
         raise InputError(
-            f"no policy keeps {keep:g} of the cost: with {space.max_ratio:g} of all {', '.join(space.dimensions)} gone "
-            f"{least / dense:.3f} is left; allow a larger share to go (most), more dimensions, or keep more"
+            f"no policy keeps {keep:g} of the cost: with {space.max_ratio:g} of all {', '.join(space.dimensions)} removed "
+            f"{min_cost / dense_cost:.3f} is left; give a larger ratio (most), more dimensions, or a larger keep"
         )
     return low, high
 
 
-def single_ratio_policy(
-    space: PolicySpace, cost: Callable[[UnitCounts], np.ndarray], low: float, high: float
-) -> np.ndarray:
-    """The policy of one ratio for all that may be cut that is closest to the middle of the budget, (3 L + 1,)."""
+def single_ratio_policy(space: PolicySpace, cost: Cost, low: float, high: float) -> np.ndarray:
+    """The policy with one ratio for all prunable dimensions whose cost is closest to the middle of the budget, (3 L + 1,)."""
     grid = np.linspace(0, space.max_ratio, 2001)[:, None] * space.prunable
     costs = cost(space.counts(grid))
     return grid[int(np.abs(costs - (low + high) / 2).argmin())]
 
 
-def single_ratio_policies(
-    space: PolicySpace, cost: Callable[[UnitCounts], np.ndarray], low: float, high: float
-) -> np.ndarray:
-    """The policies of one ratio for some of the dimensions that may be cut, most dimensions first, (S, 3 L + 1).
+def single_ratio_policies(space: PolicySpace, cost: Cost, low: float, high: float) -> np.ndarray:
+    """The policies within the budget that have one ratio for a subset of the dimensions, largest subsets first, (S, 3 L + 1).
 
-    Those that the budget admits; a search that starts from them ends at least as high as the best of them.
+    A search that starts from them ends with at least the score of the best of them.
     """
-    sets = (each for n in range(len(space.dimensions), 0, -1) for each in itertools.combinations(space.dimensions, n))
-    found = [single_ratio_policy(dataclasses.replace(space, dimensions=each), cost, low, high) for each in sets]
-    costs = [float(cost(space.counts(policy))[0]) for policy in found]
-    return np.array([policy for policy, c in zip(found, costs, strict=True) if low <= c <= high]).reshape(
-        -1, space.size
+    dimension_sets = itertools.chain.from_iterable(
+        itertools.combinations(space.dimensions, size) for size in range(len(space.dimensions), 0, -1)
     )
+    policies = [
+        single_ratio_policy(dataclasses.replace(space, dimensions=dimensions), cost, low, high)
+        for dimensions in dimension_sets
+    ]
+    costs = [float(cost(space.counts(policy))[0]) for policy in policies]
+    in_budget = [policy for policy, policy_cost in zip(policies, costs, strict=True) if low <= policy_cost <= high]
+    return np.array(in_budget).reshape(-1, space.size)
 
 
 def counts_to_dict(counts: UnitCounts) -> dict[str, list[int]]:

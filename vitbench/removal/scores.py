@@ -1,4 +1,4 @@
-"""Scores of a Vision Transformer's units, how they are asked for, and the choice of the best."""
+"""Scores of a Vision Transformer's units, the settings of their criterion, and the choice of the best units."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from vitbench.training.config import TrainConfig
 
 
 class Criterion(Config):
-    """What units are scored by.
+    """The criterion that scores units.
 
     Attributes:
-        name: what scores, see `vitbench.removal.criteria`.
-        samples: how many calibration images are looked at; all of them if there are fewer.
-        normalise: of a unit's values before HSIC: "corrected", "official" or "none" (`dependence.standardize`).
-        blend: the share of HSIC in the score of a neuron, the rest is the sum of |activation|, both scaled to [0, 1].
+        name: the criterion, a function of `vitbench.removal.criteria`.
+        samples: the number of calibration images; all of them if there are fewer.
+        normalise: normalization of a unit's values before HSIC: "corrected", "official" or "none" (`dependence.standardize`).
+        blend: the share of HSIC in the score of a neuron; the rest is the sum of |activation|, and both are scaled to [0, 1].
             1 is the paper's criterion; its public code has 0.1.
-        redundancy: what a head loses for its mean HSIC with the block's other heads.
-        gates: how the gates of the survey's method are trained.
+        redundancy: the weight of a head's mean HSIC with the block's other heads, which is subtracted from its score.
+        gates: the training of the gates of the survey's method.
     """
 
     name: Literal["magnitude", "activation", "taylor", "gates", "hsic"] = "hsic"
@@ -34,7 +34,9 @@ class Criterion(Config):
     gates: TrainConfig = TrainConfig(epochs=1, lr=1e-3, warmup_epochs=0, mixup=0.0, label_smoothing=0.0)
 
 
-OFFICIAL_CRITERION = Criterion(name="hsic", samples=128, normalise="official", blend=0.1)  # the public code's choices
+OFFICIAL_CRITERION = Criterion(
+    name="hsic", samples=128, normalise="official", blend=0.1
+)  # as in the paper's public code
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,24 @@ class Scores:
 
 
 def scoring_images(data: ImageData, criterion: Criterion) -> Split:
-    """The calibration images that a criterion looks at."""
+    """The calibration images on which a criterion scores units."""
     return data.require_split("calibration").subset(criterion.samples)
 
 
-def top_units(scores: Sequence[Scores], left: Sequence[tuple[int, int, int]]) -> list[KeptUnits]:
-    """The best units of each block, as many as (neurons, heads, dimensions of a head) are left."""
-    kept = []
-    for found, (neurons, heads, width) in zip(scores, left, strict=True):
-        narrower = width < found.v.shape[1]
-        inside = {which: _best(getattr(found, which), width) for which in ("qk", "v")} if narrower else {}
-        kept.append(KeptUnits(_best(found.neurons, neurons), _best(found.heads, heads), **inside))
-    return kept
+def top_units(scores: Sequence[Scores], unit_counts: Sequence[tuple[int, int, int]]) -> list[KeptUnits]:
+    """The units of each block with the highest scores; `unit_counts` are its neurons, heads and dimensions of a head."""
+    kept_units = []
+    for block_scores, (neurons, heads, width) in zip(scores, unit_counts, strict=True):
+        kept_dims = {}
+        if width < block_scores.v.shape[1]:
+            kept_dims = {part: _top_indices(getattr(block_scores, part), width) for part in ("qk", "v")}
+        kept_units.append(
+            KeptUnits(_top_indices(block_scores.neurons, neurons), _top_indices(block_scores.heads, heads), **kept_dims)
+        )
+    return kept_units
 
 
-def _best(scores: Tensor, count: int) -> Tensor:
+def _top_indices(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count, dim=-1).indices.sort(dim=-1).values
 
 

@@ -1,6 +1,6 @@
-"""Search for the policy with the highest score within a budget: Gaussian process with expected improvement, or random.
+"""Search for the policy with the highest score within a budget, by a Gaussian process with expected improvement or at random.
 
-A budget of latency uses a table of the time that each part of a block takes on this machine.
+For a latency budget the cost comes from a table of the measured times of a block's parts.
 """
 
 import copy
@@ -21,20 +21,19 @@ from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
 from vitbench.base.store import Journal
 from vitbench.model import blocks
-from vitbench.removal.policy import PolicySpace, UnitCounts, single_ratio_policies
-
-Cost = Callable[[UnitCounts], np.ndarray]
+from vitbench.removal.policy import Cost, PolicySpace, UnitCounts, single_ratio_policies
 
 
 class SearchConfig(Config):
-    """How to search.
+    """Settings of a search.
 
     Attributes:
         how: "gp" (Gaussian process), "random" (its control), or "one_ratio" (no search: the same ratio everywhere).
-        evaluations: how many policies are scored, the first ones included.
-        first: how many of them come before the process is asked: those of one ratio (`policy.simple`), then random ones.
-        pool: how many feasible policies expected improvement chooses from, half of them about the best so far.
-        seed: of all draws.
+        evaluations: the number of policies that are scored, the first ones included.
+        first: the number of policies before the process proposes any: those with a single ratio
+            (`policy.single_ratio_policies`), then random ones.
+        pool: the number of feasible policies among which expected improvement chooses, half of them near the best so far.
+        seed: the seed of all random draws.
     """
 
     how: Literal["gp", "random", "one_ratio"] = "gp"
@@ -46,7 +45,7 @@ class SearchConfig(Config):
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All policies that were scored, in order, (E, 3 L + 1), and their scores (E,)."""
+    """All scored policies in order, (E, 3 L + 1), and their scores, (E,)."""
 
     policies: np.ndarray
     scores: np.ndarray
@@ -57,17 +56,17 @@ class SearchResult:
         return self.policies[int(self.scores.argmax())]
 
 
-def expected_improvement(mean: np.ndarray, spread: np.ndarray, best: float) -> np.ndarray:
-    """E max(0, y - best) for y ~ N(mean, spread^2): (mean - best) Phi(z) + spread phi(z), z = (mean - best) / spread.
+def expected_improvement(mean: np.ndarray, std: np.ndarray, best: float) -> np.ndarray:
+    """E max(0, y - best) for y ~ N(mean, std^2): (mean - best) Phi(z) + std phi(z), z = (mean - best) / std.
 
-    Where the spread is 0 it is max(0, mean - best). To be maximised.
+    With std = 0 it is max(0, mean - best). A search maximises it.
     """
     from scipy.stats import norm
 
-    gain = np.asarray(mean, float) - best
-    spread = np.asarray(spread, float)
-    z = np.divide(gain, spread, out=np.zeros_like(gain), where=spread > 0)
-    return np.where(spread > 0, gain * norm.cdf(z) + spread * norm.pdf(z), np.maximum(gain, 0))
+    improvement = np.asarray(mean, float) - best
+    std = np.asarray(std, float)
+    z = np.divide(improvement, std, out=np.zeros_like(improvement), where=std > 0)
+    return np.where(std > 0, improvement * norm.cdf(z) + std * norm.pdf(z), np.maximum(improvement, 0))
 
 
 def search(
@@ -76,59 +75,62 @@ def search(
     limits: tuple[float, float],
     evaluate: Callable[[np.ndarray], float],
     config: SearchConfig,
-    memory: Journal | None = None,
+    journal: Journal | None = None,
 ) -> SearchResult:
-    """Score policies whose cost lies within `limits` and return them all.
+    """Score `config.evaluations` policies whose cost is within `limits`, and return them all.
 
     Args:
         evaluate: policy (3 L + 1,) -> score, higher is better.
-        memory: notes of scores by policy; what they hold, from a search that was killed or done, is not scored again.
+        journal: scores by policy on disk; policies that an earlier search has scored, killed or not, are not scored again.
 
     Raises:
         InputError: no feasible policy was found.
     """
     rng = np.random.default_rng(config.seed)
-    known = memory.read() if memory else {}
+    known_scores = journal.read() if journal else {}
     policies: list[np.ndarray] = []
     scores: list[float] = []
-    starts = single_ratio_policies(space, cost, *limits)[: config.first]
+    initial_policies = single_ratio_policies(space, cost, *limits)[: config.first]
     for step in progress.progress_bar(range(config.evaluations), f"search ({config.how})", unit="policy"):
-        if step < len(starts):
-            policy = starts[step]
+        if step < len(initial_policies):
+            policy = initial_policies[step]
         elif config.how == "gp" and step >= config.first:
-            near = space.perturb(rng, _elite(policies, scores), config.pool // 2)
-            pool = _feasible(space, cost, limits, np.concatenate([space.sample(rng, config.pool // 2), near]))
-            policy = _propose(space, np.array(policies), np.array(scores), pool, config.seed)
+            perturbed = space.perturb(rng, _best_policies(policies, scores), config.pool // 2)
+            pool = _feasible(space, cost, limits, np.concatenate([space.sample(rng, config.pool // 2), perturbed]))
+            policy = _next_policy(space, np.array(policies), np.array(scores), pool, config.seed)
         else:
             policy = _feasible(space, cost, limits, space.sample(rng, 64))[0]
         policies.append(policy)
-        name = _name(policy)
-        if name not in known:
-            known[name] = float(evaluate(policy))
-            if memory:
-                memory.append(name, known[name])
-        scores.append(known[name])
+        key = _policy_key(policy)
+        if key not in known_scores:
+            known_scores[key] = float(evaluate(policy))
+            if journal:
+                journal.append(key, known_scores[key])
+        scores.append(known_scores[key])
     return SearchResult(np.array(policies), np.array(scores))
 
 
 def _feasible(space: PolicySpace, cost: Cost, limits: tuple[float, float], policies: np.ndarray) -> np.ndarray:
-    found = space.scale_to_budget(policies, cost, *limits)
-    if not len(found):
+    feasible = space.scale_to_budget(policies, cost, *limits)
+    if not len(feasible):
         raise InputError(
-            f"none of {len(policies)} policies could be brought to a cost between {limits[0]:.4g} and {limits[1]:.4g}: the "
-            "steps are too coarse (whole heads, whole tokens); allow a larger tolerance or more dimensions"
+            f"none of {len(policies)} policies can be scaled to a cost between {limits[0]:.4g} and {limits[1]:.4g}, because "
+            "the steps are too coarse (whole heads, whole tokens); give a larger tolerance or more dimensions"
         )
-    return found
+    return feasible
 
 
-def _elite(policies: list[np.ndarray], scores: list[float], count: int = 3) -> np.ndarray:
+def _best_policies(policies: list[np.ndarray], scores: list[float], count: int = 3) -> np.ndarray:
     return np.array(policies)[np.argsort(scores)[::-1][:count]]
 
 
-def _propose(space: PolicySpace, policies: np.ndarray, scores: np.ndarray, pool: np.ndarray, seed: int) -> np.ndarray:
+def _next_policy(
+    space: PolicySpace, policies: np.ndarray, scores: np.ndarray, pool: np.ndarray, seed: int
+) -> np.ndarray:
     """The policy of the pool with the highest expected improvement under a Gaussian process with a Matern 3/2 kernel.
 
-    It sees what really goes, not the ratios before rounding; one length for all of it, noise included, scores normalised.
+    Its inputs are the fractions that are removed after rounding, not the ratios. It has one length scale for all inputs and a
+    noise term, and the scores are normalised.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -140,26 +142,26 @@ def _propose(space: PolicySpace, policies: np.ndarray, scores: np.ndarray, pool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         process.fit(space.removed_fractions(policies)[:, space.prunable], scores)
-        mean, spread = process.predict(space.removed_fractions(pool)[:, space.prunable], return_std=True)
-        best = process.predict(
-            space.removed_fractions(policies)[:, space.prunable]
-        ).max()  # scores are noisy: the best mean, not the luckiest score
-    return pool[int(expected_improvement(mean, spread, best).argmax())]
+        mean, std = process.predict(space.removed_fractions(pool)[:, space.prunable], return_std=True)
+        # scores are noisy, so the best is the highest mean and not the highest score
+        best = process.predict(space.removed_fractions(policies)[:, space.prunable]).max()
+    return pool[int(expected_improvement(mean, std, best).argmax())]
 
 
-def _name(policy: np.ndarray) -> str:
+def _policy_key(policy: np.ndarray) -> str:
     return " ".join(f"{ratio:.12g}" for ratio in policy)
 
 
-CALLS, GRID = 15, 5  # timed calls of each cell; places along neurons and along tokens
+CALLS, GRID = 15, 5  # timed calls of each entry of the table; sizes along neurons and along tokens
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Seconds of attention by heads, their width and tokens, and of the MLP by neurons and tokens; linear in between.
+    """Times of attention by heads, their width and tokens, and of the MLP by neurons and tokens, in seconds.
 
-    As a cost it adds up the blocks; what is outside of them (embedding, norms, head) is timed once as `rest`. It is eager
-    mode with torch's present thread count, and assumes that parts take as long together as alone.
+    As a cost it interpolates linearly and adds up the blocks. The other parts (patch embedding, norms, head) are timed once,
+    `other_seconds`. Times are those of eager mode with torch's current number of threads, under the assumption that a model
+    takes the sum of the times of its parts.
     """
 
     tokens: np.ndarray
@@ -168,7 +170,7 @@ class LatencyTable:
     neurons: np.ndarray
     attention: np.ndarray
     mlp: np.ndarray
-    rest: float
+    other_seconds: float
 
     def __call__(self, counts: UnitCounts) -> np.ndarray:
         """Seconds for each of P policies: (P,)."""
@@ -177,18 +179,18 @@ class LatencyTable:
         attention = RegularGridInterpolator((self.heads, self.head_dims, self.tokens), self.attention)
         mlp = RegularGridInterpolator((self.neurons, self.tokens), self.mlp)
         seconds = attention(np.stack([counts.heads, counts.head_dims, counts.tokens_in], -1))
-        return self.rest + (seconds + mlp(np.stack([counts.neurons, counts.tokens_out], -1))).sum(-1)
+        return self.other_seconds + (seconds + mlp(np.stack([counts.neurons, counts.tokens_out], -1))).sum(-1)
 
     @classmethod
     @torch.inference_mode()
     def measure(cls, model: nn.Module, space: PolicySpace, batch: int) -> "LatencyTable":
-        """Time parts of the model's first block at sizes that cover the space, for `batch` images."""
-        block, whole = model.blocks[0], np.zeros(space.size)
-        least = space.counts(whole + space.max_ratio)
-        tokens = np.unique(np.linspace(least.tokens_out.min(), space.tokens, GRID).astype(int))
+        """Time the parts of the model's first block with sizes that cover the space, for `batch` images."""
+        block, no_removal = model.blocks[0], np.zeros(space.size)
+        min_counts = space.counts(no_removal + space.max_ratio)
+        tokens = np.unique(np.linspace(min_counts.tokens_out.min(), space.tokens, GRID).astype(int))
         heads = np.arange(1, space.heads.max() + 1)
-        head_dims = np.unique([least.head_dims.min(), space.head_dims.max()])
-        neurons = np.unique(np.linspace(least.neurons.min(), space.neurons.max(), GRID).astype(int))
+        head_dims = np.unique([min_counts.head_dims.min(), space.head_dims.max()])
+        neurons = np.unique(np.linspace(min_counts.neurons.min(), space.neurons.max(), GRID).astype(int))
         inputs = [torch.randn(batch, int(n), model.embed_dim) for n in tokens]
         attention = [_attention(block, int(h), int(width)) for h in heads for width in head_dims]
         parts = attention + [_mlp(block, int(n)) for n in neurons]
@@ -196,29 +198,32 @@ class LatencyTable:
             [[_seconds(part, x) for x in inputs] for part in progress.progress_bar(parts, "latency table", unit="part")]
         )
         by_part = times[: len(attention)].reshape(len(heads), len(head_dims), len(tokens)), times[len(attention) :]
-        table = cls(tokens, heads, head_dims, neurons, *by_part, rest=0.0)
+        table = cls(tokens, heads, head_dims, neurons, *by_part, other_seconds=0.0)
         size = model.recipe.preprocess.size
-        rest = _seconds(model, torch.randn(batch, 3, size, size)) - float(table(space.counts(whole))[0])
-        return dataclasses.replace(table, rest=max(0.0, rest))
+        model_seconds = _seconds(model, torch.randn(batch, 3, size, size))
+        other_seconds = model_seconds - float(table(space.counts(no_removal))[0])
+        return dataclasses.replace(table, other_seconds=max(0.0, other_seconds))
 
 
 def _attention(block: nn.Module, heads: int, head_dim: int) -> nn.Module:
-    """Attention like this block's, with its norm, of another size and with random weights."""
-    made, d = copy.deepcopy(block), block.attn.qkv.in_features
-    blocks.set_attention_shape(made.attn, heads, head_dim)
-    made.attn.qkv = nn.Linear(d, 3 * made.attn.attn_dim, bias=made.attn.qkv.bias is not None)
-    made.attn.proj = nn.Linear(made.attn.attn_dim, d)
-    return nn.Sequential(made.norm1, made.attn).eval()
+    """The norm and attention of a block with another number and width of heads, and random weights."""
+    resized_block, width = copy.deepcopy(block), block.attn.qkv.in_features
+    attn = resized_block.attn
+    blocks.set_attention_shape(attn, heads, head_dim)
+    attn.qkv = nn.Linear(width, 3 * attn.attn_dim, bias=attn.qkv.bias is not None)
+    attn.proj = nn.Linear(attn.attn_dim, width)
+    return nn.Sequential(resized_block.norm1, attn).eval()
 
 
 def _mlp(block: nn.Module, neurons: int) -> nn.Module:
-    """An MLP like this block's, with its norm, of another size and with random weights."""
-    made, d = copy.deepcopy(block), block.attn.qkv.in_features
-    made.mlp.fc1, made.mlp.fc2 = nn.Linear(d, neurons), nn.Linear(neurons, d)
-    return nn.Sequential(made.norm2, made.mlp).eval()
+    """The norm and MLP of a block with another number of neurons, and random weights."""
+    resized_block, width = copy.deepcopy(block), block.attn.qkv.in_features
+    resized_block.mlp.fc1, resized_block.mlp.fc2 = nn.Linear(width, neurons), nn.Linear(neurons, width)
+    return nn.Sequential(resized_block.norm2, resized_block.mlp).eval()
 
 
 def _seconds(module: nn.Module, x: torch.Tensor) -> float:
+    """The median time of a call, in seconds."""
     times = []
     for _ in range(CALLS + 5):
         start = time.perf_counter()

@@ -1,6 +1,6 @@
-"""The one training loop with its config, teachers, the fine-tuning that follows a compression, and training through codes.
+"""The training loop and its config, distillation from a teacher, fine-tuning after compression, and training of coded weights.
 
-Removal, methods and everything above import `train`, `evaluate`, `TrainConfig` and `fine_tune` from here.
+The rooms `removal`, `methods` and those above import `train`, `evaluate`, `TrainConfig` and `fine_tune` from here.
 A new term of the loss or a new schedule is a field of `TrainConfig` and a few lines of the loop.
 """
 

@@ -1,7 +1,7 @@
-"""Training through codes: a ViT some of whose weights are decoded from coders at each step, and what it becomes.
+"""Training of a ViT with coded weights: coders decode some of its weights at each step, and afterwards they are packed.
 
-Everything else of the ViT (norms, biases, embeddings) is tuned beside the coders (`vitbench.calibration.coders`) with a
-learning rate and a weight decay of its own.
+The other parameters (norms, biases, embeddings) are trained with the coders (`vitbench.calibration.coders`), at a learning
+rate and a weight decay of their own.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from vitbench.data.splits import ImageData
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import FineTuneConfig, fine_tune
 
-MIN_FLOAT16 = 2.0**-24  # float16's least number above 0, a subnormal one
+MIN_FLOAT16 = 2.0**-24  # the smallest positive float16, a subnormal number
 
 
 class CodedTrainingConfig(FineTuneConfig):
-    """What methods that train codes have in common.
+    """Settings shared by the methods that train coded weights.
 
     Attributes:
-        ends_bits: bits of the patch embedding and the head, one step for each output; None leaves them as they are.
-        rest: how all that has no codes is stored.
-        rest_lr: learning rate of the rest, as a multiple of `train.lr`.
+        ends_bits: bits of the patch embedding and the head, with one scale for each output; None does not quantize them.
+        rest: storage type of all tensors without codes.
+        rest_lr: learning rate of the parameters without codes, as a multiple of `train.lr`.
     """
 
     ends_bits: int | None = Field(default=8, ge=2, le=8)
@@ -36,13 +36,13 @@ class CodedTrainingConfig(FineTuneConfig):
 
 
 class CodedModel(nn.Module):
-    """A ViT whose coded weights are decoded at each forward pass; while evaluating, once."""
+    """A ViT that decodes its coded weights at each forward pass in training, and once in evaluation."""
 
     def __init__(self, model: nn.Module, coders: Sequence[Coder]):
         super().__init__()
         self.vit, self.coders, self.recipe = model, nn.ModuleList(coders), model.recipe
         self.embed_dim = model.embed_dim
-        self.regularizer: Tensor | float = 0.0  # of the last forward pass in training
+        self.regularizer: Tensor | float = 0.0  # the coders' regularizers in the last forward pass, summed
         self._decoded: dict[str, Tensor] | None = None
         model.requires_grad_(True)
         for coder in coders:
@@ -50,7 +50,7 @@ class CodedModel(nn.Module):
                 model.get_submodule(name).weight.requires_grad_(False)
 
     def decode(self) -> dict[str, Tensor]:
-        """The coded weights by parameter name. Fills `regularizer`."""
+        """Decode the coded weights, by parameter name, and set `regularizer`."""
         weights: dict[str, Tensor] = {}
         self.regularizer = 0.0
         with torch.autocast(next(self.coders.parameters()).device.type, enabled=False):
@@ -72,19 +72,21 @@ class CodedModel(nn.Module):
         return super().train(mode)
 
     def param_groups(self, config: TrainConfig, rest_lr: float) -> list[dict[str, Any]]:
-        """For the optimiser: coders and learned ranges without weight decay; the rest with it, except vectors."""
-        codes = [p for p in self.coders.parameters() if p.requires_grad]
-        codes += [p for module in self.vit.modules() if isinstance(module, LearnedRange) for p in module.parameters()]
-        inside = {id(p) for p in codes}
-        rest = [p for p in self.vit.parameters() if p.requires_grad and id(p) not in inside] if rest_lr else []
+        """Parameter groups for the optimiser: only matrices without codes have weight decay, and the rest has `rest_lr`."""
+        coder_params = [p for p in self.coders.parameters() if p.requires_grad]
+        for module in self.vit.modules():
+            if isinstance(module, LearnedRange):
+                coder_params += module.parameters()
+        coder_ids = {id(p) for p in coder_params}
+        rest = [p for p in self.vit.parameters() if p.requires_grad and id(p) not in coder_ids] if rest_lr else []
         return [
-            {"params": codes, "weight_decay": 0.0, "lr_scale": 1.0},
+            {"params": coder_params, "weight_decay": 0.0, "lr_scale": 1.0},
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay, "lr_scale": rest_lr},
             {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": rest_lr},
         ]
 
     def to_packed_model(self, rest: str) -> nn.Module:
-        """The compressed model: runtime layers for what was coded, `rest` for the other tensors."""
+        """The compressed model: runtime layers hold the packed codes, and the other tensors are rounded to type `rest`."""
         model = self.vit
         for coder in self.coders:
             coder.install_packed(model)
@@ -99,12 +101,12 @@ class CodedModel(nn.Module):
 
 @torch.no_grad()
 def round_to_half(model: nn.Module) -> None:
-    """Round all floating-point tensors to float16, subnormal numbers included, in place; they stay float32.
+    """Round all floating-point tensors to float16 values in place, subnormal numbers included; their type stays float32.
 
-    A step that a layer divides by (`divisors`) becomes the least number of float16 where it would become 0.
+    A step that a layer divides by (listed in its `divisors`) becomes the smallest positive float16 where it would round to 0.
 
     Raises:
-        InputError: a value above float16's largest.
+        InputError: a value exceeds the float16 range.
     """
     divisors = {id(getattr(layer, name)) for layer in model.modules() for name in getattr(layer, "divisors", ())}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -124,13 +126,13 @@ def train_codes(
     data: ImageData | None,
     teacher: nn.Module | None,
     penalty: Callable[[Tensor], Tensor] | None = None,
-    settle: Callable[[], None] | None = None,
+    before_packing: Callable[[], None] | None = None,
 ) -> nn.Module:
-    """Train a coded model jointly, and finish it. Returns the compressed model, with the training's `history`.
+    """Train coders and other parameters together, then pack the weights; the result has the training's `history`.
 
     Args:
-        penalty: turns the coders' regularizer into a term of the loss.
-        settle: called after the training, before the weights are packed.
+        penalty: maps the coders' regularizer to a term of the loss.
+        before_packing: called after the training, before the weights are packed.
     """
     fine_tune(
         coded,
@@ -141,8 +143,8 @@ def train_codes(
         penalty=(lambda: penalty(coded.regularizer)) if penalty else None,
         title="training the codes",
     )
-    if settle:
-        settle()
-    small = coded.cpu().to_packed_model(config.rest)
-    small.history = coded.history
-    return small
+    if before_packing:
+        before_packing()
+    packed = coded.cpu().to_packed_model(config.rest)
+    packed.history = coded.history
+    return packed

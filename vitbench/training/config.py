@@ -1,4 +1,4 @@
-"""How to train: the settings of the one training loop."""
+"""Settings of the training loop."""
 
 from typing import Literal
 
@@ -9,17 +9,19 @@ from vitbench.data.batches import Augment
 
 
 class TrainConfig(Config):
-    """How to train: AdamW, linear warm-up, cosine decay to a hundredth of `lr`.
+    """Settings of a training: AdamW, linear warm-up, cosine decay to a hundredth of `lr`.
 
-    `kd_weight` and `temperature` matter only with a teacher: the loss is then
-    (1 - kd_weight) CE + kd_weight T^2 KL(teacher || student), both softened by T (Hinton et al. 2015), or with
-    `kd_labels` "hard" the cross-entropy with the teacher's class in the second term (Touvron et al. 2021). Of a student with
-    a distillation token the class token's head gets the first term and the other head the second. `feature_weight` and
-    `attention_weight` add what the blocks hold (see `vitbench.training.distilling`), of a teacher that runs along.
-    `views` is how many augmented copies of the images there are: in epoch e an image is augmented as (seed, image,
-    e mod views) say, the same for a student with or without a teacher, and the teacher's answers to each are kept on
-    disk, so that it runs once for each; with 0 every epoch is augmented anew and the teacher runs along.
-    `beta2` is AdamW's second decay. `precision` "auto" is bf16 on a GPU and on a CPU with bf16 instructions for widths of 192 or more, else fp32.
+    `kd_weight` and `temperature` apply only with a teacher: the loss is then
+    (1 - kd_weight) CE + kd_weight T^2 KL(teacher || student), both softened by T (Hinton et al. 2015). With `kd_labels` "hard"
+    the second term is the cross-entropy with the teacher's top class (Touvron et al. 2021). In a student with a distillation
+    token the class token's head has the first term and the distillation token's head the second. `feature_weight` and
+    `attention_weight` add losses on the outputs of blocks (see `vitbench.training.distilling`); the teacher then runs at
+    every step.
+    `views` is the number of augmented copies of each image: in epoch e the augmentation depends on seed, image and
+    e mod views, whether there is a teacher or not. The teacher's logits for each view are cached on disk, so that it runs once
+    for each. With 0 each epoch has a new augmentation, and the teacher runs at every step.
+    `beta2` is AdamW's second decay. `precision` "auto" is bf16 on a GPU, and on a CPU with bf16 instructions for widths of 192
+    or more; otherwise it is fp32.
     """
 
     epochs: int = Field(default=60, ge=0)

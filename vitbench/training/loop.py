@@ -1,4 +1,4 @@
-"""The one training loop, and `evaluate`. Every method that trains goes through `train`."""
+"""The training loop, `train`, and the scoring of a model on a split, `evaluate`."""
 
 import math
 import random
@@ -28,14 +28,14 @@ from vitbench.training.distilling import Distiller
 
 CHECKPOINT_SECONDS = 5.0
 
-SCORING_BATCH = 128  # images scored at once: where activations share a range, answers hang on it
+SCORING_BATCH = 128  # images scored at once; where a batch shares the range of its activations, the logits depend on it
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model did on a split, image by image in the split's order.
+    """The results of a model on a split, one for each image in the split's order.
 
-    Whether the right class was first / among five, and its cross-entropy, -log p(right class), in nats.
+    `top1` and `top5` say whether the right class is the first or among the first five; `loss` is the cross-entropy in nats.
     """
 
     top1: np.ndarray
@@ -44,7 +44,7 @@ class Evaluation:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The named device, or with "auto" a GPU if there is one."""
+    """The named device; "auto" is a GPU if there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -52,7 +52,7 @@ def pick_device(device: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:120]
         raise InputError(
-            f"device {device!r} cannot be used here ({reason}); allowed: auto, cpu, or a GPU that torch sees"
+            f"device {device!r} cannot be used ({reason}); allowed: auto, cpu, or a GPU that torch finds"
         ) from None
     return torch.device(device)
 
@@ -60,14 +60,14 @@ def pick_device(device: str = "auto") -> torch.device:
 def training_key(
     model: nn.Module, data: ImageData, config: Config, teacher: nn.Module | None = None, device: str = "auto"
 ) -> str:
-    """The key of a training that starts from this very model, with these images, config and teacher."""
-    facts = {"model": model_digest(model), "data": data.fingerprint, "config": config.to_dict()}
-    facts |= {"kind": type(config).__name__, "teacher": model_digest(teacher) if teacher is not None else ""}
-    return work_key("training", facts, pick_device(device))
+    """The key of a training: it hashes the initial model, the images, the config and the teacher."""
+    key_inputs = {"model": model_digest(model), "data": data.fingerprint, "config": config.to_dict()}
+    key_inputs |= {"kind": type(config).__name__, "teacher": model_digest(teacher) if teacher is not None else ""}
+    return work_key("training", key_inputs, pick_device(device))
 
 
 def checkpoint_path(model: nn.Module, data: ImageData, config: Config, teacher: nn.Module | None = None) -> Path:
-    """Where the run of a key keeps its checkpoint."""
+    """The file of the checkpoint of a training, named by its key."""
     return Store("unfinished").file(training_key(model, data, config, teacher)).path
 
 
@@ -75,9 +75,9 @@ def checkpoint_path(model: nn.Module, data: ImageData, config: Config, teacher: 
 def evaluate(
     model: nn.Module, split: Split, *, batch_size: int = SCORING_BATCH, device: str = "cpu", title: str = ""
 ) -> Evaluation:
-    """Score `model` on every image of `split` with the preprocessing of its recipe, in batches of one size everywhere."""
+    """Score `model` on all images of `split`, with the preprocessing of its recipe and the same batch size everywhere."""
     model = model.to(device).eval()
-    first, fifth, lost = [], [], []
+    top1_hits, top5_hits, losses = [], [], []
     batches: Iterable = eval_batches(split, model.recipe.preprocess, batch_size, device)
     if title:
         batches = progress.progress_bar(batches, title, total=math.ceil(len(split) / batch_size), unit="batch")
@@ -85,10 +85,10 @@ def evaluate(
         logits = model(x).float()
         ranked = logits.topk(min(5, model.recipe.architecture.num_classes), dim=1).indices
         hits = ranked == y[:, None]
-        first.append(hits[:, 0].cpu())
-        fifth.append(hits.any(dim=1).cpu())
-        lost.append(F.cross_entropy(logits, y, reduction="none").cpu())
-    return Evaluation(*(torch.cat(parts).numpy() for parts in (first, fifth, lost)))
+        top1_hits.append(hits[:, 0].cpu())
+        top5_hits.append(hits.any(dim=1).cpu())
+        losses.append(F.cross_entropy(logits, y, reduction="none").cpu())
+    return Evaluation(*(torch.cat(parts).numpy() for parts in (top1_hits, top5_hits, losses)))
 
 
 def train(
@@ -105,50 +105,53 @@ def train(
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train `model` in place on `data.train`; on one CPU the same config gives the same weights, bit for bit.
 
-    Every epoch's order and random draws come from (seed, epoch) alone, so a run that was killed and goes on from
-    `checkpoint` ends with the weights of a run that was not.
+    The order of the images and all random draws of an epoch depend on (seed, epoch) alone, so a killed run that resumes from
+    `checkpoint` ends with the same weights as an uninterrupted one.
 
     Args:
-        teacher: what it says joins the loss (see `TrainConfig`); not trained.
-        checkpoint: a file to save the state of the run to and to resume from; removed by whoever keeps the result.
+        teacher: adds a distillation term to the loss (see `TrainConfig`), and is not trained.
+        checkpoint: a file to save the state of the run to and to resume from; the caller removes it.
         groups: parameter groups for the optimiser in place of all of the model's, each with an `lr_scale`.
-        penalty: a term to add to the loss, called after each forward pass.
+        penalty: computes a term that is added to the loss, after each forward pass.
 
     Returns:
-        The trained model (its moving average where `ema` > 0) and the history: one dict an epoch with `epoch`,
-        `steps` (since the start), `loss`, `lr`, `val_top1` (a fraction; NaN without a val split). The last epoch is the result: no epoch is chosen.
+        The trained model (its moving average where `ema` > 0) and the history, one dict for each epoch: `epoch`, `steps`
+        (since the start), `loss`, `lr`, `val_top1` (a fraction; NaN without a val split). The model is that of the last epoch;
+        val accuracy selects none.
 
     Raises:
-        InputError: fewer images than a batch, a teacher that cannot teach like that (see `distilling.Distiller`), or a
-            loss that is no longer finite; the last checkpoint is kept.
+        InputError: fewer images than a batch; a teacher that the settings do not allow (see `distilling.Distiller`); a
+            loss that is not finite. The last checkpoint stays on disk.
     """
-    split, target = data.require_split("train"), pick_device(device)
+    split, target_device = data.require_split("train"), pick_device(device)
     key = training_key(model, data, config, teacher, device) if checkpoint else ""
     if len(split) < config.batch_size:
         raise InputError(
             f"batch_size = {config.batch_size} is more than the {len(split)} training images; give a smaller one"
         )
-    set_fused_attention(model, target.type != "cpu")  # on a CPU the fused kernel's backward pass is the slower one
-    run = _TrainingRun(model.to(target), data, config, teacher, target, groups, penalty)
-    kept = StoredFile(checkpoint, "checkpoint")
-    history = run.resume(kept, key) if checkpoint else []
-    saved = time.monotonic()
+    set_fused_attention(model, target_device.type != "cpu")  # on a CPU the fused kernel's backward pass is slower
+    run = _TrainingRun(model.to(target_device), data, config, teacher, target_device, groups, penalty)
+    checkpoint_file = StoredFile(checkpoint, "checkpoint")
+    history = run.resume(checkpoint_file, key) if checkpoint else []
+    last_save_time = time.monotonic()
     with progress.progress_bar(None, title, total=config.epochs * run.steps, unit="step") as bar:
         bar.update(len(history) * run.steps)
         for epoch in range(len(history), config.epochs):
             loss = run.epoch(epoch, bar)
-            result = float("nan")
+            val_top1 = float("nan")
             if len(data.val):
-                result = float(
-                    evaluate(run.result(), data.val, batch_size=4 * config.batch_size, device=target).top1.mean()
+                evaluation = evaluate(
+                    run.eval_model(), data.val, batch_size=4 * config.batch_size, device=target_device
                 )
-            bar.set_postfix(loss=f"{loss:.3f}", val_top1=f"{result:.3f}")
-            done = run.steps * (epoch + 1)
-            history.append({"epoch": epoch + 1, "steps": done, "loss": loss, "lr": run.rate(done), "val_top1": result})
-            if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                run.save(kept, key, history)
-                saved = time.monotonic()
-    trained = run.result()
+                val_top1 = float(evaluation.top1.mean())
+            bar.set_postfix(loss=f"{loss:.3f}", val_top1=f"{val_top1:.3f}")
+            steps_done = run.steps * (epoch + 1)
+            lr = run.learning_rate(steps_done)
+            history.append({"epoch": epoch + 1, "steps": steps_done, "loss": loss, "lr": lr, "val_top1": val_top1})
+            if checkpoint and time.monotonic() - last_save_time > CHECKPOINT_SECONDS:
+                run.save(checkpoint_file, key, history)
+                last_save_time = time.monotonic()
+    trained = run.eval_model()
     if trained is not model:
         model.load_state_dict(trained.state_dict())
     set_fused_attention(model, True)
@@ -157,7 +160,7 @@ def train(
 
 
 class _TrainingRun:
-    """The moving parts of one training run."""
+    """The state of one training: model, optimiser, moving average and distillation."""
 
     def __init__(self, model, data, config, teacher, device, groups, penalty):
         from timm.data import Mixup
@@ -167,14 +170,16 @@ class _TrainingRun:
         self.model, self.config, self.split, self.device = model, config, data.train, device
         self.steps = len(self.split) // config.batch_size
         self.classes = model.recipe.architecture.num_classes
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(model, device))
-        self.teaching = None
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_is_faster(model, device))
+        self.distiller = None
         if teacher is not None:
-            self.teaching = Distiller(model, teacher, config, data, device, self.autocast)
+            self.distiller = Distiller(model, teacher, config, data, device, self.autocast)
         set_distilled_training(model, teacher is not None)
         groups = list(groups or param_groups_weight_decay(model, config.weight_decay))
-        if self.teaching:
-            groups.append({"params": list(self.teaching.projections.parameters()), "weight_decay": config.weight_decay})
+        if self.distiller:
+            groups.append(
+                {"params": list(self.distiller.projections.parameters()), "weight_decay": config.weight_decay}
+            )
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True
         )
@@ -187,20 +192,20 @@ class _TrainingRun:
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=self.classes
             )
 
-    def rate(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """The learning rate before optimiser step `step`: linear warm-up, then a cosine to a hundredth."""
-        warm, total = self.config.warmup_epochs * self.steps, max(1, self.config.epochs * self.steps)
-        if step < warm:
-            return self.config.lr * (step + 1) / (warm + 1)
-        done = (step - warm) / max(1.0, total - warm)
-        return self.config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        warmup_steps, total = self.config.warmup_epochs * self.steps, max(1, self.config.epochs * self.steps)
+        if step < warmup_steps:
+            return self.config.lr * (step + 1) / (warmup_steps + 1)
+        progress_share = (step - warmup_steps) / max(1.0, total - warmup_steps)
+        return self.config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress_share))))
 
     def epoch(self, epoch: int, bar) -> float:
-        """Train one epoch; returns the mean loss."""
+        """Train one epoch, and return its mean loss."""
         seed, views = self._seed(epoch), self.config.views
         view = self._seed(epoch % views) if views else None
-        if self.teaching:
-            self.teaching.begin(view)
+        if self.distiller:
+            self.distiller.start_epoch(view)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -210,12 +215,12 @@ class _TrainingRun:
         batches = train_batches(self.split, preprocess, config.batch_size, config.augment, seed, self.device, view)
         for i, (x, y) in enumerate(batches):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(epoch * self.steps + i) * group.get("lr_scale", 1.0)
+                group["lr"] = self.learning_rate(epoch * self.steps + i) * group.get("lr_scale", 1.0)
             loss = self._loss(x, y, order[i])
             if not torch.isfinite(loss):
                 raise InputError(
                     f"the loss is {loss.item()} at step {epoch * self.steps + i + 1} (epoch {epoch + 1}): training diverged; "
-                    f"give a smaller lr than {config.lr} (what was saved of the epochs before is kept)"
+                    f"give a smaller lr than {config.lr} (the checkpoint of an earlier epoch stays on disk)"
                 )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -228,55 +233,58 @@ class _TrainingRun:
         return float(total) / self.steps
 
     def _seed(self, epoch: int) -> int:
-        """What the order and the draws of an epoch, or of a view, come from."""
+        """The seed of the order and the random draws of an epoch, or of a view."""
         return (self.config.seed * 100_003 + epoch) % 2**31
 
-    def _loss(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+    def _loss(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         labels = y
         if self.mixup:
             x, labels = self.mixup(x, y)
-        smoothing = 0.0 if self.mixup else self.config.label_smoothing  # Mixup has smoothed its labels itself
-        with self.autocast(), self.teaching.watch() if self.teaching else nullcontext() as seen:
-            answers = self.model(x)
-        own, heard = answers if isinstance(answers, tuple) else (answers, answers)
-        loss = F.cross_entropy(own.float(), labels, label_smoothing=smoothing)
-        if self.teaching:
-            loss = self.teaching.join(loss, heard.float(), x, places, seen)
+        smoothing = 0.0 if self.mixup else self.config.label_smoothing  # Mixup has smoothed its labels already
+        with self.autocast(), self.distiller.capture_features() if self.distiller else nullcontext() as features:
+            logits = self.model(x)
+        label_logits, student_logits = logits if isinstance(logits, tuple) else (logits, logits)
+        loss = F.cross_entropy(label_logits.float(), labels, label_smoothing=smoothing)
+        if self.distiller:
+            loss = self.distiller.total_loss(loss, student_logits.float(), x, indices, features)
         return loss + self.penalty() if self.penalty else loss
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def result(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
+        """The moving average of the weights if there is one, else the model."""
         return self.ema.module if self.ema else self.model
 
-    def save(self, kept: StoredFile, key: str, history: list[dict[str, float]]) -> None:
+    def save(self, checkpoint_file: StoredFile, key: str, history: list[dict[str, float]]) -> None:
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        kept.save({"key": key, "parts": parts, "history": history})
+        checkpoint_file.save({"key": key, "parts": parts, "history": history})
 
-    def resume(self, kept: StoredFile, key: str) -> list[dict[str, float]]:
-        """Take up the run that `kept` holds; a damaged checkpoint, or one of another run, is named and left aside."""
-        state = kept.load()
+    def resume(self, checkpoint_file: StoredFile, key: str) -> list[dict[str, float]]:
+        """Restore the state in a checkpoint and return its history; a damaged one, or one of another run, gives a warning."""
+        state = checkpoint_file.load()
         if state is None:
             return []
         if not isinstance(state, dict) or state.get("key") != key:
-            print(f"the checkpoint {str(kept.path)!r} is of another training; this one starts at the beginning")
+            print(
+                f"the checkpoint {str(checkpoint_file.path)!r} is of another training; this training starts at the beginning"
+            )
             return []
         for name, part in self._parts().items():
             part.load_state_dict(state["parts"][name])
         return state["history"]
 
     def _parts(self) -> dict[str, Any]:
-        """What changes while it trains."""
+        """The modules and the optimiser whose state a checkpoint holds."""
         parts = {"model": self.model, "optimizer": self.optimizer}
         if self.ema:
             parts["ema"] = self.ema.module
-        if self.teaching:
-            parts["projections"] = self.teaching.projections
+        if self.distiller:
+            parts["projections"] = self.distiller.projections
         return parts
 
 
-def _bf16_pays(model: nn.Module, device: torch.device) -> bool:
+def _bf16_is_faster(model: nn.Module, device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
