@@ -1,4 +1,4 @@
-"""Channels are evened out where that changes no answer, and nowhere else: found by what a block computes, of whatever kind."""
+"""Channels are smoothed only where that does not change the outputs, in every kind of block."""
 
 import dataclasses
 
@@ -70,6 +70,6 @@ def test_the_float_models_answers_stay(kind, few):
 
 def test_static_int8_of_post_norm_blocks_says_what_it_leaves_and_answers_as_before(few):
     model, x = make(block_fn=timm_blocks.ResPostBlock), torch.randn(16, 3, 8, 8)
-    with pytest.warns(UserWarning, match=r"channels are not evened out \(4 of 8 layers\)"):
+    with pytest.warns(UserWarning, match=r"channels are not smoothed \(4 of 8 layers\)"):
         small = compress(model, make_config("static_int8"), few)
     assert float((small(x) - model(x)).std() / model(x).std()) < 0.1

@@ -1,4 +1,4 @@
-"""Static int8: ranges, channels evened out, what becomes of the answers, and a backend's integer kernels."""
+"""Static int8: ranges, smoothed channels, the outputs, and a backend's integer kernels."""
 
 import copy
 import importlib.util

@@ -1,16 +1,17 @@
-"""A whole ViT in few bits: weights, what the linear layers are given, and what attention and LayerNorm work on.
+"""Simulated integer arithmetic: weights, linear layers' inputs, and the tensors in attention and LayerNorm in few bits.
 
-Two ways to do without training what uniform codes for a tensor do badly:
+Two methods without training improve on one uniform quantizer for each tensor:
 
-- FQ-ViT (Lin et al. 2022, arXiv 2111.13824). LayerNorm's inputs have a few channels far above the others; channel c gets the
-  step 2^a_c s with a_c in {0, 1, 2, 3}, whose factor is a shift. Softmax's shares are coded as powers of two.
-- RepQ-ViT (Li et al. 2023, arXiv 2212.08254). LayerNorm's outputs are coded with a step and a zero point for each channel,
-  which become one for all as LayerNorm and the next layer take the difference (`reparameterise`). Shares are powers of
-  sqrt(2).
+- FQ-ViT (Lin et al. 2022, arXiv 2111.13824). LayerNorm's inputs have a few channels with much larger values than the others.
+  Channel c gets the step 2^a_c s with a_c in {0, 1, 2, 3}, so that its factor is a bit shift. Attention probabilities are coded
+  as powers of two.
+- RepQ-ViT (Li et al. 2023, arXiv 2212.08254). LayerNorm's outputs are coded with a step and a zero point for each channel.
+  These become one step and one zero point for the tensor, as LayerNorm and the next layer absorb the difference
+  (`reparameterise`). Attention probabilities are coded as powers of sqrt(2).
 
-Integer arithmetic is simulated: weights are packed on disk, but activations are rounded to what their codes stand for and
-multiplied in floating point. The numbers are those of integers, the time is not. Additions (residuals, biases), GELU,
-softmax and the pixels stay in floating point.
+Integer arithmetic is simulated: weights are packed on disk, but activations are rounded to the values of their codes and
+multiplied in floating point. Values are those of integers, times are not. Additions (residuals, biases), GELU, softmax and the
+pixels stay in floating point.
 """
 
 import copy
@@ -33,28 +34,29 @@ from vitbench.model.layers import Log2Rounded, Rounded, RoundedNorm
 from vitbench.model.vit import LINEAR_TYPES, replace_module
 from vitbench.training.coded import CodedModel
 
-FACTORS = (0.125, 0.25, 0.5, 1.0)  # of the range of LayerNorm's inputs that a channel's codes may span
-OCTAVES, BINS = 24, 960  # of the histogram of softmax's shares, on a logarithmic axis
+FACTORS = (0.125, 0.25, 0.5, 1.0)  # the fractions of the range of LayerNorm's inputs that a channel's codes may span
+OCTAVES, BINS = 24, 960  # the range and bins of the histogram of attention probabilities, on a logarithmic axis
 
 
 class SimulatedInteger(Config):
-    """Bits of everything, and what is done about LayerNorm and softmax.
+    """The bits of all tensors, and how LayerNorm and softmax are quantized.
 
     Attributes:
-        layers: the blocks' linear layers that get codes; with none, nothing in the blocks is changed.
-        weight_bits: a step for each output row.
-        activation_bits: of the linear layers' inputs, q, k, v, and LayerNorm's inputs where those are rounded; a step and a
-            zero point for the tensor.
-        attention_bits: of softmax's shares.
-        softmax: "log2" or "log_sqrt2", powers of that base, or "uniform".
-        norms: "power_of_two" rounds LayerNorm's inputs as FQ-ViT does, "reparameterised" its outputs as RepQ-ViT does with
-            its inputs in floating point; "plain" does neither.
-        range: "mse", the range whose rounding has the least squared error, or "minmax", all that was seen.
-        rounding: of the weights: "nearest", or "second_order", where each layer is also fitted to what the rounded layers
-            before it give it, by its own input's codes (`vitbench.calibration.gptq`, `vitbench.calibration.compensation`).
-        ridge: of that fit, in units of the inputs' mean variance.
-        ends_bits: weights of the patch embedding and the head, and the head's inputs; None leaves them as they are.
-        rest: how all that has no codes is stored.
+        layers: the blocks' linear layers to quantize; if empty, nothing in the blocks changes.
+        weight_bits: bits of the weights, with a step for each output row.
+        activation_bits: bits of the linear layers' inputs, of q, k and v, and of LayerNorm's inputs where those are rounded,
+            with one step and one zero point for each tensor.
+        attention_bits: bits of the attention probabilities.
+        softmax: codes of the attention probabilities: powers of 2 ("log2") or of sqrt(2) ("log_sqrt2"), or "uniform".
+        norms: "power_of_two" rounds LayerNorm's inputs (FQ-ViT); "reparameterised" rounds its outputs and leaves its inputs in
+            floating point (RepQ-ViT); "plain" does neither.
+        range: "mse", the range of least squared rounding error, or "minmax", the range of all calibration values.
+        rounding: rounding of the weights: "nearest", or "second_order", which also fits each layer to the inputs that the
+            rounded earlier layers produce, after its own rounding (`vitbench.calibration.gptq`,
+            `vitbench.calibration.compensation`).
+        ridge: the ridge penalty of that fit, in units of the inputs' mean variance.
+        ends_bits: bits of the weights of the patch embedding and the head, and of the head's inputs; None leaves them dense.
+        rest: how all tensors without codes are stored.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -76,191 +78,214 @@ REPQ_VIT = SimulatedInteger(weight_bits=4, activation_bits=4, softmax="log_sqrt2
 
 @register(SimulatedInteger, identity=SimulatedInteger(layers=(), ends_bits=None, rest="float32"))
 def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageData | None) -> nn.Module:
-    """Round weights and activations of the blocks and the two ends."""
+    """Round weights and activations of the blocks, the patch embedding and the head."""
     if config.layers:
         _check(model, config)
-    layers, outer = vit.linear_layers(model, config.layers), embedding_and_head_coders(model, config.ends_bits)
-    if not layers and not outer:
+    layers, end_coders = vit.linear_layers(model, config.layers), embedding_and_head_coders(model, config.ends_bits)
+    if not layers and not end_coders:
         return model
     if data is None:
         raise InputError("simulated_integer fixes ranges on calibration images and no data set was given; give one")
-    split, inputs, inside = data.require_split("calibration"), {}, {}
+    split, input_quantizers, block_quantizers = data.require_split("calibration"), {}, {}
     if layers and config.norms == "reparameterised":
-        inputs = _reparameterised(model, layers, split, config)
-    given = copy.deepcopy(model)
+        input_quantizers = _reparameterised(model, layers, split, config)
+    original = copy.deepcopy(model)
     if layers:
-        inside = _inside(model, split, config)
-    bits = {name: config.activation_bits for name in layers if name not in inputs}
+        block_quantizers = _attention_and_norm_quantizers(model, split, config)
+    bits = {name: config.activation_bits for name in layers if name not in input_quantizers}
     if config.ends_bits:
-        heads = (name for coder in outer for name in coder.names if name.startswith("head"))
+        heads = (name for coder in end_coders for name in coder.names if name.startswith("head"))
         bits |= dict.fromkeys(heads, config.ends_bits)
-    inputs |= _uniform(model, bits, split, config)
-    for name, module in inside.items():
+    input_quantizers |= _uniform_quantizers(model, bits, split, config)
+    for name, module in block_quantizers.items():
         replace_module(model, name, module)
-    steps = _fit(model, given, layers, inputs, split, config) if config.rounding == "second_order" else {}
+    steps = (
+        _round_weights(model, original, layers, input_quantizers, split, config)
+        if config.rounding == "second_order"
+        else {}
+    )
     coders = [RowCoder(name, layer, config.weight_bits, None, steps.get(name)) for name, layer in layers.items()]
-    for coder in [*coders, *outer]:
+    for coder in [*coders, *end_coders]:
         coder.install_packed(model)
-    for name, module in inputs.items():
+    for name, module in input_quantizers.items():
         model.get_submodule(name).input = module
     return CodedModel(model, []).to_packed_model(config.rest)
 
 
 def _check(model: nn.Module, config: SimulatedInteger) -> None:
-    """Raise `InputError` unless the blocks have the dense layers and norms that get codes."""
+    """Raise `InputError` unless the blocks have the dense layers and LayerNorms that `config` quantizes."""
     vit.dense_layers_by_type(model, config.layers)
     for index, block in enumerate(model.blocks):
         if config.norms != "plain" and not all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
             raise InputError(
-                f"blocks.{index} of {model.recipe.architecture.name} has no LayerNorm that could be {config.norms}; give "
+                f"blocks.{index} of {model.recipe.architecture.name} has no LayerNorm for norms={config.norms}; give "
                 "norms=plain"
             )
 
 
-def _uniform(model: nn.Module, widths: Mapping[str, int], split: Split, config: SimulatedInteger) -> dict[str, Rounded]:
-    """Roundings with one step and one zero point for what the modules in `widths` (name -> bits) are given."""
-    modules = {name: model.get_submodule(name) for name in widths}
-    found: dict[str, Rounded] = {}
-    seen = quantizers.channel_ranges(model, modules, split)
-    for bits in sorted(set(widths.values())):
-        own = {name: module for name, module in modules.items() if widths[name] == bits}
-        spans = quantizers.input_ranges(model, own, {name: seen[name] for name in own}, split, config.range, bits)
-        found |= {name: Rounded(bits).set_range(*span) for name, span in spans.items()}
-    return found
+def _uniform_quantizers(
+    model: nn.Module, bits_by_name: Mapping[str, int], split: Split, config: SimulatedInteger
+) -> dict[str, Rounded]:
+    """Quantizers with one step and one zero point for the inputs of the modules in `bits_by_name` (name -> bits)."""
+    modules = {name: model.get_submodule(name) for name in bits_by_name}
+    result: dict[str, Rounded] = {}
+    channel_ranges = quantizers.channel_ranges(model, modules, split)
+    for bits in sorted(set(bits_by_name.values())):
+        modules_of_width = {name: module for name, module in modules.items() if bits_by_name[name] == bits}
+        ranges_of_width = {name: channel_ranges[name] for name in modules_of_width}
+        input_ranges = quantizers.input_ranges(model, modules_of_width, ranges_of_width, split, config.range, bits)
+        result |= {name: Rounded(bits).set_range(*input_range) for name, input_range in input_ranges.items()}
+    return result
 
 
-def _inside(model: nn.Module, split: Split, config: SimulatedInteger) -> dict[str, nn.Module]:
-    """Make places for roundings in attention and LayerNorm, in place. Returns place -> what is to stand there."""
-    places = blocks.make_attention_quantizable(model)
-    uniform = dict.fromkeys(places["q"] + places["k"] + places["v"], config.activation_bits)
+def _attention_and_norm_quantizers(model: nn.Module, split: Split, config: SimulatedInteger) -> dict[str, nn.Module]:
+    """Insert submodules for quantizers into attention and LayerNorm, in place. Returns submodule name -> quantizer."""
+    quantizer_names = blocks.make_attention_quantizable(model)
+    uniform = dict.fromkeys(quantizer_names["q"] + quantizer_names["k"] + quantizer_names["v"], config.activation_bits)
     if config.softmax == "uniform":
-        uniform |= dict.fromkeys(places["softmax"], config.attention_bits)
-    found = _uniform(model, uniform, split, config)
+        uniform |= dict.fromkeys(quantizer_names["softmax"], config.attention_bits)
+    result = _uniform_quantizers(model, uniform, split, config)
     if config.softmax == "log2":
-        found |= {name: Log2Rounded(config.attention_bits) for name in places["softmax"]}
+        result |= {name: Log2Rounded(config.attention_bits) for name in quantizer_names["softmax"]}
     if config.softmax == "log_sqrt2":
-        found |= _powers(model, places["softmax"], split, config.attention_bits)
-    return found | (_factors(model, split, config.activation_bits) if config.norms == "power_of_two" else {})
+        result |= _log_quantizers(model, quantizer_names["softmax"], split, config.attention_bits)
+    if config.norms == "power_of_two":
+        result |= _power_of_two_quantizers(model, split, config.activation_bits)
+    return result
 
 
-def _powers(model: nn.Module, names: Sequence[str], split: Split, bits: int) -> dict[str, Log2Rounded]:
-    """Codes in powers of sqrt(2), with the scale of least squared error for each tensor."""
+def _log_quantizers(model: nn.Module, names: Sequence[str], split: Split, bits: int) -> dict[str, Log2Rounded]:
+    """Quantizers with codes in powers of sqrt(2), with the scale of least squared error for each tensor."""
     counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in names}
 
-    def see(name: str, x: Tensor, y: Tensor) -> None:
+    def on_call(name: str, x: Tensor, y: Tensor) -> None:
         counts[name] += torch.histc(-x.float().log2().clamp(-OCTAVES, 0), BINS, 0, OCTAVES).double()
 
     quantizers.run_calibration(
-        model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of attention"
+        model, {name: model.get_submodule(name) for name in names}, split, on_call, "histograms of attention"
     )
     return {name: Log2Rounded(bits, 2**0.5).fit_scale(counts[name], OCTAVES) for name in names}
 
 
-def _factors(model: nn.Module, split: Split, bits: int) -> dict[str, Rounded]:
-    """Make room before each LayerNorm, in place. Returns roundings whose steps are powers of two times one (FQ-ViT's PTF).
+def _power_of_two_quantizers(model: nn.Module, split: Split, bits: int) -> dict[str, Rounded]:
+    """Quantizers of LayerNorms' inputs with channel steps 2^a s (FQ-ViT's power-of-two factor). Changes the LayerNorms in place.
 
-    With s = (high - low) / (2^b - 1) / 8 of the whole tensor, channel c gets 2^a s with the a in {0, 1, 2, 3} of least
-    squared error, and all channels the zero point round(-low / 8 s).
+    With s = (high - low) / (2^b - 1) / 8 of the complete tensor, channel c gets the step 2^a s with the a in {0, 1, 2, 3} of
+    least squared error. All channels get the zero point round(-low / 8 s).
     """
     names = [f"blocks.{i}.{norm}" for i in range(len(model.blocks)) for norm in ("norm1", "norm2")]
     names += [name for name in ("norm", "fc_norm") if isinstance(model.get_submodule(name), nn.LayerNorm)]
     for name in names:
         replace_module(model, name, RoundedNorm.from_norm(model.get_submodule(name)))
-    seen = quantizers.channel_ranges(model, {name: model.get_submodule(name) for name in names}, split)
-    ends = {name: (min(0.0, float(c.low.min())), max(1e-6, float(c.high.max()))) for name, c in seen.items()}
-    lost = {name: torch.zeros(len(FACTORS), len(c.low), dtype=torch.float64) for name, c in seen.items()}
+    channel_ranges = quantizers.channel_ranges(model, {name: model.get_submodule(name) for name in names}, split)
+    tensor_range = {
+        name: (min(0.0, float(ranges.low.min())), max(1e-6, float(ranges.high.max())))
+        for name, ranges in channel_ranges.items()
+    }
+    errors = {
+        name: torch.zeros(len(FACTORS), len(ranges.low), dtype=torch.float64) for name, ranges in channel_ranges.items()
+    }
 
-    def see(name: str, x: Tensor, y: Tensor) -> None:
-        for errors, factor in zip(lost[name], FACTORS):
-            tried = Rounded(bits).set_range(*(factor * end for end in ends[name]))
-            errors += (tried(x) - x).flatten(0, -2).square().sum(0).double()
+    def on_call(name: str, x: Tensor, y: Tensor) -> None:
+        for factor_errors, factor in zip(errors[name], FACTORS):
+            candidate = Rounded(bits).set_range(*(factor * bound for bound in tensor_range[name]))
+            factor_errors += (candidate(x) - x).flatten(0, -2).square().sum(0).double()
 
-    quantizers.run_calibration(model, {name: model.get_submodule(name) for name in names}, split, see, "factors of two")
-    found = {}
+    quantizers.run_calibration(
+        model, {name: model.get_submodule(name) for name in names}, split, on_call, "factors of two"
+    )
+    result = {}
     for name in names:
-        factors = torch.tensor(FACTORS)[lost[name].argmin(0)]
-        found[f"{name}.input"] = Rounded(bits, len(factors)).set_range(*(factors * end for end in ends[name]))
-    return found
+        factors = torch.tensor(FACTORS)[errors[name].argmin(0)]
+        bounds = (factors * bound for bound in tensor_range[name])
+        result[f"{name}.input"] = Rounded(bits, len(factors)).set_range(*bounds)
+    return result
 
 
 def _reparameterised(
     model: nn.Module, layers: Mapping[str, nn.Linear], split: Split, config: SimulatedInteger
 ) -> dict[str, Rounded]:
-    """Give each channel after a LayerNorm a step and a zero point, and make them one for all, in place.
+    """Quantize LayerNorms' outputs for each channel, then reparameterise to one step and one zero point, in place.
 
-    Returns the roundings of the layers' inputs by layer.
+    Returns layer name -> the quantizer of its input.
     """
     norms = {
         name: norm for name, norm in blocks.preceding_norms(model).items() if name in layers and norm.bias is not None
     }
-    each = _each_channel(model, list(norms), split, config)
-    return {name: reparameterise(norm, layers[name], each[name]) for name, norm in norms.items()}
+    per_channel = _channel_quantizers(model, list(norms), split, config)
+    return {name: reparameterise(norm, layers[name], per_channel[name]) for name, norm in norms.items()}
 
 
 @torch.no_grad()
-def reparameterise(norm: nn.LayerNorm, layer: nn.Linear, each: Rounded) -> Rounded:
-    """Change a LayerNorm and the layer it feeds, in place, so that one step and zero point do what `each` did (RepQ-ViT).
+def reparameterise(norm: nn.LayerNorm, layer: nn.Linear, per_channel: Rounded) -> Rounded:
+    """Change a LayerNorm and the layer after it, in place, so that one step and zero point replace `per_channel` (RepQ-ViT).
 
-    With steps s_c and zero points z_c, s and z their means (z a whole number among the codes), r_c = s_c / s and
-    m_c = s_c (z_c - z): LayerNorm gives x' = (x + m) / r in the place of x, so its codes round(x' / s) + z are
+    With steps s_c and zero points z_c, s and z their means (z an integer in the range of the codes), r_c = s_c / s and
+    m_c = s_c (z_c - z): LayerNorm gives x' = (x + m) / r instead of x, so its codes round(x' / s) + z are
     round(x / s_c) + z_c; the layer takes W' = W diag(r) and b' = b - W m, so that W' x' + b' = W x + b.
 
     Returns:
-        The rounding of x', which `layer` is given.
+        The quantizer of x', the input of `layer`.
     """
-    one = Rounded(each.bits)
-    # channels that hardly change have zero points far outside of the codes; their mean might not be whole in float16
-    one.step, one.zero = each.step.mean(), each.zero.mean().round().clamp(0, 2**each.bits - 1)
-    ratio, moved = each.step / one.step, each.step * (each.zero - one.zero)
-    norm.bias.copy_((norm.bias + moved) / ratio)
+    per_tensor = Rounded(per_channel.bits)
+    # nearly constant channels have zero points far outside the range of codes; their mean might not be an integer in float16
+    max_code = 2**per_channel.bits - 1
+    per_tensor.step, per_tensor.zero = per_channel.step.mean(), per_channel.zero.mean().round().clamp(0, max_code)
+    ratio, shift = per_channel.step / per_tensor.step, per_channel.step * (per_channel.zero - per_tensor.zero)
+    norm.bias.copy_((norm.bias + shift) / ratio)
     norm.weight.div_(ratio)
     if layer.bias is None:
         layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0]))
-    layer.bias.sub_(layer.weight @ moved)
+    layer.bias.sub_(layer.weight @ shift)
     layer.weight.mul_(ratio)
-    return one
+    return per_tensor
 
 
-def _each_channel(model: nn.Module, names: Sequence[str], split: Split, config: SimulatedInteger) -> dict[str, Rounded]:
-    """Roundings with a step and a zero point for each channel of what the modules are given.
+def _channel_quantizers(
+    model: nn.Module, names: Sequence[str], split: Split, config: SimulatedInteger
+) -> dict[str, Rounded]:
+    """Quantizers with a step and a zero point for each channel of the modules' inputs.
 
-    No channel's range is less than a hundredth of the mean one, so that constant channels do no harm.
+    Each channel's range is at least a hundredth of the mean range, so that constant channels get a valid step.
     """
-    seen = quantizers.channel_ranges(model, {name: model.get_submodule(name) for name in names}, split)
-    spans = {name: (c.low, c.high.maximum(c.low + 0.01 * (c.high - c.low).mean())) for name, c in seen.items()}
-    found = {
-        name: Rounded(config.activation_bits, len(low)).set_range(low, high) for name, (low, high) in spans.items()
+    modules = {name: model.get_submodule(name) for name in names}
+    channel_ranges = {
+        name: (ranges.low, ranges.high.maximum(ranges.low + 0.01 * (ranges.high - ranges.low).mean()))
+        for name, ranges in quantizers.channel_ranges(model, modules, split).items()
+    }
+    result = {
+        name: Rounded(config.activation_bits, len(low)).set_range(low, high)
+        for name, (low, high) in channel_ranges.items()
     }
     if config.range == "minmax":
-        return found
+        return result
     bins = max(512, 8 * 2**config.activation_bits)
-    counts = {name: torch.zeros(len(low), bins) for name, (low, _) in spans.items()}
+    counts = {name: torch.zeros(len(low), bins) for name, (low, _) in channel_ranges.items()}
 
-    def see(name: str, x: Tensor, y: Tensor) -> None:
-        low, high = spans[name]
-        place = ((x.flatten(0, -2) - low) / (high - low) * bins).long().clamp(0, bins - 1)
-        place += bins * torch.arange(len(low))  # of all channels in a row
-        counts[name] += torch.bincount(place.flatten(), minlength=counts[name].numel()).view(-1, bins)
+    def on_call(name: str, x: Tensor, y: Tensor) -> None:
+        low, high = channel_ranges[name]
+        bin_index = ((x.flatten(0, -2) - low) / (high - low) * bins).long().clamp(0, bins - 1)
+        bin_index += bins * torch.arange(len(low))  # one bincount for all channels
+        counts[name] += torch.bincount(bin_index.flatten(), minlength=counts[name].numel()).view(-1, bins)
 
-    quantizers.run_calibration(
-        model, {name: model.get_submodule(name) for name in names}, split, see, "histograms of channels"
-    )
-    return {name: found[name].fit_range(counts[name], *spans[name]) for name in names}
+    quantizers.run_calibration(model, modules, split, on_call, "histograms of channels")
+    return {name: result[name].fit_range(counts[name], *channel_ranges[name]) for name in names}
 
 
-def _fit(
+def _round_weights(
     model: nn.Module,
-    given: nn.Module,
+    original: nn.Module,
     layers: Mapping[str, nn.Linear],
-    inputs: Mapping[str, Rounded],
+    input_quantizers: Mapping[str, Rounded],
     split: Split,
     config: SimulatedInteger,
 ) -> dict[str, Tensor]:
-    """Round the weights in place, first to last, so that they answer to rounded inputs as in `given`. Returns their steps."""
+    """Round the weights in place, first layer to last, with rounded inputs, to the outputs of `original`. Returns their steps."""
     handles = [
-        layer.register_forward_pre_hook(lambda _, x, name=name: (inputs[name](x[0]),)) for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda _, x, name=name: (input_quantizers[name](x[0]),))
+        for name, layer in layers.items()
     ]
-    steps = gptq_layers(model, given, layers, dict.fromkeys(layers, config.weight_bits), split, ridge=config.ridge)
+    steps = gptq_layers(model, original, layers, dict.fromkeys(layers, config.weight_bits), split, ridge=config.ridge)
     for handle in handles:
         handle.remove()
     return steps
