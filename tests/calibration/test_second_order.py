@@ -160,7 +160,7 @@ def test_what_cannot_be_rounded_says_why(base, digits):
     with pytest.raises(InputError, match="rounding=second_order needs calibration images and no data set was given"):
         compress(base.model, make_config("weight_only", {"rounding": "second_order"}))
     with pytest.raises(
-        InputError, match=r"target_bytes = 1,000 is below the floor: with 2 bits in each of the 16 layers"
+        InputError, match=r"target_bytes = 1,000 is below the smallest size: with 2 bits in each of the 16 layers"
     ):
         compress(base.model, make_config("weight_only", {"target_bytes": 1000}), digits)
     with pytest.raises(InputError, match="target_bytes needs calibration images and no data set was given"):

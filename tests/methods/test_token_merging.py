@@ -167,7 +167,7 @@ def test_it_is_trained_if_asked_to(base, digits):
     ("values", "message"),
     [
         ({"r": -1}, "greater than or equal to 0"),
-        ({"r": (1, 2)}, r"r = \(1, 2\) has 2 numbers and deit_tiny_patch16_224 4 blocks"),
+        ({"r": (1, 2)}, r"r = \(1, 2\) has 2 numbers and deit_tiny_patch16_224 has 4 blocks"),
         ({"schedule": "rising"}, "schedule = 'rising'"),
     ],
 )
@@ -178,7 +178,7 @@ def test_wrong_settings(values, message, model):
 
 def test_models_that_cannot_merge_say_why(model):
     merged = compress(model, TokenMerging(r=1))
-    with pytest.raises(InputError, match=r"tokens of this deit_tiny_patch16_224 are reduced already \(merge\)"):
+    with pytest.raises(InputError, match=r"this deit_tiny_patch16_224 reduces tokens already \(merge\)"):
         compress(merged, TokenMerging(r=1))
     with pytest.raises(InputError, match="is a Block with a NystroemAttention"):
         compress(compress(model, Nystroem(landmarks=4)), TokenMerging(r=1))

@@ -1,10 +1,10 @@
-"""Multi-dimensional pruning: heads, neurons and tokens together, by a policy that a search finds for a budget.
+"""Multi-dimensional pruning: heads, neurons and tokens together, by a policy that a search finds within a budget.
 
-Hou and Kung (2022, arXiv 2201.00043): units are scored by their statistical dependence with the model's answer
-(`vitbench.removal.criteria`), a Gaussian process with expected improvement seeks the ratios of all dimensions under a budget of
-multiply-accumulates (`vitbench.removal.policy`, `vitbench.removal.search`), and what is left is fine-tuned. Their public code minimises
-the improvement, searches on the validation set and masks; here it is maximised, the val split (a part of train) scores
-the candidates, each of which is really cut, and the test split is not seen.
+Hou and Kung (2022, arXiv 2201.00043): units are scored by their statistical dependence with the model's outputs
+(`vitbench.removal.criteria`). A Gaussian process with expected improvement searches the ratios of all dimensions within a budget
+of multiply-accumulates (`vitbench.removal.policy`, `vitbench.removal.search`), and the pruned model is fine-tuned. Their public code
+minimises the improvement, searches on the validation set, and masks units. Here the improvement is maximised, candidates are
+scored on the val split (a part of train) with their units removed, and the test split is not used.
 """
 
 import copy
@@ -46,17 +46,17 @@ class MultiDimensional(RemovalConfig):
     """Settings of multi-dimensional pruning, beside those of `RemovalConfig`.
 
     Attributes:
-        keep: the share of the budget that is left.
-        budget: "macs" of the whole model for one image, or "latency": that of a table measured on this machine's CPU
+        keep: the fraction of the budget that is kept.
+        budget: "macs" of the complete model for one image, or "latency", from a table measured on this machine's CPU
             for `batch` images.
-        tolerance: how far from `keep` a policy may be, as a share of it.
-        dimensions: what may be cut; the paper's three, and dimensions of heads, which are finer than whole heads.
+        tolerance: the largest difference of a policy's cost from `keep`, as a fraction of it.
+        dimensions: the kinds of units to remove: the paper's three, or also dimensions of heads, which are finer than heads.
         most: the largest ratio of any dimension.
-        search: how to search.
-        objective: what scores a candidate on the val split: "top1", or "cross_entropy" (its negative), which tells
-            candidates apart where there are few images.
-        sharing: training under policies drawn from the budget before the search, so that what is cut has learned to be
-            without what goes; 0 epochs skip it.
+        search: settings of the search.
+        objective: the score of a candidate on the val split: "top1", or "cross_entropy" (its negative), which ranks
+            candidates more finely if there are few images.
+        sharing: training before the search, under policies drawn from the budget, so that the weights adapt to removed
+            units; 0 epochs skip it.
     """
 
     keep: float = Field(default=0.6, gt=0, le=1)
@@ -72,26 +72,26 @@ class MultiDimensional(RemovalConfig):
 
 @register(MultiDimensional, identity=MultiDimensional(keep=1.0))
 def multidimensional(model: nn.Module, config: MultiDimensional, data: ImageData | None) -> nn.Module:
-    """Search for a policy, cut the model by it, make up for what went, and train on if asked to."""
+    """Search for a policy, prune the model by it, compensate, and fine-tune if `train.epochs` is above 0."""
     if config.keep == 1:
         return model
     if data is None:
         raise InputError("multidimensional scores policies on images and no data set was given; give one")
     teacher = find_teacher(model, config, data) if config.train.epochs else None
-    task = PolicySearch(model, config, data)
-    found = task.search()
-    counts = task.space.counts(found.best)
-    small = task.pruner.prune(counts).requires_grad_(bool(config.train.epochs))
+    policy_search = PolicySearch(model, config, data)
+    search_result = policy_search.search()
+    counts = policy_search.space.counts(search_result.best)
+    small = policy_search.pruner.prune(counts).requires_grad_(bool(config.train.epochs))
     fine_tune(small, config, data, teacher, title="recovering")
-    small.search = task.history(found)
+    small.search = policy_search.history(search_result)
     return small.cpu()
 
 
 class PolicySearch:
-    """One search: the space, its budget, and what scores a policy. `search` may be asked for several times.
+    """One search: the space of policies, its budget, and the score of a policy. `search` may be called several times.
 
     Raises:
-        InputError: a budget that no policy meets, no val images, units that cannot be cut.
+        InputError: a budget that no policy meets, no val images, or units that cannot be removed.
     """
 
     def __init__(self, model: nn.Module, config: MultiDimensional, data: ImageData):
@@ -102,44 +102,48 @@ class PolicySearch:
         self.limits = budget(self.space, self.cost, config.keep, config.tolerance)
         self._prepared: list[tuple[Tensor, Tensor]] | None = None
         if config.sharing.epochs:
-            self.pruner = self.pruner.with_weights(self._shared(model))
+            self.pruner = self.pruner.with_weights(self._train_under_policies(model))
 
     def _cost(self, model: nn.Module) -> Cost:
         if self.config.budget == "latency":
             return LatencyTable.measure(model, self.space, self.config.batch)
-        whole = self.space.counts(np.zeros(self.space.size))
-        inner = mac_cost(model.embed_dim, self.config.reduction, model.num_prefix_tokens)
-        fixed = vit.analytic_macs(model) - int(inner(whole)[0])
-        return lambda counts: fixed + inner(counts)
+        dense_counts = self.space.counts(np.zeros(self.space.size))
+        block_macs = mac_cost(model.embed_dim, self.config.reduction, model.num_prefix_tokens)
+        other_macs = vit.analytic_macs(model) - int(block_macs(dense_counts)[0])
+        return lambda counts: other_macs + block_macs(counts)
 
     def search(self, config: SearchConfig | None = None) -> SearchResult:
-        """Search as `config` (by default the task's) says; what was scored before is not scored again."""
+        """Search with `config` (default: that of the method's config). Stored scores are reused."""
         config = config or self.config.search
         if config.how == "one_ratio":
             best = single_ratio_policy(self.space, self.cost, *self.limits)
             return SearchResult(best[None], np.array([self.evaluate(best)]))
-        decides = self.config.replace(
+        search_settings = self.config.replace(
             search=config, train=TrainConfig(), teacher="none"
         ).to_dict()  # training comes later
-        facts = {"model": artifact.model_digest(self.pruner.model), "data": self.data.fingerprint, "settings": decides}
-        key = work_key("methods", facts, loop.pick_device(), packages=("scipy", "sklearn"))
+        key_inputs = {
+            "model": artifact.model_digest(self.pruner.model),
+            "data": self.data.fingerprint,
+            "settings": search_settings,
+        }
+        key = work_key("methods", key_inputs, loop.pick_device(), packages=("scipy", "sklearn"))
         return search(self.space, self.cost, self.limits, self.evaluate, config, Store("searches").journal(key))
 
     def evaluate(self, policy: np.ndarray) -> float:
-        """The score on the val split of the model cut by `policy` (3 L + 1,); higher is better."""
+        """The score on the val split of the model pruned by `policy` (3 L + 1,); higher is better."""
         small = self.pruner.prune(self.space.counts(policy))
         return _score(small.to(loop.pick_device()), self._batches(), self.config.objective)
 
     def _batches(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """The val images, prepared once if they fit into a gigabyte."""
+        """The batches of the val split, prepared once if they take less than 1 GiB."""
         preprocess = self.pruner.model.recipe.preprocess
         batches = eval_batches(self.val, preprocess, device=loop.pick_device())
         if self._prepared is None and 12 * len(self.val) * preprocess.size**2 < 2**30:
             self._prepared = list(batches)
         return batches if self._prepared is None else self._prepared
 
-    def history(self, found: SearchResult) -> list[dict[str, Any]]:
-        """Each policy that was scored, with what it leaves, its cost and its score."""
+    def history(self, search_result: SearchResult) -> list[dict[str, Any]]:
+        """All scored policies, with the counts that remain, the cost and the score."""
         return [
             {
                 "policy": policy.tolist(),
@@ -147,18 +151,18 @@ class PolicySearch:
                 "cost": float(self.cost(self.space.counts(policy))[0]),
                 "score": float(score),
             }
-            for policy, score in zip(found.policies, found.scores, strict=True)
+            for policy, score in zip(search_result.policies, search_result.scores, strict=True)
         ]
 
-    def _shared(self, model: nn.Module) -> nn.Module:
-        """A copy of the model, trained while at every step another policy within the budget masks it."""
+    def _train_under_policies(self, model: nn.Module) -> nn.Module:
+        """A copy of the model, trained under masks of a random policy within the budget at every step."""
         rng = np.random.default_rng(self.config.search.seed)
-        pool = self.space.scale_to_budget(self.space.sample(rng, 512), self.cost, *self.limits)
+        policies = self.space.scale_to_budget(self.space.sample(rng, 512), self.cost, *self.limits)
         shared = copy.deepcopy(model).requires_grad_(True)
         if "tokens" in self.space.dimensions:
             self.pruner.reduce_tokens(shared, [None] * self.space.depth)
         teacher = find_teacher(model, self.config, self.data)
-        masks = _Masks(shared, self.pruner.scores, self.space, pool, self.config.sharing.seed)
+        masks = _RandomPolicyMasks(shared, self.pruner.scores, self.space, policies, self.config.sharing.seed)
         loop.train(shared, self.data, self.config.sharing, teacher=teacher, title="sharing weights")
         masks.remove()
         if isinstance(shared.blocks, TokenBlocks):
@@ -166,28 +170,28 @@ class PolicySearch:
         return shared.cpu().requires_grad_(False)
 
 
-class _Masks:
-    """Before every training step a policy is drawn from the pool: units that it lacks answer zero, tokens really go."""
+class _RandomPolicyMasks:
+    """Draws one of `policies` before every training step: units that it removes give zero, and its tokens are removed."""
 
-    def __init__(self, model: nn.Module, scores: list[Scores], space: PolicySpace, pool: np.ndarray, seed: int):
-        self.model, self.scores, self.space, self.pool = model, scores, space, pool
+    def __init__(self, model: nn.Module, scores: list[Scores], space: PolicySpace, policies: np.ndarray, seed: int):
+        self.model, self.scores, self.space, self.policies = model, scores, space, policies
         self.rng = np.random.default_rng(seed)
         self.masks: list[tuple[Tensor, Tensor]] = []
-        self.handles = [model.register_forward_pre_hook(lambda *_: self._draw())]
+        self.handles = [model.register_forward_pre_hook(lambda *_: self._sample_policy())]
         for index, block in enumerate(model.blocks):
             self.handles.append(block.attn.qkv.register_forward_hook(self._after_qkv(index)))
             self.handles.append(block.mlp.fc2.register_forward_pre_hook(self._before_fc2(index)))
 
-    def _draw(self) -> None:
-        counts = self.space.counts(self.pool[self.rng.integers(len(self.pool))])
-        self.masks, after = [], [None] * self.space.depth
+    def _sample_policy(self) -> None:
+        counts = self.space.counts(self.policies[self.rng.integers(len(self.policies))])
+        self.masks, token_counts = [], [None] * self.space.depth
         if self.model.training:
-            after = counts.tokens_out[0].tolist()
+            token_counts = counts.tokens_out[0].tolist()
             device = next(self.model.parameters()).device
-            for block, keep in zip(self.model.blocks, top_units(self.scores, counts.units_left()), strict=True):
-                self.masks.append(tuple(mask.to(device) for mask in cut.masks(block, keep)))
+            for block, kept_units in zip(self.model.blocks, top_units(self.scores, counts.units_left()), strict=True):
+                self.masks.append(tuple(mask.to(device) for mask in cut.masks(block, kept_units)))
         if isinstance(self.model.blocks, TokenBlocks):
-            self.model.blocks.counts = tuple(after)
+            self.model.blocks.counts = tuple(token_counts)
 
     def _after_qkv(self, index: int):
         return lambda _, x, y: y * self.masks[index][0] if self.masks else None

@@ -1,8 +1,9 @@
-"""Token merging (ToMe, Bolya et al. 2023, arXiv 2210.09461): in every block the r most similar pairs of tokens become one.
+"""Token merging (ToMe, Bolya et al. 2023, arXiv 2210.09461): every block averages its r most similar pairs of tokens.
 
-Between attention and MLP the tokens are split in two by turns, each of one half looks for the most similar of the other,
-by the cosine of the mean keys, and the r best pairs are averaged by size; from then on attention counts a token as often as
-it has tokens in it (`vitbench.model.tokens`). Nothing has to be trained. It saves time and multiply-accumulates, and no bytes.
+Between attention and MLP the tokens are split alternately into two sets. Each token of one set is matched with the most
+similar token of the other, by the cosine of the mean keys, and the r most similar pairs are averaged, weighted by size.
+Later attention weights each token by the number of tokens merged into it (`vitbench.model.tokens`). No training is needed.
+It reduces time and multiply-accumulates, but not bytes.
 """
 
 from collections.abc import Sequence
@@ -24,14 +25,14 @@ Pairs = Annotated[int, Field(ge=0)]
 
 
 class TokenMerging(FineTuneConfig):
-    """How many pairs go together in which block; by default nothing is trained.
+    """The number of pairs to merge in each block; by default nothing is trained.
 
     Attributes:
-        r: pairs that are merged in each block, or a number for every block. None: as many as halve the patches' tokens by
-            the last block (8 for 196 in 12 blocks). Where fewer tokens are left, half of them go and no more (as in the
-            paper); class and register tokens never do.
-        schedule: "constant", r in each block, or "decreasing", from 2 r in the first in a straight line to none in the last,
-            as many in all: it saves more and costs more.
+        r: the number of pairs to merge in each block, or one number for every block. None: the number that halves the patch
+            tokens by the last block (8 for 196 tokens in 12 blocks). A block merges at most half of its remaining tokens
+            (as in the paper); class and register tokens are never merged.
+        schedule: "constant", r in each block, or "decreasing", linearly from 2 r in the first block to 0 in the last, with
+            the same total. "decreasing" reduces more multiply-accumulates and loses more accuracy.
     """
 
     r: Pairs | tuple[Pairs, ...] | None = None
@@ -39,20 +40,26 @@ class TokenMerging(FineTuneConfig):
     train: TrainConfig = TRAIN
 
 
-def merge_schedule(r: int, depth: int, kind: str) -> list[int]:
-    """Pairs to merge in each of `depth` blocks."""
-    if kind == "constant" or depth == 1:
+def merge_schedule(r: int, depth: int, schedule_name: str) -> list[int]:
+    """The number of pairs to merge in each of `depth` blocks."""
+    if schedule_name == "constant" or depth == 1:
         return [r] * depth
     return [int(2 * r * (1 - index / (depth - 1)) + 0.5) for index in range(depth)]
 
 
 def tokens_after(pairs: Sequence[int], tokens: int, prefix: int) -> list[int]:
-    """Tokens after each block that merges so many pairs, of which at most half of those that may go do, and two stay."""
-    left = []
+    """The number of tokens after each block.
+
+    Args:
+        pairs: for each block, the pairs to merge; a block merges fewer if they are more than half of its mergeable tokens.
+        tokens: the tokens before the first block; at least two are kept.
+        prefix: class and register tokens, which are not merged.
+    """
+    result = []
     for count in pairs:
         tokens -= max(0, min(count, max_merged(tokens, prefix), tokens - 2))
-        left.append(tokens)
-    return left
+        result.append(tokens)
+    return result
 
 
 @register(
@@ -62,14 +69,14 @@ def tokens_after(pairs: Sequence[int], tokens: int, prefix: int) -> list[int]:
     operating_points=lambda model: [{"r": n} for n in range(model.patch_embed.num_patches // 2)],
 )
 def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None) -> nn.Module:
-    """Let every block merge tokens, and train on if asked to."""
+    """Merge tokens in every block, and fine-tune if `train.epochs` is above 0."""
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     pairs, tokens = _pairs(model, config), vit.token_count(model)
     if any(pairs):
         _check(model)
-        left = tokens_after(pairs, tokens, model.num_prefix_tokens)
-        before = [tokens, *left]
-        blocks.reduce_tokens(model, "merge", [m if m < n else None for n, m in zip(before, left)])
+        after = tokens_after(pairs, tokens, model.num_prefix_tokens)
+        tokens_before = [tokens, *after]
+        blocks.reduce_tokens(model, "merge", [m if m < n else None for n, m in zip(tokens_before, after)])
         blocks.record_block_shapes(model)
     model = model.requires_grad_(bool(config.train.epochs))
     fine_tune(model, config, data, teacher, title="training merged tokens")
@@ -81,7 +88,7 @@ def _pairs(model: nn.Module, config: TokenMerging) -> list[int]:
     if isinstance(config.r, tuple):
         if len(config.r) != depth:
             raise InputError(
-                f"r = {config.r} has {len(config.r)} numbers and {model.recipe.architecture.name} {depth} blocks; give one "
+                f"r = {config.r} has {len(config.r)} numbers and {model.recipe.architecture.name} has {depth} blocks; give one "
                 "number for all blocks, or one for each"
             )
         return list(config.r)
@@ -90,15 +97,15 @@ def _pairs(model: nn.Module, config: TokenMerging) -> list[int]:
 
 
 def _check(model: nn.Module) -> None:
-    """Raise `InputError` unless every block is plain and no tokens are reduced yet."""
+    """Raise `InputError` unless every block has standard attention and no tokens are reduced yet."""
     name = model.recipe.architecture.name
     if isinstance(model.blocks, TokenBlocks):
         raise InputError(
-            f"tokens of this {name} are reduced already ({model.blocks.reduction}); give the model before that, or r=0"
+            f"this {name} reduces tokens already ({model.blocks.reduction}); give the model before that step, or r=0"
         )
     for index, block in enumerate(model.blocks):
         blocks.check_standard_attention(model, index)
         if block.attn.gate is not None:
             raise InputError(
-                f"the attention in blocks.{index} of {name} has a gate, which merging does not know; give a plain ViT"
+                f"the attention in blocks.{index} of {name} has a gate, which token merging does not support; give a ViT without gates"
             )

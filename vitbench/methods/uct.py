@@ -1,16 +1,16 @@
-"""UCT: weights as low-bit codes times a low-bit factor that all blocks share, trained end to end.
+"""UCT: low-bit factors of the weights, one of them shared by all blocks, trained end to end.
 
-DeepCompress-ViT (CVPR 2025, pp. 30147-30156), "Unified Compression Training". For each type of linear layer the weights
-of all L blocks stand one below the other, M = [W_1^T; ...; W_L^T] (L in x out), and
+DeepCompress-ViT (CVPR 2025, pp. 30147-30156), "Unified Compression Training". For each type of linear layer, the weights
+of all L blocks are stacked, M = [W_1^T; ...; W_L^T] (L in x out), and factored:
 
     M ~ Z D,    Z (L in x r) and D (r x out) in 4-bit codes,
 
-with a step and a zero point for each column of Z and a step for each column of D. Training minimises
+with a step and a zero point for each column of Z, and a step for each column of D. Training minimises
 
     lambda ||Z D - M||^2 / (L in out) + (1 - k) CE + k KL(teacher || student)
 
-over Z, D, the steps, and all else in the ViT. In the paper Z is made by an encoder from M ("encoder"); since M is a
-constant and the encoder is linear in it, Z can as well be the parameter itself ("direct"), started from the closed form.
+over Z, D, the steps, and all other parameters of the ViT. In the paper an encoder computes Z from M ("encoder"). Since M is
+constant and the encoder is linear in it, Z can also be a parameter itself ("direct"), which starts at a closed-form solution.
 """
 
 import copy
@@ -40,26 +40,27 @@ from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
-HIDDEN = {"qkv": 2, "proj": 1, "fc1": 2, "fc2": 1}  # the encoder's hidden width in widths of the ViT, by type
+ENCODER_WIDTHS = {"qkv": 2, "proj": 1, "fc1": 2, "fc2": 1}  # by layer type; in units of the ViT's width
 
 
 class UCT(CodedTrainingConfig):
     """Settings of UCT.
 
     Attributes:
-        layers: which types of linear layers to code.
-        rank: r, one for all types; None takes `rank_ratio` of the ViT's width.
-        rank_ratio: 0.72 is the paper's for DeiT-S (277 of 384); re-ordered inference needs fewer MACs below 0.75.
-        bits: of the codes of Z and of D.
-        form: "direct" trains Z itself; "encoder" is the paper's.
-        start: what the direct form's closed-form start minimises: the error of the layers' outputs on calibration
-            images ("activations"), each block weighing the same, or that of the weights.
+        layers: the types of linear layers to factor.
+        rank: r, the same for all types; None takes `rank_ratio` of the ViT's width.
+        rank_ratio: 0.72 is the paper's value for DeiT-S (277 of 384). Below 0.75, re-ordered decoding needs fewer MACs than
+            the dense layers.
+        bits: bits of the codes of Z and of D.
+        form: "direct" trains Z itself; "encoder" trains the paper's encoder.
+        start: the error that the direct form's closed-form start minimises: that of the layers' outputs on calibration
+            images ("activations"), with the same weight for each block, or that of the weights ("weights").
         mse_weight: lambda.
-        order: how the compressed layers multiply, see `FactoredLinear`.
-        warm_steps: steps on the weights' error alone before the encoder form's joint training (Adam, 1e-3 to 1e-6).
-        steps_rule, steps_first: how the quantizers start, and whether they do so before the warm start; ours is the
-            least rounding error, after the first half of it.
-        head_bits: bits of the head where they are not `ends_bits`.
+        order: the order of multiplication in the compressed layers, see `FactoredLinear`.
+        warm_steps: steps on the weights' error alone, before the joint training of the encoder form (Adam, 1e-3 to 1e-6).
+        steps_rule, steps_first: how the quantizers' steps are initialised, and whether that is before the warm start. The
+            default is the least rounding error, halfway through the warm start.
+        head_bits: bits of the head; None: `ends_bits`.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -77,9 +78,9 @@ class UCT(CodedTrainingConfig):
     train: TrainConfig = TrainConfig(epochs=15, lr=2e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
 
-# The official code's choices: its encoder, its quantizers' start on the untrained encoder, a head that really has 4 bits
-# where 8 were meant, one learning rate, weights 1 : 1 : 3 of the three losses, no clipping. The last epoch is kept, where
-# the official code keeps the best one on its test images.
+# The official code's choices: its encoder, quantizers initialised on the untrained encoder, a head that has 4 bits
+# although 8 were intended, one learning rate, weights 1 : 1 : 3 of the three losses, no clipping. Here the last epoch is
+# kept; the official code keeps the epoch that is best on its test images.
 OFFICIAL_UCT = UCT(
     form="encoder",
     steps_rule="lsq",
@@ -101,44 +102,47 @@ OFFICIAL_UCT = UCT(
 
 
 def rank_of(model: nn.Module, config: UCT) -> int:
-    """The rank that `config` gives this model.
+    """The rank for this model: `rank`, or `rank_ratio` of its width.
 
     Raises:
-        InputError: layers of a type are missing or differ in shape, or the rank is above what a type allows.
+        InputError: layers of a type are missing or differ in shape, or the rank is above the smaller dimension of a type.
     """
-    most = {}
+    max_ranks = {}
     for kind, layers in dense_layers_by_type(model, config.layers).items():
         shapes = {tuple(layer.weight.shape) for layer in layers.values()}
         if len(shapes) > 1:
             raise InputError(
-                f"the {kind} layers differ between blocks ({sorted(shapes)}); one factor cannot serve them all"
+                f"the {kind} layers differ in shape between blocks ({sorted(shapes)}); leave {kind} out of layers"
             )
-        most[kind] = min(shapes.pop())
+        max_ranks[kind] = min(shapes.pop())
     rank = config.rank or max(1, round(config.rank_ratio * model.embed_dim))
-    tight = [kind for kind, limit in most.items() if rank > limit]
-    if tight:
+    too_small = [kind for kind, limit in max_ranks.items() if rank > limit]
+    if too_small:
         raise InputError(
-            f"rank = {rank} is more than {', '.join(tight)} allow ({min(most.values())}); give 1 to {min(most.values())}"
+            f"rank = {rank} is more than {', '.join(too_small)} allow ({min(max_ranks.values())}); give 1 to "
+            f"{min(max_ranks.values())}"
         )
     return rank
 
 
-def _ranks(model: nn.Module) -> list[dict[str, int]]:
-    """From the width down, in 48 steps."""
+def _operating_points(model: nn.Module) -> list[dict[str, int]]:
+    """Ranks from the ViT's width down to 1, in about 48 steps."""
     return [{"rank": rank} for rank in range(model.embed_dim, 0, -max(1, model.embed_dim // 48))]
 
 
 @register(
-    UCT, identity=UCT(layers=(), ends_bits=None, rest="float32", train=TrainConfig(epochs=0)), operating_points=_ranks
+    UCT,
+    identity=UCT(layers=(), ends_bits=None, rest="float32", train=TrainConfig(epochs=0)),
+    operating_points=_operating_points,
 )
 def uct(model: nn.Module, config: UCT, data: ImageData | None) -> nn.Module:
-    """Code the blocks' linear layers with a factor that all blocks share, and train the codes."""
+    """Factor the blocks' linear layers with a shared factor, quantize both factors, and train the codes."""
     if not config.layers and config.ends_bits is None:
         return model
     rank, teacher = rank_of(model, config) if config.layers else 0, find_teacher(model, config, data)
     torch.manual_seed(config.train.seed)
-    coded = CodedModel(model, [*_coders(model, config, data, rank), *_ends(model, config)])
-    _warm_up(coded, config)
+    coded = CodedModel(model, [*_coders(model, config, data, rank), *_end_coders(model, config)])
+    _fit_encoders(coded, config)
     small = train_codes(coded, config, data, teacher, lambda mismatch: config.mse_weight * mismatch)
     for layer in factored_layers(small).values():
         layer.order = config.order
@@ -146,7 +150,7 @@ def uct(model: nn.Module, config: UCT, data: ImageData | None) -> nn.Module:
 
 
 def with_order(model: nn.Module, order: Order) -> nn.Module:
-    """The same compressed model (a copy) with its factored layers multiplying in another order."""
+    """A copy of the compressed model whose factored layers multiply in the given order."""
     model = copy.deepcopy(model)
     for layer in factored_layers(model).values():
         layer.order = order
@@ -170,7 +174,7 @@ def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) ->
     for kind in config.layers:
         layers = vit.linear_layers(model, (kind,))
         if config.form == "encoder":
-            width, out = HIDDEN[kind] * model.embed_dim, next(iter(layers.values())).out_features
+            width, out = ENCODER_WIDTHS[kind] * model.embed_dim, next(iter(layers.values())).out_features
             left = Encoder(stack_weights(layers), width, rank)
             right = nn.Linear(rank, out, bias=False).weight.detach().T.contiguous()
         else:
@@ -183,7 +187,7 @@ def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) ->
     return coders
 
 
-def _ends(model: nn.Module, config: UCT) -> list:
+def _end_coders(model: nn.Module, config: UCT) -> list:
     if config.head_bits is None or config.ends_bits is None:
         return embedding_and_head_coders(model, config.ends_bits)
     patch, head = (
@@ -193,8 +197,8 @@ def _ends(model: nn.Module, config: UCT) -> list:
     return [*patch, *head]
 
 
-def _warm_up(coded: CodedModel, config: UCT) -> None:
-    """Fit the encoder form to the weights; its quantizers start, and join, half way (or from the first step)."""
+def _fit_encoders(coded: CodedModel, config: UCT) -> None:
+    """Fit the encoder form to the weights. Quantization starts halfway, or with `steps_first` at the first step."""
     coders = [coder for coder in coded.coders if isinstance(coder, FactorCoder)]
     if config.form == "direct" or not coders:
         return
@@ -210,7 +214,7 @@ def _warm_up(coded: CodedModel, config: UCT) -> None:
         loss = sum(coder.regularizer(coder.decode()) for coder in coders)
         if not torch.isfinite(loss):
             raise InputError(
-                f"the weights' error is {loss.item()} at step {step + 1} of the warm start; the given weights are not finite"
+                f"the weights' error is {loss.item()} at step {step + 1} of the warm start; give a model of finite weights"
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

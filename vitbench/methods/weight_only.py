@@ -1,12 +1,12 @@
-"""Weight-only quantization: codes of a few bits, a step for each output row or each group of its weights.
+"""Weight-only quantization: weights in codes of a few bits, with a step for each output row or each group of its weights.
 
     W_ij ~ s_ig q_ij,    q_ij in [-2^(b-1), 2^(b-1) - 1]
 
-and x in floating point. The codes are the nearest ones, with the steps that round with the least squared error, or those
-that keep the layers' outputs on calibration images (`vitbench.calibration.gptq`), each layer fitted to the inputs that the
-rounded layers before it produce (`vitbench.calibration.compensation`); either can then be fitted block by block
-(`vitbench.calibration.reconstruction`), and trained together with the steps (LSQ, Esser et al. 2020) under cross-entropy and
-distillation. It is also what a factorisation has to beat at the same number of bytes.
+and x stays in floating point. Rounding is to the nearest code, with the steps of least squared error, or second-order
+(`vitbench.calibration.gptq`): it minimises the error of the layers' outputs on calibration images, and fits each layer to the
+inputs that the rounded earlier layers produce (`vitbench.calibration.compensation`). Both can be followed by reconstruction,
+block by block (`vitbench.calibration.reconstruction`), and by training of codes and steps (LSQ, Esser et al. 2020) under
+cross-entropy and distillation. It is also the baseline for factored models of the same number of bytes.
 """
 
 import copy
@@ -20,10 +20,10 @@ from torch import nn
 from vitbench.base import progress
 from vitbench.base.errors import InputError
 from vitbench.base.store import Store, StoredFile, work_key
-from vitbench.calibration import moments
 from vitbench.calibration.allocation import BudgetUnreachable, greedy_allocation
 from vitbench.calibration.coders import RowCoder, embedding_and_head_coders
 from vitbench.calibration.gptq import gptq_layers
+from vitbench.calibration.moments import collect_moments
 from vitbench.calibration.quantizers import min_error_step, quantize
 from vitbench.calibration.reconstruction import reconstruct
 from vitbench.data.splits import ImageData, Split
@@ -36,22 +36,22 @@ from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
-MIN_BITS, MAX_BITS = 2, 8  # bits
+MIN_BITS, MAX_BITS = 2, 8
 
 
 class WeightOnly(CodedTrainingConfig):
-    """Which linear layers of the blocks to code and how; by default nothing is trained.
+    """The linear layers of the blocks to quantize, and how; by default nothing is trained.
 
     Attributes:
-        bits: of a code.
-        target_bytes: of all tensors of the compressed model; each layer then gets 2 to 8 bits of its own, where they
-            save most for what the calibration images' loss is expected to rise, and `bits` is not used.
-        group: inputs that share a step, which takes 16 bits for each group; None: a step for each output row.
+        bits: bits of each code.
+        target_bytes: the bytes of all tensors of the compressed model. Each layer then gets 2 to 8 bits, chosen so that the
+            expected rise of the calibration loss is small for the bytes that it frees; `bits` is not used.
+        group: the number of inputs that share a step; each step takes 16 bits. None: a step for each output row.
         rounding: "nearest", or "second_order", which needs calibration images.
-        damping: of the second order, on the covariance's diagonal, in units of its mean.
-        ridge: of the correction for what the layers before have lost, in the same units.
-        reconstruction: steps for each block in which its codes are fitted together afterwards
-            (`vitbench.calibration.reconstruction`), which needs calibration images; 0: none.
+        damping: of second-order rounding, added to the covariance's diagonal, in units of its mean.
+        ridge: the ridge penalty of the correction for the error of earlier layers, in the same units.
+        reconstruction: the number of steps, for each block, that fit its codes together after rounding
+            (`vitbench.calibration.reconstruction`); needs calibration images; 0: none.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -71,88 +71,89 @@ class WeightOnly(CodedTrainingConfig):
     operating_points=lambda model: [{"bits": n} for n in range(8, 1, -1)],
 )
 def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) -> nn.Module:
-    """Round the blocks' linear layers to packed codes of a few bits, and train them if asked to."""
+    """Round the blocks' linear layers to packed codes of a few bits, and train them if `train.epochs` is above 0."""
     vit.dense_layers_by_type(model, config.layers)
     layers = vit.linear_layers(model, config.layers)
     _check_group(layers, config.group)
     teacher = find_teacher(model, config, data)
     bits = dict.fromkeys(layers, config.bits)
     if config.target_bytes:
-        bits = _bits(model, layers, config, data)
-    given = copy.deepcopy(model)
+        bits = _bits_per_layer(model, layers, config, data)
+    original = copy.deepcopy(model)
     steps = {}
     if config.rounding == "second_order":
         split = _calibration(data, "rounding=second_order", "nearest")
         steps = gptq_layers(
-            model, given, layers, bits, split, group=config.group, damping=config.damping, ridge=config.ridge
+            model, original, layers, bits, split, group=config.group, damping=config.damping, ridge=config.ridge
         )
     coders = {name: RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()}
-    files: list[StoredFile] = []  # of what takes long on the way
+    block_files: list[StoredFile] = []  # finished blocks of an interrupted reconstruction
     if config.reconstruction and coders:
         split = _calibration(data, "reconstruction", "0")
         assert data is not None
-        facts = {"model": model_digest(given), "data": data.fingerprint, "settings": config.to_dict()}
-        key = work_key("methods", facts)
-        files = [Store("reconstructions").file(f"{key}-{index}") for index in range(len(model.blocks))]
-        reconstruct(model, given, coders, split, config.reconstruction, block_file=files.__getitem__)
-    every = [*coders.values(), *embedding_and_head_coders(model, config.ends_bits)]
-    if not every:
+        key_inputs = {"model": model_digest(original), "data": data.fingerprint, "settings": config.to_dict()}
+        key = work_key("methods", key_inputs)
+        block_files = [Store("reconstructions").file(f"{key}-{index}") for index in range(len(model.blocks))]
+        reconstruct(model, original, coders, split, config.reconstruction, block_file=block_files.__getitem__)
+    all_coders = [*coders.values(), *embedding_and_head_coders(model, config.ends_bits)]
+    if not all_coders:
         return model
-    small = train_codes(CodedModel(model, every), config, data, teacher)
-    for file in files:
+    small = train_codes(CodedModel(model, all_coders), config, data, teacher)
+    for file in block_files:
         file.remove()
     return small
 
 
-def _calibration(data: ImageData | None, what: str, instead: str) -> Split:
+def _calibration(data: ImageData | None, setting: str, alternative: str) -> Split:
     if data is None:
-        raise InputError(f"{what} needs calibration images and no data set was given; give one, or {instead}")
+        raise InputError(f"{setting} needs calibration images and no data set was given; give one, or {alternative}")
     return data.require_split("calibration")
 
 
 def _check_group(layers: Mapping[str, nn.Linear], group: int | None) -> None:
     for name, layer in layers.items():
         if group and layer.in_features % group:
-            known = [size for size in (16, 32, 64, 128) if not any(one.in_features % size for one in layers.values())]
+            inputs = {linear.in_features for linear in layers.values()}
+            suitable_sizes = [size for size in (16, 32, 64, 128) if not any(count % size for count in inputs)]
             raise InputError(
-                f"group = {group} does not divide the {layer.in_features} inputs of {name}; take one that divides the inputs "
-                f"of every layer{f', such as {known}' if known else ''}, or none for a step for each row"
+                f"group = {group} does not divide the {layer.in_features} inputs of {name}; give one that divides the inputs "
+                f"of every layer{f', such as {suitable_sizes}' if suitable_sizes else ''}, or none for a step for each row"
             )
 
 
-def _bits(
+def _bits_per_layer(
     model: nn.Module, layers: Mapping[str, nn.Linear], config: WeightOnly, data: ImageData | None
 ) -> dict[str, int]:
-    """Bits of each layer by greedy allocation.
+    """The bits of each layer, by greedy allocation.
 
-    What b bits cost is the second order of the loss, as mixed rank has it: the layer's sensitivity times the squared error
+    The error of b bits is the second-order term of the loss, as in mixed rank: the layer's sensitivity times the squared error
     of its outputs with the nearest codes.
     """
     _calibration(data, "target_bytes", "bits")
     assert data is not None
     assert config.target_bytes is not None
-    found = moments.collect_moments(model, dict(layers), data, gradients=True)
+    moments = collect_moments(model, dict(layers), data, gradients=True)
     choices: dict[str, list[tuple[float, float, int]]] = {}
     for name, layer in progress.progress_bar(layers.items(), "error by bits", unit="layer"):
-        weight, covariance = layer.weight.detach(), found[name].output_error_covariance(layer)
+        weight, covariance = layer.weight.detach(), moments[name].output_error_covariance(layer)
         groups, choices[name] = weight.reshape(-1, config.group or layer.in_features), []
         for bits in range(MAX_BITS, MIN_BITS - 1, -1):
             step = min_error_step(groups, bits, dim=1)
             change = ((quantize(groups, step, bits) * step).view_as(weight) - weight).double()
-            lost = float(((change @ covariance) * change).sum())
-            choices[name].append(((MAX_BITS - bits) * weight.numel(), found[name].sensitivity * lost, bits))
-    whole = _bytes(model, layers, MAX_BITS, config)
+            output_error = float(((change @ covariance) * change).sum())
+            choices[name].append(((MAX_BITS - bits) * weight.numel(), moments[name].sensitivity * output_error, bits))
+    max_bytes = _bytes(model, layers, MAX_BITS, config)
     try:
-        return dict.fromkeys(layers, MAX_BITS) | greedy_allocation(choices, 8 * (whole - config.target_bytes))
+        return dict.fromkeys(layers, MAX_BITS) | greedy_allocation(choices, 8 * (max_bytes - config.target_bytes))
     except BudgetUnreachable:
         raise InputError(
-            f"target_bytes = {config.target_bytes:,} is below the floor: with {MIN_BITS} bits in each of the {len(layers)} layers "
+            f"target_bytes = {config.target_bytes:,} is below the smallest size: with {MIN_BITS} bits in each of the {len(layers)} layers "
             f"all tensors take {_bytes(model, layers, MIN_BITS, config):,} bytes; give at least that, or a larger group"
         ) from None
 
 
 def _bytes(model: nn.Module, layers: Mapping[str, nn.Linear], bits: int, config: WeightOnly) -> int:
-    """Of all tensors with `bits` bits in each of the layers; the file adds their names and the recipe."""
+    """The bytes of all tensors with `bits` bits in each of the layers, without the file's tensor names and recipe."""
     width = getattr(torch, config.rest).itemsize
     coded = {f"{name}.weight": (layer, bits, config.group) for name, layer in layers.items()}
     if config.ends_bits:
@@ -164,7 +165,7 @@ def _bytes(model: nn.Module, layers: Mapping[str, nn.Linear], bits: int, config:
         if key not in coded:
             total += tensor.numel() * width
             continue
-        layer, own, group = coded[key]
+        layer, layer_bits, group = coded[key]
         steps = tensor.numel() // group if group else len(tensor)
-        total += packed_bytes(tensor.numel(), own) + steps * width
+        total += packed_bytes(tensor.numel(), layer_bits) + steps * width
     return total
