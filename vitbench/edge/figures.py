@@ -18,10 +18,10 @@ from vitbench.figures.drawing import COLOURS, figure_title, footnote, style, wra
 from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
 
 # colours of where the weights come from; darker costs more
-PLACES = {"memory": "#FFFFFF", "storage": "#BFD7EA", "server": "#E8A27C"}
-PART_LOOKS = {"transfer": (COLOURS[1], ""), "load": (COLOURS[2], "//"), "infer": (COLOURS[3], "")}
+LOCATION_COLOURS = {"memory": "#FFFFFF", "storage": "#BFD7EA", "server": "#E8A27C"}
+PART_STYLES = {"transfer": (COLOURS[1], ""), "load": (COLOURS[2], "//"), "infer": (COLOURS[3], "")}
 UNITS = {"edge_time": "time of an answer (s)", "edge_energy": "energy of an answer (J)"}
-CLAIMS = {"edge_time": 68, "edge_energy": 1470}  # ratios in DeepCompress-ViT's abstract (CVPR 2025)
+PAPER_RATIOS = {"edge_time": 68, "edge_energy": 1470}  # ratios in DeepCompress-ViT's abstract (CVPR 2025)
 
 
 def modelled_rows(rows: pd.DataFrame, metric: str, **context: Any) -> pd.DataFrame:
@@ -45,7 +45,7 @@ def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figu
     """Where the weights come from on each device (memory, storage or server), and the time of one inference."""
     figure_rows = modelled_rows(rows, "edge_time", link=link, first=False, memory=None, storage=None, energy="board")
     labels = list(dict.fromkeys(figure_rows["label"]))
-    locations = list(PLACES)
+    locations = list(LOCATION_COLOURS)
     codes = figure_rows.assign(code=[locations.index(weights_location_of(source)) for source in figure_rows["source"]])
     codes = codes.pivot(index="label", columns="profile", values="code").loc[labels]
     seconds = figure_rows.pivot(index="label", columns="profile", values="value").loc[labels, codes.columns]
@@ -54,7 +54,7 @@ def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figu
     ]
     with style():
         figure, axes = plt.subplots(figsize=(2.4 + 1.35 * len(codes.columns), 1.6 + 0.36 * len(labels)))
-        colours = ListedColormap(list(PLACES.values()))
+        colours = ListedColormap(list(LOCATION_COLOURS.values()))
         text = seconds.map(_seconds)
         sns.heatmap(codes, annot=text, fmt="", cmap=colours, vmin=0, vmax=2, cbar=False, linewidths=1, ax=axes)
         for cell in axes.texts:
@@ -62,9 +62,13 @@ def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figu
         axes.set_yticklabels([_with_size(rows, label) for label in labels], rotation=0)
         axes.set_xticklabels(titles, rotation=0, fontsize=8)
         axes.set(xlabel="device", ylabel="model, and what it takes in memory while it answers")
-        handles = [plt.Rectangle((0, 0), 1, 1, fc=colour, ec="#888888") for colour in PLACES.values()]
+        handles = [plt.Rectangle((0, 0), 1, 1, fc=colour, ec="#888888") for colour in LOCATION_COLOURS.values()]
         axes.legend(
-            handles, [f"weights from {name}" for name in PLACES], ncols=3, loc="lower left", bbox_to_anchor=(0, 1)
+            handles,
+            [f"weights from {name}" for name in LOCATION_COLOURS],
+            ncols=3,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
         )
         figure.suptitle(
             figure_title(experiment_rows(rows), f"what fits where, and the time of an answer (link: {link})"),
@@ -123,7 +127,7 @@ def _draw_parts(axes: Axes, figure_rows: pd.DataFrame, parts: Sequence[str]) -> 
     values = {part: [row[PARTS.index(part)] for row in figure_rows["samples"]] for part in parts}
     ends = np.zeros(len(figure_rows))
     for part in parts:
-        colour, hatch = PART_LOOKS[part]
+        colour, hatch = PART_STYLES[part]
         axes.barh(
             range(len(figure_rows)), values[part], left=ends, color=colour, hatch=hatch, edgecolor="white", label=part
         )
@@ -251,8 +255,10 @@ def _transfer_cost(
 
 def _draw_paper_ratio(axes: Axes, metric: str, right: float, profiles: Profiles) -> None:
     """The abstract's ratio across a panel, and the links' names at their bandwidths."""
-    axes.axhline(CLAIMS[metric], color="black", lw=1, ls=":")
-    axes.annotate(f"abstract: > {CLAIMS[metric]}", (right, CLAIMS[metric]), ha="right", va="bottom", fontsize=8)
+    axes.axhline(PAPER_RATIOS[metric], color="black", lw=1, ls=":")
+    axes.annotate(
+        f"abstract: > {PAPER_RATIOS[metric]}", (right, PAPER_RATIOS[metric]), ha="right", va="bottom", fontsize=8
+    )
     text_style: dict[str, Any] = {"rotation": 90, "fontsize": 7, "color": "#555555", "va": "bottom", "ha": "center"}
     for turn, (name, profile) in enumerate(profiles.links.items()):
         at = (profile.bandwidth.value, 0.01 + 0.14 * (turn % 2))
