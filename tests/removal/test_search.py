@@ -1,4 +1,4 @@
-"""Policies and their budgets; expected improvement, maximised; the search against chance; killed and gone on."""
+"""Policies and their budgets; expected improvement, maximised; the search against chance; killed and resumed."""
 
 import numpy as np
 import pytest
@@ -50,10 +50,10 @@ def test_sampled_and_neighbouring_policies_meet_the_budget(dimensions):
         SPACE.neurons, SPACE.heads, SPACE.head_dims, 65, 1, SPACE.token_blocks, dimensions=dimensions, max_ratio=0.9
     )
     rng, limits = np.random.default_rng(0), budget(space, COST, 0.7, 0.02)
-    found = space.scale_to_budget(space.sample(rng, 500), COST, *limits)
-    assert len(found) > 100
-    near = space.scale_to_budget(space.perturb(rng, found[:3], 500), COST, *limits)
-    for each in (found, near, single_ratio_policy(space, COST, *limits)[None]):
+    sampled = space.scale_to_budget(space.sample(rng, 500), COST, *limits)
+    assert len(sampled) > 100
+    perturbed = space.scale_to_budget(space.perturb(rng, sampled[:3], 500), COST, *limits)
+    for each in (sampled, perturbed, single_ratio_policy(space, COST, *limits)[None]):
         costs = COST(space.counts(each))
         assert ((limits[0] <= costs) & (costs <= limits[1])).all()
         assert each.min() >= 0
@@ -76,12 +76,12 @@ def test_a_budget_that_no_policy_meets_is_refused():
 
 def test_expected_improvement_equals_its_integral_and_is_maximised():
     rng = np.random.default_rng(0)
-    for mean, spread, best in ((0.0, 1.0, 0.5), (1.0, 0.2, 0.9), (-1.0, 2.0, 1.0)):
-        drawn = np.maximum(0, mean + spread * rng.standard_normal(400_000) - best).mean()
-        found = expected_improvement(np.array([mean]), np.array([spread]), best)[0]
+    for mean, std, best in ((0.0, 1.0, 0.5), (1.0, 0.2, 0.9), (-1.0, 2.0, 1.0)):
+        drawn = np.maximum(0, mean + std * rng.standard_normal(400_000) - best).mean()
+        found = expected_improvement(np.array([mean]), np.array([std]), best)[0]
         assert found == pytest.approx(drawn, abs=4e-3)
     sure = expected_improvement(np.array([2.0, 0.0]), np.zeros(2), 1.0)
-    assert sure.tolist() == [1.0, 0.0]  # no spread: what is surely gained
+    assert sure.tolist() == [1.0, 0.0]  # with std 0 the improvement is certain
     wide, narrow = expected_improvement(np.zeros(2), np.array([2.0, 0.1]), 1.0)
     assert wide > narrow
 
@@ -127,7 +127,7 @@ def test_a_search_starts_from_one_ratio_for_each_set_of_dimensions():
 
 def test_a_killed_search_goes_on_without_scoring_again(tmp_path):
     config, calls = SearchConfig(evaluations=12, first=5), []
-    memory = Journal(tmp_path / "search.jsonl", "searches")
+    journal = Journal(tmp_path / "search.jsonl", "searches")
 
     def dying(ratios):
         if len(calls) == 8:
@@ -136,11 +136,11 @@ def test_a_killed_search_goes_on_without_scoring_again(tmp_path):
         return toy_score(ratios)
 
     with pytest.raises(KeyboardInterrupt):
-        search.search(SPACE, COST, LIMITS, dying, config, memory)
-    with open(memory.path, "a") as file:
+        search.search(SPACE, COST, LIMITS, dying, config, journal)
+    with open(journal.path, "a") as file:
         file.write('[["0.1 0.2", -0.')  # killed while it wrote
     again = []
-    found = search.search(SPACE, COST, LIMITS, lambda ratios: again.append(1) or toy_score(ratios), config, memory)
+    found = search.search(SPACE, COST, LIMITS, lambda ratios: again.append(1) or toy_score(ratios), config, journal)
     whole = search.search(SPACE, COST, LIMITS, toy_score, config)
     assert len(again) == 4
     assert np.array_equal(found.policies, whole.policies)
@@ -149,15 +149,15 @@ def test_a_killed_search_goes_on_without_scoring_again(tmp_path):
 
 @pytest.mark.slow
 def test_a_note_with_one_flipped_bit_is_named_and_scored_again(tmp_path, capsys):
-    config, memory = SearchConfig(evaluations=8, first=4), Journal(tmp_path / "search.jsonl", "searches")
-    whole = search.search(SPACE, COST, LIMITS, toy_score, config, memory)
-    lines = memory.path.read_bytes().splitlines(keepends=True)
+    config, journal = SearchConfig(evaluations=8, first=4), Journal(tmp_path / "search.jsonl", "searches")
+    whole = search.search(SPACE, COST, LIMITS, toy_score, config, journal)
+    lines = journal.path.read_bytes().splitlines(keepends=True)
     for place in range(5, len(lines[2]) - 1, 7):
         harmed = bytearray(lines[2])
         harmed[place] ^= 2
-        memory.path.write_bytes(b"".join([*lines[:2], harmed, *lines[3:]]))
+        journal.path.write_bytes(b"".join([*lines[:2], harmed, *lines[3:]]))
         again = []
-        found = search.search(SPACE, COST, LIMITS, lambda ratios: again.append(1) or toy_score(ratios), config, memory)  # noqa: B023
+        found = search.search(SPACE, COST, LIMITS, lambda ratios: again.append(1) or toy_score(ratios), config, journal)  # noqa: B023
         assert len(again) == 1, f"byte {place} of the note"
         assert np.array_equal(found.scores, whole.scores)
         assert "1 of the notes of searches in" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Training: the same seed gives the same weights, also after a kill; a teacher is heard."""
+"""Training: the same seed gives the same weights, also after a kill; distillation follows the teacher."""
 
 import os
 import signal

@@ -72,7 +72,11 @@ class CodedModel(nn.Module):
         return super().train(mode)
 
     def param_groups(self, config: TrainConfig, rest_lr: float) -> list[dict[str, Any]]:
-        """Parameter groups for the optimiser: only matrices without codes have weight decay, and the rest has `rest_lr`."""
+        """Parameter groups for the optimiser, in three parts.
+
+        Coders and learned ranges have no weight decay. The learning rate of the other parameters is multiplied by `rest_lr`, and
+        only matrices among them have weight decay.
+        """
         coder_params = [p for p in self.coders.parameters() if p.requires_grad]
         for module in self.vit.modules():
             if isinstance(module, LearnedRange):

@@ -75,7 +75,10 @@ def caches_teacher_logits(config: TrainConfig) -> bool:
 
 
 class Distiller:
-    """Adds the distillation terms to the loss of one training; student and teacher stay unchanged.
+    """Adds the distillation terms to the loss of one training, without changing student or teacher.
+
+    Args:
+        student, teacher: models with the same classes.
 
     Attributes:
         projections: one linear layer for each block of a student whose width differs from the teacher's, to the teacher's
