@@ -95,7 +95,7 @@ def merge(folder: Path, again: Path) -> int:
 def main() -> int:
     """Measure rows of a folder again, or, with `--with`, replace the old ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the results folder whose rows are made again")
+    parser.add_argument("folder", type=Path, help="the results folder whose rows are recomputed")
     vb.cli.add_images(parser, "the images of the rows")
     parser.add_argument("--out", type=Path, help="where the new rows go")
     parser.add_argument("--with", dest="again", type=Path, help="replace the old rows by the new ones in this folder")

@@ -1,4 +1,4 @@
-"""Files are written in one place, `vitbench/base/files.py`: whole or not at all."""
+"""Files are written in one place, `vitbench/base/files.py`, atomically."""
 
 import ast
 import errno

@@ -1,4 +1,4 @@
-"""Other devices: the profiles' constants, the model of an answer, bytes through a limiter, bundles there and back."""
+"""Other devices: the profiles' constants, the model of one inference, bytes through a limiter, bundles there and back."""
 
 import importlib.util
 import json
@@ -157,7 +157,7 @@ def test_a_bundle_goes_to_a_device_and_its_answers_come_back(measured, base, dig
     (bundle / "answers.json").write_text(json.dumps(answers))
     import_answers(bundle, tmp_path / "torn")
     torn = load_records(tmp_path / "torn")
-    assert set(torn[torn["status"] == "failed"]["error"]) == {"the device's answers hold no load"}
+    assert set(torn[torn["status"] == "failed"]["error"]) == {"the device's result has no load"}
     assert (torn["status"] == "ok").sum() == (rows["status"] == "ok").sum() - 10
     for change, message in (({"schema_version": 99}, "schema version 99"), ({"bundle": "0"}, "is of bundle 0")):
         (bundle / "answers.json").write_text(json.dumps(answers | change))

@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits
 
 def test_a_compressed_model_is_made_once(base, digits, monkeypatch):
     first = compress_cached(base, ROUNDED, digits)
-    monkeypatch.setattr(uct, "train_codes", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(uct, "train_codes", lambda *_: pytest.fail("trained again"))
     again = compress_cached(base, ROUNDED, digits)
     assert again.path == first.path
     assert again.model.recipe.method == "uct"

@@ -1,4 +1,4 @@
-"""Rows that are made again: those that hold, and those that were changed."""
+"""Rows that are recomputed: those within tolerance, and those that were changed."""
 
 import json
 import shutil

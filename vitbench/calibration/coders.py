@@ -84,7 +84,7 @@ class FakeQuantLinear(nn.Linear):
 def embedding_and_head_coders(
     model: nn.Module, bits: int | None, names: Sequence[str] = vit.EMBEDDING_AND_HEADS
 ) -> list[Coder]:
-    """Coders of the patch embedding and the heads, as far as they are in `names`; none if `bits` is None."""
+    """Coders of the patch embedding and the heads, those in `names`; none if `bits` is None."""
     if bits is None:
         return []
     modules = vit.embedding_and_heads(model)

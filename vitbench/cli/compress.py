@@ -20,7 +20,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         nargs="*",
         default=[],
         metavar="NAME",
-        help="one method, or several in order; none saves the model as it is",
+        help="one method, or several in order; none saves the model unchanged",
     )
     add_settings(
         parser,

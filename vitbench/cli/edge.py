@@ -14,14 +14,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     runners = "what runs them there: onnxruntime, openvino (default: onnxruntime)"
     bundle.add_argument("--backends", nargs="+", default=["onnxruntime"], metavar="NAME", help=runners)
     bundle.add_argument("--batches", type=int, nargs="+", default=[1], help="batch sizes to time (default: 1)")
-    images = "images to answer: digits, a Hugging Face name, a folder (default: random numbers)"
+    images = "images to run: digits, a Hugging Face name, a folder (default: random numbers)"
     bundle.add_argument("--dataset", default="", help=images)
     bundle.add_argument("--dataset-name", default="", metavar="NAME", help="how rows and figures name the data set")
     add_splits(bundle)
     bundle.add_argument("--rows", default="", metavar="DIR", help="results folder whose accuracies and sizes go along")
     bundle.set_defaults(command=_bundle)
 
-    adopt = commands.add_parser("adopt", help="add a measured bundle's answers to a results folder")
+    adopt = commands.add_parser("adopt", help="add a measured bundle's results to a results folder")
     adopt.add_argument("bundle", help="the bundle's folder, with answers.json from the device")
     adopt.add_argument("--out", required=True, metavar="DIR", help="results folder of that device")
     adopt.add_argument("--name", default="", help="how to name the device (default: its own name)")
@@ -38,7 +38,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     edge.add_argument(
         "--storage", type=float, metavar="BYTES", help="0: a device that keeps nothing (default: its own)"
     )
-    edge.add_argument("--first", action="store_true", help="the first answer after a restart, with transfer and load")
+    edge.add_argument("--first", action="store_true", help="the first inference after a restart, with transfer and load")
     energy = "board: power x time; operations: the chip's sums and products alone (default: board)"
     edge.add_argument("--energy", choices=("board", "operations"), default="board", help=energy)
     edge.set_defaults(command=_edge)

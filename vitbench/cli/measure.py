@@ -59,7 +59,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         type=float,
         default=DEFAULTS.within,
         metavar="BYTES",
-        help="with --what limit: only whether it answers in so much memory",
+        help="with --what limit: only whether it runs in so much memory",
     )
     parser.set_defaults(command=_measure)
 

@@ -1,4 +1,4 @@
-"""Bundles: a folder of exported models, with a script that measures them on a device without PyTorch, and the import of its answers."""
+"""Bundles: a folder of exported models, with a script that measures them on a device without PyTorch, and the import of its results."""
 
 import hashlib
 import json
@@ -211,17 +211,17 @@ def _rows_to_ship(folder: str | Path, artifacts: set[str]) -> list[Row]:
 
 
 def import_answers(bundle: str | Path, out: str | Path, device: str = "") -> int:
-    """Add the rows of a bundle's answers and the rows in the bundle to the results folder `out`.
+    """Add the rows of a bundle's results and the rows in the bundle to the results folder `out`.
 
     Args:
         bundle: the folder, with `answers.json` from the device.
         device: the device's name in rows and figures; by default that of its board or processor.
 
     Returns:
-        The number of rows from the answers.
+        The number of rows from the results.
 
     Raises:
-        InputError: no answers, answers of another bundle or schema version, or a folder with another device's timings.
+        InputError: no results, results of another bundle or schema version, or a folder with another device's timings.
     """
     folder, run = Path(bundle).expanduser(), Run(out)
     manifest, answers = (_read(folder / name, kind) for name, kind in ((MANIFEST, Manifest), (ANSWERS, Answers)))
@@ -293,12 +293,12 @@ def _rows(entry: Entry, result: Result | None, machine: dict[str, Any]) -> Itera
 
 
 def _missing_reason(entry: Entry, result: Result | None) -> str:
-    """What the device's answers lack of an entry, in words; "" if they are complete."""
+    """What the device's results lack of an entry, in words; "" if they are complete."""
     if result is None or result.error:
-        return result.error if result else "the device's answers have no result of it"
+        return result.error if result else "the device has no result of it"
     needed = ("times", "peak", "imports", "cold_start", "load", *(["versus_times"] if entry.versus else []))
     missing = [key for key in needed if not getattr(result, key)]
-    return f"the device's answers hold no {', '.join(missing)}" if missing else ""
+    return f"the device's result has no {', '.join(missing)}" if missing else ""
 
 
 def _values(entry: Entry, result: Result) -> Iterator[Measurement]:

@@ -20,7 +20,7 @@ from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
 # colours of where the weights come from; darker costs more
 LOCATION_COLOURS = {"memory": "#FFFFFF", "storage": "#BFD7EA", "server": "#E8A27C"}
 PART_STYLES = {"transfer": (COLOURS[1], ""), "load": (COLOURS[2], "//"), "infer": (COLOURS[3], "")}
-UNITS = {"edge_time": "time of an answer (s)", "edge_energy": "energy of an answer (J)"}
+UNITS = {"edge_time": "latency of one inference (s)", "edge_energy": "energy of one inference (J)"}
 PAPER_RATIOS = {"edge_time": 68, "edge_energy": 1470}  # ratios in DeepCompress-ViT's abstract (CVPR 2025)
 
 
@@ -61,7 +61,7 @@ def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figu
             cell.set_color("black")
         axes.set_yticklabels([_with_size(rows, label) for label in labels], rotation=0)
         axes.set_xticklabels(titles, rotation=0, fontsize=8)
-        axes.set(xlabel="device", ylabel="model, and what it takes in memory while it answers")
+        axes.set(xlabel="device", ylabel="model, and its peak memory in one inference")
         handles = [plt.Rectangle((0, 0), 1, 1, fc=colour, ec="#888888") for colour in LOCATION_COLOURS.values()]
         axes.legend(
             handles,
@@ -71,7 +71,7 @@ def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figu
             bbox_to_anchor=(0, 1),
         )
         figure.suptitle(
-            figure_title(experiment_rows(rows), f"what fits where, and the time of an answer (link: {link})"),
+            figure_title(experiment_rows(rows), f"where each model fits, and the latency of one inference (link: {link})"),
             x=0.01,
             ha="left",
         )
@@ -116,7 +116,7 @@ def cost_breakdown(rows: pd.DataFrame, device: str, link: str, **deployment: Any
                 _draw_parts(axes, metric_rows, parts)
                 axes.set_xlabel(UNITS[metric] + ("" if parts == PARTS else ", without the transfer"))
         panels[0][0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
-        title = f"of what an answer consists on {device} over {link}"
+        title = f"the parts of one inference on {device} over {link}"
         figure.suptitle(figure_title(figure_rows[0], title), x=0.01, ha="left")
         footnote(figure, "modelled; energy on a board is measured power times modelled time, and the radio's")
     return figure, pd.concat(figure_rows)
@@ -182,7 +182,7 @@ def memory_cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str)
             yscale="log",
             xlim=span,
             xlabel="memory that the model may take (bytes)",
-            ylabel="time of an answer (s)",
+            ylabel="latency of one inference (s)",
         )
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         figure.suptitle(
@@ -237,7 +237,7 @@ def paper_ratios(
                 ylabel=f"{quantity}: times cheaper",
             )
         panels[2].legend(fontsize=7)
-        title = f"{dense} fetched for every answer, {small} held in memory"
+        title = f"{dense} fetched for every inference, {small} held in memory"
         figure.suptitle(figure_title(figure_rows[0], title), x=0.01, ha="left")
         footnote(figure, f"modelled; energy of a byte over {link}; names below: bandwidths of the links")
     return figure, pd.concat(figure_rows)

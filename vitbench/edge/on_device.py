@@ -47,7 +47,7 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise BundleError(
             f"the bundle has schema version {manifest.get('schema_version')!r}, this script reads {SCHEMA_VERSION}; "
-            "make the bundle again with the vitbench that will read its answers"
+            "make the bundle again with the version of vitbench that will read its results"
         )
     for name, expected_sha256 in manifest["files"].items():
         file = folder / name
@@ -111,7 +111,7 @@ def _checked_call(folder: Path, entry: dict[str, Any], threads: int) -> tuple[Ca
 
 def _summary(result: dict[str, Any]) -> str:
     peak, start = (np.median(result[key]) for key in ("peak", "cold_start"))
-    return f"{np.median(result['times']):.1f} ms, {peak / 1e6:.0f} MB at the peak, first answer after {start:.2f} s"
+    return f"{np.median(result['times']):.1f} ms, {peak / 1e6:.0f} MB at the peak, first inference after {start:.2f} s"
 
 
 def device() -> dict[str, Any]:

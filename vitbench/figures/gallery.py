@@ -40,7 +40,7 @@ GALLERY: dict[str, tuple[str, Draw]] = {
     "backends": ("time in every backend over eager fp32's", lambda rows, batch: measured_edge.in_backends(rows)),
     "floors": ("time over the least that this machine allows", lambda rows, batch: measured_edge.floors(rows)),
     "memory": ("peak memory of a process", lambda rows, batch: measured_edge.memory(rows)),
-    "startup": ("time to a first answer", lambda rows, batch: measured_edge.startup(rows)),
+    "startup": ("time to the first inference", lambda rows, batch: measured_edge.startup(rows)),
 }
 OVER_SEEDS = ("equal-size", "equal-work", "ranks")
 KINDS = (".png", ".svg", ".pdf")

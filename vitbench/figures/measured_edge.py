@@ -28,10 +28,10 @@ def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         limit = _exact(figure_rows, row, "memory_limit") / MEGA
         axes.plot([limit, limit], [position - 0.4, position + 0.4], color=COLOURS[1], lw=3)
     with style():
-        axes.set_xlabel("peak memory of a fresh process that answers one image (MB)")
+        axes.set_xlabel("peak memory of a fresh process that runs one image (MB)")
         footnote(
             figure,
-            "hatched: after the imports, before the model; thick line: smallest memory limit in which it answers",
+            "hatched: after the imports, before the model; thick line: smallest memory limit in which it runs",
         )
     return figure, figure_rows
 
@@ -42,7 +42,7 @@ def startup(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     for position, row in enumerate(starts.itertuples()):
         axes.plot(row.samples, [position] * len(row.samples), ls="", marker="o", ms=3.5, color="black")
     with style():
-        axes.set_xlabel("time from the start of a process to its first answer (s)")
+        axes.set_xlabel("time from the start of a process to the end of its first inference (s)")
         footnote(figure, "dots: single starts; bar: their median; hatched: of it, to load the model")
     return figure, figure_rows
 
@@ -72,7 +72,7 @@ def _bars(
             )
         axes.set_yticks(range(len(bars)), [f"{wrap_label(row.label, 34)}, {row.backend}" for row in bars.itertuples()])
         axes.invert_yaxis()
-        figure.suptitle(figure_title(rows, "memory" if metric == "peak_rss" else "the first answer"), x=0.01, ha="left")
+        figure.suptitle(figure_title(rows, "memory" if metric == "peak_rss" else "the first inference"), x=0.01, ha="left")
     return figure, axes, figure_rows, bars
 
 

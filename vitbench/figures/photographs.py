@@ -1,4 +1,4 @@
-"""Photographs with the answers of two models: what compression changes, seen on single images."""
+"""Photographs with the predictions of two models: what compression changes, on single images."""
 
 import textwrap
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def changed_answers(
         names: what to call the two models.
 
     Returns:
-        The figure, and a sentence that says how many answers changed, for its alternative text.
+        The figure, and a sentence that says how many predictions changed, for its alternative text.
 
     Raises:
         InputError: probabilities of another number of images or classes.
@@ -67,7 +67,7 @@ def changed_answers(
             ]
             axes.set_title("\n".join(lines), fontsize=SMALL_FONT_SIZE, color=COLOURS[1] if i in lost else COLOURS[5])
         if not shown:
-            panels[0, 0].text(0, 0.5, "no answer changed", fontsize=SMALL_FONT_SIZE)
+            panels[0, 0].text(0, 0.5, "no prediction changed", fontsize=SMALL_FONT_SIZE)
         title = textwrap.fill(sentence[0].upper() + sentence[1:], 24 * columns)
         figure.suptitle(title, x=0.01, ha="left", fontsize=9)
     return figure, sentence

@@ -1,6 +1,6 @@
-"""What a saved model really costs and how well it answers: backends, accuracy, size, time, memory, energy.
+"""The measured accuracy and cost of a saved model: backends, accuracy, size, time, memory, energy.
 
-The rooms `run`, `edge` and `cli` import `measure` from here, and what counts or times one thing alone.
+The rooms `run`, `edge` and `cli` import `measure` from here, and the functions that measure one metric alone.
 A new metric is a group in `vitbench.measurement.measuring`; a new backend is an entry of `BACKENDS`.
 """
 

@@ -159,7 +159,7 @@ def _check(content: dict[str, Any]) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of the model's tensors as they are in memory."""
+    """SHA-256 of the model's tensors in memory."""
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode())

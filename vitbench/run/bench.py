@@ -34,7 +34,7 @@ class Bench:
         """Compress the baseline with the configs in order, measure the saved model, and return its label.
 
         Without configs the baseline itself is measured. The policies that a search tried become rows too. Models and
-        metrics that exist are not made again, nor are the first steps that two combinations share.
+        metrics that exist are not measured again, nor are the first steps that two combinations share.
 
         Args:
             settings: fields of `Measures`; by default accuracy and size are measured.

@@ -120,13 +120,13 @@ def _load_or_make(folder: Path, make: Callable[[Path], nn.Module]) -> CachedMode
 
 
 def _load_if_finished(folder: Path) -> CachedModel | None:
-    """The model of a finished folder; None if the folder is unfinished or damaged, so that the model is made again."""
+    """The model of a finished folder; None if the folder is unfinished or damaged, so that the model is rebuilt."""
     if not (folder / HISTORY).is_file():
         return None
     try:
         return _load_folder(folder)
     except (InputError, ValueError, TypeError) as error:
-        print(f"the model in the cache {folder.name} is damaged and is made again ({str(error)[:160]})")
+        print(f"the model in the cache {folder.name} is damaged and is rebuilt ({str(error)[:160]})")
         (folder / HISTORY).unlink(missing_ok=True)
         shutil.rmtree(folder / "model", ignore_errors=True)  # `save` would refuse to overwrite a damaged folder
         return None

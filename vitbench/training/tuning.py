@@ -48,7 +48,7 @@ def find_teacher(
 ) -> nn.Module | None:
     """The teacher that `config` names, after a check that it and the images suit the student `model`.
 
-    The teacher "original" is a copy of `original`, by default of the student as it is now.
+    The teacher "original" is a copy of `original`, by default of the student itself.
 
     Raises:
         InputError: no images to train on, or images of other classes; a teacher with other classes, or with another

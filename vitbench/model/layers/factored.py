@@ -124,7 +124,7 @@ class FactoredLinear(nn.Module):
         return self.latent() @ self._factor.matrix()
 
     def dense(self) -> Tensor:
-        """W (out, in) as it is after coding, float32."""
+        """The decoded weight W (out, in), float32."""
         return self.decoded_weight().T
 
     def is_reordered(self, tokens: int) -> bool:

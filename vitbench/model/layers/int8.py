@@ -38,7 +38,7 @@ class _Int8Linear(nn.Module):
         return y.numel() * self.in_features
 
     def dense(self) -> Tensor:
-        """W (out, in) as it is after rounding, float32."""
+        """The rounded weight W (out, in), float32."""
         return self.weight.float() * self.scale[:, None]
 
 
