@@ -38,7 +38,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     edge.add_argument(
         "--storage", type=float, metavar="BYTES", help="0: a device that keeps nothing (default: its own)"
     )
-    edge.add_argument("--first", action="store_true", help="the first inference after a restart, with transfer and load")
+    edge.add_argument(
+        "--first", action="store_true", help="the first inference after a restart, with transfer and load"
+    )
     energy = "board: power x time; operations: the chip's sums and products alone (default: board)"
     edge.add_argument("--energy", choices=("board", "operations"), default="board", help=energy)
     edge.set_defaults(command=_edge)

@@ -71,7 +71,9 @@ def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figu
             bbox_to_anchor=(0, 1),
         )
         figure.suptitle(
-            figure_title(experiment_rows(rows), f"where each model fits, and the latency of one inference (link: {link})"),
+            figure_title(
+                experiment_rows(rows), f"where each model fits, and the latency of one inference (link: {link})"
+            ),
             x=0.01,
             ha="left",
         )

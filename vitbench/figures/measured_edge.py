@@ -72,7 +72,9 @@ def _bars(
             )
         axes.set_yticks(range(len(bars)), [f"{wrap_label(row.label, 34)}, {row.backend}" for row in bars.itertuples()])
         axes.invert_yaxis()
-        figure.suptitle(figure_title(rows, "memory" if metric == "peak_rss" else "the first inference"), x=0.01, ha="left")
+        figure.suptitle(
+            figure_title(rows, "memory" if metric == "peak_rss" else "the first inference"), x=0.01, ha="left"
+        )
     return figure, axes, figure_rows, bars
 
 
