@@ -19,9 +19,9 @@ DEFAULTS = {
 PLAIN_RANKS = {"gradient_weight": 0.0, "compensation": "none", "allocation": "uniform"}
 STAGES: dict[str, dict[str, Any]] = {  # name on the page -> settings that are not the defaults
     "plain SVD, the same share of each layer": {"decomposition": "svd", "mean_correction": False, **PLAIN_RANKS},
-    "ASVD, likewise": {"decomposition": "asvd", "mean_correction": False, **PLAIN_RANKS},
-    "SVD-LLM, likewise": {"decomposition": "svd_llm", "mean_correction": False, **PLAIN_RANKS},
-    "stage 1: activation-aware, likewise": PLAIN_RANKS,
+    "ASVD, the same share": {"decomposition": "asvd", "mean_correction": False, **PLAIN_RANKS},
+    "SVD-LLM, the same share": {"decomposition": "svd_llm", "mean_correction": False, **PLAIN_RANKS},
+    "stage 1: activation-aware, the same share": PLAIN_RANKS,
     "+ stage 2: greedy ranks": {"gradient_weight": 0.0, "compensation": "none"},
     "+ weighted by the gradient's moments": {"compensation": "none"},
     "+ stage 3: compensation": {},
