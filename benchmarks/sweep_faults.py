@@ -119,7 +119,7 @@ def scaling(out: Path) -> dict:
     return {
         **by_workers,
         "throughput, 2 workers over 1": one["seconds"] / two["seconds"],
-        "likewise, once workers have started": running[0] / running[1],
+        "throughput, 2 workers over 1, without the start of workers": running[0] / running[1],
         "seconds a cell beyond its work, worker kept": overhead / one["cells"],
         "seconds to start a worker": one["starting, seconds of all workers"],
     }
