@@ -27,7 +27,7 @@ def test_equal_answers_say_so():
         np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]), one_hot([0, 1]), one_hot([0, 1]), "abc"
     )
     assert "0 are right with before" in sentence
-    assert "no answer changed" in [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "no prediction changed" in [text.get_text() for axes in figure.axes for text in axes.texts]
     plt.close(figure)
 
 
