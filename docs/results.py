@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from vitbench.rows.comparison_table import accuracy_text, experiment_rows, paired_loss, paired_rows
+from vitbench.rows.comparison_table import accuracy_text, paired_loss, paired_rows
+from vitbench.rows.experiment import Experiment
 from vitbench.rows.row_table import load_records
 
 BATCHES = (1, 8)
@@ -50,8 +51,8 @@ class Results:
 
     Attributes:
         name: of the folder, or of all folders.
-        rows: those of the last row's baseline and of the models made from it, with a label for each model (see
-            `vitbench.rows.comparison_table.experiment_rows`).
+        experiment: the last row's baseline and the models made from it.
+        rows: the experiment's, with a label for each model.
         every: the rows of all models, seeds and statuses, the last one for each key.
         measured: all rows, with those that were measured again later.
     """
@@ -62,7 +63,8 @@ class Results:
             pd.concat([load_records(folder, latest=latest) for folder in folders], ignore_index=True)
             for latest in (True, False)
         )
-        self.rows = experiment_rows(self.every)
+        self.experiment = Experiment.of(self.every)
+        self.rows = self.experiment.rows
         self._row_cache: dict[int, pd.Series] = {}
 
     def row(

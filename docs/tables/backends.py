@@ -8,13 +8,12 @@ import pandas as pd
 from docs.results import BATCHES, Results
 from docs.tables.common import Cells, known, table
 from vitbench.edge.rows import backend_table, fastest
-from vitbench.rows.comparison_table import timed_labels
 
 
 @table
 def shapes(runs: Sequence[Results]) -> Iterator[Cells]:
     """A line for each method; for each shape MB, multiply-accumulates (G), and the time in eager mode."""
-    for method in timed_labels(runs[0].rows):
+    for method in runs[0].experiment.timed_labels:
         cells = [method]
         for results in runs:
             times = "1 / 1" if method == "baseline" else results.times(method)
@@ -50,7 +49,7 @@ def largest_distance(results: Results) -> float:
 @table
 def executorch_times(results: Results) -> Iterator[Cells]:
     """A line for each model that ExecuTorch runs: times over eager fp32's and over fp32's in ExecuTorch."""
-    for method in timed_labels(results.rows):
+    for method in results.experiment.timed_labels:
         same_backend = "1 / 1" if method == "baseline" else results.times(method, backend="executorch")
         yield method, results.times(method, backend="executorch", versus="eager"), same_backend
 
@@ -61,7 +60,7 @@ def floors(runs: Sequence[Results]) -> Iterator[Cells]:
     for results in runs:
         rows, shape = results.rows, results.name.rpartition("-")[2]
         for batch in BATCHES:
-            fastest_backends = {name: fastest(rows, name, batch) for name in timed_labels(rows)}
+            fastest_backends = {name: fastest(rows, name, batch) for name in results.experiment.timed_labels}
             best, floor = fastest_backends["baseline"], results.value("baseline", "latency_floor", batch)
             products = results.value("baseline", "products_time", batch) / floor
             slowest = max(fastest_backends, key=lambda name: fastest_backends[name][1])
@@ -79,5 +78,5 @@ def floors(runs: Sequence[Results]) -> Iterator[Cells]:
 def share_slower_than_dense_in(results: Results, backend: str, batch: int) -> float:
     """The share of the methods whose time in eager mode is above that of the dense model in a backend."""
     dense = results.time("baseline", batch, backend, "eager")
-    times = [results.time(method, batch) for method in timed_labels(results.rows) if method != "baseline"]
+    times = [results.time(method, batch) for method in results.experiment.timed_labels if method != "baseline"]
     return sum(time > dense for time in times) / len(times)

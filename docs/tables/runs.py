@@ -9,7 +9,8 @@ from docs.results import Results, points
 from docs.tables.common import Cells, Mean, known, table
 from vitbench.figures.ranking import at_budgets
 from vitbench.rows.budgets import models_with_cost, winners
-from vitbench.rows.comparison_table import accuracy_text, across_seeds, timed_labels
+from vitbench.rows.comparison_table import accuracy_text
+from vitbench.rows.experiment import across_seeds
 
 
 @table
@@ -22,7 +23,7 @@ def every_run(runs: Iterable[Results]) -> Iterator[Cells]:
         if not (results.every["metric"] == "bytes").any() or results.name.startswith("edge-deit-"):
             continue
         model = results.rows["model"].iloc[-1]
-        labels = timed_labels(results.rows)
+        labels = results.experiment.timed_labels
         if all(results.find(label, "latency_p50", 1) is None for label in labels):
             continue
         for label in labels:

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from tests.conftest import ROOT
 from vitbench import cli
 from vitbench.base.errors import InputError
-from vitbench.edge import rows as edge_rows
+from vitbench.edge import figures as edge_figures, rows as edge_rows
 from vitbench.edge.bundle import import_answers, make_bundle
 from vitbench.edge.model import Deployment, Workload, cost, load_profiles, weights_location
 from vitbench.edge.rows import stream
@@ -106,6 +107,12 @@ def measured(base, digits, tmp_path_factory):
     for path in (base.path, small):
         measure(path, digits, run, versus=base.path, what=("accuracy", "size", "memory"))
     return run, small
+
+
+def test_a_figure_of_rows_that_hold_nothing_modelled():
+    rows = load_records(ROOT / "results" / "reference" / "edge-deit-base")
+    with pytest.raises(InputError, match="the rows hold no edge_time with link = lte, first = False, memory = None"):
+        edge_figures.fit_heatmap(rows, PROFILES, "lte")
 
 
 @pytest.mark.slow

@@ -15,14 +15,12 @@ from vitbench.figures import drawing, one_model
 from vitbench.figures.accuracy_cost import COSTS, tradeoff
 from vitbench.figures.report import write_report
 from vitbench.rows.comparison_table import (
-    across_seeds,
     comparison,
-    experiment_rows,
     label_of,
     progress_table,
     summary_sentences,
-    timed_labels,
 )
+from vitbench.rows.experiment import Experiment, across_seeds
 from vitbench.rows.records import Row, append_rows
 from vitbench.rows.row_table import load_records
 
@@ -103,9 +101,9 @@ def test_rows_that_have_labels_keep_them(folder):
     for step in steps:
         row = make_rows()[6].replace(config={"origin": {"start": "random"}, "methods": [step]})
         append_rows(folder / "records.jsonl", [row])
-    rows = experiment_rows(load_records(folder))
+    rows = Experiment.of(load_records(folder)).rows
     last = rows[rows["label"] == "dynamic_int8 (bits=3)"]
-    assert set(experiment_rows(last)["label"]) == {"dynamic_int8 (bits=3)"}
+    assert set(Experiment.of(last).rows["label"]) == {"dynamic_int8 (bits=3)"}
 
 
 def test_what_was_not_timed_is_left_to_its_own_figures(folder):
@@ -113,7 +111,7 @@ def test_what_was_not_timed_is_left_to_its_own_figures(folder):
     row = make_rows()[6].replace(config={"origin": {"start": "random"}, "methods": steps})
     append_rows(folder / "records.jsonl", [row])
     rows = load_records(folder)
-    assert "dynamic_int8 (bits=2)" in set(experiment_rows(rows)["label"])
+    assert "dynamic_int8 (bits=2)" in set(Experiment.of(rows).rows["label"])
     assert list(comparison(rows).index) == ["baseline", "dynamic_int8"]
 
 
@@ -259,7 +257,7 @@ def test_figures_are_readable_with_few_methods_and_with_many(tmp_path, make, cou
 def test_a_list_names_every_method_and_the_tradeoff_of_many_its_front(tmp_path):
     append_rows(tmp_path / "records.jsonl", rows_of(31))
     rows = load_records(tmp_path)
-    labels = set(experiment_rows(rows)["label"])
+    labels = set(Experiment.of(rows).rows["label"])
     figure, shown = drawing.latencies(rows)
     names = {" ".join(text.get_text().split()) for text in figure.axes[0].get_yticklabels()}
     assert names == labels == {"baseline", *shown["label"]}
@@ -308,7 +306,7 @@ def test_nothing_to_report(tmp_path):
     failed = make_rows()[0].replace(status="failed", value=None, error="broken")
     append_rows(tmp_path / "records.jsonl", [failed])
     with pytest.raises(InputError, match="no ok row"):
-        experiment_rows(load_records(tmp_path))
+        Experiment.of(load_records(tmp_path))
 
 
 def test_a_model_timed_against_a_baseline_without_rows_of_its_own(tmp_path):
@@ -357,9 +355,10 @@ def test_the_running_table_has_a_line_for_each_method_s_first_setting():
     rows = load_records(ROOT / "results" / "reference" / "digits-quick")
     table = progress_table(rows)
     assert table.index[0] == "baseline"
-    timed = list(dict.fromkeys(label.split(" (")[0] for label in timed_labels(experiment_rows(rows))))
+    experiment = Experiment.of(rows)
+    timed = list(dict.fromkeys(label.split(" (")[0] for label in experiment.timed_labels))
     assert list(table.index)[: len(timed)] == timed
-    assert set(table.index) == set(experiment_rows(rows)["method"])
+    assert set(table.index) == set(experiment.rows["method"])
     own = rows[rows["metric"] == "bytes"].drop_duplicates("method").set_index("method")["value"]
     assert table.loc["dynamic_int8", "x smaller"] == round(own["baseline"] / own["dynamic_int8"], 2)
     assert table.loc["baseline", ["x smaller", "MACs", "time"]].tolist() == [1, 1, 1]

@@ -20,6 +20,7 @@ from vitbench.removal.pruner import compensate
 from vitbench.removal.scores import Criterion
 from vitbench.removal.search import LatencyTable, SearchConfig
 from vitbench.rows import comparison_table
+from vitbench.rows.experiment import Experiment
 from vitbench.rows.runs import Run
 from vitbench.run.history import search_rows
 from vitbench.training.config import TrainConfig
@@ -184,9 +185,7 @@ def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, 
     assert scores["samples"] == [step["score"] for step in found.search]
     policies = comparison_table.find_row(comparison_table.experiment_rows(rows), label, "search_policies")
     assert len(policies["samples"]) == 6 * 13
-    assert "search" not in comparison_table.timed_labels(
-        comparison_table.experiment_rows(rows)[lambda all: all["metric"] == "top1"]
-    )
+    assert "search" not in Experiment(Experiment.of(rows).of_metrics("top1")).timed_labels
     for figure, shown in (
         search_policies.search_progress(rows, {"guided": [label]}),
         search_policies.policies(rows, {label: "found"}),

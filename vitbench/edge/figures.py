@@ -15,7 +15,7 @@ from vitbench.base.errors import InputError
 from vitbench.edge.model import PARTS, Device, Link, Profiles, transfer_energy
 from vitbench.edge.rows import weights_location_of
 from vitbench.figures.drawing import COLOURS, figure_title, footnote, style, wrap_label
-from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
+from vitbench.rows.experiment import MEGA, Experiment
 
 # colours of where the weights come from; darker costs more
 LOCATION_COLOURS = {"memory": "#FFFFFF", "storage": "#BFD7EA", "server": "#E8A27C"}
@@ -30,10 +30,9 @@ def modelled_rows(rows: pd.DataFrame, metric: str, **context: Any) -> pd.DataFra
     Raises:
         InputError: no such row.
     """
-    rows = experiment_rows(rows)
-    rows = rows[rows["metric"] == metric]
+    rows = Experiment.of(rows).of_metrics(metric)
     for key, expected in context.items():
-        rows = rows[[row_context.get(key) == expected for row_context in rows["context"]]]
+        rows = rows.loc[[row_context.get(key) == expected for row_context in rows["context"]]]
     if not len(rows):
         selection_text = ", ".join(f"{key} = {expected}" for key, expected in context.items())
         raise InputError(f"the rows hold no {metric} with {selection_text}; model it first (`vitbench edge`)")
@@ -43,6 +42,7 @@ def modelled_rows(rows: pd.DataFrame, metric: str, **context: Any) -> pd.DataFra
 
 def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figure, pd.DataFrame]:
     """Where the weights come from on each device (memory, storage or server), and the time of one inference."""
+    experiment = Experiment.of(rows)
     figure_rows = modelled_rows(rows, "edge_time", link=link, first=False, memory=None, storage=None, energy="board")
     labels = list(dict.fromkeys(figure_rows["label"]))
     locations = list(LOCATION_COLOURS)
@@ -59,7 +59,9 @@ def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figu
         sns.heatmap(codes, annot=text, fmt="", cmap=colours, vmin=0, vmax=2, cbar=False, linewidths=1, ax=axes)
         for cell in axes.texts:
             cell.set_color("black")
-        axes.set_yticklabels([_with_size(rows, label) for label in labels], rotation=0)
+        sizes = [experiment.require(label, "peak_tensors")["value"] / MEGA for label in labels]
+        names = [f"{wrap_label(label, 34)} ({size:.3g} MB)" for label, size in zip(labels, sizes, strict=True)]
+        axes.set_yticklabels(names, rotation=0)
         axes.set_xticklabels(titles, rotation=0, fontsize=8)
         axes.set(xlabel="device", ylabel="model, and its peak memory in one inference")
         handles = [plt.Rectangle((0, 0), 1, 1, fc=colour, ec="#888888") for colour in LOCATION_COLOURS.values()]
@@ -71,9 +73,7 @@ def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figu
             bbox_to_anchor=(0, 1),
         )
         figure.suptitle(
-            figure_title(
-                experiment_rows(rows), f"where each model fits, and the latency of one inference (link: {link})"
-            ),
+            figure_title(figure_rows, f"where each model fits, and the latency of one inference (link: {link})"),
             x=0.01,
             ha="left",
         )
@@ -81,22 +81,6 @@ def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figu
             figure, "modelled from measured bytes, memory and multiply-accumulates, and from the profiles' constants"
         )
     return figure, figure_rows
-
-
-def _with_size(rows: pd.DataFrame, label: str) -> str:
-    return f"{wrap_label(label, 34)} ({_measured_value(rows, label, 'peak_tensors') / MEGA:.3g} MB)"
-
-
-def _measured_value(rows: pd.DataFrame, label: str, metric: str) -> float:
-    """The value of a model's measured row.
-
-    Raises:
-        InputError: no such row.
-    """
-    row = find_row(experiment_rows(rows), label, metric)
-    if row is None:
-        raise InputError(f"the rows hold no {metric} of {label}; measure it first (groups size and memory)")
-    return row["value"]
 
 
 def _seconds(seconds: float) -> str:
@@ -144,6 +128,7 @@ def _draw_parts(axes: Axes, figure_rows: pd.DataFrame, parts: Sequence[str]) -> 
 def memory_cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str) -> tuple[Figure, pd.DataFrame]:
     """Time of one inference against the memory that a model may take, on a device without storage: a step where it fits."""
     common = {"profile": device, "link": link, "first": False, "energy": "board"}
+    experiment = Experiment.of(rows)
     resident_rows = modelled_rows(rows, "edge_time", **common, memory=None, storage=None)
     fetched_rows = modelled_rows(rows, "edge_time", **common, memory=0.0, storage=0.0)
     lines = {
@@ -153,7 +138,7 @@ def memory_cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str)
         )
         for _, row in resident_rows.iterrows()
     }
-    sizes = {label: _measured_value(rows, label, "peak_tensors") for label in lines}
+    sizes = {label: experiment.require(label, "peak_tensors")["value"] for label in lines}
     span = min(sizes.values()) / 2, max(sizes.values()) * 2
     with style():
         figure, axes = plt.subplots(figsize=(9, 4.6))
@@ -210,7 +195,8 @@ def paper_ratios(
     Raises:
         InputError: the small model fits into no device's memory.
     """
-    size, bandwidth, figure_rows = _measured_value(rows, dense, "bytes"), np.logspace(4.5, 9, 200), []
+    size, bandwidth = Experiment.of(rows).require(dense, "bytes")["value"], np.logspace(4.5, 9, 200)
+    figure_rows = []
     with style():
         figure, panels = plt.subplots(1, 3, figsize=(13, 4.2))
         kinds = (("edge_time", "board"), ("edge_energy", "board"), ("edge_energy", "operations"))

@@ -4,6 +4,7 @@ The table has bytes, memory, MACs, times over those of two baselines, and the ra
 floor. The transfer streams bytes over loopback through a rate limiter and times them at the receiver.
 """
 
+import functools
 import socket
 import threading
 import time
@@ -16,7 +17,7 @@ from vitbench.base import progress
 from vitbench.base.configs import digest
 from vitbench.base.errors import InputError
 from vitbench.edge.model import PARTS, Cost, Deployment, Link, Profiles, Workload, cost, transfer_time
-from vitbench.rows.comparison_table import EAGER, MEGA, experiment_rows, find_row, timed_labels
+from vitbench.rows.experiment import EAGER, MEGA, Experiment
 from vitbench.rows.records import KEY_FIELDS, Row
 
 METRICS = {"edge_time": "s", "edge_energy": "J"}
@@ -31,9 +32,9 @@ def workloads(rows: pd.DataFrame) -> dict[str, Workload]:
     Raises:
         InputError: no model has all of them.
     """
-    rows, by_label = experiment_rows(rows), {}
-    for label in timed_labels(rows):
-        found_rows = [find_row(rows, label, metric) for metric in REQUIRED_METRICS]
+    experiment, by_label = Experiment.of(rows), {}
+    for label in experiment.timed_labels:
+        found_rows = [experiment.find(label, metric) for metric in REQUIRED_METRICS]
         values = [row["value"] for row in found_rows if row is not None]
         if len(values) == len(REQUIRED_METRICS):
             size, resident_bytes, macs, int8_macs = values
@@ -57,10 +58,9 @@ def modelled(
     The samples are the parts, in the order of `PARTS`.
     """
     deployment = deployment or Deployment()
-    measured_rows = experiment_rows(measured_rows)
-    rows = []
-    for label, workload in workloads(measured_rows).items():
-        template_row = find_row(measured_rows, label, "bytes")
+    experiment, rows = Experiment.of(measured_rows), []
+    for label, workload in workloads(experiment.rows).items():
+        template_row = experiment.find(label, "bytes")
         for device in devices or profiles.devices:
             for link in links or profiles.links:
                 inference_cost = cost(
@@ -153,25 +153,26 @@ def backend_table(rows: pd.DataFrame) -> str:
     of fp32 in the same backend. `floor` is the ratio of the fastest backend's median to the latency floor, without bf16
     (`measurement.roofline`).
     """
-    ok_rows, reasons = experiment_rows(rows), _reasons(rows)
-    timed = ok_rows[ok_rows["metric"] == "latency_ratio"]
+    experiment, reasons = Experiment.of(rows), _reasons(rows)
+    timed = experiment.of_metrics("latency_ratio")
     backends = sorted(dict.fromkeys(timed["backend"]), key=lambda name: name != EAGER)
     batches = sorted(int(batch) for batch in timed["batch"].unique())
     memory_backends = sorted(
-        dict.fromkeys(ok_rows["backend"][ok_rows["metric"] == "peak_rss"]), key=lambda name: name != EAGER
+        dict.fromkeys(experiment.of_metrics("peak_rss")["backend"]), key=lambda name: name != EAGER
     )
     header = ["method", "MB", "G MACs", *(f"peak MB {name}" for name in memory_backends), *backends]
     lines = [[*header, *(f"floor, batch {batch}" for batch in batches)]]
     footnotes: dict[str, int] = {}
-    for label in timed_labels(ok_rows):
-        cells = [label, _number(ok_rows, label, "bytes", MEGA, ".1f"), _number(ok_rows, label, "macs", 1e9, ".2f")]
-        cells += [_number(ok_rows, label, "peak_rss", MEGA, ".0f", backend) for backend in memory_backends]
+    for label in experiment.timed_labels:
+        number = functools.partial(_number, experiment, label)
+        cells = [label, number("bytes", MEGA, ".1f"), number("macs", 1e9, ".2f")]
+        cells += [number("peak_rss", MEGA, ".0f", backend) for backend in memory_backends]
         for backend in backends:
-            cell = _times(ok_rows, label, backend, batches)
-            if "-" in cell and (reason := reasons.get((_artifact(ok_rows, label), backend))):
+            cell = _times(experiment, label, backend, batches)
+            if "-" in cell and (reason := reasons.get((_artifact(experiment.rows, label), backend))):
                 cell += f" [{footnotes.setdefault(reason, len(footnotes) + 1)}]"
             cells.append(cell)
-        cells += [_best(ok_rows, label, batch) for batch in batches]
+        cells += [_best(experiment.rows, label, batch) for batch in batches]
         lines.append(cells)
     rule = ["---"] * len(lines[0])
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
@@ -179,13 +180,11 @@ def backend_table(rows: pd.DataFrame) -> str:
 
 
 def fastest(rows: pd.DataFrame, label: str, batch: int) -> tuple[str, float] | None:
-    """The backend with the smallest median time at a batch size, without bf16, and the ratio of that time to the latency floor.
-
-    Args:
-        rows: as `experiment_rows` gives them.
-    """
-    floor_row = find_row(rows, label, "latency_floor", batch)
-    latency_rows = rows[(rows["label"] == label) & (rows["metric"] == "latency_p50") & (rows["batch"] == batch)]
+    """The backend with the smallest median time at a batch size, without bf16, and the ratio of that time to the latency floor."""
+    experiment = Experiment.of(rows)
+    floor_row = experiment.find(label, "latency_floor", batch)
+    latency_rows = experiment.of_metrics("latency_p50")
+    latency_rows = latency_rows[(latency_rows["label"] == label) & (latency_rows["batch"] == batch)]
     latency_rows = latency_rows[~latency_rows["backend"].isin(BF16_BACKENDS)].drop_duplicates("backend", keep="last")
     if floor_row is None or not len(latency_rows):
         return None
@@ -198,27 +197,27 @@ def _best(rows: pd.DataFrame, label: str, batch: int) -> str:
     return "-" if fastest_backend is None else f"{fastest_backend[1]:.1f} ({fastest_backend[0]})"
 
 
-def _number(rows: pd.DataFrame, label: str, metric: str, scale: float, format_spec: str, backend: str = EAGER) -> str:
-    row = find_row(rows, label, metric, backend=backend)
-    if row is None or not (pd.isna(row["backend"]) or row["backend"] == backend):
-        return "-"
-    return f"{row['value'] / scale:{format_spec}}"
+def _number(
+    experiment: Experiment, label: str, metric: str, scale: float, format_spec: str, backend: str = EAGER
+) -> str:
+    row = experiment.find(label, metric, backend=backend)
+    return "-" if row is None else f"{row['value'] / scale:{format_spec}}"
 
 
-def _times(rows: pd.DataFrame, label: str, backend: str, batches: list[int]) -> str:
+def _times(experiment: Experiment, label: str, backend: str, batches: list[int]) -> str:
     """Ratios to the times of eager fp32 and, in parentheses, of fp32 in the same backend; 1 for the baseline itself."""
     versus = "" if backend == EAGER else EAGER
-    eager = list(_ratios(rows, label, backend, versus, batches))
+    eager = list(_ratios(experiment, label, backend, versus, batches))
     if set(eager) == {"-"}:
         return "-"
     text = " / ".join(eager)
-    return text if backend == EAGER else f"{text} ({' / '.join(_ratios(rows, label, backend, '', batches))})"
+    return text if backend == EAGER else f"{text} ({' / '.join(_ratios(experiment, label, backend, '', batches))})"
 
 
-def _ratios(rows: pd.DataFrame, label: str, backend: str, versus: str, batches: list[int]) -> Iterator[str]:
+def _ratios(experiment: Experiment, label: str, backend: str, versus: str, batches: list[int]) -> Iterator[str]:
     for batch in batches:
         is_baseline = label == "baseline" and not versus
-        row = find_row(rows, label, "latency_p50" if is_baseline else "latency_ratio", batch, backend, versus)
+        row = experiment.find(label, "latency_p50" if is_baseline else "latency_ratio", batch, backend, versus)
         yield "-" if row is None or row["backend"] != backend else "1" if is_baseline else f"{row['value']:.2f}"
 
 

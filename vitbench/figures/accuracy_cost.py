@@ -17,7 +17,7 @@ from matplotlib.transforms import Bbox
 from vitbench.base.errors import InputError, one_of
 from vitbench.figures.drawing import COLOURS, SMALL_FONT_SIZE, figure_title, footnote, method_style, style, wrap_label
 from vitbench.rows.budgets import SHARES, models_with_cost
-from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row, timed_labels
+from vitbench.rows.experiment import MEGA, Experiment
 from vitbench.rows.statistics import pareto_front
 
 COSTS = {  # cost -> its name in titles, the axis label, and the factor from a row's unit to the axis's
@@ -60,8 +60,8 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
         InputError: an unknown cost, or no model with an accuracy and this cost.
     """
     cost_name, label, _ = COSTS[one_of("cost", cost, COSTS)]
-    rows = experiment_rows(rows)
-    points, figure_rows = _points(rows, cost, batch)
+    experiment = Experiment.of(rows)
+    points, figure_rows = _points(experiment, cost, batch)
     if not points:
         raise InputError(
             f"no model has both an accuracy and {'an' if cost_name[0] in 'aeiou' else 'a'} {cost_name} among these rows; measure both first"
@@ -80,7 +80,7 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
         ends = [*((point.x, point.y) for point in front), edge]
         axes.plot(*zip(*ends, strict=True), color="#777777", lw=1, ls="--", zorder=1, drawstyle="steps-post")
         axes.set(xlabel=label.format(batch=batch), ylabel="top-1 on test images (%)")
-        axes.set_title(figure_title(rows, f"accuracy against {cost_name}"))
+        axes.set_title(figure_title(experiment.rows, f"accuracy against {cost_name}"))
         if columns:
             marks = [
                 Line2D([], [], ls="", label=wrap_label(name, 26), **method_style(name, families)) for name in families
@@ -99,12 +99,12 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
     return figure, pd.DataFrame(figure_rows)
 
 
-def _points(rows: pd.DataFrame, cost: str, batch: int) -> tuple[list[Point], list[pd.Series]]:
+def _points(experiment: Experiment, cost: str, batch: int) -> tuple[list[Point], list[pd.Series]]:
     """The methods that have an accuracy and the cost, and the rows that they come from."""
     points, used, scale = [], [], COSTS[cost][2]
-    for method in timed_labels(rows):
-        top1_row = find_row(rows, method, "top1")
-        cost_row = find_row(rows, method, cost, batch if cost == "latency_ratio" else None)
+    for method in experiment.timed_labels:
+        top1_row = experiment.find(method, "top1")
+        cost_row = experiment.find(method, cost, batch if cost == "latency_ratio" else None)
         if top1_row is None or (cost_row is None and not (cost == "latency_ratio" and method == "baseline")):
             continue
         x = left = right = 1.0  # the baseline's ratio to itself, which has no row
@@ -229,8 +229,8 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
         InputError: another cost, no method with an accuracy and this cost, or no baseline.
     """
     cost_name, label, scale = COSTS[one_of("cost", cost, ("bytes", "macs"))]
-    rows = experiment_rows(rows)
-    models, base = models_with_cost(rows, cost), find_row(rows, "baseline", cost)
+    experiment = Experiment.of(rows)
+    models, base = models_with_cost(experiment.rows, cost), experiment.find("baseline", cost)
     families = [family for family in dict.fromkeys(models["family"]) if family != "baseline"]
     if not families or base is None:
         raise InputError(
@@ -240,7 +240,7 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
     points = points.assign(x=[row["value"] * scale for row in models["cost"]], family=models["family"])
     front = points.iloc[pareto_front(points["x"], points["value"])]
     bottom = min(front["low"].min(), points["value"].quantile(0.25)) - 1
-    reference = find_row(rows, "baseline", "top1")
+    reference = experiment.find("baseline", "top1")
     columns = min(COLUMNS, len(families))
     lines = math.ceil(len(families) / columns)
     with style():
@@ -266,7 +266,9 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
         panels[0, 0].xaxis.set_minor_locator(NullLocator())
         for axes in panels[:, 0]:
             axes.set_ylabel("top-1 (%)", fontsize=SMALL_FONT_SIZE)
-        figure.suptitle(figure_title(rows, f"accuracy against {cost_name}, method by method"), x=0.01, ha="left")
+        figure.suptitle(
+            figure_title(experiment.rows, f"accuracy against {cost_name}, method by method"), x=0.01, ha="left"
+        )
         shares = ", ".join(f"1/{1 / share:.0f}" for share in SHARES)
         marks = (
             "grey: all models, their front, and the baseline's accuracy; bars: 95 % intervals; triangles: further down"

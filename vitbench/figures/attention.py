@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, require_row, style
-from vitbench.rows.comparison_table import experiment_rows
+from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, style
+from vitbench.rows.experiment import Experiment
 
 TITLES = {"attention": "one attention layer", "model": "the whole model, {depth} block{s}"}
 
@@ -134,13 +134,13 @@ def speed_for_accuracy(
     rows: pd.DataFrame, names: dict[str, dict[int, str]], what: str, batches: tuple[int, ...] = (1, 8)
 ) -> tuple[Figure, pd.DataFrame]:
     """Accuracy against the time over the baseline's, a panel a batch size; `names`: family -> r -> the model's label."""
-    rows, figure_rows = experiment_rows(rows), []
+    experiment, figure_rows = Experiment.of(rows), []
     with style():
         figure, panels = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4), sharey=True, squeeze=False)
         for axes, batch in zip(panels[0], batches, strict=True):
             for index, (family, labels) in enumerate(names.items(), 1):
-                top1 = [require_row(rows, label, "top1") for label in labels.values()]
-                times = [require_row(rows, label, "latency_ratio", batch) for label in labels.values()]
+                top1 = [experiment.require(label, "top1") for label in labels.values()]
+                times = [experiment.require(label, "latency_ratio", batch) for label in labels.values()]
                 x, y = [row["value"] for row in times], [100 * row["value"] for row in top1]
                 spread: dict[str, Any] = {
                     "xerr": _error_bars(times),
@@ -162,7 +162,7 @@ def speed_for_accuracy(
             axes.axvline(1, color="black", lw=0.8, ls=":")
             axes.set_xlabel(f"median time over the baseline's, batch {batch}")
         panels[0, 0].set_ylabel("top-1 (%)")
-        panels[0, 0].set_title(figure_title(rows, what))
+        panels[0, 0].set_title(figure_title(experiment.rows, what))
         panels[0, -1].legend(fontsize=8, loc="lower right")
         footnote(figure, "bars: 95 % intervals; left and up is better")
     return figure, pd.DataFrame(figure_rows).drop_duplicates("key")

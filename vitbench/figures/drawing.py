@@ -19,7 +19,7 @@ from matplotlib.rcsetup import cycler
 from vitbench.base.errors import InputError
 from vitbench.base.files import figure_bytes, write_bytes, write_text
 from vitbench.base.paths import writable_folder
-from vitbench.rows.comparison_table import experiment_rows, find_row, in_backend, ratios, timed_labels
+from vitbench.rows.experiment import Experiment, in_backend
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
 COLOURS = ("#000000", "#D55E00", "#56B4E9", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -148,7 +148,7 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Raises:
         InputError: no timed call.
     """
-    rows = experiment_rows(rows)
+    rows = Experiment.of(rows).rows
     rows = rows[in_backend(rows) & rows["samples"].notna()]
     paired = rows[rows["metric"] == "latency_ratio"]
     alternating = len(paired) > 0
@@ -165,7 +165,7 @@ def latencies(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         figure, panels, y = _method_lines(names, len(calls))
         for axes, (batch, calls_by_label) in zip(panels, calls.items(), strict=True):
             for name, times in calls_by_label.items():
-                _draw_times(axes, y[name], times, find_row(latency_rows, name, "latency_ratio", batch))
+                _draw_times(axes, y[name], times, Experiment(latency_rows).find(name, "latency_ratio", batch))
             # a single slow call must not set the scale of the axis
             slow, slowest = (max(np.percentile(times, p) for times in calls_by_label.values()) for p in (90, 99))
             axes.set_xlim(0, 1.05 * min(slowest, 2 * slow))
@@ -221,13 +221,13 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
 
     A line for each compressed method, the smallest file first; size in one panel, time in the other.
     """
-    rows = experiment_rows(rows)
-    names = [method for method in timed_labels(rows) if method != "baseline"]
+    experiment = Experiment.of(rows)
+    names = [method for method in experiment.timed_labels if method != "baseline"]
     sizes: dict[str, Marks] = {}
     times: dict[str, Marks] = {}
     rows_used: dict[str, list[pd.Series]] = {}
     for name in names:
-        sizes[name], times[name], rows_used[name] = _ratios_to_baseline(rows, name)
+        sizes[name], times[name], rows_used[name] = _ratios_to_baseline(experiment, name)
     names.sort(key=lambda name: sizes[name].get("on disk", (np.inf,)))
     with style():
         figure, panels, y = _method_lines(names, 2)
@@ -241,19 +241,19 @@ def predicted_beside_measured(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]
             _legend(axes, kinds)
         if not names:
             panels[0].text(0, 0.2, "no compressed method has been measured yet")
-        figure.suptitle(figure_title(rows, "predicted beside measured"), x=0.01, ha="left")
+        figure.suptitle(figure_title(experiment.rows, "predicted beside measured"), x=0.01, ha="left")
         footnote(
             figure,
             "hollow: predicted; filled: measured; bars: 95 % intervals; numbers: predicted \N{RIGHTWARDS ARROW} measured",
         )
     figure_rows = [row for name in names for row in rows_used[name]]
-    return figure, pd.DataFrame(figure_rows, columns=rows.columns).drop_duplicates("key")
+    return figure, pd.DataFrame(figure_rows, columns=experiment.rows.columns).drop_duplicates("key")
 
 
 Marks = dict[str, tuple[float, float, float]]  # quantity -> ratio to the baseline, low and high of its interval
 
 
-def _ratios_to_baseline(rows: pd.DataFrame, method: str) -> tuple[Marks, Marks, list[pd.Series]]:
+def _ratios_to_baseline(experiment: Experiment, method: str) -> tuple[Marks, Marks, list[pd.Series]]:
     """The marks of one method for size and for time, and the rows that they show."""
     size: Marks = {}
     time: Marks = {}
@@ -263,11 +263,11 @@ def _ratios_to_baseline(rows: pd.DataFrame, method: str) -> tuple[Marks, Marks, 
         (size, "on disk", "bytes"),
         (time, "MACs", "macs"),
     ):
-        base, row = find_row(rows, "baseline", metric), find_row(rows, method, metric)
+        base, row = experiment.find("baseline", metric), experiment.find(method, metric)
         if base is not None and row is not None:
             marks[label] = (row["value"] / base["value"],) * 3
             rows_used += [base, row]
-    for row in ratios(rows, method):
+    for row in experiment.ratios(method):
         time[f"time, batch {int(row['batch'])}"] = (row["value"], row["low"], row["high"])
         rows_used.append(row)
     return size, time, rows_used
@@ -320,18 +320,6 @@ def _legend(axes: Axes, kinds: dict[str, dict[str, Any]]) -> None:
     marks = [Line2D([], [], label=label, **kind) for label, kind in kinds.items()]
     close: dict[str, Any] = {"borderpad": 0, "columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5}
     axes.legend(handles=marks, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=SMALL_FONT_SIZE, **close)
-
-
-def require_row(rows: pd.DataFrame, label: str, metric: str, batch: int | None = None) -> pd.Series:
-    """`find_row`, where a figure cannot be drawn without it.
-
-    Raises:
-        InputError: no such row.
-    """
-    row = find_row(rows, label, metric, batch)
-    if row is None:
-        raise InputError(f"the rows hold no {metric} of {label}; measure it first")
-    return row
 
 
 def wrap_label(name: str, width: int) -> str:

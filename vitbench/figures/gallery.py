@@ -13,7 +13,7 @@ from vitbench.base.paths import writable_folder
 from vitbench.figures import drawing, measured_edge
 from vitbench.figures.accuracy_cost import small_multiples, tradeoff
 from vitbench.figures.ranking import equal_budgets, ranks
-from vitbench.rows.comparison_table import experiment_rows
+from vitbench.rows.experiment import Experiment
 from vitbench.rows.row_table import load_records
 
 Draw = Callable[
@@ -80,7 +80,7 @@ def draw(name: str, rows: pd.DataFrame, out: str | Path, *, batch: int = 1, styl
         )
     plt.close(figure)
     ok_rows = rows[rows["status"] == "ok"]
-    return len(ok_rows) - (len(experiment_rows(rows)) if name not in OVER_SEEDS else _same_images_count(ok_rows))
+    return len(ok_rows) - (len(Experiment.of(rows).rows) if name not in OVER_SEEDS else _same_images_count(ok_rows))
 
 
 def _same_images_count(rows: pd.DataFrame) -> int:

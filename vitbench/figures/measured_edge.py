@@ -11,9 +11,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from vitbench.base.errors import InputError
 from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, style, wrap_label
-from vitbench.rows.comparison_table import EAGER, MEGA, experiment_rows, find_row
+from vitbench.rows.experiment import EAGER, MEGA, Experiment
 
-Ratio = Callable[[str, int, str], float | None]
+Ratio = Callable[[str, int, str], float]
 
 
 def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -25,7 +25,7 @@ def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         rows, "peak_rss", "import_rss", "memory", 1 / MEGA, extra=("memory_limit",)
     )
     for position, row in enumerate(peaks.itertuples()):
-        limit = _exact(figure_rows, row, "memory_limit") / MEGA
+        limit = Experiment(figure_rows).number(row.label, "memory_limit", backend=row.backend) / MEGA
         axes.plot([limit, limit], [position - 0.4, position + 0.4], color=COLOURS[1], lw=3)
     with style():
         axes.set_xlabel("peak memory of a fresh process that runs one image (MB)")
@@ -54,8 +54,8 @@ def _bars(
 
     Returns the figure, its axes, all rows that it shows, and the rows of the bars.
     """
-    rows = experiment_rows(rows)
-    figure_rows = rows[rows["metric"].isin([metric, part, *extra])]
+    experiment = Experiment.of(rows)
+    figure_rows = experiment.of_metrics(metric, part, *extra)
     bars = figure_rows[figure_rows["metric"] == metric].drop_duplicates(["label", "backend"], keep="last")
     if not len(bars):
         raise InputError(f"the rows hold no {metric}; measure the group {group} first")
@@ -63,9 +63,8 @@ def _bars(
         figure, axes = plt.subplots(figsize=(9, 1.4 + 0.32 * len(bars)))
         for position, row in enumerate(bars.itertuples()):
             axes.barh(position, row.value * scale, color=COLOURS[2])
-            axes.barh(
-                position, _exact(figure_rows, row, part) * scale, color="white", hatch="///", edgecolor=COLOURS[3]
-            )
+            width = experiment.number(row.label, part, backend=row.backend) * scale
+            axes.barh(position, width, color="white", hatch="///", edgecolor=COLOURS[3])
             end = max(row.samples or [row.value]) * scale
             axes.annotate(
                 f"{row.value * scale:.3g}", (end, position), xytext=(6, 0), textcoords="offset points", va="center"
@@ -73,15 +72,9 @@ def _bars(
         axes.set_yticks(range(len(bars)), [f"{wrap_label(row.label, 34)}, {row.backend}" for row in bars.itertuples()])
         axes.invert_yaxis()
         figure.suptitle(
-            figure_title(rows, "memory" if metric == "peak_rss" else "the first inference"), x=0.01, ha="left"
+            figure_title(figure_rows, "memory" if metric == "peak_rss" else "the first inference"), x=0.01, ha="left"
         )
     return figure, axes, figure_rows, bars
-
-
-def _exact(rows: pd.DataFrame, like: Any, metric: str) -> float:
-    """The metric of the same model in the same backend; NaN if it was not measured."""
-    metric_rows = rows[(rows["label"] == like.label) & (rows["metric"] == metric) & (rows["backend"] == like.backend)]
-    return metric_rows["value"].iloc[-1] if len(metric_rows) else float("nan")
 
 
 @style()
@@ -90,23 +83,20 @@ def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
     The floor is the least time that the machine's measured peaks allow for the products and the bytes of the weights.
     """
-    rows = experiment_rows(rows)
-    floor = rows[rows["metric"] == "latency_floor"]
-    timed = rows[(rows["metric"] == "latency_p50") & rows["versus_backend"].isna()]
+    experiment = Experiment.of(rows)
+    floor, timed = experiment.of_metrics("latency_floor"), experiment.of_metrics("latency_p50")
+    timed = timed[timed["versus_backend"].isna()]
     if not len(floor) or not len(timed):
         raise InputError(
             "the rows hold no latency_floor beside a latency; measure the groups roofline and latency first"
         )
 
-    def over_floor(label: str, batch: int, backend: str) -> float | None:
-        latency_row = find_row(rows, label, "latency_p50", batch, backend)
-        floor_row = find_row(rows, label, "latency_floor", batch)
-        if latency_row is None or floor_row is None or latency_row["backend"] != backend:
-            return None
-        return latency_row["value"] / floor_row["value"]
+    def over_floor(label: str, batch: int, backend: str) -> float:
+        latency = experiment.number(label, "latency_p50", batch=batch, backend=backend)
+        return latency / experiment.number(label, "latency_floor", batch=batch)
 
     batches = sorted(set(floor["batch"]) & set(timed["batch"]))
-    figure = _marks(rows, timed, batches, over_floor, "median time / floor", "how far from the machine's own limit")
+    figure = _marks(timed, batches, over_floor, "median time / floor", "how far from the machine's own limit")
     footnote(figure, "1 is the floor: products and bytes at this machine's measured peaks")
     return figure, pd.concat([floor, timed])
 
@@ -114,30 +104,26 @@ def floors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 @style()
 def in_backends(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Median latency over eager fp32's in alternating calls, by model and backend, one panel for each batch size."""
-    rows = experiment_rows(rows)
-    against = rows["versus_backend"].eq(EAGER) | (rows["versus_backend"].isna() & rows["backend"].eq(EAGER))
-    timed = rows[(rows["metric"] == "latency_ratio") & against]
+    experiment = Experiment.of(rows)
+    timed = experiment.of_metrics("latency_ratio")
+    timed = timed[timed["versus_backend"].eq(EAGER) | (timed["versus_backend"].isna() & timed["backend"].eq(EAGER))]
     if not len(timed):
         raise InputError("the rows hold no time over eager fp32's; measure the latency with --versus-backend eager")
 
-    def over_eager(label: str, batch: int, backend: str) -> float | None:
+    def over_eager(label: str, batch: int, backend: str) -> float:
         versus = "" if backend == EAGER else EAGER
-        latency_row = find_row(rows, label, "latency_ratio", batch, backend, versus)
-        return None if latency_row is None or latency_row["backend"] != backend else latency_row["value"]
+        return experiment.number(label, "latency_ratio", batch=batch, backend=backend, versus=versus)
 
-    figure = _marks(
-        rows, timed, sorted(set(timed["batch"])), over_eager, "time / eager fp32's", "time in every backend"
-    )
+    batches = sorted(set(timed["batch"]))
+    figure = _marks(timed, batches, over_eager, "time / eager fp32's", "time in every backend")
     footnote(figure, "medians, in turn with eager fp32 in one process; left is faster")
     return figure, timed
 
 
-def _marks(
-    rows: pd.DataFrame, figure_rows: pd.DataFrame, batches: Sequence[float], ratio: Ratio, unit: str, title: str
-) -> Figure:
+def _marks(figure_rows: pd.DataFrame, batches: Sequence[float], ratio: Ratio, unit: str, title: str) -> Figure:
     """A line for each model, a mark for each backend, a panel for each batch size.
 
-    `ratio(label, batch, backend)` is the x of a mark, or None where there is no mark.
+    `ratio(label, batch, backend)` is the x of a mark, or NaN where there is no mark.
     """
     names, backends = list(dict.fromkeys(figure_rows["label"])), list(dict.fromkeys(figure_rows["backend"]))
     with style():
@@ -145,15 +131,9 @@ def _marks(
         figure, panels = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False)
         for axes, batch in zip(panels[0], batches, strict=True):
             for index, backend in enumerate(backends):
-                marks = [(ratio(name, int(batch), backend), y) for y, name in enumerate(names)]
-                visible_marks = [(x, y) for x, y in marks if x is not None]
+                ratios = [ratio(name, int(batch), backend) for name in names]
                 mark_style: dict[str, Any] = {"marker": MARKERS[index], "color": COLOURS[(index + 1) % len(COLOURS)]}
-                axes.plot(
-                    *(zip(*visible_marks, strict=True) if visible_marks else ([], [])),
-                    ls="",
-                    label=backend,
-                    **mark_style,
-                )
+                axes.plot(ratios, range(len(names)), ls="", label=backend, **mark_style)
             axes.axvline(1, color="black", lw=1)
             axes.set(xscale="log", xlabel=f"{unit}, batch {int(batch)}")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -162,5 +142,5 @@ def _marks(
         panels[0][0].set_yticks(range(len(names)), [wrap_label(name, 30) for name in names])
         panels[0][0].invert_yaxis()
         panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        figure.suptitle(figure_title(rows, title), x=0.01, ha="left")
+        figure.suptitle(figure_title(figure_rows, title), x=0.01, ha="left")
     return figure

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, require_row, style
-from vitbench.rows.comparison_table import MEGA, experiment_rows, find_row
+from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, style
+from vitbench.rows.experiment import MEGA, Experiment
 
 PARTS = {  # part of a saved model -> colour
     "block weights": COLOURS[3],
@@ -26,15 +26,15 @@ FigureAndRows = tuple[Figure, pd.DataFrame]
 
 def training_curves(rows: pd.DataFrame, names: dict[str, str] | None = None) -> FigureAndRows:
     """Loss on the training images and accuracy on the val split, at each step; `names`: label -> name in the legend."""
-    rows, names = experiment_rows(rows), names or {"baseline": "baseline"}
-    metrics = [metric for metric in ("train_loss", "val_top1") if (rows["metric"] == metric).any()]
+    experiment, names = Experiment.of(rows), names or {"baseline": "baseline"}
+    metrics = [metric for metric in ("train_loss", "val_top1") if len(experiment.of_metrics(metric))]
     figure_rows = []
     with style():
         figure, panels = plt.subplots(1, max(1, len(metrics)), figsize=(8.2, 3.3), squeeze=False)
         for axes, metric in zip(panels[0], metrics, strict=False):
             percent = metric == "val_top1"
             for index, (label, name) in enumerate(names.items()):
-                row = find_row(rows, label, metric)
+                row = experiment.find(label, metric)
                 if row is None:
                     continue
                 curve = np.array(row["samples"]) * (100 if percent else 1)
@@ -51,14 +51,15 @@ def training_curves(rows: pd.DataFrame, names: dict[str, str] | None = None) -> 
             axes.set(xlabel="optimiser step", ylabel="top-1 on val images (%)" if percent else "training loss (nats)")
         if len(names) > 1:
             panels[0][-1].legend(fontsize=8)
-        panels[0][0].set_title(figure_title(rows, "training"))
+        panels[0][0].set_title(figure_title(experiment.rows, "training"))
     return figure, pd.DataFrame(figure_rows)
 
 
 def parts(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
     """Bytes on disk by part, one bar for each model; `names`: label -> name."""
-    rows = experiment_rows(rows)
-    figure_rows = rows[(rows["metric"] == "part_bytes") & rows["label"].isin(names)]
+    experiment = Experiment.of(rows)
+    figure_rows = experiment.of_metrics("part_bytes")
+    figure_rows = figure_rows[figure_rows["label"].isin(names)]
     parts_held = figure_rows["context"].map(lambda context: context["part"])
     with style():
         figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.5 * len(names)))
@@ -73,7 +74,7 @@ def parts(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
             )
         axes.set_yticks(range(len(names)), names.values())
         axes.margins(x=0.15)
-        axes.set(xlabel="size on disk (MB)", title=figure_title(rows, "what the bytes hold"))
+        axes.set(xlabel="size on disk (MB)", title=figure_title(experiment.rows, "what the bytes hold"))
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.32))
@@ -84,12 +85,12 @@ def layer_errors(
     rows: pd.DataFrame, names: dict[str, str], metric: str = "weight_error", scale: str = "linear"
 ) -> FigureAndRows:
     """An error of each layer, one line for each model; `names`: label -> name in the legend; `metric`: one of `ERRORS`."""
-    rows, figure_rows = experiment_rows(rows), []
+    experiment, figure_rows = Experiment.of(rows), []
     axis, title = ERRORS[metric]
     with style():
         figure, axes = plt.subplots(figsize=(8.2, 3.4))
         for index, (label, name) in enumerate(names.items()):
-            row = find_row(rows, label, metric)
+            row = experiment.find(label, metric)
             if row is None:
                 continue
             layers, errors = _by_depth(row)
@@ -101,7 +102,7 @@ def layer_errors(
             axes.plot([layer.removeprefix("blocks.") for layer in layers], 100 * errors, **line_style, ms=5, label=name)
             figure_rows.append(row)
         axes.tick_params(axis="x", rotation=90, labelsize=7 if len(figure_rows) and len(layers) > 24 else 8)
-        axes.set(ylabel=axis, title=figure_title(rows, title), yscale=scale)
+        axes.set(ylabel=axis, title=figure_title(experiment.rows, title), yscale=scale)
         if scale == "linear":
             axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
@@ -113,11 +114,11 @@ def layer_map(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
 
     `names`: label -> title. Dense layers have no rank.
     """
-    rows, figure_rows = experiment_rows(rows), []
+    experiment, figure_rows = Experiment.of(rows), []
     with style():
         figure, panels = plt.subplots(len(names), 1, figsize=(9.6, 0.6 + 1.75 * len(names)), squeeze=False)
         for axes, (label, name) in zip(panels[:, 0], names.items(), strict=True):
-            keep, rank = (require_row(rows, label, metric) for metric in ("layer_keep", "layer_rank"))
+            keep, rank = (experiment.require(label, metric) for metric in ("layer_keep", "layer_rank"))
             layers, shares = _by_depth(keep)
             kinds = list(dict.fromkeys(layer.rpartition(".")[-1] for layer in keep["context"]["layers"]))
             depth = 1 + max(int(layer.split(".")[1]) for layer in layers)
@@ -137,7 +138,7 @@ def layer_map(rows: pd.DataFrame, names: dict[str, str]) -> FigureAndRows:
             figure_rows += [keep, rank]
         panels[-1, 0].set_xlabel("block")
         figure.colorbar(image, ax=list(panels[:, 0]), label="share of weights kept", fraction=0.03, pad=0.01)
-        figure.suptitle(figure_title(rows, "what each layer keeps; the numbers are ranks"), fontsize=10)
+        figure.suptitle(figure_title(experiment.rows, "what each layer keeps; the numbers are ranks"), fontsize=10)
     return figure, pd.DataFrame(figure_rows)
 
 
@@ -150,17 +151,17 @@ def _by_depth(row: pd.Series) -> tuple[list[str], np.ndarray]:
 
 def error_by_family(rows: pd.DataFrame, names: dict[str, list[str]], cost: str = "bytes") -> FigureAndRows:
     """Test error against bytes or weights, a line for each family; `names`: family -> the labels of its settings."""
-    rows, figure_rows = experiment_rows(rows), []
-    base, unit = require_row(rows, "baseline", "top1"), {"bytes": "MB", "params": "M weights"}[cost]
+    experiment, figure_rows = Experiment.of(rows), []
+    base, unit = experiment.require("baseline", "top1"), {"bytes": "MB", "params": "M weights"}[cost]
     palette = (3, 3, 1, 1) if len(names) <= 4 else (2, 4, 6, 1, 5, 3, 0)  # up to four families are drawn as two pairs
     min_error = 0.5 / base["context"]["images"]  # a logarithmic axis cannot show 0
     baseline_error = 100 * max(1 - base["value"], min_error)
     with style():
         figure, axes = plt.subplots(figsize=(7.2, 4.4))
         for index, (name, labels) in enumerate(names.items()):
-            sizes = [(label, find_row(rows, label, cost)) for label in labels]
+            sizes = [(label, experiment.find(label, cost)) for label in labels]
             size_and_top1 = sorted(
-                ((size, require_row(rows, label, "top1")) for label, size in sizes if size is not None),
+                ((size, experiment.require(label, "top1")) for label, size in sizes if size is not None),
                 key=lambda pair: pair[0]["value"],
             )
             x = [size["value"] / MEGA for size, _ in size_and_top1]
@@ -181,11 +182,11 @@ def error_by_family(rows: pd.DataFrame, names: dict[str, list[str]], cost: str =
             "xytext": (0, 3),
             "textcoords": "offset points",
         }
-        baseline_cost = require_row(rows, "baseline", cost)["value"] / MEGA
+        baseline_cost = experiment.require("baseline", cost)["value"] / MEGA
         axes.annotate(f"baseline, {baseline_cost:.3g} {unit}", (0.01, baseline_error), **corner)
         axes.set(xlabel={"bytes": "size on disk (MB)", "params": "weights (millions)"}[cost])
         axes.set(ylabel="wrong on test images (%)", yscale="log" if baseline_error < 10 else "linear")
-        axes.set_title(figure_title(rows, f"errors against {'size' if cost == 'bytes' else 'weights'}"))
+        axes.set_title(figure_title(experiment.rows, f"errors against {'size' if cost == 'bytes' else 'weights'}"))
         axes.set_xlim(left=0)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}" if axes.get_ylim()[1] < 10 * axes.get_ylim()[0] else "")

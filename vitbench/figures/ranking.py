@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from vitbench.base.errors import InputError, one_of
 from vitbench.figures.accuracy_cost import COSTS
 from vitbench.figures.drawing import figure_title, footnote, method_style, style, wrap_label
-from vitbench.rows.comparison_table import across_seeds
+from vitbench.rows.experiment import across_seeds
 from vitbench.rows.statistics import mean_interval
 
 SHARES = {

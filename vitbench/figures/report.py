@@ -18,7 +18,8 @@ from vitbench.base.paths import writable_folder
 from vitbench.figures import drawing
 from vitbench.figures.accuracy_cost import tradeoff
 from vitbench.rows import budgets
-from vitbench.rows.comparison_table import comparison, experiment_rows, in_backend, summary_sentences
+from vitbench.rows.comparison_table import comparison, summary_sentences
+from vitbench.rows.experiment import Experiment, in_backend
 from vitbench.rows.records import records_file
 from vitbench.rows.row_table import load_records
 
@@ -69,7 +70,8 @@ def table_text(rows: pd.DataFrame) -> str:
 
 
 def _content(folder: Path, rows: pd.DataFrame, sources: list[Path]) -> dict[str, Any]:
-    chosen = experiment_rows(rows)
+    experiment = Experiment.of(rows)
+    chosen = experiment.rows
     table = comparison(chosen)
     return {
         "title": f"{chosen.iloc[-1]['model']} on {chosen.iloc[-1]['dataset']}",
@@ -84,8 +86,8 @@ def _content(folder: Path, rows: pd.DataFrame, sources: list[Path]) -> dict[str,
             [method, *(_cell(cell) for cell in line)] for method, line in zip(table.index, table.values, strict=True)
         ],
         "budgets": _budgets(chosen),
-        "figures": _figures(chosen),
-        "protocol": _protocol(chosen),
+        "figures": _figures(experiment),
+        "protocol": _protocol(experiment),
         "machines": _machines(sources, chosen),
         "notebooks": sorted(
             path.name for path in (folder / "notebooks").glob("[!.]*.ipynb") if ".running." not in path.name
@@ -108,16 +110,14 @@ def _cell(number: float) -> str:
     return f"{number:.2f}" if abs(number) < 100 else f"{number:.1f}"
 
 
-def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
+def _figures(experiment: Experiment) -> list[dict[str, str]]:
     # figures show eager times of models with an accuracy; the tables have the other backends
-    eager_rows = rows[in_backend(rows)]
-    timed, scored = (
-        eager_rows[eager_rows["metric"] == "latency_ratio"],
-        eager_rows.loc[eager_rows["metric"] == "top1", "label"],
-    )
+    rows = experiment.rows
+    eager = Experiment(rows[in_backend(rows)])
+    timed, scored = eager.of_metrics("latency_ratio"), eager.of_metrics("top1")["label"]
     batch = int(timed["batch"].min()) if len(timed) else 0
     figures: list[tuple[str, Figure, pd.DataFrame]] = []
-    if eager_rows.loc[eager_rows["metric"] == "bytes", "label"].isin(scored).any():
+    if eager.of_metrics("bytes")["label"].isin(scored).any():
         figures.append(("Accuracy against size on disk.", *tradeoff(rows, "bytes")))
     if timed["label"].isin(scored).any():
         caption = f"Accuracy against median latency at batch {batch}."
@@ -136,9 +136,10 @@ def _figures(rows: pd.DataFrame) -> list[dict[str, str]]:
     return pages
 
 
-def _protocol(rows: pd.DataFrame) -> list[tuple[str, str]]:
+def _protocol(experiment: Experiment) -> list[tuple[str, str]]:
+    rows = experiment.rows
     lines = [("data", f"{rows.iloc[-1]['dataset']}, fingerprint {rows.iloc[-1]['data_fingerprint']}")]
-    scored = rows[rows["metric"] == "top1"]
+    scored = experiment.of_metrics("top1")
     if len(scored):
         context = scored.iloc[-1]["context"]
         lines.append(
@@ -147,7 +148,7 @@ def _protocol(rows: pd.DataFrame) -> list[tuple[str, str]]:
                 f"{context.get('images', '?')} test images ({context.get('cut', '?')}), which chose nothing; Wilson 95 % intervals",
             )
         )
-    timed = rows[rows["metric"] == "latency_p50"]
+    timed = experiment.of_metrics("latency_p50")
     if len(timed):
         row = timed.iloc[-1]
         lines.append(
@@ -157,7 +158,7 @@ def _protocol(rows: pd.DataFrame) -> list[tuple[str, str]]:
             )
         )
     for metric in ("macs", "bytes", "peak_rss"):
-        metric_rows = rows[rows["metric"] == metric]
+        metric_rows = experiment.of_metrics(metric)
         if len(metric_rows):
             lines.append((metric, metric_rows.iloc[-1]["source"].removeprefix("measured: ")))
     lines.append(("seeds", ", ".join(str(seed) for seed in sorted(rows["seed"].unique()))))

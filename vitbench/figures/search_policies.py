@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitbench.figures.drawing import COLOURS, figure_title, footnote, method_style, require_row, style
-from vitbench.rows.comparison_table import experiment_rows
+from vitbench.figures.drawing import COLOURS, figure_title, footnote, method_style, style
+from vitbench.rows.experiment import Experiment
 
 POLICY = {
     "policy_neurons": "neurons",
@@ -31,11 +31,8 @@ def search_progress(rows: pd.DataFrame, names: dict[str, list[str]]) -> tuple[Fi
 
     `names`: name in the legend -> labels of its searches, one for each seed.
     """
-    rows = experiment_rows(rows)
-    figure_rows = rows[
-        (rows["metric"] == "search_score")
-        & rows["label"].isin([label for labels in names.values() for label in labels])
-    ]
+    figure_rows = Experiment.of(rows).of_metrics("search_score")
+    figure_rows = figure_rows[figure_rows["label"].isin([label for labels in names.values() for label in labels])]
     with style():
         figure, axes = plt.subplots(figsize=(7.2, 3.8))
         for index, (name, labels) in enumerate(names.items()):
@@ -55,7 +52,7 @@ def search_progress(rows: pd.DataFrame, names: dict[str, list[str]]) -> tuple[Fi
         axes.set(
             xlabel="policies scored", ylabel="best so far: " + ("-cross-entropy on val" if nats else "top-1 on val")
         )
-        axes.set_title(figure_title(rows, "search for a policy"))
+        axes.set_title(figure_title(figure_rows, "search for a policy"))
         axes.legend(fontsize=8, loc="lower right")
         seeds = min(len(labels) for labels in names.values())
         footnote(figure, f"line: mean of {seeds} seeds; band: the worst and the best of them")
@@ -64,8 +61,9 @@ def search_progress(rows: pd.DataFrame, names: dict[str, list[str]]) -> tuple[Fi
 
 def policies(rows: pd.DataFrame, names: dict[str, str]) -> tuple[Figure, pd.DataFrame]:
     """The units that each search's best policy keeps in each block; `names`: label -> name in the legend."""
-    rows = experiment_rows(rows)
-    figure_rows = rows[rows["metric"].isin(POLICY) & rows["label"].isin(names)]
+    experiment = Experiment.of(rows)
+    figure_rows = experiment.of_metrics(*POLICY)
+    figure_rows = figure_rows[figure_rows["label"].isin(names)]
     with style():
         changed_metrics = {
             metric: unit for metric, unit in POLICY.items() if _differs(figure_rows[figure_rows["metric"] == metric])
@@ -73,15 +71,13 @@ def policies(rows: pd.DataFrame, names: dict[str, str]) -> tuple[Figure, pd.Data
         figure, panels = plt.subplots(1, len(changed_metrics), figsize=(10.4, 3.1), squeeze=False)
         for axes, (metric, unit) in zip(panels[0], changed_metrics.items(), strict=True):
             for index, (label, name) in enumerate(names.items()):
-                remaining = figure_rows["samples"][
-                    (figure_rows["metric"] == metric) & (figure_rows["label"] == label)
-                ].iloc[-1]
+                remaining = experiment.require(label, metric)["samples"]
                 axes.step(range(len(remaining)), remaining, where="mid", **_line(index), label=name)
             axes.set(xlabel="block", ylabel=f"{unit} left")
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
         panels[0, -1].legend(fontsize=8, loc="lower left")
-        figure.suptitle(figure_title(rows, "what the policy leaves"), fontsize=10)
+        figure.suptitle(figure_title(experiment.rows, "what the policy leaves"), fontsize=10)
     return figure, figure_rows
 
 
@@ -90,8 +86,8 @@ def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]
 
     `panels`: name -> {(budget, kind): label}.
     """
-    rows, figure_rows = experiment_rows(rows), []
-    baseline_macs, baseline_top1 = (require_row(rows, "baseline", metric) for metric in ("macs", "top1"))
+    experiment, figure_rows = Experiment.of(rows), []
+    baseline_macs, baseline_top1 = (experiment.require("baseline", metric) for metric in ("macs", "top1"))
     with style():
         figure, drawn = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), sharey=True, squeeze=False)
         for axes, (name, labels) in zip(drawn[0], panels.items(), strict=True):
@@ -100,7 +96,7 @@ def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]
             for kind in kinds:
                 labels_of_kind = [label for (_, label_kind), label in labels.items() if label_kind == kind]
                 macs, top1 = (
-                    [require_row(rows, label, metric) for label in labels_of_kind] for metric in ("macs", "top1")
+                    [experiment.require(label, metric) for label in labels_of_kind] for metric in ("macs", "top1")
                 )
                 figure_rows += [*macs, *top1]
                 x, y = [row["value"] / baseline_macs["value"] for row in macs], [100 * row["value"] for row in top1]
@@ -109,7 +105,7 @@ def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]
             axes.set(xlabel="multiply-accumulates left, of the baseline's", title=name)
         drawn[0, 0].set_ylabel("top-1 (%)")
         drawn[0, -1].legend(fontsize=8)
-        figure.suptitle(figure_title(rows, "one kind of unit, or all of them"), fontsize=10)
+        figure.suptitle(figure_title(experiment.rows, "one kind of unit, or all of them"), fontsize=10)
         footnote(figure, "bars: 95 % intervals; a kind that is missing could not reach the budget")
     return figure, pd.DataFrame([baseline_macs, baseline_top1, *figure_rows])
 

@@ -1,6 +1,5 @@
 from .budgets import budget_table as budget_table
 from .comparison_table import (
-    across_seeds as across_seeds,
     comparison as comparison,
     experiment_rows as experiment_rows,
     find_row as find_row,
@@ -11,6 +10,10 @@ from .comparison_table import (
     summary_sentences as summary_sentences,
     top1_difference_text as top1_difference_text,
     top1_text as top1_text,
+)
+from .experiment import (
+    Experiment as Experiment,
+    across_seeds as across_seeds,
 )
 from .records import (
     Row as Row,

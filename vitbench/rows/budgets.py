@@ -1,12 +1,14 @@
 """Equal budgets: the most accurate model within each share of the baseline's cost, and the models that do not differ from it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from vitbench.base.errors import InputError, one_of
-from vitbench.rows.comparison_table import MEGA, accuracy_text, experiment_rows, find_row, paired_rows
+from vitbench.rows.comparison_table import accuracy_text, paired_rows
+from vitbench.rows.experiment import MEGA, Experiment
 
 SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 10, 1 / 12, 1 / 15)
 SIGNIFICANCE_LEVEL = 0.05  # two models differ significantly if p is below it
@@ -38,17 +40,16 @@ def models_with_cost(rows: pd.DataFrame, cost: str, batch: int = 1) -> pd.DataFr
     """All models with an accuracy and a cost, in the order of their rows; top1 and cost are rows.
 
     Args:
-        rows: the rows of one experiment, as from `experiment_rows`.
         cost: the metric; "latency_ratio" is that of eager mode at the batch size.
         batch: the batch size of "latency_ratio".
 
     Returns:
         A table with the columns label, family, top1 and cost.
     """
-    models = []
-    for label in dict.fromkeys(rows["label"][rows["metric"] == "top1"]):
-        top1 = find_row(rows, label, "top1")
-        cost_row = find_row(rows, label, cost, batch if cost == "latency_ratio" else None)
+    experiment, models = Experiment.of(rows), []
+    for label in dict.fromkeys(experiment.of_metrics("top1")["label"]):
+        top1 = experiment.find(label, "top1")
+        cost_row = experiment.find(label, cost, batch if cost == "latency_ratio" else None)
         if top1 is not None and cost_row is not None:
             models.append({"label": label, "family": top1["method"], "top1": top1, "cost": cost_row})
     return pd.DataFrame(models, columns=["label", "family", "top1", "cost"])
@@ -63,11 +64,10 @@ def winners(
         InputError: the rows have no model with accuracy and cost, or no cost of the baseline.
     """
     one_of("cost", cost, COSTS)
-    rows = experiment_rows(rows)
-    models = models_with_cost(rows, cost, batch)
-    baseline_row = find_row(rows, "baseline", cost)
-    baseline_cost = 1.0 if cost == "latency_ratio" else None if baseline_row is None else baseline_row["value"]
-    if not len(models) or baseline_cost is None:
+    experiment = Experiment.of(rows)
+    models = models_with_cost(experiment.rows, cost, batch)
+    baseline_cost = 1.0 if cost == "latency_ratio" else experiment.number("baseline", cost)
+    if not len(models) or math.isnan(baseline_cost):
         raise InputError(f"the rows hold no model with accuracy and {cost}, or no {cost} of the baseline; measure both")
     accuracy = models["top1"].map(lambda row: row["value"])
     cost_values = models["cost"].map(lambda row: row["value"])

@@ -6,7 +6,8 @@ import pandas as pd
 
 from vitbench.base.errors import InputError
 from vitbench.rows.budgets import SIGNIFICANCE_LEVEL
-from vitbench.rows.comparison_table import EAGER, MEGA, experiment_rows, find_row, paired_rows
+from vitbench.rows.comparison_table import paired_rows
+from vitbench.rows.experiment import EAGER, MEGA, Experiment
 
 COST_NAMES = {"bytes": ("file", "smaller", "larger"), "macs": ("multiply-accumulates", "fewer", "more")}
 
@@ -23,8 +24,8 @@ def accuracy_verdict(rows: pd.DataFrame, first: str, second: str, names: tuple[s
     Raises:
         InputError: a model without an accuracy image by image.
     """
-    rows = experiment_rows(rows)
-    pair = [_accuracy_row(rows, label) for label in (first, second)]
+    experiment = Experiment.of(rows)
+    pair = [experiment.by_image(label) for label in (first, second)]
     test, count = paired_rows(*pair), pair[0]["context"]["images"]
     first_name, second_name = names or (first, second)
     points, interval = 100 * test.difference, f"[{100 * test.low:+.1f}, {100 * test.high:+.1f}]"
@@ -50,8 +51,8 @@ def cost_verdict(
     """
     if cost not in COST_NAMES:
         raise InputError(f"cost = {cost!r} is not known here; allowed: {', '.join(COST_NAMES)}")
-    rows, (what, less, more) = experiment_rows(rows), COST_NAMES[cost]
-    values = [_value(rows, label, cost) for label in (first, second)]
+    experiment, (what, less, more) = Experiment.of(rows), COST_NAMES[cost]
+    values = [float(experiment.require(label, cost)["value"]) for label in (first, second)]
     first_name, second_name = names or (first, second)
     scale, unit = (MEGA, "MB") if cost == "bytes" else (MEGA, "M")
     numbers = f"{values[0] / scale:.3g} {unit} against {values[1] / scale:.3g} {unit}"
@@ -71,7 +72,7 @@ def time_verdict(rows: pd.DataFrame, label: str, batch: int = 1, backend: str = 
     Raises:
         InputError: a model without a latency ratio at that batch size in that backend.
     """
-    row = find_row(experiment_rows(rows), label, "latency_ratio", batch, backend)
+    row = Experiment.of(rows).find(label, "latency_ratio", batch, backend)
     if row is None:
         raise InputError(
             f"the rows hold no latency ratio of {label!r} at batch {batch} in {backend}; measure its latency"
@@ -96,8 +97,8 @@ def best_verdict(rows: pd.DataFrame, labels: Mapping[str, str]) -> str:
     """
     if len(labels) < 2:
         raise InputError(f"{len(labels)} model was given to choose the best from; give two or more")
-    rows = experiment_rows(rows)
-    by_name = {name: _accuracy_row(rows, label) for name, label in labels.items()}
+    experiment = Experiment.of(rows)
+    by_name = {name: experiment.by_image(label) for name, label in labels.items()}
     ranked = sorted(by_name, key=lambda name: -by_name[name]["value"])
     best, others = ranked[0], ranked[1:]
     tied = [name for name in others if paired_rows(by_name[best], by_name[name]).p >= SIGNIFICANCE_LEVEL]
@@ -108,20 +109,6 @@ def best_verdict(rows: pd.DataFrame, labels: Mapping[str, str]) -> str:
         return f"{sentence}, but no difference to {_listed(tied)} is significant."
     sentence += f"; it is significantly better than {_listed(beaten)}"
     return sentence + (f", and not significantly better than {_listed(tied)}." if tied else ".")
-
-
-def _accuracy_row(rows: pd.DataFrame, label: str) -> pd.Series:
-    row = find_row(rows, label, "top1")
-    if row is None or not row["hits"]:
-        raise InputError(f"the rows hold no top1 of {label!r} image by image; measure its accuracy again")
-    return row
-
-
-def _value(rows: pd.DataFrame, label: str, metric: str) -> float:
-    row = find_row(rows, label, metric)
-    if row is None:
-        raise InputError(f"the rows hold no {metric} of {label!r}; measure its size")
-    return float(row["value"])
 
 
 def _listed(names: list[str]) -> str:

@@ -11,6 +11,7 @@ from vitbench.measurement.measures import Measures
 from vitbench.measurement.measuring import measure
 from vitbench.methods.multidimensional import MultiDimensional
 from vitbench.rows import comparison_table, verdicts
+from vitbench.rows.experiment import EAGER, Experiment
 from vitbench.rows.runs import Run
 from vitbench.run.cache import CachedModel, compress_cached
 from vitbench.run.history import search_rows
@@ -53,16 +54,14 @@ class Bench:
 
     @property
     def rows(self) -> pd.DataFrame:
-        """The rows of the baseline and of the models made from it, with their labels (see `comparison_table.experiment_rows`)."""
-        return comparison_table.experiment_rows(self.run.rows())
+        """The rows of the baseline and of the models made from it, with their labels (see `Experiment`)."""
+        return Experiment.of(self.run.rows()).rows
 
-    def find_row(
-        self, label: str, metric: str, batch: int | None = None, backend: str = comparison_table.EAGER
-    ) -> pd.Series | None:
-        """The row of a metric (see `comparison_table.find_row`), or None."""
-        return comparison_table.find_row(self.rows, label, metric, batch, backend)
+    def find_row(self, label: str, metric: str, batch: int | None = None, backend: str = EAGER) -> pd.Series | None:
+        """The row of a metric (see `Experiment.find`), or None."""
+        return Experiment.of(self.run.rows()).find(label, metric, batch, backend)
 
-    def top1_text(self, label: str, backend: str = comparison_table.EAGER) -> str:
+    def top1_text(self, label: str, backend: str = EAGER) -> str:
         """Top-1 in per cent with its 95 % interval."""
         return comparison_table.top1_text(self.rows, label, backend)
 
@@ -84,7 +83,7 @@ class Bench:
         """How the bytes or multiply-accumulates of two models compare (see `rows.cost_verdict`)."""
         return verdicts.cost_verdict(self.rows, first, second, cost, names)
 
-    def time_verdict(self, label: str, batch: int = 1, backend: str = comparison_table.EAGER, name: str = "") -> str:
+    def time_verdict(self, label: str, batch: int = 1, backend: str = EAGER, name: str = "") -> str:
         """Whether a model is faster than the baseline (see `rows.time_verdict`)."""
         return verdicts.time_verdict(self.rows, label, batch, backend, name)
 
