@@ -26,6 +26,7 @@ from .rows.runs import Run as Run
 from .run.bench import Bench as Bench
 from .run.cache import CachedModel as CachedModel, baseline as baseline, compress_cached as compress_cached
 from .run.lessons import setup_notebook as setup_notebook
+from .run.mining import mine as mine
 from .training.config import TrainConfig as TrainConfig
 from .training.loop import evaluate as evaluate, train as train
 

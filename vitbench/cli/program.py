@@ -11,7 +11,7 @@ from vitbench.base import progress
 from vitbench.base.errors import InputError
 from vitbench.base.files import UNWRITABLE_ERRNOS
 from vitbench.base.processes import open_standard_streams
-from vitbench.cli import combine, compress, edge, measure, run, sweep, verify
+from vitbench.cli import combine, compress, edge, measure, mine, run, sweep, verify
 from vitbench.cli.interrupts import STOPPED_TEXT, Interrupted, interruptible, kill_and_exit
 
 
@@ -63,6 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for module in (run, sweep, compress, combine, measure, verify, edge):
+    for module in (run, sweep, compress, combine, mine, measure, verify, edge):
         module.add_command(commands)
     return parser

@@ -4,6 +4,7 @@ No choice is ever made on `test`. Settings are chosen on `val`. `calibration` is
 collect statistics.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from vitbench.base import paths
-from vitbench.base.errors import InputError
-from vitbench.data.sources import ArrayImages, Images, open_images, read_digits
+from vitbench.base.errors import InputError, one_of
+from vitbench.data.sources import ArrayImages, Images, ImageSet, open_images, read_digits
 
 MIN_CLASSES = 2
 DEFAULT_VAL_FRACTION, DEFAULT_CALIBRATION_IMAGES = 0.1, 256
@@ -97,6 +98,7 @@ def load_data(
     calibration: float | int | None = None,
     train: float | int | None = None,
     label: str = "",
+    classes: Sequence[str] = (),
     seed: int = 0,
     skip_broken: bool = False,
 ) -> ImageData:
@@ -117,6 +119,8 @@ def load_data(
             `train`. None means 256, or all if there are fewer.
         train: use only this many training images, as a fraction or a count, for smaller runs; None uses all.
         label: the label column, if the set has several, such as CIFAR-100's fine and coarse labels.
+        classes: the names of a model's outputs, in their order. Labels become indices into them, matched by name, so a
+            set with images of some of a model's classes fits the model. Empty means the set's own classes.
         seed: the seed of the splits. Training has its own seed, so runs with different seeds share one test split.
         skip_broken: leave out images that cannot be decoded, and print how many; otherwise the first is an error.
 
@@ -136,6 +140,8 @@ def load_data(
     else:
         folder = _photographs() if str(name_or_path) == "photographs" else name_or_path
         image_set = open_images(folder, label, skip_broken)
+    if classes:
+        image_set = _in_classes(image_set, [str(each) for each in classes], name)
     summary = f"{name}: {image_set.describe()}"
     _print_once(summary)
     present = np.unique(np.concatenate([part.labels for part in image_set.parts.values()]))
@@ -156,6 +162,19 @@ def load_data(
         summary=summary,
         **splits,
     )
+
+
+def _in_classes(image_set: ImageSet, classes: list[str], name: str) -> ImageSet:
+    """The set with labels that are indices into `classes`; a class without images needs no counterpart."""
+    if len(set(classes)) < len(classes):
+        raise InputError(f"classes = {', '.join(classes)}: a name is there twice; name each output of the model once")
+    parts = {}
+    for key, part in image_set.parts.items():
+        names = {label: image_set.classes[label] for label in np.unique(part.labels)}
+        index = {label: classes.index(one_of(f"class of {name}", own, classes)) for label, own in names.items()}
+        labels = np.array([index[label] for label in part.labels], dtype=np.int64)
+        parts[key] = dataclasses.replace(part, labels=labels)
+    return ImageSet(parts, tuple(classes), image_set.layout)
 
 
 def _photographs() -> Path:

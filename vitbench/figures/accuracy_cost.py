@@ -23,6 +23,7 @@ from vitbench.rows.statistics import pareto_front
 COSTS = {  # cost -> its name in titles, the axis label, and the factor from a row's unit to the axis's
     "bytes": ("size", "size on disk (MB)", 1 / MEGA),
     "latency_ratio": ("time", "median latency / baseline's, batch {batch}, timed in turn", 1.0),
+    "latency_p50": ("time", "median latency (ms), batch {batch}", 1.0),
     "macs": ("work", "multiply-accumulates for one image (M)", 1 / MEGA),
     "energy": ("energy", "energy for one image (J)", 1.0),
 }
@@ -48,18 +49,25 @@ class Point(NamedTuple):
         return self.name.partition(" (")[0]
 
 
-def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[Figure, pd.DataFrame]:
-    """Accuracy against a cost ("bytes", "latency_ratio", "macs" or "energy"), with 95 % intervals and the Pareto front.
+def tradeoff(
+    rows: pd.DataFrame, cost: str = "bytes", batch: int = 1, *, limit: float | None = None, chosen: str = ""
+) -> tuple[Figure, pd.DataFrame]:
+    """Accuracy against a cost, one of `COSTS`, with 95 % intervals and the Pareto front.
 
     Of more than `MAX_NAMED_POINTS` methods, only the baseline and the Pareto front are named, if there is room. The others
     are lighter, and a legend lists the methods without settings. Points far below the front are drawn on a grey strip.
+
+    Args:
+        batch: the batch size of a latency.
+        limit: a budget in the unit of the rows; what is above it is shaded.
+        chosen: the label of a model that gets a ring.
 
     Returns the figure and the rows that it shows.
 
     Raises:
         InputError: an unknown cost, or no model with an accuracy and this cost.
     """
-    cost_name, label, _ = COSTS[one_of("cost", cost, COSTS)]
+    cost_name, label, scale = COSTS[one_of("cost", cost, COSTS)]
     experiment = Experiment.of(rows)
     points, figure_rows = _points(experiment, cost, batch)
     if not points:
@@ -68,6 +76,7 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
         )
     front = [points[index] for index in pareto_front([point.x for point in points], [point.y for point in points])]
     best = list(dict.fromkeys([*(point for point in points if point.name == "baseline"), *front]))
+    best += [point for point in points if point.name == chosen and point not in best]
     named = best if len(points) > MAX_NAMED_POINTS else list(dict.fromkeys([*best, *points]))
     families = list(dict.fromkeys(point.family for point in points))
     columns = math.ceil(len(families) / 20) if len(points) > MAX_NAMED_POINTS else 0
@@ -76,6 +85,7 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
         floor = _set_limits(axes, points, best)
         for point in points:
             _draw_point(axes, point, method_style(point.family, families), point in named, floor)
+        budget = [] if limit is None else [_draw_budget(axes, limit * scale)]
         edge = (axes.get_xlim()[1], front[-1].y)  # the last step of the front reaches the right edge
         ends = [*((point.x, point.y) for point in front), edge]
         axes.plot(*zip(*ends, strict=True), color="#777777", lw=1, ls="--", zorder=1, drawstyle="steps-post")
@@ -87,16 +97,33 @@ def tradeoff(rows: pd.DataFrame, cost: str = "bytes", batch: int = 1) -> tuple[F
             ]
             figure.legend(handles=marks, loc="outside right upper", ncols=columns, fontsize=SMALL_FONT_SIZE)
         energy_sources = dict.fromkeys(row["source"].split(":")[0] for row in figure_rows if row["metric"] == "energy")
+        ring = "; ring: chosen on the val images" if chosen else ""
         energy_note = f"; energy {' and '.join(energy_sources)}" if energy_sources else ""
         footnote(
             figure,
-            f"bars: 95 % intervals; dashed: Pareto front; left and up is better{energy_note}" + _below(points, floor),
+            f"bars: 95 % intervals; dashed: Pareto front; left and up is better{ring}{energy_note}"
+            + _below(points, floor),
         )
         bars = [bar for point in named for bar in _bars(point)]
         steps = [segment for (a, b), (c, d) in pairwise(ends) for segment in ((a, b, c, b), (c, b, c, d))]
         positions = {point.name: (point.x, max(point.y, floor)) for point in (*named, *points)}
-        _name_points(axes, {point.name: positions[point.name] for point in named}, positions.values(), [*bars, *steps])
+        if chosen in positions:
+            axes.plot(*positions[chosen], ls="", marker="o", ms=15, mfc="none", mec="black", zorder=4)
+        _name_points(
+            axes, {point.name: positions[point.name] for point in named}, positions.values(), [*bars, *steps, *budget]
+        )
     return figure, pd.DataFrame(figure_rows)
+
+
+def _draw_budget(axes: Axes, limit: float) -> Segment:
+    """Shade what is above a budget, and return the line at it."""
+    (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.axvspan(limit, right, color="#F2F2F2", zorder=0)
+    axes.axvline(limit, color=COLOURS[1], lw=1.2, zorder=1)
+    place: dict[str, Any] = {"xytext": (3, 4), "textcoords": "offset points", "rotation": 90, "va": "bottom"}
+    note: dict[str, Any] = {"fontsize": SMALL_FONT_SIZE, "color": COLOURS[1]}
+    axes.annotate(f"budget: {limit:.3g}", (limit, 0), xycoords=axes.get_xaxis_transform(), **place, **note)
+    return limit, bottom, limit, top
 
 
 def _points(experiment: Experiment, cost: str, batch: int) -> tuple[list[Point], list[pd.Series]]:
@@ -104,7 +131,7 @@ def _points(experiment: Experiment, cost: str, batch: int) -> tuple[list[Point],
     points, used, scale = [], [], COSTS[cost][2]
     for method in experiment.timed_labels:
         top1_row = experiment.find(method, "top1")
-        cost_row = experiment.find(method, cost, batch if cost == "latency_ratio" else None)
+        cost_row = experiment.find(method, cost, batch if cost.startswith("latency") else None)
         if top1_row is None or (cost_row is None and not (cost == "latency_ratio" and method == "baseline")):
             continue
         x = left = right = 1.0  # the baseline's ratio to itself, which has no row

@@ -79,12 +79,12 @@ def winners(
             results.append(BudgetWinner(share, 0, None, None, ()))
             continue
         first, others = candidates.iloc[0], candidates.iloc[1:]
-        indistinguishable = [row.label for row in others.itertuples() if _is_indistinguishable(first["top1"], row.top1)]
+        indistinguishable = [row.label for row in others.itertuples() if is_indistinguishable(first["top1"], row.top1)]
         results.append(BudgetWinner(share, len(candidates), first["top1"], first["cost"], tuple(indistinguishable)))
     return results
 
 
-def _is_indistinguishable(first: pd.Series, second: pd.Series) -> bool:
+def is_indistinguishable(first: pd.Series, second: pd.Series) -> bool:
     """Whether two rows of top1 on the same images do not differ significantly."""
     if first["hits"] and second["hits"] and first["context"]["images"] == second["context"]["images"]:
         return paired_rows(first, second).p >= SIGNIFICANCE_LEVEL

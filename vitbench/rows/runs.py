@@ -35,6 +35,7 @@ RESERVED_NAMES = (
     "errors",
     "report.html",
     "sweep.json",
+    "mine.txt",
     "recipe.json",
     "model.safetensors",
     "bundle.json",

@@ -21,6 +21,8 @@ from .lessons import (
     read_profile as read_profile,
     setup_notebook as setup_notebook,
 )
+from .mined import Mined as Mined, findings as findings, parse_budget as parse_budget
+from .mining import load_images as load_images, mine as mine
 from .suite import open_data as open_data
 from .sweep.drive import (
     latest_cell_rows as latest_cell_rows,

@@ -169,7 +169,8 @@ def create_initial_model(
         )
         raise InputError(
             f"train.epochs = 0 would leave a random head for the {classes} classes of {data.name} ({reason}); "
-            f"set train.epochs above 0, or give pretrained=True or a checkpoint for these classes"
+            f"set train.epochs above 0, or give pretrained=True or a checkpoint for these classes; if they are some of the "
+            f"model's, name all of its outputs in order (classes=[NAME, ...] of load_data and of --splits)"
         )
     recipe = initial_model.recipe
     if max(data.image_size) < recipe.preprocess.size:  # an image smaller than the input is not cropped
@@ -208,7 +209,8 @@ def _load_initial_model(folder: Path, data: ImageData, img_size: int | None, has
     if architecture.num_classes != len(data.classes):
         raise InputError(
             f"{str(folder)!r} has {architecture.num_classes} classes and {data.name} has {len(data.classes)}; "
-            "give the images that the model was made for"
+            "give the images that the model was made for, or, if they are of some of its classes, name all of them in the order "
+            "of its outputs (classes=[NAME, ...] of load_data and of --splits)"
         )
     return initial_model
 

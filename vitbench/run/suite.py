@@ -47,7 +47,7 @@ class Outcome:
 
 def open_data(dataset: str, name: str = "", splits: dict[str, Any] | None = None) -> ImageData:
     """`load_data` with the split settings as a mapping, as profiles and the command line give them."""
-    allowed = ("test", "val", "calibration", "train", "label", "seed", "skip_broken")
+    allowed = ("test", "val", "calibration", "train", "label", "classes", "seed", "skip_broken")
     for key in splits or {}:
         one_of("key of splits", key, allowed)
     return load_data(dataset, name=name, **(splits or {}))
