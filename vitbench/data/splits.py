@@ -17,6 +17,7 @@ from vitbench.base import paths
 from vitbench.base.errors import InputError, one_of
 from vitbench.data.sources import ArrayImages, Images, ImageSet, open_images, read_digits
 
+SHIPPED = ("photographs", "digits")  # sets that need neither a network nor a folder
 MIN_CLASSES = 2
 DEFAULT_VAL_FRACTION, DEFAULT_CALIBRATION_IMAGES = 0.1, 256
 

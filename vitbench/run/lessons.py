@@ -1,7 +1,9 @@
 """Notebooks as data, with their order, parameters and profiles; and the setup inside a notebook."""
 
+import ast
+import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ class Lesson:
         stage: when it runs, one of `STAGES`.
         minutes: the time of its quick run.
         parameters: name -> name of the type.
+        defaults: name -> value; a default that is not written as a literal is left out.
         cells: the number of code cells.
         required_splits: the splits of the data that must hold images.
     """
@@ -35,6 +38,7 @@ class Lesson:
     parameters: dict[str, str]
     cells: int
     required_splits: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -84,12 +88,14 @@ def _lesson(path: Path) -> Lesson:
     notebook = nbformat.read(path, as_version=4)
     metadata = notebook.metadata.get("vitbench", {})
     title = notebook.cells[0].source.partition("\n")[0].lstrip("# ") if notebook.cells else path.stem
+    declared = papermill.inspect_notebook(path)
     return Lesson(
         path=path,
         title=title,
         stage=one_of(f"stage of {path.name}", metadata.get("stage", "method"), STAGES),
         minutes=float(metadata.get("minutes", 1)),
-        parameters={name: info["inferred_type_name"] for name, info in papermill.inspect_notebook(path).items()},
+        parameters={name: info["inferred_type_name"] for name, info in declared.items()},
+        defaults=_literals({name: info["default"] for name, info in declared.items()}),
         cells=sum(cell.cell_type == "code" for cell in notebook.cells),
         required_splits=tuple(metadata.get("needs", ())),
     )
@@ -97,6 +103,15 @@ def _lesson(path: Path) -> Lesson:
 
 def _by_name_or_number(lessons: list[Lesson]) -> dict[str, Lesson]:
     return {lesson.name: lesson for lesson in lessons} | {lesson.name.split("_")[0]: lesson for lesson in lessons}
+
+
+def _literals(texts: dict[str, str]) -> dict[str, Any]:
+    """The values of Python literals, by name; other expressions are left out."""
+    values = {}
+    for name, text in texts.items():
+        with contextlib.suppress(ValueError, SyntaxError):
+            values[name] = ast.literal_eval(text)
+    return values
 
 
 def choose(lessons: list[Lesson], only: list[str]) -> list[Lesson]:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from vitbench.base.errors import one_of
 from vitbench.base.files import write_text
 from vitbench.base.locks import locked
 from vitbench.base.paths import home
-from vitbench.data.splits import ImageData, load_data
+from vitbench.data.splits import SHIPPED, ImageData, load_data
 from vitbench.rows.runs import Run
 from vitbench.run.cache import create_initial_model
 from vitbench.run.kernels import OPTIONS, Kernels
@@ -26,7 +27,7 @@ from vitbench.run.lessons import STAGES, Lesson, values_of
 from vitbench.training.config import TrainConfig
 
 POLL_SECONDS = 0.5
-PATHS = ("dataset", "checkpoint", "profiles_file")  # parameters that may name a file or a folder
+PATHS = ("dataset", "model", "checkpoint", "profiles_file")  # parameters that may name a file or a folder
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,13 @@ def open_data(dataset: str, name: str = "", splits: dict[str, Any] | None = None
     return load_data(dataset, name=name, **(splits or {}))
 
 
-def preflight(values: dict[str, Any]) -> ImageData:
-    """Load the data and check the model against it, so that a wrong setting is found before any work."""
+def preflight(values: dict[str, Any], lessons: Sequence[Lesson] = ()) -> ImageData:
+    """Load the data and check the model against it, so that a wrong setting is found before any work.
+
+    A parameter that `values` lacks has the first default that a lesson gives it.
+    """
+    for lesson in lessons:
+        values = {**lesson.defaults, **values}
     data = open_data(values.get("dataset", "digits"), values.get("dataset_name", ""), values.get("splits"))
     create_initial_model(
         values.get("model", "vit_mini_patch2_8"),
@@ -75,7 +81,7 @@ def run_suite(lessons: list[Lesson], values: dict[str, Any], out: Path, workers:
     no later stage runs.
     """
     configs.check_plain_data(values, "the parameters")
-    data = preflight(values)
+    data = preflight(values, lessons)
     run = Run(out)
     os.environ["VITBENCH_HOME"] = str(home())  # the kernels use the same caches, wherever they start
     busy_message = f"another run is at work in {str(run.folder)!r}; wait for it or give another --out"
@@ -233,7 +239,7 @@ def _make_papermill_atomic(folder: str) -> None:
 def _absolute(parameters: dict[str, Any]) -> dict[str, str]:
     """The absolute paths of the parameters that name an existing file or folder: a kernel works in another folder."""
     path_parameters = {
-        name: parameters[name] for name in PATHS if parameters.get(name) and parameters[name] != "digits"
+        name: parameters[name] for name in PATHS if parameters.get(name) and parameters[name] not in SHIPPED
     }
     path_by_name = {name: Path(value).expanduser() for name, value in path_parameters.items()}
     return {name: str(path.absolute()) for name, path in path_by_name.items() if path.exists()}
