@@ -142,7 +142,14 @@ def test_a_lesson_that_trains_is_left_out_where_there_is_nothing_to_train_on(tmp
 
 
 RUN = [sys.executable, "-m", "vitbench.cli", "run"]
-FASTER = ("quick", "--workers", "2", "--set", "rounds=10", "threads=1")  # the lessons are the same, their timings are rough
+FASTER = (
+    "quick",
+    "--workers",
+    "2",
+    "--set",
+    "rounds=10",
+    "threads=1",
+)  # the lessons are the same, their timings are rough
 
 
 def suite(*arguments, **options):

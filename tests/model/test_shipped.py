@@ -1,0 +1,28 @@
+"""The model that comes with the project."""
+
+import pytest
+
+from tests.conftest import ROOT
+from vitbench.data.splits import load_data
+from vitbench.model import artifact
+from vitbench.rows.row_table import load_records
+from vitbench.run.cache import create_initial_model
+from vitbench.training.config import TrainConfig
+
+FOLDER = ROOT / "data" / "deit_tiny_patch16_96"
+
+
+def test_its_file_has_the_size_of_its_row_and_less_than_six_megabytes():
+    rows = load_records(ROOT / "results" / "reference" / "deit-tiny-96")
+    row = rows[(rows["method"] == "weight_only") & (rows["metric"] == "bytes")].iloc[-1]
+    assert artifact.size_on_disk(FOLDER) == row["value"] < 6e6
+    assert row["context"]["artifact"] == artifact.read_manifest(FOLDER).sha256[: len(row["context"]["artifact"])]
+
+
+def test_it_is_found_by_its_name_for_the_photographs_and_no_other_classes(image_folder):
+    no_training, photographs = TrainConfig(epochs=0), load_data("photographs", test=20, train=20, val=20)
+    model = create_initial_model("deit_tiny_patch16_96", photographs, no_training)
+    assert model.recipe.architecture.img_size == 96
+    assert not model.recipe.layers, "its weights are dense, so that every method can start from it"
+    with pytest.raises(Exception, match="has 10 classes and set has 3"):
+        create_initial_model("deit_tiny_patch16_96", load_data(image_folder()), no_training)
