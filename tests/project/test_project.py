@@ -33,10 +33,16 @@ def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
+def installed(project):
+    """The requirements of what `make run` installs: the package, its tests, and ONNX Runtime for the edge."""
+    extras = project["optional-dependencies"]
+    return project["dependencies"] + extras["dev"] + extras["onnx"]
+
+
 def test_the_conda_environment_has_pyprojects_ranges(project):
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = ranges(conda["dependencies"])
-    wanted = ranges(project["dependencies"] + project["optional-dependencies"]["dev"])
+    wanted = ranges(installed(project))
     wanted["pytorch"] = wanted.pop("torch")
     assert conda.pop("python") == project["requires-python"]
     assert conda.pop("pip") == ""
@@ -47,7 +53,7 @@ def test_the_lock_has_every_dependency_and_no_address(project):
     text = (ROOT / "requirements.lock").read_text()
     locked = ranges(line for line in text.splitlines() if not line.startswith("#"))
     assert all(re.fullmatch(r"==[\w.]+", version) for version in locked.values())
-    wanted = ranges(project["dependencies"] + project["optional-dependencies"]["dev"])
+    wanted = ranges(installed(project))
     assert wanted.keys() <= locked.keys()
     assert "://" not in text
 
@@ -57,7 +63,7 @@ def test_the_lock_is_within_the_ranges(project):
 
     text = (ROOT / "requirements.lock").read_text()
     locked = ranges(line for line in text.splitlines() if not line.startswith("#"))
-    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    for line in installed(project):
         requirement = Requirement(line)
         assert requirement.specifier.contains(locked[requirement.name.lower()].removeprefix("==")), line
 
