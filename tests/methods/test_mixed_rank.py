@@ -200,7 +200,7 @@ def few(digits, count):
 
 
 def test_too_few_calibration_images_warn_with_the_number_needed(base, digits):
-    with pytest.warns(UserWarning, match=r"20 calibration images give 340 tokens .* drawn 43 % .* 151 images"):
+    with pytest.warns(UserWarning, match=r"20 calibration images give 340 tokens .* shrunk by 43 % .* 151 images"):
         compress(base.model, STAGE2, few(digits, 20))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

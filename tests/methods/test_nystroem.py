@@ -190,8 +190,8 @@ def test_landmarks_by_default(model):
     ("values", "message"),
     [
         ({"landmarks": 0}, "landmarks = 0: Input should be greater than or equal to 1"),
-        ({"landmarks": 18}, "landmarks = 18: deit_tiny_patch16_224 has 17 tokens, of which 1 are .* take 2 to 17"),
-        ({"landmarks": 1}, "landmarks = 1: .* take 2 to 17"),
+        ({"landmarks": 18}, "landmarks = 18: deit_tiny_patch16_224 has 17 tokens, of which 1 are .* give 2 to 17"),
+        ({"landmarks": 1}, "landmarks = 1: .* give 2 to 17"),
         ({"iterations": 0}, "iterations = 0"),
         ({"residual": 4}, "residual = 4: give an odd width"),
         ({"blocks": (0, 2)}, r"blocks = \(0, 2\): deit_tiny_patch16_224 has blocks 0 to 1"),

@@ -139,7 +139,9 @@ def test_with_registers_the_tokens_noted_are_those_that_run(registers, tmp_path,
 
 
 def test_fewer_tokens_than_pairs_can_leave_are_refused_or_noted_as_they_run(registers):
-    with pytest.raises(InputError, match=r"leaves at least half of the tokens but the first 5 \(class and registers\)"):
+    with pytest.raises(
+        InputError, match=r"leaves at least half of the tokens, besides the first 5 \(class and registers\)"
+    ):
         compress(registers, Pruning(neurons=0, heads=0, tokens=0.45, **MERGED))
     asked = copy.deepcopy(registers)
     blocks.reduce_tokens(asked, "merge", [9, None, 7])  # 8 of 16 patches may go, then 4 of 8
