@@ -8,8 +8,9 @@ import pandas as pd
 from docs.results import Results, points
 from docs.tables.common import Cells, Mean, known, table
 from vitbench.figures.ranking import at_budgets
-from vitbench.rows.budgets import models_with_cost, winners
+from vitbench.rows.budgets import TOLERANCE, models_with_cost, winners
 from vitbench.rows.comparison_table import accuracy_text
+from vitbench.rows.display_labels import display_labels
 from vitbench.rows.experiment import across_seeds
 
 
@@ -41,7 +42,7 @@ def over_seeds(results: Results, label: str, to: str) -> Any:
 
 @known
 def budgets(results: Results) -> Any:
-    """The most accurate model within each share of the baseline's bytes."""
+    """The most accurate method within each share of the baseline's bytes, each at its largest setting there."""
     return winners(results.rows)
 
 
@@ -53,40 +54,46 @@ def how_many_scored(results: Results) -> int:
 
 @known
 def all_are_of(budget_winners: Iterable[Any], method: str) -> bool:
-    """Whether a method made the most accurate model, alone or among others, within every share that has one."""
+    """Whether a method made the most accurate model, alone or in a combination, within every share that has one."""
     return all(method in winner.top1["label"] for winner in budget_winners if winner.count)
 
 
 @table
-def most_accurate(budget_winners: Iterable[Any]) -> Iterator[Cells]:
-    """A line for each share: how many models are within, the most accurate, its top-1 and MB, how many others do not differ significantly."""
-    for winner in budget_winners:
-        if winner.top1 is not None:
-            size = f"{winner.cost['value'] / 1e6:.2f}"
-            yield (
-                f"1/{1 / winner.share:.0f}",
-                winner.count,
-                winner.top1["label"],
-                accuracy_text(winner.top1),
-                size,
-                len(winner.indistinguishable),
-            )
+def most_accurate(results: Results, budget_winners: Iterable[Any]) -> Iterator[Cells]:
+    """A line for each share: how many methods are within, the most accurate, its top-1 and MB, how many do not differ significantly."""
+    found = [winner for winner in budget_winners if winner.top1 is not None]
+    display = display_labels(results.experiment, [winner.top1["label"] for winner in found])
+    for winner in found:
+        yield (
+            f"1/{1 / winner.share:.0f}",
+            winner.count,
+            display[winner.top1["label"]],
+            accuracy_text(winner.top1),
+            f"{winner.cost['value'] / 1e6:.2f}",
+            len(winner.indistinguishable),
+        )
 
 
 @known
 def equal_sizes(results: Results) -> pd.DataFrame:
-    """Each method at the setting that fills each share of the baseline's bytes most, the baseline first."""
+    """The methods at equal shares of the baseline's bytes (`vitbench.rows.budgets.at_budget`), the baseline first."""
     return at_budgets(results.every)
+
+
+@known
+def least_of_budget() -> float:
+    """How much of a budget, in per cent, a model takes at least that is compared at it."""
+    return 100 * (1 - TOLERANCE)
 
 
 @table
 def at_equal_sizes(sizes: pd.DataFrame) -> Iterator[Cells]:
-    """A line for each method and share: label, MB, mean top-1 over seeds, points from the baseline."""
+    """A line for each method and share: display label, MB, mean top-1 over seeds, points from the baseline."""
     dense = sizes.iloc[0]
     for line in sizes.iloc[1:].itertuples():
         accuracy = f"{100 * line.top1:.2f} [{100 * line.low:.2f}, {100 * line.high:.2f}]"
         gained = f"{100 * (line.top1 - dense.top1):+.2f}"
-        yield f"1/{1 / line.share:.0f}", line.label, f"{line.cost / 1e6:.2f}", accuracy, gained
+        yield f"1/{1 / line.share:.0f}", line.text, f"{line.cost / 1e6:.2f}", accuracy, gained
 
 
 @known

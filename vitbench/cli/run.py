@@ -71,6 +71,32 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="results folders; all rows of the last one's model count",
     )
     figure.add_argument("--out", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
+    figure.add_argument(
+        "--format", default="", choices=("pdf", "svg", "png"), help="kind of the file, if --out has no such ending"
+    )
+    figure.add_argument(
+        "--width",
+        type=float,
+        metavar="INCHES",
+        help="width in print (default: the figure's own); below 5 it is laid out for one column of a paper",
+    )
+    figure.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="METHOD_OR_LABEL",
+        help="the models to show beside the baseline, by method or by a label of the rows or of the figure",
+    )
+    figure.add_argument(
+        "--label",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="OLD=NEW",
+        dest="names",
+        help="what to write in the place of a method's name or of a label",
+    )
+    figure.add_argument("--no-title", action="store_true", help="leave out the title, for a figure with a caption")
     figure.add_argument("--batch", type=int, default=1, help="batch size of the times (default: 1)")
     figure.add_argument("--style", default="", metavar="FILE", help="a matplotlib style file of your own")
     figure.set_defaults(command=_figure)
@@ -152,6 +178,35 @@ def _report(options: argparse.Namespace) -> int:
 def _figure(options: argparse.Namespace) -> int:
     from vitbench.figures.gallery import draw, load_folders
 
-    others = draw(options.name, load_folders(options.rows), options.out, batch=options.batch, style_file=options.style)
-    print(options.out + (f" ({others} rows of other models or images are not in it)" if others else ""))
+    out = _with_format(options.out, options.format)
+    others = draw(
+        options.name,
+        load_folders(options.rows),
+        out,
+        batch=options.batch,
+        style_file=options.style,
+        width=options.width,
+        title=not options.no_title,
+        only=options.only,
+        names=dict(_renaming(text) for text in options.names),
+    )
+    print(out + (f" ({others} rows of other models or images are not in it)" if others else ""))
     return 0
+
+
+def _with_format(out: str, kind: str) -> str:
+    """The path of a figure, with the ending of the kind that was asked for."""
+    ending = Path(out).suffix
+    if not kind or ending == f".{kind}":
+        return out
+    if ending in (".pdf", ".svg", ".png"):
+        raise InputError(f"--out {out!r} ends in {ending!r} and --format is {kind}; give one of them")
+    return f"{out}.{kind}"
+
+
+def _renaming(text: str) -> tuple[str, str]:
+    """A method or label, and what to call it, from OLD=NEW; labels may have = inside brackets, so the last = divides."""
+    old, equals, new = text.rpartition("=")
+    if not (equals and old and new):
+        raise InputError(f"--label {text!r} is not OLD=NEW, such as --label weight_only=ours")
+    return old, new

@@ -15,7 +15,17 @@ from matplotlib.ticker import NullLocator
 from matplotlib.transforms import Bbox
 
 from vitbench.base.errors import InputError, one_of
-from vitbench.figures.drawing import COLOURS, SMALL_FONT_SIZE, figure_title, footnote, method_style, style, wrap_label
+from vitbench.figures.drawing import (
+    COLOURS,
+    figure_title,
+    footnote,
+    legend_below,
+    method_style,
+    style,
+    suptitle,
+    wrap_label,
+)
+from vitbench.figures.page import current, figure_size, method_text, texts_of
 from vitbench.rows.budgets import SHARES, models_with_cost
 from vitbench.rows.experiment import MEGA, Experiment
 from vitbench.rows.statistics import pareto_front
@@ -33,20 +43,16 @@ MAX_NAMED_POINTS = 8  # of more points, only the baseline and the Pareto front a
 
 
 class Point(NamedTuple):
-    """A method's cost and its accuracy (%), each with the bounds of its interval."""
+    """A model's cost and its accuracy (%), each with the bounds of its interval."""
 
-    name: str
+    label: str
+    method: str
     x: float
     left: float
     right: float
     y: float
     low: float
     high: float
-
-    @property
-    def family(self) -> str:
-        """The method without its settings."""
-        return self.name.partition(" (")[0]
 
 
 def tradeoff(
@@ -75,16 +81,17 @@ def tradeoff(
             f"no model has both an accuracy and {'an' if cost_name[0] in 'aeiou' else 'a'} {cost_name} among these rows; measure both first"
         )
     front = [points[index] for index in pareto_front([point.x for point in points], [point.y for point in points])]
-    best = list(dict.fromkeys([*(point for point in points if point.name == "baseline"), *front]))
-    best += [point for point in points if point.name == chosen and point not in best]
+    best = list(dict.fromkeys([*(point for point in points if point.label == "baseline"), *front]))
+    best += [point for point in points if point.label == chosen and point not in best]
     named = best if len(points) > MAX_NAMED_POINTS else list(dict.fromkeys([*best, *points]))
-    families = list(dict.fromkeys(point.family for point in points))
-    columns = math.ceil(len(families) / 20) if len(points) > MAX_NAMED_POINTS else 0
+    methods, narrow = list(dict.fromkeys(point.method for point in points)), current().is_narrow
+    columns = math.ceil(len(methods) / 20) if len(points) > MAX_NAMED_POINTS else 0
     with style():
-        figure, axes = plt.subplots(figsize=(6.6 + 1.9 * columns, 4.6))
+        lines = math.ceil(len(methods) / 2) if columns else 0
+        figure, axes = plt.subplots(figsize=figure_size(6.6 + 1.9 * columns, 4.6, 2.9 + 0.13 * lines))
         floor = _set_limits(axes, points, best)
         for point in points:
-            _draw_point(axes, point, method_style(point.family, families), point in named, floor)
+            _draw_point(axes, point, method_style(point.method, methods), point in named, floor)
         budget = [] if limit is None else [_draw_budget(axes, limit * scale)]
         edge = (axes.get_xlim()[1], front[-1].y)  # the last step of the front reaches the right edge
         ends = [*((point.x, point.y) for point in front), edge]
@@ -93,25 +100,30 @@ def tradeoff(
         axes.set_title(figure_title(experiment.rows, f"accuracy against {cost_name}"))
         if columns:
             marks = [
-                Line2D([], [], ls="", label=wrap_label(name, 26), **method_style(name, families)) for name in families
+                Line2D([], [], ls="", label=wrap_label(method_text(method), 26), **method_style(method, methods))
+                for method in methods
             ]
-            figure.legend(handles=marks, loc="outside right upper", ncols=columns, fontsize=SMALL_FONT_SIZE)
+            if narrow:
+                legend_below(axes, marks, 2)
+            else:
+                figure.legend(handles=marks, loc="outside right upper", ncols=columns, fontsize=8)
         energy_sources = dict.fromkeys(row["source"].split(":")[0] for row in figure_rows if row["metric"] == "energy")
-        ring = "; ring: chosen on the val images" if chosen else ""
+        ring_note = "; ring: chosen on the val images" if chosen else ""
         energy_note = f"; energy {' and '.join(energy_sources)}" if energy_sources else ""
         footnote(
             figure,
-            f"bars: 95 % intervals; dashed: Pareto front; left and up is better{ring}{energy_note}"
+            f"bars: 95 % intervals; dashed: Pareto front; left and up is better{ring_note}{energy_note}"
             + _below(points, floor),
         )
         bars = [bar for point in named for bar in _bars(point)]
         steps = [segment for (a, b), (c, d) in pairwise(ends) for segment in ((a, b, c, b), (c, b, c, d))]
-        positions = {point.name: (point.x, max(point.y, floor)) for point in (*named, *points)}
+        positions = {point.label: (point.x, max(point.y, floor)) for point in (*named, *points)}
         if chosen in positions:
-            axes.plot(*positions[chosen], ls="", marker="o", ms=15, mfc="none", mec="black", zorder=4)
-        _name_points(
-            axes, {point.name: positions[point.name] for point in named}, positions.values(), [*bars, *steps, *budget]
-        )
+            ring = 10 if narrow else 15
+            axes.plot(*positions[chosen], ls="", marker="o", ms=ring, mfc="none", mec="black", zorder=4)
+        display = texts_of(experiment, positions)
+        names = {display[point.label]: positions[point.label] for point in named}
+        _name_points(axes, names, positions.values(), [*bars, *steps, *budget])
     return figure, pd.DataFrame(figure_rows)
 
 
@@ -121,7 +133,7 @@ def _draw_budget(axes: Axes, limit: float) -> Segment:
     axes.axvspan(limit, right, color="#F2F2F2", zorder=0)
     axes.axvline(limit, color=COLOURS[1], lw=1.2, zorder=1)
     place: dict[str, Any] = {"xytext": (3, 4), "textcoords": "offset points", "rotation": 90, "va": "bottom"}
-    note: dict[str, Any] = {"fontsize": SMALL_FONT_SIZE, "color": COLOURS[1]}
+    note: dict[str, Any] = {"fontsize": current().small_font_size, "color": COLOURS[1]}
     axes.annotate(f"budget: {limit:.3g}", (limit, 0), xycoords=axes.get_xaxis_transform(), **place, **note)
     return limit, bottom, limit, top
 
@@ -129,10 +141,10 @@ def _draw_budget(axes: Axes, limit: float) -> Segment:
 def _points(experiment: Experiment, cost: str, batch: int) -> tuple[list[Point], list[pd.Series]]:
     """The methods that have an accuracy and the cost, and the rows that they come from."""
     points, used, scale = [], [], COSTS[cost][2]
-    for method in experiment.timed_labels:
-        top1_row = experiment.find(method, "top1")
-        cost_row = experiment.find(method, cost, batch if cost.startswith("latency") else None)
-        if top1_row is None or (cost_row is None and not (cost == "latency_ratio" and method == "baseline")):
+    for label in experiment.timed_labels:
+        top1_row = experiment.find(label, "top1")
+        cost_row = experiment.find(label, cost, batch if cost.startswith("latency") else None)
+        if top1_row is None or (cost_row is None and not (cost == "latency_ratio" and label == "baseline")):
             continue
         x = left = right = 1.0  # the baseline's ratio to itself, which has no row
         if cost_row is not None:
@@ -140,7 +152,7 @@ def _points(experiment: Experiment, cost: str, batch: int) -> tuple[list[Point],
             left, right = (x if pd.isna(cost_row[end]) else cost_row[end] for end in ("low", "high"))
         top1 = top1_row["value"]
         low, high = (top1 if pd.isna(top1_row[end]) else top1_row[end] for end in ("low", "high"))
-        points.append(Point(method, x, left, right, 100 * top1, 100 * low, 100 * high))
+        points.append(Point(label, top1_row["method"], x, left, right, 100 * top1, 100 * low, 100 * high))
         used += [row for row in (top1_row, cost_row) if row is not None]
     return points, used
 
@@ -174,8 +186,9 @@ def _draw_point(axes: Axes, point: Point, mark_style: dict[str, Any], named: boo
     for x0, y0, x1, y1 in _bars(point) if point.y > floor else ():
         colour, width = (mark_style["color"], 1.4) if named else ("#CCCCCC", 0.7)
         axes.plot([x0, x1], [y0, y1], color=colour, lw=width, zorder=2 + named)
+    size = 5 if current().is_narrow else 8
     emphasis: dict[str, Any] = (
-        {"ms": 8, "alpha": 1, "zorder": 3.5} if named else {"ms": 6, "alpha": 0.55, "zorder": 2.5}
+        {"ms": size, "alpha": 1, "zorder": 3.5} if named else {"ms": 0.75 * size, "alpha": 0.55, "zorder": 2.5}
     )
     axes.plot(point.x, max(point.y, floor), ls="", **mark_style, **emphasis)
 
@@ -200,12 +213,12 @@ def _name_points(axes: Axes, names: Mapping[str, Position], marks: Iterable[Posi
     lines = np.sort(to_pixels(np.array(segments).reshape(-1, 2)).reshape(-1, 2, 2), axis=1).reshape(-1, 4)
     for name, position in names.items():
         text = axes.annotate(
-            wrap_label(name, 26),
+            wrap_label(name, 18 if current().is_narrow else 26),
             position,
             xytext=(0, 0),
             textcoords="offset points",
             va="bottom",
-            fontsize=SMALL_FONT_SIZE,
+            fontsize=current().small_font_size,
             arrowprops={"arrowstyle": "-", "color": "#777777", "lw": 0.7, "shrinkA": 0, "shrinkB": 4},
             bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1},
             zorder=5,
@@ -241,8 +254,8 @@ def _overlaps(boxes: np.ndarray, other_boxes: np.ndarray) -> np.ndarray:
 
 COLUMNS = 4
 TICKS = [digit * 10**power for power in range(-2, 6) for digit in (1, 2, 5)]
-POINT_STYLE: dict[str, Any] = {"ls": "", "marker": "o", "ms": 3.5, "color": COLOURS[3], "elinewidth": 1, "zorder": 3}
-OFF_AXIS_STYLE: dict[str, Any] = {"ls": "", "marker": "v", "ms": 4, "color": COLOURS[1], "zorder": 3}
+POINT_STYLE: dict[str, Any] = {"ls": "", "marker": "o", "ms": 3.5, "elinewidth": 1, "zorder": 3}
+OFF_AXIS_STYLE: dict[str, Any] = {"ls": "", "marker": "v", "ms": 4, "mfc": "white", "zorder": 3}
 
 
 def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.DataFrame]:
@@ -268,10 +281,11 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
     front = points.iloc[pareto_front(points["x"], points["value"])]
     bottom = min(front["low"].min(), points["value"].quantile(0.25)) - 1
     reference = experiment.find("baseline", "top1")
-    columns = min(COLUMNS, len(families))
+    narrow = current().is_narrow
+    columns = min(2 if narrow else COLUMNS, len(families))
     lines = math.ceil(len(families) / columns)
     with style():
-        size = (max(7.0, 1 + 2.5 * columns), 1.1 + 2.1 * lines)
+        size = figure_size(max(7.0, 1 + 2.5 * columns), 1.1 + 2.1 * lines, 1.1 + 1.15 * lines)
         figure, panels = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
         for axes, family in zip(panels.flat, families, strict=False):
             for share in SHARES:
@@ -282,20 +296,21 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
                 points["x"], points["value"].clip(lower=bottom), ls="", marker=".", ms=3, color="#BBBBBB", zorder=1
             )
             axes.step(front["x"], front["value"], where="post", color="#999999", lw=1, ls="--", zorder=1)
-            _panel(axes, points[points["family"] == family], bottom)
-            axes.set_title(wrap_label(family, 24), fontsize=9)
+            _panel(axes, points[points["family"] == family], bottom, method_style(family, families)["color"])
+            axes.set_title(wrap_label(method_text(family), 24), fontsize=7 if narrow else 9)
             axes.set(xscale="log", ylim=(bottom - 0.6, points["high"].max() + 0.6))
             axes.grid(visible=False, axis="x")
-        for axes in panels.flat[len(families) :]:
+        for index, axes in enumerate(panels.flat[len(families) :], len(families)):
             axes.set_visible(False)
+            if index >= columns:
+                panels.flat[index - columns].tick_params(labelbottom=True)
         ticks = [tick for tick in TICKS if points["x"].min() <= tick <= points["x"].max()]
+        ticks = ticks[:: 2 if narrow and len(ticks) > 5 else 1]
         panels[0, 0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panels[0, 0].xaxis.set_minor_locator(NullLocator())
         for axes in panels[:, 0]:
-            axes.set_ylabel("top-1 (%)", fontsize=SMALL_FONT_SIZE)
-        figure.suptitle(
-            figure_title(experiment.rows, f"accuracy against {cost_name}, method by method"), x=0.01, ha="left"
-        )
+            axes.set_ylabel("top-1 (%)", fontsize=current().small_font_size)
+        suptitle(figure, experiment.rows, f"accuracy against {cost_name}, method by method")
         shares = ", ".join(f"1/{1 / share:.0f}" for share in SHARES)
         marks = (
             "grey: all models, their front, and the baseline's accuracy; bars: 95 % intervals; triangles: further down"
@@ -304,11 +319,11 @@ def small_multiples(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd
     return figure, pd.DataFrame([row for column in ("top1", "cost") for row in models[column]])
 
 
-def _panel(axes: Axes, points: pd.DataFrame, bottom: float) -> None:
+def _panel(axes: Axes, points: pd.DataFrame, bottom: float, colour: str) -> None:
     """Draw one method's points with their intervals, those below `bottom` at the edge, and its Pareto front."""
     visible, off_axis = points[points["value"] > bottom], points[points["value"] <= bottom]
     error_bars = [(visible["value"] - visible["low"]).clip(lower=0), (visible["high"] - visible["value"]).clip(lower=0)]
-    axes.errorbar(visible["x"], visible["value"], error_bars, **POINT_STYLE)
-    axes.plot(off_axis["x"], np.full(len(off_axis), bottom), **OFF_AXIS_STYLE)
+    axes.errorbar(visible["x"], visible["value"], error_bars, color=colour, **POINT_STYLE)
+    axes.plot(off_axis["x"], np.full(len(off_axis), bottom), color=colour, **OFF_AXIS_STYLE)
     best = points.iloc[pareto_front(points["x"], points["value"])]
-    axes.step(best["x"], best["value"].clip(lower=bottom), where="post", color=COLOURS[3], lw=1.2, zorder=2)
+    axes.step(best["x"], best["value"].clip(lower=bottom), where="post", color=colour, lw=1.2, zorder=2)

@@ -1,6 +1,6 @@
 """The figures that `vitbench figure` draws from the rows of results folders, by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 
 from vitbench.base.errors import InputError, one_of
 from vitbench.base.paths import writable_folder
-from vitbench.figures import drawing, measured_edge
+from vitbench.figures import drawing, measured_edge, page
 from vitbench.figures.accuracy_cost import small_multiples, tradeoff
 from vitbench.figures.ranking import equal_budgets, ranks
-from vitbench.rows.experiment import Experiment
+from vitbench.rows.display_labels import display_labels
+from vitbench.rows.experiment import Experiment, over_seeds
 from vitbench.rows.row_table import load_records
 
 Draw = Callable[
@@ -51,36 +52,95 @@ def load_folders(folders: Sequence[str | Path]) -> pd.DataFrame:
     return pd.concat([load_records(folder) for folder in folders], ignore_index=True)
 
 
-def draw(name: str, rows: pd.DataFrame, out: str | Path, *, batch: int = 1, style_file: str | Path = "") -> int:
+def draw(
+    name: str,
+    rows: pd.DataFrame,
+    out: str | Path,
+    *,
+    batch: int = 1,
+    style_file: str | Path = "",
+    width: float | None = None,
+    title: bool = True,
+    only: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
+) -> int:
     """Draw a figure of the gallery into `out` (.png, .svg or .pdf), and write its rows into a CSV file beside it.
 
     Args:
         batch: batch size of the times.
         style_file: a matplotlib style file; its settings override the project's.
+        width: in inches; below 5 the figure is laid out for one column of a paper. None means the figure's own.
+        title: whether the figure has its title.
+        only: methods, labels or display labels of the models to show beside the baseline; empty means all.
+        names: method, label or display label -> what to write in its place.
 
     Returns:
         How many ok rows are of another model or other images, and so not in the figure.
 
     Raises:
-        InputError: no such figure, rows that lack its metrics, or a file that cannot be written.
+        InputError: no such figure, rows that lack its metrics, a name that no model has, or a file that cannot be written.
     """
     one_of("figure", name, GALLERY)
     out = Path(out).expanduser()
     if out.suffix not in KINDS:
         raise InputError(f"--out {str(out)!r} ends in {out.suffix!r}; give a name that ends in {', '.join(KINDS)}")
+    experiment = over_seeds(rows) if name in OVER_SEEDS else Experiment.of(rows)
+    chosen = rows
+    if only:
+        chosen = rows.loc[_chosen(experiment, only).index] if name in OVER_SEEDS else _chosen(experiment, only)
     csv_path = out.with_suffix(".csv")
     if csv_path.exists() and not csv_path.read_bytes().startswith(b"key,model,dataset,"):
         raise InputError(
             f"the rows of the figure go into {str(csv_path)!r}, where another table lies; give --out another name"
         )
-    with drawing.user_style(style_file):
-        figure, figure_rows = GALLERY[name][1](rows, batch)
+    renamed = _renamed(experiment, names or {})
+    with drawing.user_style(style_file), page.page(width, title, **renamed):
+        figure, figure_rows = GALLERY[name][1](chosen, batch)
         drawing.save_figure(
             figure, writable_folder(out.parent, "figures folder"), out.stem, figure_rows, kinds=[out.suffix[1:]]
         )
     plt.close(figure)
     ok_rows = rows[rows["status"] == "ok"]
-    return len(ok_rows) - (len(Experiment.of(rows).rows) if name not in OVER_SEEDS else _same_images_count(ok_rows))
+    return len(ok_rows) - (len(experiment.rows) if name not in OVER_SEEDS else _same_images_count(ok_rows))
+
+
+def _find(experiment: Experiment, name: str) -> tuple[str, list[str]]:
+    """The method that has this name, or "", and the labels of the models that have it.
+
+    Raises:
+        InputError: neither a method nor a model has it.
+    """
+    methods = dict.fromkeys(experiment.rows["method"])
+    shown = [display_labels(experiment), display_labels(experiment, experiment.timed_labels)]
+    labels = {text: label for display in shown for label, text in display.items()}
+    labels |= {label: label for label in shown[0]}
+    one_of("method or label", name, [*methods, *(text for text in labels if text not in methods)])
+    return (name if name in methods else ""), [labels[name]] if name in labels else []
+
+
+def _chosen(experiment: Experiment, only: Sequence[str]) -> pd.DataFrame:
+    """The experiment's rows of the baseline and of the models that are named by method, label or display label."""
+    found = [_find(experiment, name) for name in ("baseline", *only)]
+    labels = [label for method, labels in found if not method for label in labels]
+    rows = experiment.rows
+    return rows[rows["label"].isin(labels) | rows["method"].isin([method for method, _ in found])]
+
+
+def _renamed(experiment: Experiment, names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """`names` by label and by method, as `page.page` takes them."""
+    by_label: dict[str, str] = {}
+    by_method: dict[str, str] = {}
+    for old, new in names.items():
+        method, labels = _find(experiment, old)
+        by_method |= {method: new} if method else {}
+        by_label |= dict.fromkeys(labels, new)
+    for texts in (
+        display_labels(experiment) | by_label,
+        {name: name for name in experiment.rows["method"]} | by_method,
+    ):
+        if twice := next((text for text in texts.values() if list(texts.values()).count(text) > 1), None):
+            raise InputError(f"two models or methods would be called {twice!r}; give each a name of its own")
+    return {"labels": by_label, "methods": by_method}
 
 
 def _same_images_count(rows: pd.DataFrame) -> int:

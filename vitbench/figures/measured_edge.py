@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from vitbench.base.errors import InputError
-from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, style, wrap_label
+from vitbench.figures.drawing import COLOURS, MARKERS, footnote, legend_below, method_style, style, suptitle, wrap_label
+from vitbench.figures.page import MIN_WIDTH, current, figure_width, fold, texts_of
 from vitbench.rows.experiment import EAGER, MEGA, Experiment
 
 Ratio = Callable[[str, int, str], float]
@@ -28,7 +29,7 @@ def memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         limit = Experiment(figure_rows).number(row.label, "memory_limit", backend=row.backend) / MEGA
         axes.plot([limit, limit], [position - 0.4, position + 0.4], color=COLOURS[1], lw=3)
     with style():
-        axes.set_xlabel("peak memory of a fresh process that runs one image (MB)")
+        axes.set_xlabel(_folded("peak memory of a fresh process that runs one image (MB)"))
         footnote(
             figure,
             "hatched: after the imports, before the model; thick line: smallest memory limit in which it runs",
@@ -42,9 +43,14 @@ def startup(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     for position, row in enumerate(starts.itertuples()):
         axes.plot(row.samples, [position] * len(row.samples), ls="", marker="o", ms=3.5, color="black")
     with style():
-        axes.set_xlabel("time from the start of a process to the end of its first inference (s)")
+        axes.set_xlabel(_folded("time from the start of a process to the end of its first inference (s)"))
         footnote(figure, "dots: single starts; bar: their median; hatched: of it, to load the model")
     return figure, figure_rows
+
+
+def _folded(text: str) -> str:
+    """An axis label as wide as a narrow page allows beside the names of models."""
+    return fold(text, 0.6 * MIN_WIDTH if current().is_narrow else None, current().font_size)
 
 
 def _bars(
@@ -59,21 +65,24 @@ def _bars(
     bars = figure_rows[figure_rows["metric"] == metric].drop_duplicates(["label", "backend"], keep="last")
     if not len(bars):
         raise InputError(f"the rows hold no {metric}; measure the group {group} first")
+    narrow, display = current().is_narrow, texts_of(experiment, bars["label"])
+    names = [wrap_label(f"{display[row.label]}, {row.backend}", 24 if narrow else 40) for row in bars.itertuples()]
     with style():
-        figure, axes = plt.subplots(figsize=(9, 1.4 + 0.32 * len(bars)))
+        height = sum(0.17 + 0.15 * (1 + name.count("\n")) for name in names)
+        figure, axes = plt.subplots(figsize=(figure_width(9), 1.4 + height))
         for position, row in enumerate(bars.itertuples()):
-            axes.barh(position, row.value * scale, color=COLOURS[2])
+            colour = method_style(row.method, [row.method])["color"]
+            axes.barh(position, row.value * scale, color=colour, alpha=0.5)
             width = experiment.number(row.label, part, backend=row.backend) * scale
-            axes.barh(position, width, color="white", hatch="///", edgecolor=COLOURS[3])
+            axes.barh(position, width, color="white", hatch="///", edgecolor=colour)
             end = max(row.samples or [row.value]) * scale
             axes.annotate(
                 f"{row.value * scale:.3g}", (end, position), xytext=(6, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(range(len(bars)), [f"{wrap_label(row.label, 34)}, {row.backend}" for row in bars.itertuples()])
-        axes.invert_yaxis()
-        figure.suptitle(
-            figure_title(figure_rows, "memory" if metric == "peak_rss" else "the first inference"), x=0.01, ha="left"
-        )
+        axes.set_yticks(range(len(bars)), names, fontsize=current().small_font_size if narrow else None)
+        axes.margins(x=0.12)
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        suptitle(figure, figure_rows, "memory" if metric == "peak_rss" else "the first inference")
     return figure, axes, figure_rows, bars
 
 
@@ -126,10 +135,13 @@ def _marks(figure_rows: pd.DataFrame, batches: Sequence[float], ratio: Ratio, un
     `ratio(label, batch, backend)` is the x of a mark, or NaN where there is no mark.
     """
     names, backends = list(dict.fromkeys(figure_rows["label"])), list(dict.fromkeys(figure_rows["backend"]))
+    narrow, display = current().is_narrow, texts_of(figure_rows, names)
     with style():
-        size = (3.4 + 3.6 * len(batches), 1.8 + 0.3 * len(names))
-        figure, panels = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False)
-        for axes, batch in zip(panels[0], batches, strict=True):
+        across, down = (1, len(batches)) if narrow else (len(batches), 1)
+        height = 1.2 + down * (0.5 + 0.21 * len(names)) if narrow else 1.8 + 0.3 * len(names)
+        size = (figure_width(3.4 + 3.6 * len(batches)), height)
+        figure, panels = plt.subplots(down, across, figsize=size, sharey=True, sharex=narrow, squeeze=False)
+        for axes, batch in zip(panels.flat, batches, strict=True):
             for index, backend in enumerate(backends):
                 ratios = [ratio(name, int(batch), backend) for name in names]
                 mark_style: dict[str, Any] = {"marker": MARKERS[index], "color": COLOURS[(index + 1) % len(COLOURS)]}
@@ -139,8 +151,13 @@ def _marks(figure_rows: pd.DataFrame, batches: Sequence[float], ratio: Ratio, un
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter("{x:g}")
-        panels[0][0].set_yticks(range(len(names)), [wrap_label(name, 30) for name in names])
+        texts = [wrap_label(display[name], 26 if narrow else 30) for name in names]
+        for axes in panels[:, 0]:
+            axes.set_yticks(range(len(names)), texts, fontsize=current().small_font_size)
         panels[0][0].invert_yaxis()
-        panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        figure.suptitle(figure_title(figure_rows, title), x=0.01, ha="left")
+        if narrow:
+            legend_below(panels[-1][0], panels[0][0].get_legend_handles_labels()[0], 3)
+        else:
+            panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        suptitle(figure, figure_rows, title)
     return figure

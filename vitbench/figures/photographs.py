@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vitbench.base.errors import InputError
-from vitbench.figures.drawing import COLOURS, SMALL_FONT_SIZE, style
+from vitbench.figures.drawing import COLOURS, style
 
 
 def changed_answers(
@@ -65,9 +65,9 @@ def changed_answers(
                 f"{name}: {classes[p.argmax()]} {100 * p.max():.0f} %"
                 for name, p in zip(names, (before[i], after[i]), strict=True)
             ]
-            axes.set_title("\n".join(lines), fontsize=SMALL_FONT_SIZE, color=COLOURS[1] if i in lost else COLOURS[5])
+            axes.set_title("\n".join(lines), fontsize=8, color=COLOURS[1] if i in lost else COLOURS[5])
         if not shown:
-            panels[0, 0].text(0, 0.5, "no prediction changed", fontsize=SMALL_FONT_SIZE)
+            panels[0, 0].text(0, 0.5, "no prediction changed", fontsize=8)
         title = textwrap.fill(sentence[0].upper() + sentence[1:], 24 * columns)
         figure.suptitle(title, x=0.01, ha="left", fontsize=9)
     return figure, sentence

@@ -19,6 +19,7 @@ from vitbench.figures import drawing
 from vitbench.figures.accuracy_cost import tradeoff
 from vitbench.rows import budgets
 from vitbench.rows.comparison_table import comparison, summary_sentences
+from vitbench.rows.display_labels import display_labels
 from vitbench.rows.experiment import Experiment, in_backend
 from vitbench.rows.records import records_file
 from vitbench.rows.row_table import load_records
@@ -65,14 +66,16 @@ def _check_own_page(page: Path) -> None:
 
 
 def table_text(rows: pd.DataFrame) -> str:
-    """The comparison table as plain text for a terminal."""
-    return comparison(rows).map(_cell).to_string()
+    """The comparison table as plain text for a terminal, with display labels."""
+    table = comparison(rows)
+    return table.rename(index=display_labels(rows, table.index)).map(_cell).to_string()
 
 
 def _content(folder: Path, rows: pd.DataFrame, sources: list[Path]) -> dict[str, Any]:
     experiment = Experiment.of(rows)
     chosen = experiment.rows
     table = comparison(chosen)
+    display = display_labels(experiment, table.index)
     return {
         "title": f"{chosen.iloc[-1]['model']} on {chosen.iloc[-1]['dataset']}",
         "rows": len(rows),
@@ -83,7 +86,8 @@ def _content(folder: Path, rows: pd.DataFrame, sources: list[Path]) -> dict[str,
         ],
         "columns": list(table.columns),
         "table": [
-            [method, *(_cell(cell) for cell in line)] for method, line in zip(table.index, table.values, strict=True)
+            [display[label], *(_cell(cell) for cell in line)]
+            for label, line in zip(table.index, table.values, strict=True)
         ],
         "budgets": _budgets(chosen),
         "figures": _figures(experiment),

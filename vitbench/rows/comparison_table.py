@@ -5,6 +5,7 @@ import functools
 import pandas as pd
 
 from vitbench.base.errors import InputError
+from vitbench.rows.display_labels import display_labels
 from vitbench.rows.experiment import EAGER, MEGA, Experiment
 from vitbench.rows.statistics import PairedComparison, compare_hits, compare_means, unpack_hits
 
@@ -71,6 +72,11 @@ def paired_top1(rows: pd.DataFrame, first: str, second: str) -> PairedComparison
 def paired_rows(first: pd.Series, second: pd.Series) -> PairedComparison:
     """Compare two rows of top1 on the same images; both must have hits."""
     return compare_hits(*(unpack_hits(row.hits, row.context["images"]) for row in (first, second)))
+
+
+def are_paired(first: pd.Series, second: pd.Series) -> bool:
+    """Whether two rows of top1 have hits of equally many images, so that `paired_rows` can compare them."""
+    return bool(first["hits"] and second["hits"]) and first["context"]["images"] == second["context"]["images"]
 
 
 def paired_loss(rows: pd.DataFrame, first: str, second: str) -> PairedComparison:
@@ -152,23 +158,33 @@ def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary_sentences(rows: pd.DataFrame) -> list[str]:
-    """One sentence for each compressed method: its size, its accuracy, whether the intervals overlap, and its latency."""
+    """One sentence for each compressed model: its size, its accuracy with the difference from the baseline, its latency."""
     experiment, sentences = Experiment.of(rows), []
     base_accuracy, base_bytes = (experiment.find("baseline", metric) for metric in ("top1", "bytes"))
-    for method in experiment.timed_labels:
-        accuracy, size = (experiment.find(method, metric) for metric in ("top1", "bytes"))
-        if method == "baseline" or accuracy is None or size is None or base_accuracy is None or base_bytes is None:
+    display = display_labels(experiment, experiment.timed_labels)
+    for label in experiment.timed_labels:
+        accuracy, size = (experiment.find(label, metric) for metric in ("top1", "bytes"))
+        if label == "baseline" or accuracy is None or size is None or base_accuracy is None or base_bytes is None:
             continue
-        points = 100 * (accuracy["value"] - base_accuracy["value"])
-        overlap = accuracy["low"] <= base_accuracy["high"] and base_accuracy["low"] <= accuracy["high"]
         text = (
-            f"{method}: {size['value'] / base_bytes['value']:.3f} of the baseline's bytes, top-1 {100 * accuracy['value']:.2f} % "
-            f"against {100 * base_accuracy['value']:.2f} % ({points:+.2f} points; the 95 % intervals "
-            f"{'overlap' if overlap else 'do not overlap'})"
+            f"{display[label]}: {size['value'] / base_bytes['value']:.3f} of the baseline's bytes, "
+            f"top-1 {100 * accuracy['value']:.2f} % against {100 * base_accuracy['value']:.2f} % "
+            f"({_difference(accuracy, base_accuracy)})"
         )
-        for row in experiment.ratios(method):
+        for row in experiment.ratios(label):
             text += (
                 f"; {row['value']:.2f} of its time at batch {int(row['batch'])} [{row['low']:.2f}, {row['high']:.2f}]"
             )
         sentences.append(text + ".")
     return sentences
+
+
+def _difference(accuracy: pd.Series, base: pd.Series) -> str:
+    """The difference of two rows of top1 in points: with its interval on the same images, or without one if hits are missing."""
+    if are_paired(accuracy, base):
+        test = paired_rows(accuracy, base)
+        points, low, high = (100 * number for number in (test.difference, test.low, test.high))
+        return f"{points:+.2f} points [{low:+.2f}, {high:+.2f}] on the same {base['context']['images']:,} images, p = {test.p:.2g}"
+    overlap = accuracy["low"] <= base["high"] and base["low"] <= accuracy["high"]
+    points = 100 * (accuracy["value"] - base["value"])
+    return f"{points:+.2f} points; the 95 % intervals {'overlap' if overlap else 'do not overlap'}"

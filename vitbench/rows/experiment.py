@@ -117,6 +117,16 @@ def in_backend(rows: pd.DataFrame, backend: str = EAGER, versus: str = "") -> pd
     return is_in_backend & (rows["versus_backend"].eq(versus) if versus else rows["versus_backend"].isna())
 
 
+def over_seeds(rows: pd.DataFrame) -> Experiment:
+    """The experiment of the last row with all its seeds: configs and labels name no seed.
+
+    Raises:
+        InputError: there is no ok row.
+    """
+    rows = rows.drop(columns="label", errors="ignore")
+    return Experiment.of(rows.assign(config=rows["config"].map(_seedless)))
+
+
 def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The values of a metric for all seeds, for the model and images of the last row: columns label, seed, value, key.
 
@@ -125,8 +135,7 @@ def across_seeds(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     Raises:
         InputError: there is no ok row of the metric.
     """
-    rows = rows[rows["metric"] == metric].drop(columns="label", errors="ignore")
-    rows = Experiment.of(rows.assign(config=rows["config"].map(_seedless))).rows
+    rows = over_seeds(rows[rows["metric"] == metric]).rows
     return rows.drop_duplicates(["label", "seed"], keep="last")[["label", "seed", "value", "key"]]
 
 
@@ -183,7 +192,7 @@ def _label(method: str, settings: dict[str, Any], default_settings: dict[str, An
     differing = sorted(
         key
         for key, value in settings.items()
-        if value != default_settings.get(key, value) and _has_effect(key, settings)
+        if value != default_settings.get(key, value) and has_effect(key, settings)
     )
     return method + (f" ({', '.join(f'{key}={_short(settings[key])}' for key in differing)})" if differing else "")
 
@@ -193,7 +202,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     steps = config.get("methods", [])
     settings: dict[str, Any] = {}
     for step in steps:
-        _flatten(step["config"], f"{step['method']}." if len(steps) > 1 else "", settings)
+        settings |= flat_settings(step["config"], f"{step['method']}." if len(steps) > 1 else "")
     return settings
 
 
@@ -202,16 +211,15 @@ def _short(setting: Any) -> Any:
     return f"{setting:.6g}" if isinstance(setting, float) else setting
 
 
-def _has_effect(key: str, settings: dict[str, Any]) -> bool:
+def has_effect(key: str, settings: dict[str, Any]) -> bool:
     """Whether a setting has an effect; settings of a training of 0 epochs have none."""
     group, _, name = key.rpartition(".")
     return name == "epochs" or settings.get(f"{group}.epochs") != 0
 
 
-def _flatten(config: dict[str, Any], prefix: str, target: dict[str, Any]) -> None:
-    """Add the settings of nested configs to `target`, under keys such as `train.epochs`."""
+def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's settings in one mapping; those of nested configs have keys such as `train.epochs`."""
+    settings: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict):
-            _flatten(value, f"{prefix}{key}.", target)
-        else:
-            target[prefix + key] = value
+        settings |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return settings
