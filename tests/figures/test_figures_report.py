@@ -5,6 +5,7 @@ import warnings
 from itertools import combinations
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
@@ -12,7 +13,8 @@ from matplotlib.text import Text
 from tests.conftest import ROOT
 from vitbench.base.errors import InputError
 from vitbench.figures import drawing, one_model
-from vitbench.figures.accuracy_cost import COSTS, tradeoff
+from vitbench.figures.accuracy_cost import COSTS, small_multiples, tradeoff
+from vitbench.figures.page import page
 from vitbench.figures.report import write_report
 from vitbench.rows.comparison_table import (
     comparison,
@@ -20,9 +22,11 @@ from vitbench.rows.comparison_table import (
     progress_table,
     summary_sentences,
 )
+from vitbench.rows.display_labels import display_labels, method_name
 from vitbench.rows.experiment import Experiment, across_seeds
 from vitbench.rows.records import Row, append_rows
 from vitbench.rows.row_table import load_records
+from vitbench.rows.statistics import compare_hits, pack_hits
 
 
 def make_rows(methods=("baseline", "dynamic_int8"), top1=(0.97, 0.96), size=(800_000, 240_000), **about):
@@ -71,7 +75,21 @@ def test_the_table_holds_the_rows_numbers(folder):
     assert line["x smaller"] == pytest.approx(800 / 240)
 
 
-def test_the_sentence_says_whether_intervals_overlap(folder, tmp_path):
+def test_the_sentence_has_the_difference_on_the_same_images(tmp_path):
+    rows = []
+    for row in make_rows(top1=(0.9, 0.8)):
+        right = np.arange(359) < (300 if row.method == "baseline" else 270)
+        rows.append(row.replace(hits=pack_hits(right), value=float(right.mean())) if row.metric == "top1" else row)
+    append_rows(tmp_path / "records.jsonl", rows)
+    (sentence,) = summary_sentences(load_records(tmp_path))
+    test = compare_hits(np.arange(359) < 270, np.arange(359) < 300)
+    interval = f"-8.36 points [{100 * test.low:+.2f}, {100 * test.high:+.2f}]"
+    assert f"({interval} on the same 359 images, p = {test.p:.2g})" in sentence
+    assert sentence.startswith("dynamic int8: 0.300 of the baseline's bytes")
+    assert "overlap" not in sentence
+
+
+def test_without_hits_the_sentence_says_whether_intervals_overlap(folder, tmp_path):
     (sentence,) = summary_sentences(load_records(folder))
     assert "0.300 of the baseline's bytes" in sentence
     assert "-1.00 points; the 95 % intervals overlap" in sentence
@@ -180,7 +198,7 @@ def test_the_tradeoff_shows_rows_and_names_every_method(folder, cost):
     figure, shown = tradeoff(rows, cost)
     assert ("energy estimated" in figure.get_supxlabel()) == (cost == "energy")
     words = {text.get_text() for text in figure.axes[0].texts}
-    assert {"baseline", "dynamic_int8"} <= words
+    assert {"baseline", "dynamic int8"} <= words
     assert set(shown["metric"]) == {"top1", cost}
     assert "%" in figure.axes[0].get_ylabel()
     plt.close(figure)
@@ -254,20 +272,68 @@ def test_figures_are_readable_with_few_methods_and_with_many(tmp_path, make, cou
     plt.close(figure)
 
 
+@pytest.mark.parametrize("count", [2, 8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 31))])
+@pytest.mark.parametrize("make", [drawing.predicted_beside_measured, drawing.latencies, tradeoff, small_multiples])
+def test_figures_are_readable_in_one_column_of_a_paper(tmp_path, make, count):
+    append_rows(tmp_path / "records.jsonl", rows_of(count))
+    rows = load_records(tmp_path)
+    with page(width=3.3):
+        figure, _ = make(rows)
+        assert_readable(figure)
+    assert figure.get_size_inches()[0] == 3.3
+    assert min(text.get_fontsize() for text in drawn_texts(figure)) >= 5.5
+    plt.close(figure)
+
+
 def test_a_list_names_every_method_and_the_tradeoff_of_many_its_front(tmp_path):
     append_rows(tmp_path / "records.jsonl", rows_of(31))
     rows = load_records(tmp_path)
     labels = set(Experiment.of(rows).rows["label"])
     figure, shown = drawing.latencies(rows)
     names = {" ".join(text.get_text().split()) for text in figure.axes[0].get_yticklabels()}
-    assert names == labels == {"baseline", *shown["label"]}
+    assert labels == {"baseline", *shown["label"]}
+    assert names == set(display_labels(rows).values())
+    assert len(names) == len(labels)
     plt.close(figure)
     figure, shown = tradeoff(rows)
     assert "baseline" in {text.get_text() for text in figure.axes[0].texts}
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"baseline", *FAMILIES}
+    methods = {text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()}
+    assert methods == {method_name(method) for method in ("baseline", *FAMILIES)}
     assert len(figure.axes[0].texts) < len(labels) == shown["label"].nunique()
     assert "points further down, at 30.0 %" in " ".join(text.get_text() for text in figure.texts)
     plt.close(figure)
+
+
+def test_a_family_has_one_colour_and_a_method_one_marker_in_every_figure():
+    few, many = ["uct", "weight_only"], ["baseline", "pruning", "lsq", "uct+lsq", "uct", "weight_only", "uct+diffq"]
+    assert all(drawing.method_style(method, few) == drawing.method_style(method, many) for method in few)
+    styles = {method: drawing.method_style(method, many) for method in many}
+    assert styles["lsq"]["color"] == styles["weight_only"]["color"] != styles["uct"]["color"]
+    assert styles["uct+lsq"]["color"] == styles["uct+diffq"]["color"]
+    assert len({(style["color"], style["marker"]) for style in styles.values()}) == len(many)
+    other = [drawing.method_style(kind, ["neurons", "heads", "uct"])["color"] for kind in ("neurons", "heads")]
+    assert len({*other, styles["uct"]["color"]}) == 3
+
+
+# a matrix of Machado et al. (2009) for each full dichromacy, in linear RGB
+DICHROMACIES = {
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+
+
+@pytest.mark.parametrize("kind", DICHROMACIES)
+def test_families_can_be_told_apart_by_colour_blind_readers(kind):
+    def lab(colour):
+        red_green_blue = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        seen = np.clip(np.array(DICHROMACIES[kind]) @ ((red_green_blue + 0.055) / 1.055) ** 2.4, 0, 1)
+        x, y, z = np.cbrt(np.array(XYZ) @ seen / [0.9505, 1, 1.089])
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    colours = combinations(drawing.FAMILY_COLOURS.values(), 2)
+    assert min(np.linalg.norm(lab(one) - lab(other)) for one, other in colours) > 12
 
 
 def test_colours_differ_in_lightness_too():
@@ -313,7 +379,7 @@ def test_a_model_timed_against_a_baseline_without_rows_of_its_own(tmp_path):
     append_rows(tmp_path / "records.jsonl", [row for row in make_rows() if row.method != "baseline"])
     _, shown = drawing.latencies(load_records(tmp_path))
     assert set(shown["method"]) == {"dynamic_int8"}
-    assert "dynamic_int8" in write_report(tmp_path).read_text()
+    assert "dynamic int8" in write_report(tmp_path).read_text()
 
 
 def test_a_model_scored_in_eager_mode_and_timed_elsewhere_has_a_report(tmp_path):

@@ -10,8 +10,10 @@ from vitbench.cli import main
 from vitbench.edge import rows as backend_table
 from vitbench.figures.accuracy_cost import small_multiples
 from vitbench.figures.gallery import GALLERY, draw
+from vitbench.figures.page import page
 from vitbench.figures.ranking import at_budgets, equal_budgets, ranks
 from vitbench.rows import budgets
+from vitbench.rows.display_labels import method_name
 from vitbench.rows.records import Row, append_rows
 from vitbench.rows.row_table import load_records
 from vitbench.rows.statistics import mean_interval, pack_hits
@@ -56,6 +58,29 @@ def test_within_a_budget_the_most_accurate_wins_and_its_equals_are_named(folder)
     assert won[1].cost["value"] == 190_000
 
 
+def test_at_a_budget_a_method_stands_at_its_largest_setting_that_fills_it():
+    costs = {"a (bits=8)": 40, "a (bits=4)": 20, "a (bits=2)": 10, "b": 49, "c": 90}
+    methods = {label: label.partition(" (")[0] for label in costs}
+    assert budgets.at_budget(costs, methods, 50) == {"a": "a (bits=8)", "b": "b"}
+    assert budgets.at_budget(costs, methods, 50, tolerance=0.1) == {"b": "b"}
+    assert budgets.at_budget(costs, methods, 50, tolerance=0.2) == {"a": "a (bits=8)", "b": "b"}
+    assert budgets.at_budget(costs, methods, 24) == {"a": "a (bits=4)"}
+    assert budgets.at_budget(costs, methods, 15) == {}
+    assert budgets.at_budget(costs, methods, 15, tolerance=1) == {"a": "a (bits=2)"}
+
+
+def test_no_accuracy_chooses_the_setting_of_a_method(folder):
+    smaller = {"config": {"origin": {"start": "random"}, "methods": [{"method": "uct", "config": {"bits": 2}}]}}
+    rows = [row.replace(**smaller) for row in make_rows(("baseline", "uct"), (0.9, 0.9), (800_000, 150_000))[6:]]
+    better = {"context": rows[0].context | {"images": IMAGES}, **answers((0, 1))}
+    append_rows(folder / "records.jsonl", [rows[0].replace(**better), *rows[1:]])
+    won = budgets.winners(load_records(folder), shares=(1 / 4, 1 / 5))
+    assert (
+        won[0].top1["label"] == "uct"
+    )  # the larger setting, though the smaller one is more accurate on the test images
+    assert won[1].top1["label"] == "uct (bits=2)"
+
+
 def test_without_answers_image_by_image_the_intervals_decide(folder):
     rows = load_records(folder)
     rows["hits"] = ""
@@ -64,9 +89,9 @@ def test_without_answers_image_by_image_the_intervals_decide(folder):
 
 def test_the_table_of_budgets_is_for_reading(folder):
     table = budgets.budget_table(load_records(folder))
-    assert table.loc["1/4", "most accurate"] == "uct"
+    assert table.loc["1/4", "most accurate"] == "UCT, 8 bits"
     assert table.loc["1/4", "top-1 %"] == "96.00 [94.00, 98.00]"
-    assert table.loc["1/4", "of them"] == "lsq"
+    assert table.loc["1/4", "of them"] == "LSQ"
     assert table.loc["1/15", "most accurate"] == "-"
 
 
@@ -83,7 +108,7 @@ def test_small_multiples_show_every_method_and_can_be_read(tmp_path, count):
     figure, shown = small_multiples(rows)
     assert_readable(figure)
     titles = {axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()}
-    assert {title.replace("\n", "") for title in titles} == set(rows["method"]) - {"baseline"}
+    assert {title.replace("\n", " ") for title in titles} == set(map(method_name, rows["method"])) - {"baseline"}
     assert set(shown["key"]) <= set(rows["key"])
 
 
@@ -112,8 +137,8 @@ def test_methods_at_equal_budgets_over_seeds(tmp_path):
     rows = load_records(tmp_path)
     found = at_budgets(rows, "bytes", (1 / 2, 1 / 4, 1 / 8, 1 / 16))
     lines = {(line.method, round(1 / line.share)): line for line in found.itertuples()}
-    assert set(lines) == {("baseline", 1), ("weight_only", 2), ("weight_only", 4), ("weight_only", 8), ("pruning", 2)}
-    assert lines["weight_only", 2].cost == lines["weight_only", 4].cost == 249  # what fills the budget most
+    assert set(lines) == {("baseline", 1), ("weight_only", 4), ("weight_only", 8), ("pruning", 2)}
+    assert lines["weight_only", 4].cost == 249  # which fills a quarter, and of a half too little
     assert lines["weight_only", 8].cost == 125
     first = lines["weight_only", 4]
     assert (first.seeds, first.top1) == (3, pytest.approx(0.90))
@@ -123,7 +148,11 @@ def test_methods_at_equal_budgets_over_seeds(tmp_path):
     figure, _ = ranks(rows)
     assert_readable(figure)
     texts = {text.get_text() for text in figure.axes[0].texts}
-    assert texts == {"1   90.0", "2   81.0", "1   86.0"}
+    assert texts == {"1   90.0", "1   81.0", "1   86.0"}
+    for make in (equal_budgets, ranks):
+        with page(width=3.3):
+            figure, _ = make(rows)
+            assert_readable(figure)
     assert draw("equal-size", rows, tmp_path / "x.png") == 0
     with pytest.raises(InputError, match="of the baseline"):
         at_budgets(rows[rows["method"] != "baseline"])
@@ -168,6 +197,38 @@ def test_a_figure_from_the_command_line_in_ones_own_style(folder, tmp_path, caps
     assert "rows of other models or images are not in it" in capsys.readouterr().out
 
 
+def test_a_figure_of_some_models_under_names_of_ones_own(folder, tmp_path, capsys):
+    usual = ["figure", "size", "--rows", str(folder), "--out", str(tmp_path / "x")]
+    given = [
+        "--format",
+        "svg",
+        "--width",
+        "3.3",
+        "--only",
+        "UCT, 8 bits",
+        "pruning",
+        "--label",
+        "uct=ours",
+        "--no-title",
+    ]
+    assert main([*usual, *given]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert 'width="237.6pt"' in text  # 3.3 inches
+    assert ">ours<" in text
+    assert ">pruning<" in text
+    assert "LSQ" not in text
+    assert "accuracy against size" not in text
+    assert set(pd.read_csv(tmp_path / "x.csv")["method"]) == {"baseline", "uct", "pruning"}
+
+
+def test_a_figure_over_seeds_of_some_methods(tmp_path):
+    append_rows(tmp_path / "records.jsonl", seeded())
+    draw("ranks", load_records(tmp_path), tmp_path / "x.svg", only=["pruning"], names={"pruning": "ours"})
+    assert set(pd.read_csv(tmp_path / "x.csv")["method"]) == {"baseline", "pruning"}
+    assert ">ours<" in (tmp_path / "x.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -175,6 +236,12 @@ def test_a_figure_from_the_command_line_in_ones_own_style(folder, tmp_path, caps
         (["size", "--out", "x.jpg"], r".png, .svg, .pdf"),
         (["size", "--style", "none.mplstyle"], "no style file"),
         (["size", "--rows", "nowhere"], "no records at 'nowhere'"),
+        (["size", "--width", "1"], "width = 1 inches; give 2.5 to 20"),
+        (["size", "--only", "utc"], "unknown method or label 'utc' (did you mean 'uct'?); allowed: baseline"),
+        (["size", "--label", "utc=ours"], "unknown method or label 'utc' (did you mean 'uct'?)"),
+        (["size", "--label", "ours"], "is not OLD=NEW"),
+        (["size", "--label", "uct=x", "lsq=x"], "would be called 'x'"),
+        (["size", "--format", "pdf"], "ends in '.png' and --format is pdf"),
     ],
 )
 def test_wrong_input_to_figure(folder, tmp_path, capsys, given, message):

@@ -202,7 +202,7 @@ def _step_text(method: str, settings: dict[str, Any], differing: Iterable[str], 
     named = [key for key in words.always if key in settings]
     named += [key for key in sorted(differing, key=_order) if key not in named and not (has_size and key in sized_by)]
     for key in named:
-        if _is_off(settings.get(REPLACED_BY.get(key))):
+        if key not in REPLACED_BY or _is_off(settings.get(REPLACED_BY[key])):
             parts.append(_phrase(key, settings, first))
     return ", ".join(filter(None, parts))
 
