@@ -10,8 +10,8 @@ from docs.tables.common import Cells, Mean, known, table
 from vitbench.figures.ranking import at_budgets
 from vitbench.rows.budgets import TOLERANCE, models_with_cost, winners
 from vitbench.rows.comparison_table import accuracy_text
-from vitbench.rows.display_labels import display_labels
 from vitbench.rows.experiment import across_seeds
+from vitbench.rows.words import display_labels, family_of
 
 
 @table
@@ -53,9 +53,9 @@ def how_many_scored(results: Results) -> int:
 
 
 @known
-def all_are_of(budget_winners: Iterable[Any], method: str) -> bool:
-    """Whether a method made the most accurate model, alone or in a combination, within every share that has one."""
-    return all(method in winner.top1["label"] for winner in budget_winners if winner.count)
+def all_are_of(budget_winners: Iterable[Any], family: str) -> bool:
+    """Whether a method of a family is the most accurate within every share that has any."""
+    return all(family_of(winner.top1["method"]) == family for winner in budget_winners if winner.count)
 
 
 @table

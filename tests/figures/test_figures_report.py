@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from vitbench.base.errors import InputError
 from vitbench.figures import drawing, one_model
 from vitbench.figures.accuracy_cost import COSTS, small_multiples, tradeoff
-from vitbench.figures.page import page
+from vitbench.figures.layout import page
 from vitbench.figures.report import write_report
 from vitbench.rows.comparison_table import (
     comparison,
@@ -22,11 +22,11 @@ from vitbench.rows.comparison_table import (
     progress_table,
     summary_sentences,
 )
-from vitbench.rows.display_labels import display_labels, method_name
 from vitbench.rows.experiment import Experiment, across_seeds
 from vitbench.rows.records import Row, append_rows
 from vitbench.rows.row_table import load_records
 from vitbench.rows.statistics import compare_hits, pack_hits
+from vitbench.rows.words import display_labels, method_name
 
 
 def make_rows(methods=("baseline", "dynamic_int8"), top1=(0.97, 0.96), size=(800_000, 240_000), **about):

@@ -10,13 +10,13 @@ from vitbench.cli import main
 from vitbench.edge import rows as backend_table
 from vitbench.figures.accuracy_cost import small_multiples
 from vitbench.figures.gallery import GALLERY, draw
-from vitbench.figures.page import page
+from vitbench.figures.layout import page
 from vitbench.figures.ranking import at_budgets, equal_budgets, ranks
 from vitbench.rows import budgets
-from vitbench.rows.display_labels import method_name
 from vitbench.rows.records import Row, append_rows
 from vitbench.rows.row_table import load_records
 from vitbench.rows.statistics import mean_interval, pack_hits
+from vitbench.rows.words import method_name
 
 IMAGES = 1000
 

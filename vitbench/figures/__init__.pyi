@@ -18,6 +18,7 @@ from .drawing import (
     style as style,
 )
 from .gallery import GALLERY as GALLERY
+from .layout import page as page
 from .measured_edge import (
     floors as floors,
     memory as memory,

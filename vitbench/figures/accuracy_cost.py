@@ -25,7 +25,7 @@ from vitbench.figures.drawing import (
     suptitle,
     wrap_label,
 )
-from vitbench.figures.page import current, figure_size, method_text, texts_of
+from vitbench.figures.layout import current, figure_size, method_text, texts_of
 from vitbench.rows.budgets import SHARES, models_with_cost
 from vitbench.rows.experiment import MEGA, Experiment
 from vitbench.rows.statistics import pareto_front

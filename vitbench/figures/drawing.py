@@ -21,9 +21,9 @@ from matplotlib.transforms import ScaledTranslation
 from vitbench.base.errors import InputError
 from vitbench.base.files import figure_bytes, write_bytes, write_text
 from vitbench.base.paths import writable_folder
-from vitbench.figures.page import current, figure_width, fold, texts_of
-from vitbench.rows.display_labels import COMBINATIONS, METHODS, family_of
+from vitbench.figures.layout import current, figure_width, fold, texts_of
 from vitbench.rows.experiment import Experiment, in_backend
+from vitbench.rows.words import COMBINATIONS, METHODS, family_of
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
 COLOURS = ("#000000", "#D55E00", "#56B4E9", "#0072B2", "#E69F00", "#009E73", "#CC79A7")

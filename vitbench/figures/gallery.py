@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 
 from vitbench.base.errors import InputError, one_of
 from vitbench.base.paths import writable_folder
-from vitbench.figures import drawing, measured_edge, page
+from vitbench.figures import drawing, measured_edge
 from vitbench.figures.accuracy_cost import small_multiples, tradeoff
+from vitbench.figures.layout import page
 from vitbench.figures.ranking import equal_budgets, ranks
-from vitbench.rows.display_labels import display_labels
 from vitbench.rows.experiment import Experiment, over_seeds
 from vitbench.rows.row_table import load_records
+from vitbench.rows.words import display_labels
 
 Draw = Callable[
     [pd.DataFrame, int], tuple[Figure, pd.DataFrame]
@@ -94,7 +95,7 @@ def draw(
             f"the rows of the figure go into {str(csv_path)!r}, where another table lies; give --out another name"
         )
     renamed = _renamed(experiment, names or {})
-    with drawing.user_style(style_file), page.page(width, title, **renamed):
+    with drawing.user_style(style_file), page(width, title, **renamed):
         figure, figure_rows = GALLERY[name][1](chosen, batch)
         drawing.save_figure(
             figure, writable_folder(out.parent, "figures folder"), out.stem, figure_rows, kinds=[out.suffix[1:]]
@@ -127,7 +128,7 @@ def _chosen(experiment: Experiment, only: Sequence[str]) -> pd.DataFrame:
 
 
 def _renamed(experiment: Experiment, names: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """`names` by label and by method, as `page.page` takes them."""
+    """`names` by label and by method, as `layout.page` takes them."""
     by_label: dict[str, str] = {}
     by_method: dict[str, str] = {}
     for old, new in names.items():

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from vitbench.base.errors import InputError
 from vitbench.figures.drawing import COLOURS, MARKERS, footnote, legend_below, method_style, style, suptitle, wrap_label
-from vitbench.figures.page import MIN_WIDTH, current, figure_width, fold, texts_of
+from vitbench.figures.layout import MIN_WIDTH, current, figure_width, fold, texts_of
 from vitbench.rows.experiment import EAGER, MEGA, Experiment
 
 Ratio = Callable[[str, int, str], float]

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from vitbench.base.errors import InputError, one_of
 from vitbench.figures.accuracy_cost import COSTS
 from vitbench.figures.drawing import figure_title, footnote, legend_below, method_style, style, wrap_label
-from vitbench.figures.page import current, figure_size, figure_width, method_text
+from vitbench.figures.layout import current, figure_size, figure_width, method_text
 from vitbench.rows.budgets import TOLERANCE, at_budget
-from vitbench.rows.display_labels import display_labels
 from vitbench.rows.experiment import across_seeds, over_seeds
 from vitbench.rows.statistics import mean_interval
+from vitbench.rows.words import display_labels
 
 SHARES = {
     "bytes": (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16, 1 / 20),

@@ -19,10 +19,10 @@ from vitbench.figures import drawing
 from vitbench.figures.accuracy_cost import tradeoff
 from vitbench.rows import budgets
 from vitbench.rows.comparison_table import comparison, summary_sentences
-from vitbench.rows.display_labels import display_labels
 from vitbench.rows.experiment import Experiment, in_backend
 from vitbench.rows.records import records_file
 from vitbench.rows.row_table import load_records
+from vitbench.rows.words import display_labels
 
 ENVIRONMENT_FACTS = ("system", "python", "cpu", "cores", "memory_gib", "cpu_capability", "int8_engine", "gpus")
 PACKAGES = ("torch", "torchvision", "timm", "numpy")

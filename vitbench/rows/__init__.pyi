@@ -40,3 +40,7 @@ from .verdicts import (
     cost_verdict as cost_verdict,
     time_verdict as time_verdict,
 )
+from .words import (
+    display_labels as display_labels,
+    method_name as method_name,
+)

@@ -8,8 +8,8 @@ import pandas as pd
 
 from vitbench.base.errors import InputError, one_of
 from vitbench.rows.comparison_table import accuracy_text, are_paired, paired_rows
-from vitbench.rows.display_labels import display_labels
 from vitbench.rows.experiment import MEGA, Experiment
+from vitbench.rows.words import display_labels
 
 SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 10, 1 / 12, 1 / 15)
 SIGNIFICANCE_LEVEL = 0.05  # two models differ significantly if p is below it

@@ -5,9 +5,9 @@ import functools
 import pandas as pd
 
 from vitbench.base.errors import InputError
-from vitbench.rows.display_labels import display_labels
 from vitbench.rows.experiment import EAGER, MEGA, Experiment
 from vitbench.rows.statistics import PairedComparison, compare_hits, compare_means, unpack_hits
+from vitbench.rows.words import display_labels
 
 
 def experiment_rows(rows: pd.DataFrame) -> pd.DataFrame:

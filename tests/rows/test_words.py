@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
-from vitbench.rows.display_labels import display_labels, family_of, method_name
 from vitbench.rows.row_table import load_records
+from vitbench.rows.words import display_labels, family_of, method_name
 
 REFERENCE = ROOT / "results" / "reference"
 UNTRAINED, TRAINED = {"epochs": 0, "lr": 0.1}, {"epochs": 3, "lr": 0.2}

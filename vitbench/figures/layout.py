@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from vitbench.base.errors import InputError
-from vitbench.rows.display_labels import display_labels, method_name
 from vitbench.rows.experiment import Experiment
+from vitbench.rows.words import display_labels, method_name
 
 NARROW = 5.0  # inches; narrower figures have smaller fonts, panels below each other, and the legend below
 MIN_WIDTH, MAX_WIDTH = 2.5, 20.0  # inches
