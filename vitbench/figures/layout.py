@@ -14,7 +14,7 @@ from vitbench.rows.words import display_labels, method_name
 NARROW = 5.0  # inches; narrower figures have smaller fonts, panels below each other, and the legend below
 MIN_WIDTH, MAX_WIDTH = 2.5, 20.0  # inches
 POINTS_PER_INCH = 72
-LETTER = 0.52  # mean width of a letter, in font sizes
+LETTER = 0.58  # mean width of a letter, in font sizes
 
 
 @dataclass(frozen=True)
