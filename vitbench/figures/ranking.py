@@ -81,10 +81,11 @@ def equal_budgets(rows: pd.DataFrame, cost: str = "bytes") -> tuple[Figure, pd.D
         axes.axhline(100 * dense["top1"], color="#777777", lw=1, zorder=1)
         if dense["high"] > dense["low"]:
             axes.axhspan(100 * dense["low"], 100 * dense["high"], color="#EEEEEE", zorder=0)
-        for index, family in enumerate(families):
+        at_share = lines.groupby("share", sort=False)["method"]
+        shift = WIDTH * ((at_share.cumcount() + 0.5) / at_share.transform("count") - 0.5)
+        for family in families:
             family_lines = lines[lines["method"] == family]
-            shift = WIDTH * ((index + 0.5) / len(families) - 0.5)
-            x = np.array([shares.index(share) for share in family_lines["share"]]) + shift
+            x = np.array([shares.index(share) for share in family_lines["share"]]) + shift[family_lines.index]
             y = 100 * family_lines["top1"].to_numpy()
             mark_style, is_below = method_style(family, families), y < bottom
             top1, low, high = (family_lines[key] for key in ("top1", "low", "high"))

@@ -137,9 +137,9 @@ def display_labels(rows: pd.DataFrame | Experiment, labels: Iterable[str] | None
         if label in first_rows.index
     }
     texts: dict[str, str] = {}
-    by_method: dict[str, list[str]] = {}
-    for label in models:
-        by_method.setdefault(first_rows.loc[label, "method"], []).append(label)
+    by_method: dict[tuple[str, ...], list[str]] = {}
+    for label, steps in models.items():
+        by_method.setdefault(tuple(name for name, _ in steps), []).append(label)
     for method_labels in by_method.values():
         texts |= _texts({label: models[label] for label in method_labels})
     taken: set[str] = set()
