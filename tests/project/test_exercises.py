@@ -111,7 +111,7 @@ def test_06_warm_distributions_are_matched_logits():
 
 
 def test_07_break_even_and_a_shared_factor():
-    first, second, third = answers("07")
+    first, second, third, _ = answers("07")
     assert f"r = {3 / (1 + 3):g}\\,d" in first
     assert f"gives ${4 / (1 + 4):g}\\,d$" in first
     assert reordered_share(100, 75) == pytest.approx(1)
