@@ -72,17 +72,19 @@ def test_the_crossing_is_where_the_ratio_stays_below_one(ratios, wanted):
 def test_the_figure_and_its_crossings_come_from_the_rows(rows):
     figure, shown = attention.against_tokens(rows)
     assert len(figure.axes) == 2
-    assert set(shown["key"]) == set(rows["key"])
+    ok = rows[(rows["status"] == "ok") & rows["metric"].isin(["macs", "latency_p50"])]
+    assert set(shown["key"]) == set(ok["key"][ok["context"].map(lambda context: context["part"]) == "attention"])
+    assert "of width 64" in figure.axes[1].get_title(loc="left"), "the model's"
     assert set(attention.break_even_by_variant(rows, "model")) == {"Nystroem, m = 8, 6 iterations", "linear"}
 
 
-def test_speed_for_accuracy_shows_the_rows_it_names():
+def test_accuracy_for_macs_shows_the_rows_it_names():
     found = load_records(ROOT / "results" / "reference" / "token-merging-imagenet-sample")
-    named = {"constant": {0: "token_merging", 8: "token_merging (r=8)"}}
-    figure, shown = attention.speed_for_accuracy(found, named, "merging", batches=(8,))
-    assert len(figure.axes) == 1
-    assert set(shown["label"]) == set(named["constant"].values())
-    assert len(shown) == 4
+    named = {"merging": {"r = 4": "token_merging", "r = 8": "token_merging (r=8)"}}
+    figure, shown = attention.accuracy_for_macs(found, named, "a title")
+    assert figure.axes[0].get_title(loc="left") == "a title"
+    assert set(shown["label"]) == {"baseline", *named["merging"].values()}
+    assert sorted(shown["metric"]) == ["macs"] * 3 + ["top1"] * 3
 
 
 @pytest.mark.parametrize("how", [{"rounds": 5}, {"threads": 0}, {"batch": 0}])

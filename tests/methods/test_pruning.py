@@ -178,7 +178,7 @@ def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, 
     run = Run(tmp_path)
     measure(base.path, digits, run, what=("accuracy", "size"))
     run.append(search_rows(base.path, digits, QUICK, found.search))
-    measure(found.path, digits, run, versus=base.path, what=("accuracy", "size"))
+    measured = measure(found.path, digits, run, versus=base.path, what=("accuracy", "size"))
     rows = run.rows()
     (label,) = comparison_table.experiment_rows(rows).query("metric == 'search_score'")["label"]
     scores = comparison_table.find_row(comparison_table.experiment_rows(rows), label, "search_score")
@@ -189,6 +189,7 @@ def test_the_policy_found_meets_the_budget_and_its_history_is_kept(found, base, 
     for figure, shown in (
         search_policies.search_progress(rows, {"guided": [label]}),
         search_policies.policies(rows, {label: "found"}),
+        search_policies.by_budget(rows, {(0.5, "found"): comparison_table.label_of(rows, measured)}, "a title"),
     ):
         assert len(shown)
         assert figure.axes

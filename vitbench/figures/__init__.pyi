@@ -3,9 +3,9 @@ from .accuracy_cost import (
     tradeoff as tradeoff,
 )
 from .attention import (
+    accuracy_for_macs as accuracy_for_macs,
     against_tokens as against_tokens,
     break_even_by_variant as break_even_by_variant,
-    speed_for_accuracy as speed_for_accuracy,
 )
 from .drawing import (
     COLOURS as COLOURS,

@@ -1,17 +1,18 @@
 """Figures of efficient attention: its cost over full attention's, and the number of tokens from which it is cheaper."""
 
+import textwrap
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-from vitbench.figures.drawing import COLOURS, MARKERS, figure_title, footnote, style
+from vitbench.figures.drawing import COLOURS, MARKERS, footnote, style
 from vitbench.rows.experiment import Experiment
 
-TITLES = {"attention": "one attention layer", "model": "the whole model, {depth} block{s}"}
+WIDTH = 6.5  # inches
 
 
 def attention_name(config: dict[str, Any]) -> str:
@@ -75,97 +76,93 @@ def break_even_by_variant(rows: pd.DataFrame, part: str) -> dict[str, tuple[floa
 
 
 def against_tokens(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Latency and multiply-accumulates over full attention's against the number of tokens; the points where latency crosses 1."""
+    """Milliseconds of one attention layer against the tokens, and the share of the products of tokens with tokens in a block.
+
+    A block has 12 N d^2 + 2 N^2 d multiply-accumulates for N tokens of width d, of which 2 N^2 d are those products.
+    """
+    times, macs = rows_by_variant(rows, "latency_p50", "attention"), rows_by_variant(rows, "macs", "attention")
+    full, tokens = times["full attention"], times["full attention"]["tokens"].to_numpy()
+    width = _width(int(tokens[-1]), float(macs["full attention"]["value"].iloc[-1]))
     with style():
-        figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
-        for axes, (part, title) in zip(panels, TITLES.items(), strict=True):
-            _panel(axes, rows, part)
-            depth = int(rows["context"].iloc[-1]["depth"])
-            axes.set_title(title.format(depth=depth, s="" if depth == 1 else "s"))
-        panels[0].set_ylabel("over full attention's")
-        panels[0].legend(fontsize=8, loc="lower left")
-        last = rows.iloc[-1]
-        figure.suptitle(
-            f"{last['model']}'s shape, batch {last['batch']}, {last['threads']} threads, eager", fontsize=10
+        figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
+        for index, (name, variant_rows) in enumerate(times.items()):
+            median = variant_rows["value"].to_numpy()
+            quartiles = np.array([np.percentile(samples, (25, 75)) for samples in variant_rows["samples"]]).T
+            line: dict[str, Any] = {"color": COLOURS[(0, 1, 5, 2, 6)[index % 5]], "marker": MARKERS[index], "ms": 5}
+            left.errorbar(
+                variant_rows["tokens"], median, yerr=np.abs(quartiles - median), capsize=2, label=name, **line
+            )
+        growth = full["value"].iloc[-1] / full["value"].iloc[0]
+        left.plot(
+            tokens, full["value"].iloc[0] * tokens / tokens[0], color="#999999", ls=":", label="in proportion to tokens"
         )
+        left.set(xlabel="tokens", ylabel="ms of one layer", xscale="log", yscale="log")
+        left.set_title(
+            f"{tokens[-1] / tokens[0]:.0f} times the tokens take full\nattention {growth:.0f} times as long",
+            fontsize=10,
+        )
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter("{x:g}")
+        left.legend(fontsize=8)
+        curve = np.geomspace(tokens[0] / 2, 4 * tokens[-1], 100)
+        right.plot(curve, 100 * curve / (6 * width + curve), color="black")
+        for count in tokens:
+            share = 100 * count / (6 * width + count)
+            right.plot(count, share, "o", color="black")
+            offset: dict[str, Any] = {"xytext": (-7, 3), "textcoords": "offset points", "fontsize": 8}
+            right.annotate(f"{count} tokens: {share:.0f} %", (count, share), ha="right", **offset)
+        right.set(
+            xlabel="tokens", ylabel="% of a block's MACs", xscale="log", ylim=(0, 100), xlim=(tokens[0] / 20, None)
+        )
+        right.set_title(f"the share of tokens times tokens\nin a block of width {width}", fontsize=10)
+        for axes in (left, right):
+            axes.set_xticks(tokens, [str(count) for count in tokens])
+            axes.minorticks_off()
+        last = rows.iloc[-1]
         footnote(
             figure,
-            "solid: median time, with 95 % intervals; dotted: multiply-accumulates; rings: where the time falls below full attention's",
+            f"left: {last['model']}'s shape, batch {last['batch']}, {last['threads']} threads, eager; median and quartiles",
         )
-    return figure, rows
+    return figure, pd.concat([*times.values(), *macs.values()])
 
 
-def _panel(axes: Axes, rows: pd.DataFrame, part: str) -> None:
-    macs, times, break_evens = (
-        rows_by_variant(rows, "macs", part),
-        rows_by_variant(rows, "latency_ratio", part),
-        break_even_by_variant(rows, part),
-    )
-    full = macs["full attention"].set_index("tokens")["value"]
-    axes.axhline(1, color="black", lw=1)
-    for index, name in enumerate(break_evens, 1):
-        variant_rows = times[name]
-        line_style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)]}
-        error_bars = [variant_rows["value"] - variant_rows["low"], variant_rows["high"] - variant_rows["value"]]
-        axes.errorbar(
-            variant_rows["tokens"],
-            variant_rows["value"],
-            yerr=error_bars,
-            capsize=2,
-            ms=4,
-            marker=MARKERS[index],
-            label=name,
-            **line_style,
-        )
-        axes.plot(macs[name]["tokens"], macs[name]["value"] / macs[name]["tokens"].map(full), ls=":", **line_style)
-        if np.isfinite(break_evens[name][1]) and break_evens[name][1] > variant_rows["tokens"].iloc[0]:
-            axes.plot(break_evens[name][1], 1, marker="o", ms=11, mfc="none", **line_style)
-    ticks = list(full.index)
-    axes.set(xscale="log", yscale="log", xlabel="tokens")
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_yticks(
-        [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
-    )
-    axes.yaxis.set_major_formatter("{x:g}")
+def _width(tokens: int, macs: float) -> int:
+    """The width d of an attention layer with 4 N d^2 + 2 N^2 d multiply-accumulates for N tokens."""
+    return round((-tokens + np.sqrt(tokens**2 + 4 * macs / tokens)) / 4)
 
 
-def speed_for_accuracy(
-    rows: pd.DataFrame, names: dict[str, dict[int, str]], what: str, batches: tuple[int, ...] = (1, 8)
-) -> tuple[Figure, pd.DataFrame]:
-    """Accuracy against the time over the baseline's, a panel a batch size; `names`: family -> r -> the model's label."""
-    experiment, figure_rows = Experiment.of(rows), []
+def accuracy_for_macs(rows: pd.DataFrame, names: dict[str, dict[str, str]], title: str) -> tuple[Figure, pd.DataFrame]:
+    """Top-1 against multiply-accumulates over the baseline's; `names`: family -> short name of a model -> its label."""
+    experiment = Experiment.of(rows)
+    baseline_macs, baseline_top1 = (experiment.require("baseline", metric) for metric in ("macs", "top1"))
+    figure_rows = [baseline_macs, baseline_top1]
     with style():
-        figure, panels = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4), sharey=True, squeeze=False)
-        for axes, batch in zip(panels[0], batches, strict=True):
-            for index, (family, labels) in enumerate(names.items(), 1):
-                top1 = [experiment.require(label, "top1") for label in labels.values()]
-                times = [experiment.require(label, "latency_ratio", batch) for label in labels.values()]
-                x, y = [row["value"] for row in times], [100 * row["value"] for row in top1]
-                spread: dict[str, Any] = {
-                    "xerr": _error_bars(times),
-                    "yerr": 100 * _error_bars(top1),
-                    "capsize": 2,
-                    "elinewidth": 0.7,
-                }
-                colour = COLOURS[2 * index - 1]
-                axes.errorbar(x, y, **spread, color=colour, marker=MARKERS[index], label=family)
-                text_position: dict[str, Any] = (
-                    {"xytext": (-6, 5), "ha": "right"} if index == 1 else {"xytext": (6, -13)}
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.5))
+        axes.axhline(100 * baseline_top1["value"], color="black", lw=1, ls=":")
+        axes.plot(1, 100 * baseline_top1["value"], "*", color="black", ms=9, label="baseline")
+        for index, (family, labels) in enumerate(names.items()):
+            macs, top1 = (
+                [experiment.require(label, metric) for label in labels.values()] for metric in ("macs", "top1")
+            )
+            x, y = [row["value"] / baseline_macs["value"] for row in macs], [100 * row["value"] for row in top1]
+            line: dict[str, Any] = {
+                "color": COLOURS[(3, 1, 5)[index % 3]],
+                "marker": MARKERS[index],
+                "ls": "",
+                "capsize": 2,
+            }
+            axes.errorbar(x, y, yerr=100 * _error_bars(top1), label=family, **line)
+            for text, share, value in zip(labels, x, y, strict=True):
+                axes.annotate(
+                    text, (share, value), (7, -11), textcoords="offset points", fontsize=8, color=line["color"]
                 )
-                for r, *point in zip(labels, x, y, strict=True):
-                    if r or index == 1:  # r = 0 is the same model in every family
-                        axes.annotate(
-                            f"r = {r}", point, textcoords="offset points", fontsize=8, color=colour, **text_position
-                        )
-                figure_rows += top1 + times
-            axes.axvline(1, color="black", lw=0.8, ls=":")
-            axes.set_xlabel(f"median time over the baseline's, batch {batch}")
-        panels[0, 0].set_ylabel("top-1 (%)")
-        panels[0, 0].set_title(figure_title(experiment.rows, what))
-        panels[0, -1].legend(fontsize=8, loc="lower right")
+            figure_rows += [*macs, *top1]
+        axes.set(xlabel="multiply-accumulates over the baseline's", ylabel="top-1 (%)")
+        axes.margins(x=0.2)
+        axes.set_title(textwrap.fill(title, 80), fontsize=10)
+        axes.legend(fontsize=8)
         footnote(figure, "bars: 95 % intervals; left and up is better")
-    return figure, pd.DataFrame(figure_rows).drop_duplicates("key")
+    return figure, pd.DataFrame(figure_rows)
 
 
 def _error_bars(rows: list[pd.Series]) -> np.ndarray:

@@ -1,62 +1,62 @@
 """Figures of policy searches and of the policies that they chose, from rows alone."""
 
+import textwrap
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from vitbench.figures.drawing import COLOURS, figure_title, footnote, method_style, style
+from vitbench.figures.drawing import COLOURS, footnote, style
 from vitbench.rows.experiment import Experiment
 
 POLICY = {
-    "policy_neurons": "neurons",
-    "policy_heads": "heads",
-    "policy_head_dims": "dimensions of a head",
-    "policy_tokens": "tokens",
+    "policy_neurons": "neurons left",
+    "policy_heads": "heads left",
+    "policy_head_dims": "dimensions of a head left",
+    "policy_tokens": "tokens left",
 }
+WIDTH, TITLE_CHARACTERS = 6.5, 84  # inches; of a title's line
 
 
-def _line(index: int) -> dict[str, Any]:
-    """Colour and dashes of the line with this index."""
-    return {
-        "color": COLOURS[(3, 1, 5, 4, 6, 0)[index % 6]],
-        "ls": ("-", "--", ":", "-.", (0, (6, 3)), (0, (1, 3)))[index % 6],
-    }
+def _colour(index: int) -> str:
+    return COLOURS[(3, 1, 5, 4, 6, 0)[index % 6]]
 
 
 def search_progress(rows: pd.DataFrame, names: dict[str, list[str]]) -> tuple[Figure, pd.DataFrame]:
-    """The best score so far against the number of scored policies, mean and range over seeds.
+    """The scores of the policies in the order of their trial, and the best so far; over seeds its mean and range.
 
     `names`: name in the legend -> labels of its searches, one for each seed.
     """
-    figure_rows = Experiment.of(rows).of_metrics("search_score")
-    figure_rows = figure_rows[figure_rows["label"].isin([label for labels in names.values() for label in labels])]
+    experiment = Experiment.of(rows)
+    figure_rows = [experiment.require(label, "search_score") for labels in names.values() for label in labels]
+    best_of = {name: max(experiment.require(label, "search_score")["value"] for label in names[name]) for name in names}
     with style():
-        figure, axes = plt.subplots(figsize=(7.2, 3.8))
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.1))
         for index, (name, labels) in enumerate(names.items()):
-            best = np.array(
-                [np.maximum.accumulate(row) for row in figure_rows["samples"][figure_rows["label"].isin(labels)]]
-            )
-            x, line = 1 + np.arange(best.shape[1]), _line(index)
-            axes.plot(x, best.mean(0), **line, label=name)
-            axes.fill_between(x, best.min(0), best.max(0), color=line["color"], alpha=0.2, lw=0)
-        later_scores = np.stack([np.maximum.accumulate(row) for row in figure_rows["samples"]])[
-            :, figure_rows["samples"].map(len).min() // 4 :
-        ]
-        axes.set_ylim(
-            later_scores.min() - 0.1 * np.ptp(later_scores), later_scores.max() + 0.1 * np.ptp(later_scores)
-        )  # the first steps are far below
-        nats = (figure_rows["unit"] == "nats").all()
-        axes.set(
-            xlabel="policies scored", ylabel="best so far: " + ("-cross-entropy on val" if nats else "top-1 on val")
+            scores = [np.array(experiment.require(label, "search_score")["samples"]) for label in labels]
+            best = np.array([np.maximum.accumulate(samples) for samples in scores])
+            trials = 1 + np.arange(best.shape[1])
+            axes.step(trials, best.mean(0), where="post", color=_colour(index), label=name)
+            if len(labels) > 1:
+                axes.fill_between(trials, best.min(0), best.max(0), step="post", color=_colour(index), alpha=0.2, lw=0)
+            else:
+                axes.plot(trials, scores[0], "o", ms=4, mfc="none", color=_colour(index))
+        nats = all(row["unit"] == "nats" for row in figure_rows)
+        axes.set(xlabel="policies scored", ylabel="minus cross-entropy on val" if nats else "top-1 on val")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(
+            f"the highest score on val is that of {max(best_of, key=lambda name: best_of[name])}", fontsize=10
         )
-        axes.set_title(figure_title(figure_rows, "search for a policy"))
         axes.legend(fontsize=8, loc="lower right")
-        seeds = min(len(labels) for labels in names.values())
-        footnote(figure, f"line: mean of {seeds} seeds; band: the worst and the best of them")
-    return figure, figure_rows
+        seeds = max(len(labels) for labels in names.values())
+        footnote(
+            figure,
+            "rings: scores; lines: the best so far" + (f", mean and range of {seeds} seeds" if seeds > 1 else ""),
+        )
+    return figure, pd.DataFrame(figure_rows)
 
 
 def policies(rows: pd.DataFrame, names: dict[str, str]) -> tuple[Figure, pd.DataFrame]:
@@ -68,46 +68,51 @@ def policies(rows: pd.DataFrame, names: dict[str, str]) -> tuple[Figure, pd.Data
         changed_metrics = {
             metric: unit for metric, unit in POLICY.items() if _differs(figure_rows[figure_rows["metric"] == metric])
         }
-        figure, panels = plt.subplots(1, len(changed_metrics), figsize=(10.4, 3.1), squeeze=False)
+        figure, panels = plt.subplots(1, len(changed_metrics), figsize=(WIDTH, 2.7), squeeze=False)
         for axes, (metric, unit) in zip(panels[0], changed_metrics.items(), strict=True):
             for index, (label, name) in enumerate(names.items()):
                 remaining = experiment.require(label, metric)["samples"]
-                axes.step(range(len(remaining)), remaining, where="mid", **_line(index), label=name)
-            axes.set(xlabel="block", ylabel=f"{unit} left")
+                dashes: dict[str, Any] = {"lw": 2.2} if index == 0 else {"lw": 1.3, "ls": (0, (4, index))}
+                axes.step(range(len(remaining)), remaining, where="mid", color=_colour(index), label=name, **dashes)
+            axes.set(xlabel="block")
+            axes.set_title(unit, fontsize=10)
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
-        panels[0, -1].legend(fontsize=8, loc="lower left")
-        figure.suptitle(figure_title(experiment.rows, "what the policy leaves"), fontsize=10)
+        if len(changed_metrics):
+            handles, texts = panels[0, 0].get_legend_handles_labels()
+            figure.legend(handles, texts, loc="outside lower center", ncols=4, fontsize=8)
     return figure, figure_rows
 
 
-def by_budget(rows: pd.DataFrame, panels: dict[str, dict[tuple[float, str], str]]) -> tuple[Figure, pd.DataFrame]:
-    """Top-1 against the remaining multiply-accumulates, a line for each kind of policy, a panel for each name.
-
-    `panels`: name -> {(budget, kind): label}.
-    """
-    experiment, figure_rows = Experiment.of(rows), []
-    baseline_macs, baseline_top1 = (experiment.require("baseline", metric) for metric in ("macs", "top1"))
+def by_budget(rows: pd.DataFrame, labels: dict[tuple[float, str], str], title: str) -> tuple[Figure, pd.DataFrame]:
+    """Top-1 of each kind of policy as bars, a panel for each budget; `labels`: (budget, kind) -> the model's label."""
+    experiment = Experiment.of(rows)
+    budgets = list(dict.fromkeys(budget for budget, _ in labels))
+    kinds = list(dict.fromkeys(kind for _, kind in labels))
+    baseline = experiment.require("baseline", "top1")
+    figure_rows = [baseline]
     with style():
-        figure, drawn = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), sharey=True, squeeze=False)
-        for axes, (name, labels) in zip(drawn[0], panels.items(), strict=True):
-            kinds = list(dict.fromkeys(kind for _, kind in labels))
-            axes.axhline(100 * baseline_top1["value"], color="black", lw=1, ls=":", label="baseline")
-            for kind in kinds:
-                labels_of_kind = [label for (_, label_kind), label in labels.items() if label_kind == kind]
-                macs, top1 = (
-                    [experiment.require(label, metric) for label in labels_of_kind] for metric in ("macs", "top1")
-                )
-                figure_rows += [*macs, *top1]
-                x, y = [row["value"] / baseline_macs["value"] for row in macs], [100 * row["value"] for row in top1]
-                error_bars = [[100 * abs(row[end] - row["value"]) for row in top1] for end in ("low", "high")]
-                axes.errorbar(x, y, yerr=error_bars, capsize=2, label=kind, **method_style(kind, kinds))
-            axes.set(xlabel="multiply-accumulates left, of the baseline's", title=name)
-        drawn[0, 0].set_ylabel("top-1 (%)")
-        drawn[0, -1].legend(fontsize=8)
-        figure.suptitle(figure_title(experiment.rows, "one kind of unit, or all of them"), fontsize=10)
-        footnote(figure, "bars: 95 % intervals; a kind that is missing could not reach the budget")
-    return figure, pd.DataFrame([baseline_macs, baseline_top1, *figure_rows])
+        height = 1.3 + 0.33 * len(kinds)
+        figure, panels = plt.subplots(1, len(budgets), figsize=(WIDTH, height), sharey=True, squeeze=False)
+        for axes, budget in zip(panels[0], budgets, strict=True):
+            for index, kind in enumerate(kinds):
+                if (budget, kind) not in labels:
+                    axes.text(2, index, "cannot reach it", va="center", fontsize=8, color="#777777")
+                    continue
+                top1 = experiment.require(labels[budget, kind], "top1")
+                figure_rows.append(top1)
+                error_bar = [[100 * abs(top1[end] - top1["value"])] for end in ("low", "high")]
+                axes.barh(index, 100 * top1["value"], xerr=error_bar, color=_colour(index), capsize=3, height=0.65)
+                axes.text(2, index, f"{100 * top1['value']:.1f} %", va="center", color="white", fontsize=9)
+            axes.axvline(100 * baseline["value"], color="black", lw=1, ls=":")
+            axes.set(xlim=(0, 100), xlabel="top-1 (%)")
+            axes.set_title(f"{budget:g} of the multiply-accumulates", fontsize=9)
+            axes.grid(axis="y", visible=False)
+        panels[0, 0].set_yticks(range(len(kinds)), kinds)
+        panels[0, 0].set_ylim(len(kinds) - 0.5, -0.5)
+        figure.suptitle(textwrap.fill(title, TITLE_CHARACTERS), x=0.01, ha="left", fontsize=10)
+        footnote(figure, "dotted: the baseline; bars: 95 % intervals")
+    return figure, pd.DataFrame(figure_rows)
 
 
 def _differs(rows: pd.DataFrame) -> bool:
