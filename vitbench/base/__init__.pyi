@@ -12,6 +12,7 @@ from .files import (
     write_text as write_text,
 )
 from .paths import (
+    checkout as checkout,
     home as home,
     writable_folder as writable_folder,
 )

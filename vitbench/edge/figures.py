@@ -1,6 +1,7 @@
 """Figures of other devices: where models fit, the parts of time and energy, the memory cliff, and the effect of links."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,16 +11,19 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from vitbench.base.errors import InputError
 from vitbench.edge.model import PARTS, Device, Link, Profiles, transfer_energy
 from vitbench.edge.rows import weights_location_of
 from vitbench.figures.drawing import COLOURS, figure_title, footnote, style, wrap_label
+from vitbench.figures.layout import current, figure_width
 from vitbench.rows.experiment import MEGA, Experiment
 
 # colours of where the weights come from; darker costs more
 LOCATION_COLOURS = {"memory": "#FFFFFF", "storage": "#BFD7EA", "server": "#E8A27C"}
 PART_STYLES = {"transfer": (COLOURS[1], ""), "load": (COLOURS[2], "//"), "infer": (COLOURS[3], "")}
+WIDTH = 6.5  # inches, of a printed page
 UNITS = {"edge_time": "latency of one inference (s)", "edge_energy": "energy of one inference (J)"}
 PAPER_RATIOS = {"edge_time": 68, "edge_energy": 1470}  # ratios in DeepCompress-ViT's abstract (CVPR 2025)
 
@@ -40,46 +44,64 @@ def modelled_rows(rows: pd.DataFrame, metric: str, **context: Any) -> pd.DataFra
     return rows.drop_duplicates(["label", "profile", "link"], keep="last")
 
 
-def fit_heatmap(rows: pd.DataFrame, profiles: Profiles, link: str) -> tuple[Figure, pd.DataFrame]:
-    """Where the weights come from on each device (memory, storage or server), and the time of one inference."""
+def _only(figure_rows: pd.DataFrame, names: Mapping[str, str] | None) -> tuple[pd.DataFrame, Mapping[str, str]]:
+    """The rows of the models that `names` names, in that order, and label -> name; without `names` all, by their labels."""
+    labels = list(dict.fromkeys(figure_rows["label"]))
+    names = {label: label for label in labels} if names is None else names
+    order = {label: position for position, label in enumerate(names)}
+    figure_rows = figure_rows[figure_rows["label"].isin(list(names))]
+    return figure_rows.sort_values("label", key=lambda column: column.map(order), kind="stable"), names
+
+
+def fit_heatmap(
+    rows: pd.DataFrame, profiles: Profiles, link: str, names: Mapping[str, str] | None = None
+) -> tuple[Figure, pd.DataFrame]:
+    """Where the weights come from on each device (memory, storage or server), and the time of one inference.
+
+    Args:
+        names: label -> what to call the model; other models are left out. By default all models, by their labels.
+    """
     experiment = Experiment.of(rows)
     figure_rows = modelled_rows(rows, "edge_time", link=link, first=False, memory=None, storage=None, energy="board")
+    figure_rows, names = _only(figure_rows, names)
     labels = list(dict.fromkeys(figure_rows["label"]))
     locations = list(LOCATION_COLOURS)
     codes = figure_rows.assign(code=[locations.index(weights_location_of(source)) for source in figure_rows["source"]])
     codes = codes.pivot(index="label", columns="profile", values="code").loc[labels]
     seconds = figure_rows.pivot(index="label", columns="profile", values="value").loc[labels, codes.columns]
     titles = [
-        wrap_label(profiles.devices[name].title, 16) if name in profiles.devices else name for name in codes.columns
+        textwrap.fill(profiles.devices[name].title, 13, break_long_words=False) if name in profiles.devices else name
+        for name in codes.columns
     ]
     with style():
-        figure, axes = plt.subplots(figsize=(2.4 + 1.35 * len(codes.columns), 1.6 + 0.36 * len(labels)))
+        figure, axes = plt.subplots(figsize=(figure_width(WIDTH), 1.9 + 0.36 * len(labels)))
         colours = ListedColormap(list(LOCATION_COLOURS.values()))
         text = seconds.map(_seconds)
         sns.heatmap(codes, annot=text, fmt="", cmap=colours, vmin=0, vmax=2, cbar=False, linewidths=1, ax=axes)
         for cell in axes.texts:
-            cell.set_color("black")
+            cell.set(color="black", fontsize=current().small_font_size)
         sizes = [experiment.require(label, "peak_tensors")["value"] / MEGA for label in labels]
-        names = [f"{wrap_label(label, 34)} ({size:.3g} MB)" for label, size in zip(labels, sizes, strict=True)]
-        axes.set_yticklabels(names, rotation=0)
-        axes.set_xticklabels(titles, rotation=0, fontsize=8)
-        axes.set(xlabel="device", ylabel="model, and its peak memory in one inference")
+        texts = [f"{wrap_label(names[label], 22)} ({size:.3g} MB)" for label, size in zip(labels, sizes, strict=True)]
+        axes.set_yticklabels(texts, rotation=0)
+        axes.set_xticklabels(titles, rotation=0)
+        axes.tick_params(labelsize=current().small_font_size, length=0)
+        axes.tick_params(axis="x", labelsize=6.5)
+        axes.set(xlabel="", ylabel="")
         handles = [plt.Rectangle((0, 0), 1, 1, fc=colour, ec="#888888") for colour in LOCATION_COLOURS.values()]
         axes.legend(
             handles,
             [f"weights from {name}" for name in LOCATION_COLOURS],
             ncols=3,
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            fontsize=current().small_font_size,
         )
         figure.suptitle(
             figure_title(figure_rows, f"where each model fits, and the latency of one inference (link: {link})"),
             x=0.01,
             ha="left",
         )
-        footnote(
-            figure, "modelled from measured bytes, memory and multiply-accumulates, and from the profiles' constants"
-        )
+        footnote(figure, "modelled; in parentheses: peak memory of one inference, measured")
     return figure, figure_rows
 
 
@@ -87,28 +109,32 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def cost_breakdown(rows: pd.DataFrame, device: str, link: str, **deployment: Any) -> tuple[Figure, pd.DataFrame]:
+def cost_breakdown(
+    rows: pd.DataFrame, device: str, link: str, names: Mapping[str, str] | None = None, **deployment: Any
+) -> tuple[Figure, pd.DataFrame]:
     """Time and energy of one inference by part, with the transfer (left) and without it (right).
 
     Args:
+        names: as in `fit_heatmap`.
         deployment: fields of `Deployment`, of the rows to draw.
     """
-    figure_rows = [modelled_rows(rows, metric, profile=device, link=link, **deployment) for metric in UNITS]
+    found = [_only(modelled_rows(rows, metric, profile=device, link=link, **deployment), names) for metric in UNITS]
+    figure_rows = [metric_rows for metric_rows, _ in found]
     with style():
-        size = (10, 1.8 + 0.5 * len(figure_rows[0]))
+        size = (figure_width(WIDTH), 1.8 + 0.5 * len(figure_rows[0]))
         figure, panels = plt.subplots(2, 2, figsize=size, sharey="row", squeeze=False)
         for panel_row, (metric, metric_rows) in enumerate(zip(UNITS, figure_rows, strict=True)):
             for axes, parts in zip(panels[panel_row], (PARTS, PARTS[1:]), strict=True):
-                _draw_parts(axes, metric_rows, parts)
-                axes.set_xlabel(UNITS[metric] + ("" if parts == PARTS else ", without the transfer"))
-        panels[0][0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+                _draw_parts(axes, metric_rows, parts, found[0][1])
+                axes.set_xlabel(UNITS[metric] + ("" if parts == PARTS else ",\nwithout the transfer"))
+        panels[0][0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=current().small_font_size)
         title = f"the parts of one inference on {device} over {link}"
         figure.suptitle(figure_title(figure_rows[0], title), x=0.01, ha="left")
         footnote(figure, "modelled; energy on a board is measured power times modelled time, and the radio's")
     return figure, pd.concat(figure_rows)
 
 
-def _draw_parts(axes: Axes, figure_rows: pd.DataFrame, parts: Sequence[str]) -> None:
+def _draw_parts(axes: Axes, figure_rows: pd.DataFrame, parts: Sequence[str], names: Mapping[str, str]) -> None:
     """One bar for each model, stacked from the parts, with the total as text."""
     values = {part: [row[PARTS.index(part)] for row in figure_rows["samples"]] for part in parts}
     ends = np.zeros(len(figure_rows))
@@ -120,16 +146,23 @@ def _draw_parts(axes: Axes, figure_rows: pd.DataFrame, parts: Sequence[str]) -> 
         ends = ends + np.array(values[part])
     for position, end in enumerate(ends):
         axes.annotate(f"{end:.3g}", (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(figure_rows)), [wrap_label(label, 30) for label in figure_rows["label"]], fontsize=8)
-    axes.set_xlim(0, 1.18 * max(ends.max(), 1e-12))
+    labels = [wrap_label(names[label], 22) for label in figure_rows["label"]]
+    axes.set_yticks(range(len(figure_rows)), labels, fontsize=current().small_font_size)
+    axes.set_xlim(0, 1.25 * max(ends.max(), 1e-12))
     axes.set_ylim(len(figure_rows) - 0.4, -0.6)
 
 
-def memory_cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str) -> tuple[Figure, pd.DataFrame]:
-    """Time of one inference against the memory that a model may take, on a device without storage: a step where it fits."""
+def memory_cliff(
+    rows: pd.DataFrame, profiles: Profiles, device: str, link: str, names: Mapping[str, str] | None = None
+) -> tuple[Figure, pd.DataFrame]:
+    """Time of one inference against the memory that a model may take, on a device without storage: a step where it fits.
+
+    Args:
+        names: as in `fit_heatmap`.
+    """
     common = {"profile": device, "link": link, "first": False, "energy": "board"}
     experiment = Experiment.of(rows)
-    resident_rows = modelled_rows(rows, "edge_time", **common, memory=None, storage=None)
+    resident_rows, names = _only(modelled_rows(rows, "edge_time", **common, memory=None, storage=None), names)
     fetched_rows = modelled_rows(rows, "edge_time", **common, memory=0.0, storage=0.0)
     lines = {
         row["label"]: (
@@ -141,7 +174,7 @@ def memory_cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str)
     sizes = {label: experiment.require(label, "peak_tensors")["value"] for label in lines}
     span = min(sizes.values()) / 2, max(sizes.values()) * 2
     with style():
-        figure, axes = plt.subplots(figsize=(9, 4.6))
+        figure, axes = plt.subplots(figsize=(figure_width(WIDTH), 3.8))
         for number, (label, (resident_seconds, fetched_seconds)) in enumerate(lines.items()):
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(
@@ -150,7 +183,7 @@ def memory_cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str)
                 color=colour,
                 lw=1.6,
                 ls=("-", "--", ":")[number // len(COLOURS) % 3],
-                label=label,
+                label=names[label],
             )
         for name, profile in profiles.devices.items():
             if span[0] < profile.memory.value < span[1]:
@@ -171,7 +204,8 @@ def memory_cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str)
             xlabel="memory that the model may take (bytes)",
             ylabel="latency of one inference (s)",
         )
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(fontsize=current().small_font_size, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
         figure.suptitle(
             figure_title(
                 resident_rows, f"the memory cliff: {device}, weights fetched over {link} where they do not fit"
@@ -184,7 +218,7 @@ def memory_cliff(rows: pd.DataFrame, profiles: Profiles, device: str, link: str)
 
 
 def paper_ratios(
-    rows: pd.DataFrame, profiles: Profiles, dense: str, small: str, link: str
+    rows: pd.DataFrame, profiles: Profiles, dense: str, small: str, link: str, names: tuple[str, str] | None = None
 ) -> tuple[Figure, pd.DataFrame]:
     """How many times cheaper the small model is, if only the dense one has to be fetched, against the link's bandwidth.
 
@@ -192,15 +226,19 @@ def paper_ratios(
     bandwidth changes the time of the transfer; the energy of a byte is that of `link`. The ratios in the abstract of
     DeepCompress-ViT (CVPR 2025) are drawn as horizontal lines.
 
+    Args:
+        names: what to call the dense and the small model; by default their labels.
+
     Raises:
         InputError: the small model fits into no device's memory.
     """
     size, bandwidth = Experiment.of(rows).require(dense, "bytes")["value"], np.logspace(4.5, 9, 200)
     figure_rows = []
     with style():
-        figure, panels = plt.subplots(1, 3, figsize=(13, 4.2))
+        figure, grid = plt.subplots(2, 2, figsize=(figure_width(WIDTH), 6.2))
+        panels = list(grid.flat)
         kinds = (("edge_time", "board"), ("edge_energy", "board"), ("edge_energy", "operations"))
-        for axes, (metric, energy) in zip(panels, kinds, strict=True):
+        for axes, (metric, energy) in zip(panels[:3], kinds, strict=True):
             metric_rows = modelled_rows(rows, metric, link=link, first=False, memory=None, storage=None, energy=energy)
             is_resident = metric_rows["source"].map(weights_location_of) == "memory"
             devices = metric_rows[(metric_rows["label"] == small) & is_resident]["profile"]
@@ -216,7 +254,6 @@ def paper_ratios(
                 )
                 line = {"color": COLOURS[number % len(COLOURS)], "ls": ("-", "--")[number % 2], "label": name}
                 axes.plot(bandwidth, (transfer_cost + infer[dense]) / infer[small], **line)
-            _draw_paper_ratio(axes, metric, bandwidth[-1], profiles)
             quantity = "latency" if metric == "edge_time" else f"energy ({energy})"
             axes.set(
                 xscale="log",
@@ -224,10 +261,17 @@ def paper_ratios(
                 xlabel="bandwidth of the link (bytes/s)",
                 ylabel=f"{quantity}: times cheaper",
             )
-        panels[2].legend(fontsize=7)
-        title = f"{dense} fetched for every inference, {small} held in memory"
+            _draw_paper_ratio(axes, metric, bandwidth[-1], profiles)
+        panels[3].axis("off")
+        handles, labels = panels[0].get_legend_handles_labels()
+        titles = [profiles.device(label).title for label in labels]
+        panels[3].legend(
+            handles, titles, title="the small model is held by", fontsize=current().small_font_size, loc="center left"
+        )
+        dense_name, small_name = names or (dense, small)
+        title = f"{dense_name} fetched for every inference, {small_name} held in memory"
         figure.suptitle(figure_title(figure_rows[0], title), x=0.01, ha="left")
-        footnote(figure, f"modelled; energy of a byte over {link}; names below: bandwidths of the links")
+        footnote(figure, f"modelled; energy of a byte over {link}; upright names: the links' bandwidths")
     return figure, pd.concat(figure_rows)
 
 
@@ -247,10 +291,14 @@ def _draw_paper_ratio(axes: Axes, metric: str, right: float, profiles: Profiles)
     axes.annotate(
         f"abstract: > {PAPER_RATIOS[metric]}", (right, PAPER_RATIOS[metric]), ha="right", va="bottom", fontsize=8
     )
-    text_style: dict[str, Any] = {"rotation": 90, "fontsize": 7, "color": "#555555", "va": "bottom", "ha": "center"}
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, PAPER_RATIOS[metric] / 4), 2 * high)
+    text_style: dict[str, Any] = {"rotation": 90, "fontsize": 7, "color": "#555555", "va": "bottom"}
     for turn, (name, profile) in enumerate(profiles.links.items()):
-        at = (profile.bandwidth.value, 0.01 + 0.14 * (turn % 2))
-        axes.annotate(name, at, xycoords=("data", "axes fraction"), **text_style)
+        side = ("center", "right", "left")[turn % 3]  # links of about the same bandwidth stand side by side
+        axes.axvline(profile.bandwidth.value, color="#BBBBBB", lw=0.6, zorder=0)
+        at = (profile.bandwidth.value, 1.01)
+        axes.annotate(name, at, xycoords=("data", "axes fraction"), ha=side, **text_style)
 
 
 def transfer_check(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
