@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from standalone import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # with PYTHONSAFEPATH set, Python leaves out a script's folder
+from standalone import (  # noqa: E402
     PACKAGES,
     STARTS,
     BundleError,
