@@ -20,9 +20,10 @@ def test_operating_points_cost_less_and_less(name, base, digits, tmp_path):
     points = METHODS[name].operating_points(base.model)
     assert len(points) > 3
     spent = []
+    quick = QUICK if "train" in METHODS[name].config.model_fields else {}
     own = {"start": "weights"} if name == "uct" else {"compensation": "none"} if name == "pruning" else {}
     for point in (points[0], points[len(points) // 2], points[-1]):
-        small = compress(base.model, make_config(name, QUICK | own | point), digits)
+        small = compress(base.model, make_config(name, quick | own | point), digits)
         spent.append(
             count_macs(small)
             if METHODS[name].reduces == "macs"

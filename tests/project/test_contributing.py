@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.golden.make import FILES
 from vitbench.rows.comparison_table import comparison
 from vitbench.rows.row_table import load_records
 
@@ -21,6 +22,8 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("vitbench", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("photographs", "deit_tiny_patch16_96"):
+        shutil.copytree(ROOT / "data" / name, folder / "data" / name)
     (folder / "notebooks").mkdir()
     shutil.copytree(ROOT / "notebooks" / "profiles", folder / "notebooks" / "profiles")
     shutil.copy(ROOT / "notebooks" / "01_baseline.ipynb", folder / "notebooks")
@@ -28,8 +31,6 @@ def checkout(tmp_path_factory):
     (name,) = re.findall(r"`(vitbench/methods/\w+\.py)`", TEXT)
     (folder / name).write_text(method)
     subprocess.run([sys.executable, "-c", notebook], cwd=folder, check=True)
-    # the quick profile sets parameters of lessons that are not in this copy
-    (folder / "notebooks" / "profiles" / "quick.yaml").write_text("train: {epochs: 3}\nrounds: 10\n")
     return folder
 
 
@@ -52,6 +53,23 @@ def test_the_commands_of_the_page_are_the_ones_tried_here():
         "pytest tests/methods/test_methods.py -k half",
         "vitbench run quick --only 01 50",
     ]
+
+
+def test_the_golden_lists_of_the_page_exist():
+    (commands,) = re.findall(r"\*\*4\. Prepare the pull request\.\*\*\n\n```\n(.+?)```", TEXT, re.S)
+    (names,) = re.findall(r"^python -m tests\.golden\.make (.+)$", commands, re.M)
+    assert set(names.split()) == {"recipes", "notebooks", "old/logits"} <= set(FILES)
+
+
+@pytest.mark.slow
+def test_the_golden_lists_take_it(checkout):
+    made = run(checkout, "tests.golden.make", "recipes", "old/logits")
+    assert made.returncode == 0, made.stderr
+    done = run(
+        checkout, "pytest", "tests/project/test_golden.py", "-k", "half or recipes", "-q", "-p", "no:cacheprovider"
+    )
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
 
 
 @pytest.mark.slow

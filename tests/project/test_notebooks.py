@@ -38,21 +38,23 @@ def test_form(path):
     assert notebook.metadata.kernelspec.name == "python3"
     assert notebook.metadata.vitbench.stage in lessons.STAGES
     assert not any(cell.outputs or cell.execution_count for cell in code)
-    assert 12 <= len(notebook.cells) <= 36
+    assert 12 <= len(notebook.cells) <= 36, f"{len(notebook.cells)} cells; a lesson has 12 to 36"
     first = notebook.cells[0].source
-    assert first.startswith("# ")
-    assert "**You will learn**" in first
-    assert "minute" in first
+    assert first.startswith("# "), "the first cell has no title"
+    assert "**You will learn**" in first, "the first cell does not say what the reader will learn"
+    assert "minute" in first, "the first cell does not say how long the lesson takes"
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert tagged == code[:1], "one parameters cell, and it is the first code"
-    assert code[1].source == INSTALL
+    assert code[1].source == INSTALL, (
+        "the second code cell must say how to install vitbench; copy it from another lesson"
+    )
     assert not any(line.lstrip().startswith(("%", "!")) for cell in code for line in cell.source.splitlines()), (
         "a command"
     )
     assert "\nvb.setup_notebook(globals())" in code[2].source, "no check of the parameters, and no inline figures"
     text = "\n".join(cell.source for cell in notebook.cells)
-    assert "What to remember" in text
-    assert text.count("<details>") == text.count("</details>") >= 3
+    assert "What to remember" in text, "the lesson does not say what to remember"
+    assert text.count("<details>") == text.count("</details>") >= 3, "fewer than three exercises with folded answers"
 
 
 def test_a_notebook_without_the_package_says_how_to_install_it_and_installs_nothing(monkeypatch):
