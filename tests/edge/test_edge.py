@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,7 +147,11 @@ def test_a_bundle_goes_to_a_device_and_its_answers_come_back(measured, base, dig
     # -I: nothing but the folder and the packages; torch is blocked
     (bundle / "torch.py").write_text("raise ImportError('a device has no torch')")
     done = subprocess.run(
-        [sys.executable, "measure.py", "--threads", "1", "--rounds", "10"], cwd=bundle, capture_output=True, text=True
+        [sys.executable, "measure.py", "--threads", "1", "--rounds", "10"],
+        cwd=bundle,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},  # as in a lesson's kernel: its folder is not on Python's path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     count = import_answers(bundle, tmp_path / "board", "test board")
