@@ -155,7 +155,7 @@ def test_bits_by_layer_meet_a_target_of_bytes(base, digits, tmp_path):
 
 
 def test_what_cannot_be_rounded_says_why(base, digits):
-    with pytest.raises(InputError, match=r"group = 48 does not divide the 64 inputs of blocks.0.attn.qkv; take one"):
+    with pytest.raises(InputError, match=r"group = 48 does not divide the 64 inputs of blocks.0.attn.qkv; give one"):
         compress(base.model, make_config("weight_only", {"group": 48}))
     with pytest.raises(InputError, match="rounding=second_order needs calibration images and no data set was given"):
         compress(base.model, make_config("weight_only", {"rounding": "second_order"}))

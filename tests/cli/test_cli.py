@@ -116,7 +116,7 @@ def refuse(tmp_path):
     return {
         "profile": (
             ["run", "quik", *out],
-            "unknown profile 'quik' (did you mean 'quick'?); allowed: cifar10, cifar10-224, cifar10-deit, digits, imagenet, imagenet-sample, quick",
+            "unknown profile 'quik' (did you mean 'quick'?); allowed: cifar10, cifar10-224, cifar10-deit, digits, imagenet, imagenet-sample, photographs, quick",
         ),
         "notebook": (["run", "quick", "--only", "77", *out], "unknown notebook '77'"),
         "set key": (["run", "quick", "--set", "epochs=3", *out], "unknown parameter 'epochs'"),
@@ -126,7 +126,7 @@ def refuse(tmp_path):
         "dataset": (["run", "quick", "--set", f"dataset={tmp_path}/nowhere", *out], "does not exist"),
         "no images": (["run", "quick", "--set", f"dataset={empty}", *out], "holds no images"),
         "model": (["run", "quick", "--set", "model=vit_minni_patch2_8", *out], "did you mean 'vit_mini_patch2_8'"),
-        "checkpoint": (["run", "quick", "--set", f"checkpoint={foreign}", *out], "of another architecture"),
+        "checkpoint": (["run", "digits", "--set", f"checkpoint={foreign}", *out], "of another architecture"),
         "workers": (["run", "quick", "--workers", "0", *out], "--workers 0"),
         "out": (["run", "quick", "--out", file], "cannot be written"),
         "method": (["compress", tmp_path, "--method", "dynamic", *out], "unknown method 'dynamic'"),

@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(base, digits
     monkeypatch.setattr(loop._TrainingRun, "_loss", broken)
     unfinished = home / "results" / "cache" / "unfinished"
     before = set(unfinished.glob("*.safetensors"))
-    with pytest.raises(InputError, match=f"the loss is nan at step {steps + 3} .epoch 2.: .* is kept"):
+    with pytest.raises(InputError, match=f"the loss is nan at step {steps + 3} .epoch 2.: .* stays on disk"):
         compress(base.model, SHORT.replace(train=SHORT.train.replace(seed=5)), digits)
     (kept,) = set(unfinished.glob("*.safetensors")) - before
     assert len(store.read_tree(kept)["history"]) == 1

@@ -6,6 +6,7 @@ Images are held in memory as pixels, or stay encoded in files or in cells of a t
 import glob
 import hashlib
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -387,7 +388,10 @@ def _from_parquet(root: Path, files: list[Path], label: str) -> tuple[dict[str, 
     for group in splits.values():
         for file in group:
             one_of(f"image column of {file}:", column, parquet.schema_of(file).names)
+    show_bars = sys.stderr.isatty() or datasets.are_progress_bars_disabled()  # a lesson and a log would keep each bar
     try:
+        if not show_bars:
+            datasets.disable_progress_bars()
         tables = datasets.load_dataset(
             "parquet",
             data_files={split: [glob.escape(str(file.resolve())) for file in group] for split, group in splits.items()},
@@ -397,6 +401,9 @@ def _from_parquet(root: Path, files: list[Path], label: str) -> tuple[dict[str, 
         )
     except Exception as error:  # the library raises many types, some its own
         raise InputError(f"the folder {str(root)!r} could not be read as an image set: {_reason(error)}") from error
+    finally:
+        if not show_bars:
+            datasets.enable_progress_bars()
     groups = {}
     for split, columns in labels_by_split.items():
         counts = [(labelled.source, len(labelled.values)) for labelled in columns]

@@ -85,15 +85,15 @@ def draw(
     out = Path(out).expanduser()
     if out.suffix not in KINDS:
         raise InputError(f"--out {str(out)!r} ends in {out.suffix!r}; give a name that ends in {', '.join(KINDS)}")
-    experiment = over_seeds(rows) if name in OVER_SEEDS else Experiment.of(rows)
-    chosen = rows
-    if only:
-        chosen = rows.loc[_chosen(experiment, only).index] if name in OVER_SEEDS else _chosen(experiment, only)
     csv_path = out.with_suffix(".csv")
     if csv_path.exists() and not csv_path.read_bytes().startswith(b"key,model,dataset,"):
         raise InputError(
             f"the rows of the figure go into {str(csv_path)!r}, where another table lies; give --out another name"
         )
+    experiment = over_seeds(rows) if name in OVER_SEEDS else Experiment.of(rows)
+    chosen = rows
+    if only:
+        chosen = rows.loc[_chosen(experiment, only).index] if name in OVER_SEEDS else _chosen(experiment, only)
     renamed = _renamed(experiment, names or {})
     with drawing.user_style(style_file), page(width, title, **renamed):
         figure, figure_rows = GALLERY[name][1](chosen, batch)
