@@ -3,6 +3,7 @@
 import pytest
 
 from tests.conftest import ROOT
+from vitbench.base.errors import InputError
 from vitbench.data.splits import load_data
 from vitbench.model import artifact
 from vitbench.rows.row_table import load_records
@@ -24,5 +25,5 @@ def test_it_is_found_by_its_name_for_the_photographs_and_no_other_classes(image_
     model = create_initial_model("deit_tiny_patch16_96", photographs, no_training)
     assert model.recipe.architecture.img_size == 96
     assert not model.recipe.layers, "its weights are dense, so that every method can start from it"
-    with pytest.raises(Exception, match="has 10 classes and set has 3"):
+    with pytest.raises(InputError, match="has 10 classes and set has 3"):
         create_initial_model("deit_tiny_patch16_96", load_data(image_folder()), no_training)

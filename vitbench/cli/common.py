@@ -24,6 +24,13 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--splits", nargs="+", default=[], metavar="KEY=VALUE", help=SPLITS_HELP)
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add the options that make a model given by name: its weights, and the size of its input."""
+    parser.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
+    parser.add_argument("--img-size", type=int, metavar="N", help="input height and width of a model given by name")
+
+
 def add_images(parser: argparse.ArgumentParser, description: str) -> None:
     """Add the options that `load_option_data` reads; `description` is that of the images."""
     parser.add_argument(

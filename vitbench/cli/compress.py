@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitbench.base.errors import InputError
-from vitbench.cli.common import add_settings, add_splits, load_option_data, set_nested
+from vitbench.cli.common import add_settings, add_splits, add_weights, load_option_data, set_nested
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -38,18 +38,16 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--dataset", default="", help="images for the methods that need some: digits, a hub name, a folder"
     )
     add_splits(parser)
-    parser.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
+    add_weights(parser)
     parser.add_argument(
         "--no-ema",
         dest="ema",
         action="store_false",
         help="of a checkpoint with weights as trained and averaged (EMA), take those as trained (default: averaged)",
     )
-    parser.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
     parser.add_argument(
         "--random", action="store_true", help="random weights for a model given by name: to measure size and speed only"
     )
-    parser.add_argument("--img-size", type=int, metavar="N", help="input height and width of a model given by name")
     parser.add_argument("--depth", type=int, metavar="N", help="blocks of a model given by name (default: its own)")
     parser.add_argument("--classes", type=int, metavar="N", help="outputs of a model given by name (default: its own)")
     parser.set_defaults(command=_compress)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitbench.base.errors import InputError
-from vitbench.cli.common import add_splits
+from vitbench.cli.common import add_splits, add_weights
 
 if TYPE_CHECKING:
     from vitbench.rows.runs import Run
@@ -46,9 +46,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--out", default="", metavar="DIR", help="results folder (default: results/runs/mine-MODEL-FOLDER)"
     )
     add_splits(parser)
-    parser.add_argument("--checkpoint", default="", metavar="FILE", help="weights for a model given by name")
-    parser.add_argument("--pretrained", action="store_true", help="timm's weights for a model given by name")
-    parser.add_argument("--img-size", type=int, metavar="N", help="input height and width of a model given by name")
+    add_weights(parser)
     parser.add_argument("--threads", type=int, default=2, help="of the timed process (default: 2)")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each model (default: 20)")
     parser.set_defaults(command=_mine)

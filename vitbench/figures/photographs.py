@@ -46,7 +46,9 @@ def changed_answers(
     gained = np.flatnonzero((first != labels) & (second == labels))
     lost = lost[np.argsort(-after[lost, second[lost]], kind="stable")]  # the surest errors first
     gained = gained[np.argsort(-before[gained, first[gained]], kind="stable")]
-    gained_count = min(len(gained), count // 4 if len(lost) >= count - count // 4 else count - len(lost))
+    gained_count = min(
+        len(gained), max(count // 4, count - len(lost))
+    )  # at least a quarter shows gains, if there are any
     shown = [*lost[: count - gained_count], *gained[:gained_count]]
     sentence = (
         f"of {len(labels):,} photographs {len(lost):,} are right with {names[0]} and wrong with {names[1]}, "
@@ -60,7 +62,7 @@ def changed_answers(
             axes.axis("off")
         for axes, i in zip(panels.flat, shown, strict=False):
             axes.imshow(np.asarray(images[i]), interpolation="bicubic")
-            lines = [f"{classes[labels[i]]}"]
+            lines = [classes[labels[i]]]
             lines += [
                 f"{name}: {classes[p.argmax()]} {100 * p.max():.0f} %"
                 for name, p in zip(names, (before[i], after[i]), strict=True)

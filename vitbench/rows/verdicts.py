@@ -37,7 +37,7 @@ def accuracy_verdict(rows: pd.DataFrame, first: str, second: str, names: tuple[s
     direction = "more" if points > 0 else "less"
     return (
         f"**{first_name}** is {abs(points):.1f} points {direction} accurate than **{second_name}** on the same {count:,} test "
-        f"images ({points:+.1f} {interval}, p = {test.p:.1g})."
+        f"images ({points:+.1f} {interval}, p = {test.p:.2g})."
     )
 
 
@@ -54,11 +54,11 @@ def cost_verdict(
     experiment, (what, less, more) = Experiment.of(rows), COST_NAMES[cost]
     values = [float(experiment.require(label, cost)["value"]) for label in (first, second)]
     first_name, second_name = names or (first, second)
-    scale, unit = (MEGA, "MB") if cost == "bytes" else (MEGA, "M")
-    numbers = f"{values[0] / scale:.3g} {unit} against {values[1] / scale:.3g} {unit}"
+    unit = "MB" if cost == "bytes" else "M"
+    numbers = f"{values[0] / MEGA:.3g} {unit} against {values[1] / MEGA:.3g} {unit}"
     ratio = values[1] / values[0]
     if abs(ratio - 1) < 0.005:
-        return f"**{first_name}** and **{second_name}** take as much: {what} of {numbers}."
+        return f"**{first_name}** and **{second_name}** take as much ({what}): {numbers}."
     if cost == "macs":
         share = 100 * abs(1 - values[0] / values[1])
         return f"**{first_name}** does {share:.0f} % {less if ratio > 1 else more} {what} than **{second_name}**: {numbers}."

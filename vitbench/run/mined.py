@@ -112,13 +112,13 @@ def cost_text(cost: str, value: float) -> str:
     """A cost with its unit."""
     if cost == "latency":
         return f"{value:.3g} ms"
-    unit = "B" if cost == "bytes" else " MACs"
+    unit = "B" if cost == "bytes" else "MACs"
     scale, letter = next(
         (scale, letter)
         for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
         if value >= scale or scale == 1
     )
-    return f"{value / scale:.3g} {letter}{unit.strip()}"
+    return f"{value / scale:.3g} {letter}{unit}"
 
 
 def model_line(model: MinedModel, cost: str, limit: float) -> str:
