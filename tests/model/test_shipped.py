@@ -7,7 +7,8 @@ from vitbench.base.errors import InputError
 from vitbench.data.splits import load_data
 from vitbench.model import artifact
 from vitbench.rows.row_table import load_records
-from vitbench.run.cache import create_initial_model
+from vitbench.run.cache import baseline, create_initial_model
+from vitbench.run.verification import remake
 from vitbench.training.config import TrainConfig
 
 FOLDER = ROOT / "data" / "deit_tiny_patch16_96"
@@ -27,3 +28,10 @@ def test_it_is_found_by_its_name_for_the_photographs_and_no_other_classes(image_
     assert not model.recipe.layers, "its weights are dense, so that every method can start from it"
     with pytest.raises(InputError, match="has 10 classes and set has 3"):
         create_initial_model("deit_tiny_patch16_96", load_data(image_folder()), no_training)
+
+
+def test_a_row_of_it_is_rebuilt_from_its_name():
+    photographs = load_data("photographs", test=20, train=20, val=20)
+    base = baseline("deit_tiny_patch16_96", photographs, TrainConfig(epochs=0))
+    again = remake(base.model.recipe.architecture.name, {"origin": base.model.recipe.origin}, photographs)
+    assert artifact.weights_hash(again.model) == artifact.weights_hash(base.model)

@@ -33,6 +33,7 @@ def test_its_recipe_is_an_uncompressed_models_that_names_the_file(packed, tmp_pa
     model = load_unpacked(packed)
     assert model.recipe.method == "baseline"
     assert model.recipe.origin["start"] == f"eight_bits:{artifact.read_manifest(packed).sha256[:12]}"
+    assert set(model.recipe.origin) == {"start", "head"}, "how the file was trained is no training of this model"
     again = artifact.load(artifact.save(model, tmp_path / "dense"))
     assert again.recipe.layers == {}
     assert artifact.weights_hash(again) == artifact.weights_hash(model)

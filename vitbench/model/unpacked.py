@@ -30,7 +30,10 @@ def load_unpacked(path: str | Path) -> nn.Module:
         )
     for name, layer in layers.items():
         vit.replace_module(model, name, _dense(layer))
-    origin = {**recipe.origin, "start": f"{path.name}:{manifest.sha256[:12]}", "head": "same"}
+    origin = {
+        "start": f"{path.name}:{manifest.sha256[:12]}",
+        "head": "same",
+    }  # how that file was trained, its recipe says
     model.recipe = recipe.replace(layers={}, methods=(), origin=origin, storage="float32", original="")
     return model.requires_grad_(True).eval()
 

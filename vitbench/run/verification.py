@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from vitbench.base import paths
 from vitbench.base.errors import InputError, one_of
 from vitbench.data.splits import ImageData
 from vitbench.measurement.measuring import measure
@@ -113,17 +114,21 @@ def remake(
 ) -> cache.CachedModel:
     """Rebuild the model of a row from the row's `model` and `config`.
 
+    A baseline that starts from a model of the project is found by that model's name.
+
     Raises:
         InputError: the baseline starts from other weights than the row's.
     """
     origin = config.get("origin", {})
     train = TrainConfig(**origin.get("train", {"epochs": 0}))
-    start = cache.create_initial_model(model, data, train, checkpoint=checkpoint, img_size=img_size).recipe.origin[
-        "start"
-    ]
-    if start != origin.get("start", "random"):
+    expected_start = origin.get("start", "random")
+    shipped_name = expected_start.partition(":")[0]
+    if not checkpoint and paths.shipped(shipped_name):
+        model = shipped_name
+    initial_model = cache.create_initial_model(model, data, train, checkpoint=checkpoint, img_size=img_size)
+    if (start := initial_model.recipe.origin["start"]) != expected_start:
         raise InputError(
-            f"the rows' {model} starts from {origin.get('start')}, and this one from {start}; give that checkpoint"
+            f"the rows' {model} starts from {expected_start}, and this one from {start}; give that checkpoint"
         )
     base = cache.baseline(model, data, train, checkpoint=checkpoint, img_size=img_size)
     steps = [make_config(step["method"], step["config"]) for step in config.get("methods", [])]
