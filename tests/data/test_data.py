@@ -34,6 +34,15 @@ def test_the_cut_is_fixed_and_the_fingerprint_says_when_it_is_not(digits):
     assert (smaller.test.indices == digits.test.indices).all()
 
 
+def test_a_set_can_be_cut_again_in_other_parts(image_folder):
+    data = load_data(image_folder(), name="pets", val=0.2, seed=3)
+    assert data.reload().fingerprint == data.fingerprint
+    few = data.reload(train=8)
+    assert (few.name, len(few.train) + len(few.val), len(few.test)) == ("pets", 8, len(data.test))
+    assert few.fingerprint != data.fingerprint
+    assert few.identity() == {"fingerprint": few.fingerprint, "name": "pets", "val": 0.2, "train": 8, "seed": 3}
+
+
 def test_fingerprint_follows_one_pixel(image_folder):
     folder = image_folder()
     before = load_data(folder).fingerprint

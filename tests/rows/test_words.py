@@ -54,6 +54,19 @@ def test_settings_that_differ_are_named_and_others_are_not():
     assert texts({"weight_only": trained}) == ["2-bit weights"]
 
 
+def test_models_that_used_other_images_are_told_apart():
+    rows = rows_of(*({"weight_only": {"bits": 2, "group": None}} for _ in range(3)))
+    for row, images in zip(
+        rows["config"][1:], ({"fingerprint": "f", "train": 320, "val": 64}, {"fingerprint": "abc"}), strict=True
+    ):
+        row["methods"][0]["images"] = images
+    assert list(display_labels(rows).values()) == [
+        "2-bit weights",
+        "2-bit weights, 320 training images",
+        "2-bit weights, images.fingerprint abc",
+    ]
+
+
 def test_a_figure_names_what_differs_between_its_own_models():
     rows = rows_of(*({"weight_only": {"bits": bits, "group": group}} for bits, group in ((4, None), (4, 32), (2, 32))))
     labels = display_labels(rows)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+import vitbench as vb
 from tests.conftest import ROOT
 from tests.run.test_sweep import SMALL
 from vitbench.base.errors import InputError
@@ -65,6 +66,31 @@ def test_some_models_only(kept):
     assert {check.row["method"] for check in verify(rows, data, models=1)} == {"baseline"}
     assert {check.row["method"] for check in verify(rows, data, only=["weight_only"], models=2)} == {"weight_only"}
     assert {check.row["metric"] for check in verify(rows, data, metrics=["bytes"], models=1)} == {"bytes"}
+
+
+def test_a_row_names_the_images_that_its_method_used_and_they_are_cut_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITBENCH_HOME", str(tmp_path))
+    data = open_data("digits", "", {"train": 200, "test": 60, "calibration": 64})
+    base = vb.baseline("vit_micro_patch2_8", data, vb.TrainConfig(epochs=1, warmup_epochs=0, batch_size=50))
+    run, gptq = vb.Run(tmp_path / "rows"), vb.methods.WeightOnly(bits=2, rounding="second_order")
+    for used in (data, data.reload(calibration=32), data.reload(train=100)):
+        vb.measure(vb.compress_cached(base, gptq, used).path, data, run, what=("accuracy",))
+        vb.measure(vb.compress_cached(base, vb.methods.DynamicInt8(), used).path, data, run, what=("accuracy",))
+    models = vb.rows.Experiment.of(run.rows()).rows.drop_duplicates("label")
+    images = [row["config"]["methods"][0].get("images") for _, row in models.iterrows()]
+    assert [each and {**each, "fingerprint": ""} for each in images] == [
+        None,
+        None,  # dynamic int8 needs no images, so it is one model
+        {"fingerprint": "", "calibration": 32},
+        {"fingerprint": "", "train": 100},
+    ]
+    checks = verify(run.rows(), data, models=0, metrics=["top1"])
+    assert [check.measured for check in checks] == [check.row["value"] for check in checks]
+    models["config"] = [
+        json.loads(json.dumps(config).replace('"train": 100', '"train": 99')) for config in models["config"]
+    ]
+    with pytest.raises(InputError, match="used other images .* than can be cut from digits"):
+        verify(models, data, models=0, metrics=["top1"])
 
 
 def test_what_cannot_be_made_again(kept, digits):

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,8 @@ from vitbench.data.sources import ArrayImages, Images, ImageSet, open_images, re
 SHIPPED = ("photographs", "digits")  # sets that need neither a network nor a folder
 MIN_CLASSES = 2
 DEFAULT_VAL_FRACTION, DEFAULT_CALIBRATION_IMAGES = 0.1, 256
+
+_NOTED = frozenset({"train", "val", "calibration", "test", "fingerprint"})  # a fingerprint is read to look a result up
 
 _printed_lines: set[str] = set()  # the lines that this process has printed
 
@@ -62,6 +65,8 @@ class ImageData:
         origin: where each split came from, in words ("given", "cut from train", ...).
         image_size: height and width of the first test image, in pixels.
         summary: one line: the splits and classes that were recognised, and how many images were found, used and skipped.
+        source: the `name_or_path` that was loaded.
+        amounts: the amounts and the seed that `load_data` was given for the splits.
     """
 
     name: str
@@ -74,6 +79,9 @@ class ImageData:
     origin: dict[str, str] = field(default_factory=dict)
     image_size: tuple[int, int] = (0, 0)
     summary: str = ""
+    source: str = ""
+    amounts: dict[str, Any] = field(default_factory=dict)
+    _options: dict[str, Any] = field(default_factory=dict)  # the other arguments of `load_data`
 
     def require_split(self, split: str) -> Split:
         """The split of that name; raises `InputError` if it is empty."""
@@ -84,6 +92,14 @@ class ImageData:
                 f"give the test split fewer images, for example test=0.2"
             )
         return selected
+
+    def reload(self, **amounts: Any) -> "ImageData":
+        """The same images in other splits: `load_data` with `amounts` in place of its `test`, `val`, `calibration`, `train`, `seed`."""
+        return load_data(self.source, name=self.name, **self._options, **{**self.amounts, **amounts})
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these images and splits from others, as JSON types: the fingerprint, the name, the amounts."""
+        return {"fingerprint": self.fingerprint, "name": self.name, **self.amounts}
 
     def describe(self) -> str:
         """One line: the size of each split and where it came from."""
@@ -149,6 +165,7 @@ def load_data(
     if len(present) < MIN_CLASSES:
         raise InputError(f"{name} has {len(present)} class; classification needs at least {MIN_CLASSES}")
 
+    amounts = {"test": test, "val": val, "calibration": calibration, "train": train}
     splits = {
         key: Split(key, part.images, np.arange(len(part.labels)), part.labels) for key, part in image_set.parts.items()
     }
@@ -161,8 +178,24 @@ def load_data(
         origin={key: origin[key] if len(splits[key]) else "none" for key in ("train", "val", "calibration", "test")},
         image_size=splits["test"][0][0].size[::-1],
         summary=summary,
+        source=str(name_or_path),
+        amounts={key: amount for key, amount in amounts.items() if amount is not None} | {"seed": seed},
+        _options={"label": label, "classes": tuple(classes), "skip_broken": skip_broken},
         **splits,
     )
+
+
+class WatchedData(ImageData):
+    """A copy of image data that notes whether its splits or its fingerprint were read."""
+
+    def __init__(self, data: ImageData):
+        super().__init__(**{each.name: getattr(data, each.name) for each in dataclasses.fields(ImageData)})
+        object.__setattr__(self, "was_used", False)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _NOTED:
+            object.__setattr__(self, "was_used", True)
+        return super().__getattribute__(name)
 
 
 def _in_classes(image_set: ImageSet, classes: list[str], name: str) -> ImageSet:

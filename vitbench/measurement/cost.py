@@ -17,7 +17,7 @@ from vitbench.data.splits import ImageData
 from vitbench.model import artifact, vit
 from vitbench.model.layers import RUNTIME_LAYERS, flop_formulas
 from vitbench.model.layers.registry import dense_weight
-from vitbench.model.recipe import Recipe
+from vitbench.model.recipe import Recipe, Step
 from vitbench.model.vit import set_fused_attention
 
 
@@ -45,9 +45,20 @@ def model_row_fields(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
         "dataset": data.name if data else "none",
         "data_fingerprint": data.fingerprint if data else "",
         "method": recipe.method,
-        "config": {"origin": recipe.origin, "methods": [step.to_dict() for step in recipe.methods]},
+        "config": {"origin": recipe.origin, "methods": [_step_fields(step, data) for step in recipe.methods]},
         "seed": recipe.origin.get("train", {}).get("seed", 0),
     }
+
+
+def _step_fields(step: Step, data: ImageData | None) -> dict[str, Any]:
+    """A step in a row. Of the images that it used it says what differs from `data`; nothing if they are the same."""
+    fields = step.to_dict()
+    images = fields.pop("images", {})
+    if data and images and images["fingerprint"] != data.fingerprint:
+        measured_on = data.identity()
+        differing = [key for key in {**images, **measured_on} if images.get(key) != measured_on.get(key)]
+        fields["images"] = {key: images.get(key) for key in differing}
+    return fields
 
 
 def batch_context(recipe: Recipe, batch: int) -> dict[str, int]:

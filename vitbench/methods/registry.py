@@ -11,7 +11,7 @@ from torch import nn
 
 from vitbench.base.configs import Config
 from vitbench.base.errors import InputError, one_of
-from vitbench.data.splits import ImageData
+from vitbench.data.splits import ImageData, WatchedData
 from vitbench.methods.method import METHODS, Method
 from vitbench.model.recipe import Step
 
@@ -49,8 +49,10 @@ def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageDa
     model = copy.deepcopy(model)
     for config in [configs] if isinstance(configs, Config) else configs:
         method = method_of(config)
-        model = method.handler(model, config, data)
-        steps = (*model.recipe.methods, Step(method=method.name, config=config.to_dict()))
+        watched = WatchedData(data) if data else None
+        model = method.handler(model, config, watched)
+        images = watched.identity() if watched and watched.was_used else {}
+        steps = (*model.recipe.methods, Step(method=method.name, config=config.to_dict(), images=images))
         model.recipe = model.recipe.replace(methods=steps)
     return model.requires_grad_(False).eval()
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from vitbench.base.configs import Config
 
@@ -54,10 +54,18 @@ class Preprocess(Config):
 
 
 class Step(Config):
-    """One compression method that was applied, with its config."""
+    """One compression method that was applied, with its config, and the images that it used (`ImageData.identity`).
+
+    `images` is empty, and left out of files, if the method used none.
+    """
 
     method: str
     config: dict[str, Any]
+    images: dict[str, Any] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_empty_images(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if key != "images" or value}
 
 
 class Recipe(Config):

@@ -188,11 +188,11 @@ def _row_labels(rows: pd.DataFrame) -> list[str]:
 
 
 def _label(method: str, settings: dict[str, Any], default_settings: dict[str, Any]) -> str:
-    """The method with the settings that differ from the default ones."""
+    """The method with the settings that differ from the default ones, and the images that differ from the measured ones."""
     differing = sorted(
         key
         for key, value in settings.items()
-        if value != default_settings.get(key, value) and has_effect(key, settings)
+        if "images" in key.split(".") or (value != default_settings.get(key, value) and has_effect(key, settings))
     )
     return method + (f" ({', '.join(f'{key}={_short(settings[key])}' for key in differing)})" if differing else "")
 
@@ -202,8 +202,16 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     steps = config.get("methods", [])
     settings: dict[str, Any] = {}
     for step in steps:
-        settings |= flat_settings(step["config"], f"{step['method']}." if len(steps) > 1 else "")
+        settings |= flat_settings(step_settings(step), f"{step['method']}." if len(steps) > 1 else "")
     return settings
+
+
+def step_settings(step: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a method in a row, with those of its images if they are not the images that it was measured with."""
+    images = dict(step.get("images", {}))
+    if len(images) > 1:
+        images.pop("fingerprint")  # the amounts say it
+    return {**step["config"], **({"images": images} if images else {})}
 
 
 def _short(setting: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from vitbench.rows.experiment import Experiment, flat_settings, has_effect
+from vitbench.rows.experiment import Experiment, flat_settings, has_effect, step_settings
 
 COMBINATIONS = "combinations"  # the family of models of several methods
 
@@ -80,6 +80,9 @@ PHRASES = {  # setting -> its phrase; a phrase of a value that is off (`_is_off`
     "head_bits": "{}-bit head",
     "search.seed": "search with seed {}",
     "train.seed": "seed {}",
+    "images.train": "{} training images",
+    "images.calibration": "{} calibration images",
+    "images.val": "",
     "train.epochs": "trained {:plural epoch}",
 }
 VALUE_PHRASES = {  # (setting, value) -> its phrase
@@ -155,7 +158,7 @@ Steps = list[tuple[str, dict[str, Any]]]  # of a model: method and settings, in 
 
 def _steps(method: str, config: dict[str, Any]) -> Steps:
     """The methods of a model with their settings, without those that have no effect."""
-    steps = [(step["method"], flat_settings(step["config"])) for step in config.get("methods", [])]
+    steps = [(step["method"], flat_settings(step_settings(step))) for step in config.get("methods", [])]
     if "+".join(name for name, _ in steps) != method:  # a name of the row's own, such as `search`
         steps = [(method, {key: value for _, settings in steps for key, value in settings.items()})]
     return [
@@ -185,12 +188,12 @@ def _texts(models: dict[str, Steps]) -> dict[str, str]:
 
 
 def _differing(settings: list[dict[str, Any]]) -> list[str]:
-    """The settings that have several values among these models."""
+    """The settings that have several values among these models, and those of images, which the others used otherwise."""
     values: dict[str, set[str]] = {}
     for each in settings:
         for key, value in each.items():
             values.setdefault(key, set()).add(repr(float(value) if isinstance(value, int) else value))
-    return [key for key, known in values.items() if len(known) > 1]
+    return [key for key, known in values.items() if len(known) > 1 or key.startswith("images.")]
 
 
 def _step_text(method: str, settings: dict[str, Any], differing: Iterable[str], first: dict[str, Any]) -> str:

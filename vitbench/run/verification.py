@@ -1,5 +1,6 @@
 """Verification: rebuild models from the configs in their rows, and compare the numbers."""
 
+import itertools
 import json
 import math
 import tempfile
@@ -131,5 +132,22 @@ def remake(
             f"the rows' {model} starts from {expected_start}, and this one from {start}; give that checkpoint"
         )
     base = cache.baseline(model, data, train, checkpoint=checkpoint, img_size=img_size)
-    steps = [make_config(step["method"], step["config"]) for step in config.get("methods", [])]
-    return cache.compress_cached(base, steps, data) if steps else base
+    cached = base
+    for images, steps in itertools.groupby(config.get("methods", []), lambda step: step.get("images", {})):
+        configs = [make_config(step["method"], step["config"]) for step in steps]
+        cached = cache.compress_cached(cached, configs, _images_of_step(images, data))
+    return cached
+
+
+def _images_of_step(images: dict[str, Any], data: ImageData) -> ImageData:
+    """The images that a method used, which a row holds as what differs from those that it was measured with."""
+    if not images:
+        return data
+    same_set = images.get("name", data.name) == data.name
+    amounts = {key: value for key, value in images.items() if key not in ("fingerprint", "name")}
+    used = data.reload(**amounts) if same_set else data
+    if used.fingerprint != images["fingerprint"]:
+        raise InputError(
+            f"a method of the row used other images ({images}) than can be cut from {data.name} ({data.amounts})"
+        )
+    return used
