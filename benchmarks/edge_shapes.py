@@ -69,7 +69,7 @@ def make(shape: str, names: list[str], run: vb.Run) -> dict[str, Path]:
         if not (paths[name] / vb.model.RECIPE).is_file():
             start = time.monotonic()
             default = UNTRAINED if "train" in vb.METHODS[name].config.model_fields else {}
-            vb.save(vb.compress(base, [vb.make_config(name, CONFIGS.get(name, default))], small), paths[name])
+            vb.save(vb.compress(base, [vb.make_config(name, CONFIGS.get(name, default))], small).model, paths[name])
             print(f"{name}: made in {time.monotonic() - start:.0f} s", flush=True)
     return paths
 

@@ -179,7 +179,7 @@ def compare(args: argparse.Namespace) -> None:
         if any(VARIANTS[name].file == file for name in args.only):
             config = config | ({"compensation": not args.random} if method == "static_int8" else {})
             files[file] = vb.save(
-                vb.compress(base, vb.make_config(method, config), calibration_data), run.models / file
+                vb.compress(base, vb.make_config(method, config), calibration_data).model, run.models / file
             )
     images = torch.cat(
         [x for x, _ in vb.data.eval_batches(calibration_data.require_split("calibration"), base.recipe.preprocess)]

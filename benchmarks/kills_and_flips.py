@@ -59,13 +59,13 @@ def do_training(home: Path) -> str:
 def do_search(home: Path) -> str:
     """Search policies, and cut by the best."""
     small = vb.compress(initial_model(), vb.make_config("multidimensional", SEARCH), images())
-    return vb.base.digest([vb.model.model_digest(small), small.search])
+    return vb.base.digest([vb.model.model_digest(small.model), small.search])
 
 
 def do_moments(home: Path) -> str:
     """Factor layers by the moments of their inputs and gradients."""
     return vb.model.model_digest(
-        vb.compress(initial_model(), vb.make_config("mixed_rank", {"train": {"epochs": 0}}), images())
+        vb.compress(initial_model(), vb.make_config("mixed_rank", {"train": {"epochs": 0}}), images()).model
     )
 
 

@@ -61,7 +61,7 @@ def write_model(options: argparse.Namespace) -> None:
     data, out = open_whole(options.dataset), options.out or DATA / MODEL
     train = vb.TrainConfig(**TRAIN | {"epochs": options.epochs}, precision="auto")
     base = vb.baseline("deit_tiny_patch16_224", data, train, checkpoint=options.checkpoint, img_size=96)
-    packed = vb.compress(base.model, vb.make_config("weight_only", {"bits": 8}), data)
+    packed = vb.compress(base.model, vb.make_config("weight_only", {"bits": 8}), data).model
     path, run = vb.save(packed, out), vb.Run(options.record)
     vb.measure(base.path, data, run, what=("accuracy", "size"))
     vb.measure(path, data, run, versus=base.path, what=("accuracy", "size"))

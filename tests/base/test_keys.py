@@ -177,7 +177,7 @@ ONE_SET_OF_TENSORS = [
 
 
 def made(model, steps):
-    return compress(model, [make_config(name, values) for name, values in steps.items()])
+    return compress(model, [make_config(name, values) for name, values in steps.items()]).model
 
 
 def test_models_of_one_set_of_tensors_have_digests_and_keys_of_their_own(micro, few_digits):

@@ -23,7 +23,7 @@ def test_operating_points_cost_less_and_less(name, base, digits, tmp_path):
     quick = QUICK if "train" in METHODS[name].config.model_fields else {}
     own = {"start": "weights"} if name == "uct" else {"compensation": "none"} if name == "pruning" else {}
     for point in (points[0], points[len(points) // 2], points[-1]):
-        small = compress(base.model, make_config(name, quick | own | point), digits)
+        small = compress(base.model, make_config(name, quick | own | point), digits).model
         spent.append(
             count_macs(small)
             if METHODS[name].reduces == "macs"
@@ -40,11 +40,11 @@ def test_operating_points_cost_less_and_less(name, base, digits, tmp_path):
 def test_bytes(name, share, base, digits, tmp_path):
     config = fit_budget(base.model, name, digits, target=share, settings=QUICK)
     points, size = METHODS[name].operating_points(base.model), artifact.size_on_disk(base.path)
-    small = compress(base.model, config, digits)
+    small = compress(base.model, config, digits).model
     assert artifact.size_on_disk(artifact.save(small, tmp_path / "small")) <= share * size
     chosen = next(i for i, point in enumerate(points) if point.items() <= config.to_dict().items())
     if chosen:
-        dearer = compress(base.model, make_config(name, QUICK | points[chosen - 1]), digits)
+        dearer = compress(base.model, make_config(name, QUICK | points[chosen - 1]), digits).model
         assert artifact.size_on_disk(artifact.save(dearer, tmp_path / "dearer")) + 512 > share * size
 
 
@@ -53,7 +53,7 @@ def test_macs_as_a_share_or_a_number(base, digits):
     for target in (0.7, 0.7 * dense):
         small = compress(
             base.model, fit_budget(base.model, "token_merging", digits, cost="macs", target=target), digits
-        )
+        ).model
         assert 0.5 * dense < count_macs(small) <= 0.7 * dense
 
 

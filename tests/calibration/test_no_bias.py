@@ -65,17 +65,17 @@ def test_a_mismatch_is_about_0(model, few):
 def test_low_rank_loses_what_the_best_of_its_rank_loses(model, few):
     """The sum of the discarded eigenvalues of W E[x x^T] W^T, which no matrix of that rank is below."""
     config = MixedRank(layers=("qkv",), keep=0.5, allocation="uniform", gradient_weight=0, compensation="none")
-    small = compress(model, config, few)
+    small = compress(model, config, few).model
     x, y = seen(model, few)
     values = np.linalg.eigvalsh(y.T @ y / len(y))[::-1]
     rank = small.get_submodule(FIRST).rank
     assert lost(model, small, few) == pytest.approx(values[rank:].sum(), rel=1e-3)
-    whole = compress(model, config.replace(mean_correction=False), few)
+    whole = compress(model, config.replace(mean_correction=False), few).model
     assert lost(model, whole, few) == pytest.approx(values[rank:].sum(), rel=1e-3)
 
 
 def test_second_order_codes_are_those_of_moments_about_0(model, few):
-    small = compress(model, make_config("weight_only", {"bits": 3, "rounding": "second_order"}), few)
+    small = compress(model, make_config("weight_only", {"bits": 3, "rounding": "second_order"}), few).model
     x, weight = seen(model, few)[0], model.get_submodule(FIRST).weight
     answers = {}
     for kind, moments in (("about 0", x.T @ x / len(x)), ("about the mean", np.cov(x.T, bias=True))):

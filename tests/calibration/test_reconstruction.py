@@ -33,10 +33,10 @@ def test_each_block_answers_more_like_the_given_one(base, digits):
 @pytest.mark.slow
 def test_it_is_part_of_weight_only_and_goes_through_the_file(base, digits, tmp_path):
     x, config = torch.randn(20, 3, 8, 8), {"bits": 2, "group": 32, "rounding": "second_order", "rest": "float32"}
-    small = compress(base.model, make_config("weight_only", {**config, "reconstruction": 30}), digits)
+    small = compress(base.model, make_config("weight_only", {**config, "reconstruction": 30}), digits).model
     loaded = artifact.load(artifact.save(small, tmp_path / "small"))
     assert torch.allclose(loaded(x), small(x), atol=1e-5)
-    plain = compress(base.model, make_config("weight_only", config), digits)
+    plain = compress(base.model, make_config("weight_only", config), digits).model
     sizes = [artifact.size_on_disk(artifact.save(each, tmp_path / str(i))) for i, each in enumerate((small, plain))]
     assert abs(sizes[0] - sizes[1]) < 100, "the same bytes"
 
@@ -47,7 +47,7 @@ def test_a_killed_reconstruction_goes_on_after_the_last_whole_block(tmp_path, mo
     model = vit.create_model("vit_micro_patch2_8", num_classes=10, seed=0)
     config = make_config("weight_only", {"bits": 2, "reconstruction": 3})
     monkeypatch.setenv("VITBENCH_HOME", str(tmp_path))
-    whole = compress(model, config, few)
+    whole = compress(model, config, few).model
     folder = tmp_path / "results" / "cache" / "reconstructions"
     assert not list(folder.glob("*")), "nothing is left of one that ended well"
     fit, fitted = reconstruction._fit, []
@@ -69,7 +69,7 @@ def test_a_killed_reconstruction_goes_on_after_the_last_whole_block(tmp_path, mo
         second.write_bytes(content)
     fitted.clear()
     monkeypatch.setattr(reconstruction, "_fit", lambda *given: fitted.append(1) or fit(*given))
-    again = compress(model, config, few)
+    again = compress(model, config, few).model
     assert len(fitted) == len(model.blocks) - (2 if harm == "killed" else 1)
     assert (f"{second.name}' is damaged" in capsys.readouterr().out) == (harm == "one bit")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in whole.state_dict().items())

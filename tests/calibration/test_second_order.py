@@ -87,7 +87,7 @@ def test_independent_inputs_give_nearest_codes(layer):
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("group", [32, None])
 def test_a_file_is_bits_times_weights_and_steps(base, tmp_path, bits, group):
-    small = compress(base.model, make_config("weight_only", {"bits": bits, "group": group}))
+    small = compress(base.model, make_config("weight_only", {"bits": bits, "group": group})).model
     path = artifact.save(small, tmp_path / "small")
     predicted = 0
     for name, dense in vit.linear_layers(base.model).items():
@@ -118,7 +118,7 @@ def test_second_order_keeps_more_of_the_answers_than_nearest(base, digits):
     x = torch.cat([batch for batch, _ in eval_batches(digits.test, base.model.recipe.preprocess)])
     for rounding in ("nearest", "second_order"):
         config = make_config("weight_only", {"bits": 2, "group": 16, "rounding": rounding, "rest": "float32"})
-        small = compress(base.model, config, digits)
+        small = compress(base.model, config, digits).model
         with torch.inference_mode():
             apart[rounding] = float((small(x) - base.model(x)).square().mean())
         assert any(bool((layer.step < 0).any()) for layer in small.modules() if isinstance(layer, PackedLinear)) == (
@@ -131,8 +131,9 @@ def test_second_order_keeps_more_of_the_answers_than_nearest(base, digits):
 @pytest.mark.slow
 def test_training_goes_on_from_second_order_codes(base, digits):
     config = make_config("weight_only", {"bits": 2, "group": 16, "rounding": "second_order", "train": {"epochs": 1}})
-    small = compress(base.model, config, digits)
-    assert len(small.history) == 1
+    result = compress(base.model, config, digits)
+    small = result.model
+    assert len(result.history) == 1
     assert small.blocks[0].mlp.fc1.step.shape == (256, 4)
 
 
@@ -140,9 +141,9 @@ def test_training_goes_on_from_second_order_codes(base, digits):
 def test_bits_by_layer_meet_a_target_of_bytes(base, digits, tmp_path):
     """At the bytes of 3 bits everywhere: the target is met to a layer's bits, and the answers change less."""
     x = torch.cat([batch for batch, _ in eval_batches(digits.test, base.model.recipe.preprocess)])
-    same = compress(base.model, make_config("weight_only", {"bits": 3}))
+    same = compress(base.model, make_config("weight_only", {"bits": 3})).model
     target = sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in same.state_dict().values())
-    small = compress(base.model, make_config("weight_only", {"target_bytes": target}), digits)
+    small = compress(base.model, make_config("weight_only", {"target_bytes": target}), digits).model
     held = artifact.bytes_by_part(artifact.save(small, tmp_path / "small"))
     held = sum(held.values()) - held["names and recipe"]
     assert 0.97 * target < held <= target

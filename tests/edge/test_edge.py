@@ -103,7 +103,7 @@ def test_a_transfer_takes_what_the_model_says_over_three_orders_of_magnitude():
 @pytest.fixture(scope="module")
 def measured(base, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("edge")
-    small = artifact.save(compress(base.model, make_config("dynamic_int8"), digits), folder / "int8")
+    small = artifact.save(compress(base.model, make_config("dynamic_int8"), digits).model, folder / "int8")
     run = Run(folder / "run")
     for path in (base.path, small):
         measure(path, digits, run, versus=base.path, what=("accuracy", "size", "memory"))

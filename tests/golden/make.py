@@ -114,7 +114,7 @@ def compressed(name: str, data) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
-    return compress(model, quick(name), data)
+    return compress(model, quick(name), data).model
 
 
 def recipes() -> dict:

@@ -45,7 +45,7 @@ needs_bf16 = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def small(base, digits):
-    return {name: compress(base.model, make_config(name), digits) for name in ("dynamic_int8", "static_int8")}
+    return {name: compress(base.model, make_config(name), digits).model for name in ("dynamic_int8", "static_int8")}
 
 
 def kernels(model, x, file):
@@ -71,7 +71,7 @@ def test_onnxruntime_multiplies_in_integers(small, tmp_path, name):
 @pytest.mark.slow
 @needs_onnx
 def test_onnxruntime_multiplies_in_integers_in_attention_too(base, digits, tmp_path):
-    whole = compress(base.model, make_config("static_int8", {"attention": True}), digits)
+    whole = compress(base.model, make_config("static_int8", {"attention": True}), digits).model
     found = kernels(whole, torch.randn(8, 3, 8, 8), tmp_path / "optimized.onnx")
     assert sum(found[kind] for kind in INTEGER_KERNELS) == 16 + 2 * 4
 
@@ -177,7 +177,7 @@ def packed(base):
     """Models with codes of 4 bits."""
     nothing = {"train": {"epochs": 0}}
     configs = {"weight_only": {"group": 32}, "uct": {"start": "weights", **nothing}}
-    return {name: compress(base.model, make_config(name, values)) for name, values in configs.items()}
+    return {name: compress(base.model, make_config(name, values)).model for name, values in configs.items()}
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_codes_are_small_in_openvino_too(packed, name):
     [("lsq", {"train": {"epochs": 0}}), ("diffq", {"train": {"epochs": 1}}), ("simulated_integer", {})],
 )
 def test_every_method_with_packed_codes_runs_in_other_backends(base, digits, name, values):
-    small = compress(base.model, make_config(name, values), digits)
+    small = compress(base.model, make_config(name, values), digits).model
     for backend in ("onnxruntime", "openvino"):
         assert backends.unsupported_reason(backend, artifact.recipe_of(small)) == ""
         if installed(backend):

@@ -139,7 +139,7 @@ def test_the_floor_is_the_longer_of_products_and_bytes():
 
 
 def test_products_of_codes_are_counted(base, digits):
-    small = compress(base.model, make_config("dynamic_int8"), digits)
+    small = compress(base.model, make_config("dynamic_int8"), digits).model
     assert count_int8_macs(base.model) == 0
     width, tokens = 64, 17
     assert count_int8_macs(small) == 4 * tokens * 12 * width**2 < count_macs(small)

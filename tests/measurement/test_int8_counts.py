@@ -24,7 +24,7 @@ def few(digits):
 
 
 def static(model, few, **changes):
-    return compress(model, make_config("static_int8", {"compensation": False, "range": "minmax", **changes}), few)
+    return compress(model, make_config("static_int8", {"compensation": False, "range": "minmax", **changes}), few).model
 
 
 def by_hand(attention):
@@ -63,4 +63,4 @@ def test_the_floor_of_a_model_in_codes_is_below_that_of_its_halves(model, few):
     wanted = 1000 * (16 * 12 * 32 + 32 * 10 + by_hand(True) / 2) / 1e9
     assert latency_floor(count_macs(small) - int8, int8, 1, peaks, 1) == pytest.approx(wanted)
     with torch.inference_mode():
-        assert count_int8_macs(compress(model, make_config("dynamic_int8"))) == by_hand(False)
+        assert count_int8_macs(compress(model, make_config("dynamic_int8")).model) == by_hand(False)

@@ -30,7 +30,7 @@ from vitbench.run.history import training_rows
 @pytest.fixture(scope="module")
 def measured(base, digits, tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("run"))
-    path = artifact.save(compress(base.model, make_config("dynamic_int8")), run.models / "int8")
+    path = artifact.save(compress(base.model, make_config("dynamic_int8")).model, run.models / "int8")
     measure(base.path, digits, run, rounds=10, threads=1)
     rows = measure(path, digits, run, versus=base.path, rounds=10, threads=1)
     return run, path, rows
@@ -350,7 +350,7 @@ def test_another_backend_answers_the_same_and_stands_in_columns_of_its_own(base,
 
 @pytest.mark.slow
 def test_errors_of_outputs_layer_by_layer(base, digits, tmp_path):
-    small = artifact.save(compress(base.model, make_config("mixed_rank", {"keep": 0.5}), digits), tmp_path / "s")
+    small = artifact.save(compress(base.model, make_config("mixed_rank", {"keep": 0.5}), digits).model, tmp_path / "s")
     run = Run(tmp_path)
     rows = measure(small, digits, run, versus=base.path, what=("outputs",)).set_index("metric")
     assert rows.loc["layer_keep", "value"] == pytest.approx(0.5, abs=0.02)

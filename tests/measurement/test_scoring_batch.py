@@ -27,7 +27,7 @@ def few(digits):
 def saved(tmp_path_factory):
     model = vit.create_model("vit_micro_patch2_8").requires_grad_(False)
     folder = tmp_path_factory.mktemp("models")
-    small = compress(model, make_config("dynamic_int8"))
+    small = compress(model, make_config("dynamic_int8")).model
     return {name: artifact.save(made, folder / name) for name, made in (("base", model), ("small", small))}
 
 

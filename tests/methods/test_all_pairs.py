@@ -38,7 +38,7 @@ def small_config(name):
 def result(model, name, data):
     """The model that a method makes, or the line with which it refuses."""
     try:
-        return compress(model, small_config(name), data)
+        return compress(model, small_config(name), data).model
     except InputError as error:
         return str(error)
 

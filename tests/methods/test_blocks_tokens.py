@@ -189,7 +189,7 @@ def test_the_policys_cost_is_the_models(deit):
 
 
 def test_what_cannot_be_pruned_says_why(base, deit):
-    int8 = compress(base.model, make_config("dynamic_int8"))
+    int8 = compress(base.model, make_config("dynamic_int8")).model
     with pytest.raises(InputError, match="is a DynamicInt8Linear, not a plain linear layer; prune first"):
         cut.check_prunable(int8)
     one = deit.recipe.architecture.replace(blocks=blocks.block_shapes(deit)[:1])
@@ -206,7 +206,7 @@ def test_what_cannot_be_pruned_says_why(base, deit):
 
 def test_quantization_and_low_rank_take_a_pruned_model(base, digits, tmp_path):
     configs = [make_config("pruning"), make_config("weight_only", {"bits": 4})]
-    small = compress(base.model, configs, digits)
+    small = compress(base.model, configs, digits).model
     loaded = artifact.load(artifact.save(small, tmp_path / "both"))
     x = torch.randn(2, 3, 8, 8)
     assert torch.allclose(loaded(x), small(x), atol=1e-3)

@@ -54,7 +54,7 @@ def test_where_rounding_hurts_more_there_are_more_bits():
 
 @pytest.mark.slow
 def test_the_model_keeps_to_the_bits_it_was_given(base, digits):
-    small = compress(base.model, make_config("diffq", {"bits": 2.5, "train": {"epochs": 2}}), digits)
+    small = compress(base.model, make_config("diffq", {"bits": 2.5, "train": {"epochs": 2}}), digits).model
     layers = {name: small.get_submodule(name) for name in vit.linear_layers(base.model)}
     assert all(isinstance(layer, PackedLinear) for layer in layers.values())
     count = sum(layer.in_features * layer.out_features for layer in layers.values())

@@ -57,8 +57,8 @@ def test_the_file_answers_as_the_trained_model_did(base, digits, tmp_path):
 @pytest.mark.slow
 def test_training_makes_up_for_what_two_bits_lose(base, digits):
     config = {"weight_bits": 2, "activation_bits": 2}
-    rounded = compress(base.model, make_config("lsq", {**config, "train": {"epochs": 0}}), digits)
-    trained = compress(base.model, make_config("lsq", {**config, "train": {"epochs": 3}}), digits)
+    rounded = compress(base.model, make_config("lsq", {**config, "train": {"epochs": 0}}), digits).model
+    trained = compress(base.model, make_config("lsq", {**config, "train": {"epochs": 3}}), digits).model
     before, after, dense = (evaluate(model, digits.val).top1.mean() for model in (rounded, trained, base.model))
     assert dense - before > 0.1, "rounding alone must cost something for this to say anything"
     assert dense - after < 0.5 * (dense - before)
@@ -67,7 +67,9 @@ def test_training_makes_up_for_what_two_bits_lose(base, digits):
 def test_ranges_take_next_to_nothing_on_disk(base, digits, tmp_path):
     free = {"train": {"epochs": 0}}
     sizes = [
-        artifact.size_on_disk(artifact.save(compress(base.model, make_config(name, free), digits), tmp_path / name))
+        artifact.size_on_disk(
+            artifact.save(compress(base.model, make_config(name, free), digits).model, tmp_path / name)
+        )
         for name in ("weight_only", "lsq")
     ]
     assert 0 < sizes[1] - sizes[0] < 0.1 * sizes[0]

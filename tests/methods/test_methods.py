@@ -31,7 +31,7 @@ MADE = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def usual(base, digits):
     """The model compressed by a method's defaults, made once."""
-    return functools.cache(lambda name: compress(base.model, make_config(name), digits))
+    return functools.cache(lambda name: compress(base.model, make_config(name), digits).model)
 
 
 def shortened(name):
@@ -49,7 +49,7 @@ def shortened(name):
 @EVERY
 def test_identity_changes_nothing(name, base, digits):
     x = torch.randn(4, 3, 8, 8)
-    same = compress(base.model, METHODS[name].identity, digits)
+    same = compress(base.model, METHODS[name].identity, digits).model
     assert torch.allclose(same(x), base.model(x), atol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_fused_and_written_out_attention_agree(name, usual):
 
 @MADE
 def test_it_is_deterministic(name, base, digits, tmp_path):
-    made = [compress(base.model, shortened(name), digits) for _ in range(2)]
+    made = [compress(base.model, shortened(name), digits).model for _ in range(2)]
     paths = [artifact.save(small, tmp_path / str(i)) for i, small in enumerate(made)]
     assert artifact.read_manifest(paths[0]) == artifact.read_manifest(paths[1])
 
@@ -109,7 +109,7 @@ def test_the_config_goes_through_json_and_refuses_unknown_keys(name):
 @pytest.mark.slow
 def test_a_list_of_configs_is_a_combination(base, digits):
     name = next(iter(METHODS))
-    twice = compress(base.model, [METHODS[name].identity, shortened(name)], digits)
+    twice = compress(base.model, [METHODS[name].identity, shortened(name)], digits).model
     assert twice.recipe.method == f"{name}+{name}"
 
 

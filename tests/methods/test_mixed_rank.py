@@ -47,7 +47,7 @@ def divergence(small, base, digits):
 
 @pytest.mark.parametrize("keep", [0.9, 0.6, 0.3])
 def test_the_budget_of_weights_is_met_and_used(base, digits, tmp_path, keep):
-    small = compress(base.model, STAGE2.replace(keep=keep), digits)
+    small = compress(base.model, STAGE2.replace(keep=keep), digits).model
     left = block_weights(small) / block_weights(base.model)
     assert keep - 0.02 <= left <= keep
     file, whole = (artifact.save(model, tmp_path / name) for name, model in (("s", small), ("b", base.model)))
@@ -58,14 +58,14 @@ def test_the_budget_of_weights_is_met_and_used(base, digits, tmp_path, keep):
 
 
 def test_the_budgets_of_multiply_accumulates_and_bytes(base, digits):
-    small = compress(base.model, STAGE2.replace(keep=0.8, budget="macs"), digits)
+    small = compress(base.model, STAGE2.replace(keep=0.8, budget="macs"), digits).model
     assert 0.77 <= count_macs(small) / count_macs(base.model) <= 0.8
-    small = compress(base.model, STAGE2.replace(keep=0.8, budget="bytes"), digits)
+    small = compress(base.model, STAGE2.replace(keep=0.8, budget="bytes"), digits).model
     assert 0.77 <= count_params(small) / count_params(base.model) <= 0.8
 
 
 def test_a_layer_stays_dense_where_a_rank_would_not_save(base, digits):
-    small = compress(base.model, STAGE2.replace(keep=0.9), digits)
+    small = compress(base.model, STAGE2.replace(keep=0.9), digits).model
     kinds = {type(small.get_submodule(name)) for name in vit.linear_layers(base.model)}
     assert torch.nn.Linear in kinds, "some layers stay dense at 0.9"
     for layer in small.modules():
@@ -76,10 +76,10 @@ def test_a_layer_stays_dense_where_a_rank_would_not_save(base, digits):
 
 @pytest.mark.slow
 def test_each_stage_brings_the_answers_nearer(base, digits):
-    far = divergence(compress(base.model, STAGE1.replace(decomposition="svd", keep=0.5), digits), base, digits)
-    one = divergence(compress(base.model, STAGE1.replace(keep=0.5), digits), base, digits)
-    two = divergence(compress(base.model, STAGE2.replace(keep=0.5), digits), base, digits)
-    three = divergence(compress(base.model, MixedRank(keep=0.5), digits), base, digits)
+    far = divergence(compress(base.model, STAGE1.replace(decomposition="svd", keep=0.5), digits).model, base, digits)
+    one = divergence(compress(base.model, STAGE1.replace(keep=0.5), digits).model, base, digits)
+    two = divergence(compress(base.model, STAGE2.replace(keep=0.5), digits).model, base, digits)
+    three = divergence(compress(base.model, MixedRank(keep=0.5), digits).model, base, digits)
     assert far > one > two > three
 
 
@@ -87,12 +87,12 @@ def test_each_stage_brings_the_answers_nearer(base, digits):
 def test_without_propagated_inputs_compensation_changes_nothing(base, digits):
     """Eckart-Young: on its own inputs the closed form is already the best of its rank."""
     config = MixedRank(keep=0.5, propagate=False)
-    plain = compress(base.model, STAGE2.replace(keep=0.5), digits)
-    alone = compress(base.model, config, digits)
+    plain = compress(base.model, STAGE2.replace(keep=0.5), digits).model
+    alone = compress(base.model, config, digits).model
     x = torch.randn(4, 3, 8, 8)
     assert torch.allclose(alone(x), plain(x), atol=1e-3)
-    learned = compress(base.model, config.replace(compensation="gradient", gradient_weight=0), digits)
-    fixed = compress(base.model, STAGE2.replace(keep=0.5, gradient_weight=0), digits)
+    learned = compress(base.model, config.replace(compensation="gradient", gradient_weight=0), digits).model
+    fixed = compress(base.model, STAGE2.replace(keep=0.5, gradient_weight=0), digits).model
     found = collect_moments(base.model, vit.linear_layers(base.model, ("fc1",)), digits)
     factored = [name for name in found if isinstance(fixed.get_submodule(name), LowRankLinear)]
     assert factored
@@ -110,7 +110,7 @@ def test_without_propagated_inputs_compensation_changes_nothing(base, digits):
 @pytest.mark.slow
 def test_the_learned_residual_lowers_the_error_and_keeps_the_rank(base, digits):
     names = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
-    model = compress(base.model, MixedRank(keep=1.0))
+    model = compress(base.model, MixedRank(keep=1.0)).model
     for name, mismatch in compensation.layer_error_moments(model, base.model, names, digits.calibration):
         layer = base.model.get_submodule(name)
         moments = collect_moments(base.model, vit.linear_layers(base.model), digits)[name]
@@ -133,10 +133,11 @@ def test_the_learned_residual_lowers_the_error_and_keeps_the_rank(base, digits):
 def test_a_short_distillation_pays_and_is_another_setting(base, digits):
     config = MixedRank(keep=0.25, rank_step=2)
     tuned = config.replace(train=config.train.replace(epochs=2, lr=1e-3))
-    free, trained = (compress(base.model, each, digits) for each in (config, tuned))
+    free_result, trained_result = (compress(base.model, each, digits) for each in (config, tuned))
+    free, trained = free_result.model, trained_result.model
     assert evaluate(trained, digits.val).top1.mean() > evaluate(free, digits.val).top1.mean()
-    assert not free.history
-    assert len(trained.history) == 2
+    assert not free_result.history
+    assert len(trained_result.history) == 2
     assert free.recipe.methods != trained.recipe.methods
     assert block_weights(free) == block_weights(trained)
 
@@ -145,8 +146,8 @@ def test_a_short_distillation_pays_and_is_another_setting(base, digits):
     ("other", "kind"), [("dynamic_int8", DynamicInt8Linear), ("weight_only", PackedLinear)], ids=["int8", "int4"]
 )
 def test_it_composes_with_quantizers(base, digits, tmp_path, other, kind):
-    alone = compress(base.model, STAGE2, digits)
-    both = compress(base.model, [STAGE2, make_config(other)], digits)
+    alone = compress(base.model, STAGE2, digits).model
+    both = compress(base.model, [STAGE2, make_config(other)], digits).model
     assert not vit.linear_layers(both), "no dense layer is left in the blocks"
     assert isinstance(both.blocks[1].mlp.fc1, LowRankLinear)
     assert isinstance(both.blocks[1].mlp.fc1.down, kind)
@@ -161,8 +162,8 @@ def test_it_composes_with_quantizers(base, digits, tmp_path, other, kind):
 
 
 def test_heads_get_ranks_of_their_own(base, digits, tmp_path):
-    whole = compress(base.model, STAGE2.replace(split_qkv=False, keep=0.5, rank_step=2), digits)
-    split = compress(base.model, STAGE2.replace(split_qkv=True, keep=0.5, rank_step=2), digits)
+    whole = compress(base.model, STAGE2.replace(split_qkv=False, keep=0.5, rank_step=2), digits).model
+    split = compress(base.model, STAGE2.replace(split_qkv=True, keep=0.5, rank_step=2), digits).model
     assert isinstance(split.blocks[0].attn.qkv, SplitLinear)
     ranks = {part.rank for block in split.blocks for part in block.attn.qkv.parts if isinstance(part, LowRankLinear)}
     assert len(ranks) > 1
@@ -179,7 +180,7 @@ def test_heads_get_ranks_of_their_own(base, digits, tmp_path):
 
 
 def test_a_recipe_with_a_part_that_is_not_there_is_refused(base, digits, tmp_path):
-    path = artifact.save(compress(base.model, STAGE2.replace(split_qkv=True), digits), tmp_path / "a")
+    path = artifact.save(compress(base.model, STAGE2.replace(split_qkv=True), digits).model, tmp_path / "a")
     manifest = json.loads((path / "recipe.json").read_text())
     layers = manifest["recipe"]["layers"]
     name = next(name for name in layers if ".parts." in name)
@@ -233,7 +234,7 @@ def test_images_are_needed(base, digits):
 
 
 def test_layers_that_are_not_linear_any_more_are_refused(base, digits):
-    small = compress(base.model, make_config("dynamic_int8"))
+    small = compress(base.model, make_config("dynamic_int8")).model
     with pytest.raises(InputError, match="has a dense qkv layer in 0 of 4 blocks"):
         compress(small, MixedRank(), digits)
 

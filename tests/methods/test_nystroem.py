@@ -45,8 +45,8 @@ def apart(model, other, size=64):
 @pytest.mark.parametrize("class_token", ["apart", "averaged"])
 def test_a_landmark_for_every_token_and_the_exact_inverse_are_full_attention(class_token, model):
     exact = Nystroem(landmarks=17, iterations=None, class_token=class_token)
-    assert apart(compress(model, exact), model) < 1e-4
-    assert apart(compress(model, exact.replace(landmarks=16)), model) > 1e-3
+    assert apart(compress(model, exact).model, model) < 1e-4
+    assert apart(compress(model, exact.replace(landmarks=16)).model, model) > 1e-3
 
 
 def test_it_is_the_three_matrices_of_the_paper():
@@ -132,7 +132,7 @@ def test_multiply_accumulates_are_the_formulas(tokens):
     ids=["survey", "convolution", "exact", "linear"],
 )
 def test_saved_and_loaded_it_answers_the_same(config, model, tmp_path):
-    small = compress(model, config)
+    small = compress(model, config).model
     loaded = artifact.load(artifact.save(small, tmp_path / "small"))
     assert apart(loaded, small) < 1e-6
     assert apart(small, model) > 1e-3
@@ -152,8 +152,8 @@ def test_saved_and_loaded_it_answers_the_same(config, model, tmp_path):
 def test_it_keeps_the_linear_layers_of_methods_before(first, base, digits, tmp_path):
     name, values = first
     values = {key: value for key, value in values.items() if key in make_config(name).to_dict()}
-    before = compress(base.model, make_config(name, values), digits)
-    small = compress(before, [Nystroem(landmarks=6)], digits)
+    before = compress(base.model, make_config(name, values), digits).model
+    small = compress(before, [Nystroem(landmarks=6)], digits).model
     for old, new in zip(before.blocks, small.blocks, strict=True):
         assert type(new.attn.qkv) is type(old.attn.qkv)
         assert type(new.attn.proj) is type(old.attn.proj)
@@ -163,7 +163,7 @@ def test_it_keeps_the_linear_layers_of_methods_before(first, base, digits, tmp_p
 
 
 def test_methods_that_come_after_find_the_linear_layers(base, digits, tmp_path):
-    small = compress(base.model, [Nystroem(landmarks=6), make_config("dynamic_int8")], digits)
+    small = compress(base.model, [Nystroem(landmarks=6), make_config("dynamic_int8")], digits).model
     assert all(type(block.attn.qkv).__name__ == "DynamicInt8Linear" for block in small.blocks)
     assert apart(artifact.load(artifact.save(small, tmp_path / "small")), small, 8) < 2e-2
 
@@ -174,16 +174,16 @@ def test_training_wins_back_what_it_lost(base, digits):
 
     train = {"train": {"epochs": 1}}
     for config in (Nystroem(landmarks=3, class_token="averaged"), Linear(train=TrainConfig(epochs=0))):
-        free = compress(base.model, config, digits)
+        free = compress(base.model, config, digits).model
         trained = compress(base.model, make_config(free.recipe.method, config.to_dict() | train), digits)
         assert len(trained.history) == 1
-        assert evaluate(trained, digits.val).top1.mean() > evaluate(free, digits.val).top1.mean()
+        assert evaluate(trained.model, digits.val).top1.mean() > evaluate(free, digits.val).top1.mean()
 
 
 def test_landmarks_by_default(model):
-    assert compress(model, Nystroem()).blocks[0].attn.landmarks == 4
+    assert compress(model, Nystroem()).model.blocks[0].attn.landmarks == 4
     large = vit.create_model("deit_tiny_patch16_224", depth=1)
-    assert compress(large, Nystroem()).blocks[0].attn.landmarks == 32
+    assert compress(large, Nystroem()).model.blocks[0].attn.landmarks == 32
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,10 @@ def test_wrong_settings(values, message, model):
 
 @pytest.mark.parametrize("config", [Nystroem(landmarks=4), Linear(train=TrainConfig(epochs=0))])
 def test_attention_that_cannot_be_replaced_says_why(config, model):
-    merged = compress(model, make_config("token_merging"))
+    merged = compress(model, make_config("token_merging")).model
     with pytest.raises(InputError, match="reduces tokens .* give the model before its tokens were reduced"):
         compress(merged, config)
-    twice = compress(model, Nystroem(landmarks=4, blocks=(1,)))
+    twice = compress(model, Nystroem(landmarks=4, blocks=(1,))).model
     with pytest.raises(InputError, match=r"blocks.1 of deit_tiny_patch16_224 is a Block with a NystroemAttention"):
         compress(twice, config)
     normed = copy.deepcopy(model)
@@ -218,18 +218,18 @@ def test_attention_that_cannot_be_replaced_says_why(config, model):
 
 
 def test_in_the_last_block_a_class_token_apart_gets_full_attentions_answer(model):
-    assert apart(compress(model, Nystroem(landmarks=2, blocks=(1,))), model) < 1e-6
-    assert apart(compress(model, Nystroem(landmarks=2, blocks=(1,), class_token="averaged")), model) > 1e-3
+    assert apart(compress(model, Nystroem(landmarks=2, blocks=(1,))).model, model) < 1e-6
+    assert apart(compress(model, Nystroem(landmarks=2, blocks=(1,), class_token="averaged")).model, model) > 1e-3
 
 
 def test_pruning_after_it_says_why_it_cannot(model):
     with pytest.raises(InputError, match="a NystroemAttention, not a plain block .* before its attention was replaced"):
-        cut.check_prunable(compress(model, Nystroem(landmarks=4)))
+        cut.check_prunable(compress(model, Nystroem(landmarks=4)).model)
 
 
 def test_what_exports_says_so(model):
     recipes = [
-        artifact.recipe_of(compress(model, config))
+        artifact.recipe_of(compress(model, config).model)
         for config in (Nystroem(), Linear(train=TrainConfig(epochs=0)), Nystroem(iterations=None))
     ]
     for backend in ("onnxruntime", "openvino"):
@@ -245,4 +245,4 @@ def test_what_exports_says_so(model):
 def test_backends_answer_as_eager_does(backend, config, base):
     pytest.importorskip(backend)
     with torch.inference_mode():
-        backends.prepare(backend, compress(base.model, config), torch.randn(2, 3, 8, 8))
+        backends.prepare(backend, compress(base.model, config).model, torch.randn(2, 3, 8, 8))

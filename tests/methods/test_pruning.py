@@ -39,14 +39,14 @@ def test_every_dimension_makes_the_model_smaller(base, digits):
         (BARE.replace(tokens=0.3), 0.75),
         (BARE.replace(tokens=0.3, reduction="merge"), 0.75),
     ):
-        small = compress(base.model, config, digits)
+        small = compress(base.model, config, digits).model
         assert count_macs(small) / whole < share, config
         assert vit.analytic_macs(small) == pytest.approx(count_macs(small), rel=0.01)
 
 
 def test_nothing_removed_is_the_given_model(base, digits):
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(compress(base.model, BARE, digits)(x), base.model(x))
+    assert torch.equal(compress(base.model, BARE, digits).model(x), base.model(x))
 
 
 def first_mlp(model, data):
@@ -62,10 +62,10 @@ def test_the_ridge_is_the_least_squares_solution(base, digits):
     """On the calibration images no other weights of fc2 for the kept neurons do better."""
     config = BARE.replace(neurons=0.5, compensation="ridge", ridge=0.0, criterion=Criterion(name="magnitude"))
     _, wanted = first_mlp(base.model, digits)
-    z, given = first_mlp(compress(base.model, config, digits), digits)
+    z, given = first_mlp(compress(base.model, config, digits).model, digits)
     inputs = torch.cat([z, torch.ones(len(z), 1)], 1)
     least = (inputs @ torch.linalg.lstsq(inputs, wanted).solution - wanted).square().mean()
-    bare = compress(base.model, config.replace(compensation="none"), digits)
+    bare = compress(base.model, config.replace(compensation="none"), digits).model
     assert (given - wanted).square().mean() == pytest.approx(float(least), rel=1e-3)
     assert (first_mlp(bare, digits)[1] - wanted).square().mean() > 1.5 * least
 
@@ -74,7 +74,7 @@ def test_the_mean_alone_keeps_the_mean_of_the_outputs(base, digits):
     wanted = first_mlp(base.model, digits)[1].mean(0)
     apart = {}
     for how in ("none", "mean", "ridge"):
-        small = compress(base.model, BARE.replace(neurons=0.7, compensation=how), digits)
+        small = compress(base.model, BARE.replace(neurons=0.7, compensation=how), digits).model
         apart[how] = float((first_mlp(small, digits)[1].mean(0) - wanted).abs().max())
     assert max(apart["mean"], apart["ridge"]) < 1e-4 < 1e-2 < apart["none"]
 
@@ -83,10 +83,12 @@ def test_the_mean_alone_keeps_the_mean_of_the_outputs(base, digits):
 def test_the_same_code_prunes_t2t_vit(digits):
     model = vit.create_model("t2t_vit_t_14", img_size=64, depth=4, num_classes=10)
     config = Pruning(neurons=0.3, heads=0.3, tokens=0.3, criterion=Criterion(samples=16))
-    small = compress(model, config, digits)
+    small = compress(model, config, digits).model
     assert [shape.heads for shape in blocks.block_shapes(small)] == [4] * 4
     assert vit.analytic_macs(small) == pytest.approx(count_macs(small), rel=0.01)
-    found = compress(model, QUICK.replace(keep=0.8, criterion=Criterion(name="magnitude"), compensation="none"), digits)
+    found = compress(
+        model, QUICK.replace(keep=0.8, criterion=Criterion(name="magnitude"), compensation="none"), digits
+    ).model
     assert vit.analytic_macs(found) / vit.analytic_macs(model) == pytest.approx(0.8, rel=0.025)
 
 
@@ -109,8 +111,8 @@ def test_recovery_by_training_and_its_control(base, digits):
     hard = BARE.replace(neurons=0.8, heads=0.5)
     small, trained = (compress(base.model, hard.replace(train=t), digits) for t in (Pruning().train, train))
     assert len(trained.history) == 2
-    assert evaluate(trained, digits.val).top1.mean() > evaluate(small, digits.val).top1.mean()
-    control = compress(base.model, BARE.replace(train=train), digits)  # the dense model trained as much longer
+    assert evaluate(trained.model, digits.val).top1.mean() > evaluate(small.model, digits.val).top1.mean()
+    control = compress(base.model, BARE.replace(train=train), digits).model  # the dense model trained as much longer
     assert count_macs(control) == count_macs(base.model)
     assert not torch.equal(control.head.weight, base.model.head.weight)
 
@@ -118,7 +120,8 @@ def test_recovery_by_training_and_its_control(base, digits):
 def test_ranking_across_blocks_keeps_as_many_units_and_one_in_each(base, digits):
     config = BARE.replace(neurons=0.6, heads=0.5, criterion=Criterion(name="magnitude"))
     within, across = (
-        blocks.block_shapes(compress(base.model, config.replace(scope=scope), digits)) for scope in ("block", "global")
+        blocks.block_shapes(compress(base.model, config.replace(scope=scope), digits).model)
+        for scope in ("block", "global")
     )
     assert sum(shape.neurons for shape in across) == pytest.approx(sum(shape.neurons for shape in within), rel=0.01)
     assert len({shape.neurons for shape in across}) > 1
@@ -150,10 +153,10 @@ def test_a_model_without_class_token_is_told_what_to_take(digits):
 
 
 def test_tokens_are_reduced_once(base, digits):
-    small = compress(base.model, BARE.replace(tokens=0.3), digits)
+    small = compress(base.model, BARE.replace(tokens=0.3), digits).model
     with pytest.raises(InputError, match="tokens of this vit_mini_patch2_8 are reduced already"):
         compress(small, BARE.replace(tokens=0.3), digits)
-    again = compress(small, BARE.replace(neurons=0.3), digits)  # other units may still go
+    again = compress(small, BARE.replace(neurons=0.3), digits).model  # other units may still go
     assert blocks.block_shapes(again)[-1].tokens == blocks.block_shapes(small)[-1].tokens
     assert count_macs(again) < count_macs(small)
 
@@ -200,7 +203,7 @@ def test_the_search_never_sees_the_test_images(base, digits, monkeypatch):
     import dataclasses
 
     blind = dataclasses.replace(digits, test=None)
-    same, other = (compress(base.model, QUICK, data) for data in (digits, blind))
+    same, other = (compress(base.model, QUICK, data).model for data in (digits, blind))
     assert artifact.weights_hash(same) == artifact.weights_hash(other)
 
 
@@ -209,7 +212,7 @@ def test_one_dimension_alone_leaves_the_others(base, digits):
     fields = {"neurons": "neurons", "head_dims": "head_dim", "tokens": "tokens"}
     for name, field in fields.items():
         config = QUICK.replace(keep=0.8, dimensions=(name,), most=0.9)
-        shapes, whole = blocks.block_shapes(compress(base.model, config, digits)), blocks.block_shapes(base.model)
+        shapes, whole = blocks.block_shapes(compress(base.model, config, digits).model), blocks.block_shapes(base.model)
         for other in ("heads", *fields.values()):
             same = [getattr(shape, other) for shape in shapes] == [getattr(shape, other) for shape in whole]
             assert same == (other != field), (name, other)

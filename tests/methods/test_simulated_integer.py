@@ -22,7 +22,7 @@ def images(base, digits):
 
 @pytest.fixture(scope="module")
 def fq(base, digits):
-    return compress(base.model, FQ_VIT, digits)
+    return compress(base.model, FQ_VIT, digits).model
 
 
 def test_powers_of_two():
@@ -98,7 +98,7 @@ def test_reparameterised_norms_change_no_answer_and_round_each_channel():
     "changes", [{}, {"softmax": "log_sqrt2", "norms": "reparameterised", "attention_bits": 8, "range": "mse"}]
 )
 def test_eight_bits_keep_the_answers(base, digits, images, changes):
-    small = compress(base.model, FQ_VIT.replace(**changes), digits)
+    small = compress(base.model, FQ_VIT.replace(**changes), digits).model
     with torch.inference_mode():
         wanted = base.model(images)
         assert (small(images) - wanted).norm() < 0.15 * wanted.norm()
@@ -117,7 +117,7 @@ def test_reparameterised_norms_help_where_a_channel_is_large(base, digits, image
         assert torch.allclose(model(images), wanted, atol=1e-3)
         apart = {}
         for norms in ("reparameterised", "plain"):
-            apart[norms] = float((compress(model, REPQ_VIT.replace(norms=norms), digits)(images) - wanted).norm())
+            apart[norms] = float((compress(model, REPQ_VIT.replace(norms=norms), digits).model(images) - wanted).norm())
     assert apart["reparameterised"] < 0.7 * apart["plain"]
 
 
@@ -125,14 +125,14 @@ def test_reparameterised_norms_help_where_a_channel_is_large(base, digits, image
 def test_second_order_weights_answer_better(base, digits, images):
     apart = {}
     for rounding in ("nearest", "second_order"):
-        small = compress(base.model, REPQ_VIT.replace(rounding=rounding), digits)
+        small = compress(base.model, REPQ_VIT.replace(rounding=rounding), digits).model
         with torch.inference_mode():
             apart[rounding] = float((small(images) - base.model(images)).norm())
     assert apart["second_order"] < 0.9 * apart["nearest"]
 
 
 def test_the_file_is_small_and_loads_as_it_was(base, digits, images, tmp_path):
-    small = compress(base.model, REPQ_VIT.replace(norms="power_of_two"), digits)
+    small = compress(base.model, REPQ_VIT.replace(norms="power_of_two"), digits).model
     path, dense = artifact.save(small, tmp_path / "small"), artifact.save(base.model, tmp_path / "base")
     assert artifact.size_on_disk(path) < 0.25 * artifact.size_on_disk(dense)
     loaded = artifact.load(path)
@@ -153,8 +153,8 @@ def test_the_file_is_small_and_loads_as_it_was(base, digits, images, tmp_path):
 
 def test_pruned_heads_are_fine(base, digits, images):
     config = make_config("pruning", {"heads": 0.25, "head_dims": 0.25, "train": {"epochs": 0}})
-    pruned = compress(base.model, config, digits)
-    small = compress(pruned, FQ_VIT.replace(attention_bits=8), digits)
+    pruned = compress(base.model, config, digits).model
+    small = compress(pruned, FQ_VIT.replace(attention_bits=8), digits).model
     assert blocks.block_shapes(small) == blocks.block_shapes(pruned)
     with torch.inference_mode():
         assert (small(images) - pruned(images)).norm() < 0.2 * pruned(images).norm()
@@ -165,9 +165,9 @@ def test_refused_models(base, digits):
         compress(base.model, FQ_VIT)
     tokens = make_config("pruning", {"tokens": 0.3, "compensation": "none", "train": {"epochs": 0}})
     with pytest.raises(InputError, match="reduces tokens"):
-        compress(compress(base.model, tokens, digits), FQ_VIT, digits)
+        compress(compress(base.model, tokens, digits).model, FQ_VIT, digits)
     with pytest.raises(InputError, match="has a dense qkv layer in 0 of 4 blocks"):
-        compress(compress(base.model, FQ_VIT, digits), FQ_VIT, digits)
+        compress(compress(base.model, FQ_VIT, digits).model, FQ_VIT, digits)
     odd = copy.deepcopy(base.model)
     odd.blocks[2].attn.q_norm = nn.LayerNorm(16)
     with pytest.raises(InputError, match=r"the attention in blocks\.2 of vit_mini_patch2_8 has a q_norm"):

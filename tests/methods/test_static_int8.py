@@ -27,13 +27,13 @@ needs_openvino = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def small(base, digits):
-    return compress(base.model, make_config("static_int8"), digits)
+    return compress(base.model, make_config("static_int8"), digits).model
 
 
 @pytest.fixture(scope="module")
 def whole(base, digits):
     """With attention's products in codes too."""
-    return compress(base.model, make_config("static_int8", {"attention": True}), digits)
+    return compress(base.model, make_config("static_int8", {"attention": True}), digits).model
 
 
 def rounding_error(values, low, high):
@@ -90,7 +90,7 @@ def test_answers_stay_and_compensation_helps(base, digits, small):
     x, apart = torch.cat([batch for batch, _ in eval_batches(digits.test, base.model.recipe.preprocess)]), {}
     for compensation in (False, True):
         config = make_config("static_int8", {"compensation": compensation})
-        made = compress(base.model, config, digits)
+        made = compress(base.model, config, digits).model
         with torch.inference_mode():
             apart[compensation] = float((made(x) - base.model(x)).square().mean())
     assert apart[True] < apart[False]

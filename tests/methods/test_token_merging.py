@@ -57,7 +57,7 @@ def test_at_most_half_of_the_tokens_go_and_two_stay():
     ],
 )
 def test_tokens_really_become_fewer(config, left, model, tmp_path):
-    small = compress(model, config)
+    small = compress(model, config).model
     loaded = artifact.load(artifact.save(small, tmp_path / "small"))
     start = tokens.TokenState(
         vit.embed_patches(loaded, torch.randn(2, 3, 64, 64)), source=torch.arange(17).expand(2, -1)
@@ -77,7 +77,7 @@ def test_tokens_really_become_fewer(config, left, model, tmp_path):
 
 @pytest.mark.parametrize("r", [0, (0, 0, 0, 0)])
 def test_no_pairs_leave_the_model_as_it_is(r, model):
-    same = compress(model, TokenMerging(r=r))
+    same = compress(model, TokenMerging(r=r)).model
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(same(x), model(x))
     assert not isinstance(same.blocks, tokens.TokenBlocks)
@@ -102,7 +102,7 @@ def test_prefix_tokens_stay_in_front_and_apart(prefix):
 def test_a_model_with_two_prefix_tokens_is_merged():
     made = vit.create_model("deit_tiny_distilled_patch16_224", img_size=64, num_classes=10, depth=3)
     assert made.num_prefix_tokens == 2
-    small = compress(made, TokenMerging(r=4))
+    small = compress(made, TokenMerging(r=4)).model
     start = tokens.TokenState(vit.embed_patches(small, torch.randn(1, 3, 64, 64)), source=torch.arange(18)[None])
     assert small.blocks.states(start)[-1].source[0, :2].tolist() == [0, 1]
 
@@ -131,7 +131,7 @@ def noted(model):
 
 @pytest.mark.parametrize("config", [TokenMerging(r=6), Pruning(neurons=0, heads=0, tokens=0.25, **MERGED)])
 def test_with_registers_the_tokens_noted_are_those_that_run(registers, tmp_path, config):
-    small = compress(registers, config)
+    small = compress(registers, config).model
     loaded = artifact.load(artifact.save(small, tmp_path / "small"))
     assert tokens_seen(small) == tokens_seen(loaded) == noted(loaded)
     assert noted(loaded)[-1] < 21
@@ -151,7 +151,7 @@ def test_fewer_tokens_than_pairs_can_leave_are_refused_or_noted_as_they_run(regi
 
 
 def test_it_comes_after_quantization(base, digits, tmp_path):
-    small = compress(base.model, [make_config("dynamic_int8"), TokenMerging(r=2)], digits)
+    small = compress(base.model, [make_config("dynamic_int8"), TokenMerging(r=2)], digits).model
     loaded, x = artifact.load(artifact.save(small, tmp_path / "small")), torch.randn(2, 3, 8, 8)
     assert torch.allclose(loaded(x), small(x), atol=2e-2 * small(x).abs().max())
     assert type(loaded.blocks[0].attn.qkv).__name__ == "DynamicInt8Linear"
@@ -160,8 +160,9 @@ def test_it_comes_after_quantization(base, digits, tmp_path):
 @pytest.mark.slow
 def test_it_is_trained_if_asked_to(base, digits):
     config = make_config("token_merging", {"r": 4, "train": {"epochs": 1}})
-    small = compress(base.model, config, digits)
-    assert len(small.history) == 1
+    result = compress(base.model, config, digits)
+    small = result.model
+    assert len(result.history) == 1
     assert not torch.equal(small.blocks[0].attn.qkv.weight, base.model.blocks[0].attn.qkv.weight)
 
 
@@ -179,11 +180,11 @@ def test_wrong_settings(values, message, model):
 
 
 def test_models_that_cannot_merge_say_why(model):
-    merged = compress(model, TokenMerging(r=1))
+    merged = compress(model, TokenMerging(r=1)).model
     with pytest.raises(InputError, match=r"this deit_tiny_patch16_224 reduces tokens already \(merge\)"):
         compress(merged, TokenMerging(r=1))
     with pytest.raises(InputError, match="is a Block with a NystroemAttention"):
-        compress(compress(model, Nystroem(landmarks=4)), TokenMerging(r=1))
+        compress(compress(model, Nystroem(landmarks=4)).model, TokenMerging(r=1))
     gated = copy.deepcopy(model)
     gated.blocks[2].attn.gate = torch.nn.Linear(192, 192)
     with pytest.raises(InputError, match="blocks.2 of .* has a gate"):

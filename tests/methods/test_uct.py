@@ -43,7 +43,7 @@ def published(request, tmp_path_factory):
     dense = vit.create_model(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uct, "closed_form_factors", quick_factors)
-        small = compress(dense, UCT(rank=rank, start="weights", steps_rule="lsq", train=TrainConfig(epochs=0)))
+        small = compress(dense, UCT(rank=rank, start="weights", steps_rule="lsq", train=TrainConfig(epochs=0))).model
     paths = artifact.save(dense, folder / "dense"), artifact.save(small, folder / "small")
     return dense, small, *paths, mebibytes, ratio, rank
 
@@ -132,31 +132,32 @@ def test_the_weighted_closed_form_keeps_outputs_better(base, digits):
 
 def test_full_rank_and_eight_bits_lose_almost_nothing(base, digits):
     config = UCT(layers=("proj", "fc2"), rank=64, bits=8, train=TrainConfig(epochs=0))
-    small = compress(base.model, config, digits)
+    small = compress(base.model, config, digits).model
     x = torch.randn(8, 3, 8, 8)
     assert (small(x) - base.model(x)).abs().max() < 0.03 * base.model(x).abs().max()
 
 
 @pytest.mark.slow
 def test_training_the_codes_pays_and_is_small(base, digits, tmp_path):
-    rounded, trained = compress(base.model, ROUNDED, digits), compress(base.model, SHORT, digits)
+    trained_result = compress(base.model, SHORT, digits)
+    rounded, trained = compress(base.model, ROUNDED, digits).model, trained_result.model
     sizes = [artifact.size_on_disk(artifact.save(m, tmp_path / str(i))) for i, m in enumerate((rounded, trained))]
     assert artifact.size_on_disk(base.path) >= 8 * max(sizes)
     assert evaluate(trained, digits.train).top1.mean() > evaluate(rounded, digits.train).top1.mean()
-    assert len(trained.history) == 2
+    assert len(trained_result.history) == 2
     assert not torch.equal(trained.blocks[0].norm1.weight, rounded.blocks[0].norm1.weight), "the rest is trained too"
 
 
 @pytest.mark.slow
 def test_the_encoder_form_fits_the_weights_and_leaves_no_encoder(base, digits, tmp_path):
     config = SHORT.replace(form="encoder", warm_steps=60, train=SHORT.train.replace(epochs=1, lr=1e-4))
-    small = compress(base.model, config, digits)
+    small = compress(base.model, config, digits).model
     names = set(artifact.load(artifact.save(small, tmp_path / "a")).state_dict())
-    assert names == set(compress(base.model, ROUNDED, digits).state_dict())
+    assert names == set(compress(base.model, ROUNDED.replace(start="activations"), digits).model.state_dict())
     errors = []
     for steps in (0, 60):
         off = config.replace(warm_steps=steps, train=TrainConfig(epochs=0))
-        model = compress(base.model, off, digits)
+        model = compress(base.model, off, digits).model
         layers = factored_layers(model)
         dense = vit.linear_layers(base.model)
         errors.append(sum(float((layers[name].dense() - dense[name].weight).square().sum()) for name in layers))
@@ -165,15 +166,15 @@ def test_the_encoder_form_fits_the_weights_and_leaves_no_encoder(base, digits, t
 
 def test_official_choices_are_kept_apart(base, digits):
     config = OFFICIAL_UCT.replace(warm_steps=5, train=OFFICIAL_UCT.train.replace(epochs=0))
-    small = compress(base.model, config, digits)
+    small = compress(base.model, config, digits).model
     assert (small.head.bits, small.patch_embed.proj.bits) == (4, 8)
-    ours = compress(base.model, ROUNDED, digits)
+    ours = compress(base.model, ROUNDED, digits).model
     assert (ours.head.bits, ours.patch_embed.proj.bits) == (8, 8)
 
 
 @pytest.mark.slow
 def test_a_killed_training_goes_on(base, digits, monkeypatch, stopped):
-    whole = compress(base.model, SHORT, digits)
+    whole = compress(base.model, SHORT, digits).model
     with stopped(1):
         compress(base.model, SHORT, digits)
     epochs = loop._TrainingRun.epoch
@@ -182,7 +183,7 @@ def test_a_killed_training_goes_on(base, digits, monkeypatch, stopped):
         "epoch",
         lambda self, epoch, *rest: epoch == 0 and pytest.fail("begun anew") or epochs(self, epoch, *rest),
     )
-    again = compress(base.model, SHORT, digits)
+    again = compress(base.model, SHORT, digits).model
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
@@ -216,8 +217,19 @@ def test_a_compressed_model_is_made_once(base, digits, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rank": 65}, r"rank = 65 is more than qkv, proj, fc1, fc2 allow \(64\); give 1 to 64"),
+        ({"rank": 65}, r"rank = 65 is more than proj, fc2 allow \(64\); give 1 to 64"),
+        ({"rank": 65, "start": "weights"}, r"rank = 65 is more than qkv, proj, fc1, fc2 allow"),
         ({"rank": 0}, "rank = 0"),
+        ({"ranks": {"fc1": 257}}, r"rank = 257 is more than fc1 allow \(256\)"),
+        (
+            {"start": "weights", "dense_bits": 2},
+            "dense_bits, target_bytes, group and latent_bits are settings of start=second_order",
+        ),
+        ({"dense_bits": 1.5}, "dense_bits = 1.5: .* or 1.58 for ternary codes"),
+        (
+            {"target_bytes": 9000},
+            "target_bytes leaves .* bytes for the blocks' linear layers, and the smallest form takes",
+        ),
         ({"bits": 1}, "bits = 1"),
         ({"bits": 9}, "bits = 9"),
         ({"layers": ["fc3"]}, "layers"),
@@ -231,7 +243,7 @@ def test_wrong_settings(base, digits, values, message):
 
 
 def test_a_compressed_model_has_no_dense_layers_left(base, digits):
-    small = compress(base.model, make_config("dynamic_int8"))
+    small = compress(base.model, make_config("dynamic_int8")).model
     with pytest.raises(InputError, match="has a dense qkv layer in 0 of 4 blocks"):
         compress(small, ROUNDED, digits)
 
@@ -248,7 +260,9 @@ def test_a_teacher_of_other_classes_is_refused(base, digits, tmp_path):
 @pytest.mark.slow
 def test_another_teacher_gives_another_student(base, digits, tmp_path):
     path = artifact.save(vit.create_model("vit_mini_patch2_8", seed=3), tmp_path / "untrained")
-    own, odd = (compress(base.model, SHORT.replace(teacher=teacher), digits) for teacher in ("original", str(path)))
+    own, odd = (
+        compress(base.model, SHORT.replace(teacher=teacher), digits).model for teacher in ("original", str(path))
+    )
     assert evaluate(own, digits.val).top1.mean() > evaluate(odd, digits.val).top1.mean()
 
 
@@ -266,7 +280,7 @@ def test_images_of_other_classes_are_refused(digits):
 
 
 def test_a_damaged_artefact_is_refused(base, digits, tmp_path):
-    path = artifact.save(compress(base.model, ROUNDED, digits), tmp_path / "a")
+    path = artifact.save(compress(base.model, ROUNDED, digits).model, tmp_path / "a")
     file = path / "model.safetensors"
     with open(file, "r+b") as handle:
         handle.seek(os.path.getsize(file) - 100)
@@ -280,13 +294,13 @@ def test_a_damaged_artefact_is_refused(base, digits, tmp_path):
 def test_recipes_that_lie_about_the_shared_factor_are_refused(base, digits, tmp_path):
     import json
 
-    path = artifact.save(compress(base.model, ROUNDED, digits), tmp_path / "a")
+    path = artifact.save(compress(base.model, ROUNDED, digits).model, tmp_path / "a")
     manifest = json.loads((path / "recipe.json").read_text())
     del manifest["check"]
     for change, message in (
         (lambda recipe: recipe["shared"].pop("qkv"), "unknown shared module in the recipe 'qkv'"),
         (lambda recipe: recipe["shared"].update({"a.b": recipe["shared"]["qkv"]}), "shared module"),
-        (lambda recipe: recipe["shared"]["qkv"].update(rank=3), "do not fit"),
+        (lambda recipe: recipe["shared"]["qkv"].update(in_features=3), "do not fit"),
         (lambda recipe: recipe["layers"]["blocks.0.attn.qkv"].update(order="sideways"), "order"),
     ):
         text = json.loads(json.dumps(manifest))

@@ -12,7 +12,7 @@ from vitbench.training.loop import evaluate
 def test_fewer_bits_smaller_files_larger_errors(base, digits, tmp_path):
     x, sizes, errors = torch.randn(16, 3, 8, 8), [], []
     for bits in (2, 3, 4, 8):
-        small = compress(base.model, make_config("weight_only", {"bits": bits}))
+        small = compress(base.model, make_config("weight_only", {"bits": bits})).model
         sizes.append(artifact.size_on_disk(artifact.save(small, tmp_path / str(bits))))
         errors.append(float((small(x) - base.model(x)).square().mean()))
     assert sizes == sorted(sizes)
@@ -22,7 +22,7 @@ def test_fewer_bits_smaller_files_larger_errors(base, digits, tmp_path):
 
 
 def test_the_weights_are_whole_steps(base):
-    small = compress(base.model, make_config("weight_only", {"bits": 3, "rest": "float32"}))
+    small = compress(base.model, make_config("weight_only", {"bits": 3, "rest": "float32"})).model
     layer = small.blocks[1].mlp.fc1
     assert isinstance(layer, PackedLinear)
     codes = layer.dense() / layer.step[:, None]
@@ -32,8 +32,8 @@ def test_the_weights_are_whole_steps(base):
 
 @pytest.mark.slow
 def test_trained_two_bit_weights_beat_rounded_ones(base, digits):
-    rounded = compress(base.model, make_config("weight_only", {"bits": 2}))
-    trained = compress(base.model, make_config("weight_only", {"bits": 2, "train": {"epochs": 2}}), digits)
+    rounded = compress(base.model, make_config("weight_only", {"bits": 2})).model
+    trained = compress(base.model, make_config("weight_only", {"bits": 2, "train": {"epochs": 2}}), digits).model
     assert evaluate(trained, digits.val).top1.mean() > evaluate(rounded, digits.val).top1.mean()
 
 
@@ -44,7 +44,7 @@ def test_the_file_is_as_large_as_its_bits_say(bits, group, tmp_path):
     """bits x weights + 16 bits for each step and for all that has no codes: within 2 %, headers and recipe included."""
     model = vit.create_model("deit_tiny_patch16_224", depth=6)
     path = artifact.save(
-        compress(model, make_config("weight_only", {"bits": bits, "group": group})), tmp_path / "small"
+        compress(model, make_config("weight_only", {"bits": bits, "group": group})).model, tmp_path / "small"
     )
     coded = {f"{name}.weight": layer.weight for name, layer in vit.linear_layers(model).items()}
     ends = {f"{name}.weight": layer.weight for name, layer in vit.embedding_and_heads(model).items()}
@@ -56,6 +56,6 @@ def test_the_file_is_as_large_as_its_bits_say(bits, group, tmp_path):
     ) / 8
     assert artifact.size_on_disk(path) == pytest.approx(expected + 2 * (steps + rest), rel=0.02)
     x = torch.randn(1, 3, 224, 224)
-    small = compress(model, make_config("weight_only", {"bits": bits, "group": group, "rest": "float32"}))
+    small = compress(model, make_config("weight_only", {"bits": bits, "group": group, "rest": "float32"})).model
     loaded = artifact.load(artifact.save(small, tmp_path / "whole"))
     assert torch.allclose(loaded(x), small(x), atol=1e-4)

@@ -12,7 +12,7 @@ from vitbench.model import artifact, vit
 
 @pytest.fixture
 def small(base):
-    return compress(base.model, make_config("dynamic_int8"))
+    return compress(base.model, make_config("dynamic_int8")).model
 
 
 def test_round_trip_and_identical_bytes(small, tmp_path):

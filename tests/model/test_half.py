@@ -68,7 +68,7 @@ def test_small_layer_scales_and_small_steps_lose_no_more_than_float16_loses():
             for layer in (block.mlp.fc1, block.mlp.fc2):
                 layer.weight.data *= size
         config = make_config("weight_only", {"bits": 8, "group": 32, "ends_bits": None})
-        small = compress(model, config)
+        small = compress(model, config).model
         scale = small.blocks[0].ls1.gamma
         assert torch.allclose(scale, torch.full_like(scale, 1e-6), atol=MIN_FLOAT16 / 2)
         for block, given in zip(small.blocks, model.blocks, strict=True):

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from vitbench.model import layers, vit
-from vitbench.model.layers import FactoredLinear, PackedConv2d, PackedLinear, SharedFactor, pack, unpack
+from vitbench.model.layers import (
+    FactoredLinear,
+    PackedConv2d,
+    PackedLinear,
+    SharedFactor,
+    SharedFactorLinear,
+    pack,
+    unpack,
+)
 from vitbench.model.layers.factored import reordered_share
 
 
@@ -92,6 +100,7 @@ def test_every_layer_is_built_again_from_its_spec(name):
         "PackedLinear": lambda: PackedLinear(4, 3, 5, bias=False, group=2),
         "PackedConv2d": lambda: PackedConv2d(3, 2, 4, 8),
         "SharedFactor": lambda: SharedFactor(3, 4, 4),
+        "SharedFactorLinear": lambda: SharedFactorLinear(6, 4, 3, 1.58, "qkv", order="decode_first"),
         "FactoredLinear": lambda: FactoredLinear(4, 3, 2, 4, "fc1", order="cheapest"),
         "LowRankLinear": lambda: layers.LowRankLinear(4, 3, 2, bias=False),
         "SplitLinear": lambda: layers.SplitLinear(4, [2, 1]),

@@ -17,7 +17,7 @@ UNTRAINED = TrainConfig(epochs=0)
 @pytest.fixture(scope="module")
 def packed(micro, tmp_path_factory):
     return artifact.save(
-        compress(micro, make_config("weight_only", {"bits": 8})), tmp_path_factory.mktemp("packed") / "eight_bits"
+        compress(micro, make_config("weight_only", {"bits": 8})).model, tmp_path_factory.mktemp("packed") / "eight_bits"
     )
 
 
@@ -48,7 +48,7 @@ def test_its_recipe_is_an_uncompressed_models_that_names_the_file(packed, tmp_pa
     ],
 )
 def test_a_model_of_another_method_is_refused(micro, few_digits, tmp_path, method, settings):
-    path = artifact.save(compress(micro, make_config(method, settings), few_digits), tmp_path / "model")
+    path = artifact.save(compress(micro, make_config(method, settings), few_digits).model, tmp_path / "model")
     with pytest.raises(InputError, match=f"made by {method}, and only packed weights become dense again"):
         load_unpacked(path)
 

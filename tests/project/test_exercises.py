@@ -80,7 +80,7 @@ def test_04_scale_of_queries_and_size_of_zeros(base, digits, tmp_path):
     assert torch.allclose(found, wanted, atol=1e-5)
     from vitbench.model import artifact
 
-    fewer = compress(base.model, make_config("pruning", {"neurons": 0.0, "heads": 0.0, "tokens": 0.2}), digits)
+    fewer = compress(base.model, make_config("pruning", {"neurons": 0.0, "heads": 0.0, "tokens": 0.2}), digits).model
     masked = copy.deepcopy(base.model)
     masked.blocks[0].mlp.fc1.weight.data[:64] = 0
     files = [artifact.save(model, tmp_path / str(i)) for i, model in enumerate((base.model, masked, fewer))]
@@ -92,7 +92,7 @@ def test_05_rank_and_correction(base, digits):
     own = make_config("mixed_rank", {"keep": 0.4, "propagate": False})
     bare = own.replace(compensation="none")
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    models = [compress(base.model, config, digits) for config in (own, bare)]
+    models = [compress(base.model, config, digits).model for config in (own, bare)]
     with torch.inference_mode():
         found = [model(x) for model in models]
     assert torch.allclose(*found, atol=1e-4), "own inputs alone leave nothing to make up for"

@@ -24,7 +24,7 @@ def test_deit_tiny_keeps_its_accuracy_in_int8():
     data = load_data(IMAGENET, test=1.0)
     base = baseline("deit_tiny_patch16_224", data, TrainConfig(epochs=0), checkpoint=WEIGHTS)
     fp32 = evaluate(base.model, data.test).top1.mean()
-    int8 = evaluate(compress(base.model, make_config("dynamic_int8")), data.test).top1.mean()
+    int8 = evaluate(compress(base.model, make_config("dynamic_int8")).model, data.test).top1.mean()
     assert fp32 == pytest.approx(0.781, abs=0.002)
     assert abs(int8 - fp32) <= 0.015
 

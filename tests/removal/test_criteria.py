@@ -200,4 +200,4 @@ def test_a_model_with_layers_in_codes_is_refused(base, digits):
     from vitbench.methods.registry import compress, make_config
 
     with pytest.raises(InputError, match="prune first, then factorise or quantize"):
-        criteria.score(compress(base.model, make_config("dynamic_int8")), digits, Criterion())
+        criteria.score(compress(base.model, make_config("dynamic_int8")).model, digits, Criterion())

@@ -27,7 +27,7 @@ def test_the_best_is_within_the_budget_and_what_it_says(found, base, digits, tmp
     assert len(searched.trials) == SMALL.trials
     assert searched.limit == pytest.approx(0.2 * artifact.size_on_disk(base.path), rel=1e-3)
     best = searched.best
-    small = compress(base.model, list(best.configs), digits)
+    small = compress(base.model, list(best.configs), digits).model
     assert artifact.size_on_disk(artifact.save(small, tmp_path / "small")) <= best.cost <= searched.limit
     assert evaluate(small, digits.val).top1.mean() == pytest.approx(best.val_top1)
     assert best.val_top1 == max(trial.val_top1 for trial in searched.trials if trial.val_top1 is not None)
@@ -80,7 +80,7 @@ def test_every_order_is_tried_and_what_cannot_be_says_why(base, digits):
     for configs in orders(["pruning", "mixed_rank", "dynamic_int8"]):
         name = "+".join(type(config).__name__ for config in configs)
         try:
-            made[name] = compress(base.model, configs, digits).recipe.method
+            made[name] = compress(base.model, configs, digits).model.recipe.method
         except InputError as error:
             made[name] = error
     assert len(made) == 6
@@ -151,6 +151,6 @@ def test_only_whole_blocks_can_come_before_uct(base, digits):
     """The answer to an exercise of lesson 11."""
     uct = make_config("uct", {"train": {"epochs": 0}})
     taught = make_config("distillation", {"train": {"epochs": 0}})
-    assert compress(base.model, [taught, uct], digits).recipe.method == "distillation+uct"
+    assert compress(base.model, [taught, uct], digits).model.recipe.method == "distillation+uct"
     with pytest.raises(InputError):
         compress(base.model, [make_config("mixed_rank"), uct], digits)

@@ -34,9 +34,13 @@ def teacher(base):
     return base.model
 
 
-def distilled(model, data, **changes):
+def distillation_result(model, data, **changes):
     train = SHORT.replace(**changes.pop("train", {}))
     return compress(model, make_config("distillation", {**MICRO, **changes}).replace(train=train), data)
+
+
+def distilled(model, data, **changes):
+    return distillation_result(model, data, **changes).model
 
 
 def weights(model):
@@ -157,19 +161,20 @@ def test_timms_distilled_models_are_students_as_they_are(tmp_path):
     assert {"dist_token", "head_dist.weight"} <= load_file(path / "model.safetensors").keys()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(artifact.load(path)(x), model(x))
-    small = compress(model, make_config("weight_only", {"ends_bits": 8}))
+    small = compress(model, make_config("weight_only", {"ends_bits": 8})).model
     assert {"head", "head_dist"} <= artifact.recipe_of(small).layers.keys()
 
 
 @pytest.mark.parametrize("weight", ["feature_weight", "attention_weight"])
 def test_what_blocks_hold_is_followed_and_the_projections_vanish(few, teacher, tmp_path, weight):
     plain = distilled(teacher, few, train={"kd_weight": 0.0})
-    small = distilled(teacher, few, train={"kd_weight": 0.0, weight: 1.0})
+    result = distillation_result(teacher, few, train={"kd_weight": 0.0, weight: 1.0})
+    small = result.model
     assert not torch.allclose(weights(small), weights(plain), atol=1e-3)
     path = artifact.save(small, tmp_path / "small")
     own = vit.create_model("vit_micro_patch2_8", depth=1).state_dict().keys()
     assert load_file(path / "model.safetensors").keys() == own
-    assert small.history[-1]["loss"] < small.history[0]["loss"]
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
 def test_a_stopped_run_with_projections_goes_on(few, teacher, stopped):
@@ -197,7 +202,7 @@ def test_a_student_of_the_teachers_blocks_starts_with_their_weights(few, teacher
     assert len(teacher.blocks) == 4
     loaded = artifact.load(artifact.save(small, tmp_path / "two"))
     assert len(loaded.blocks) == loaded.recipe.architecture.depth == 2
-    cut = compress(teacher, make_config("pruning", {"neurons": 0.5, "compensation": "none"}), few)
+    cut = compress(teacher, make_config("pruning", {"neurons": 0.5, "compensation": "none"}), few).model
     again = artifact.load(
         artifact.save(distilled(cut, few, student="", depth=1, train={"epochs": 0}), tmp_path / "cut")
     )
@@ -216,7 +221,7 @@ def test_a_student_of_another_architecture_stands_beside_its_teacher(few, base, 
 
 
 def test_a_compressed_model_recovers_and_keeps_its_recipe(few, teacher):
-    cut = compress(teacher, make_config("pruning", {"neurons": 0.75, "compensation": "none"}), few)
+    cut = compress(teacher, make_config("pruning", {"neurons": 0.75, "compensation": "none"}), few).model
     back = distilled(cut, few, student="", depth=0, train={"seed": 5})
     assert back.recipe.method == "pruning+distillation"
     assert back.recipe.architecture == cut.recipe.architecture
@@ -231,7 +236,7 @@ def test_a_teacher_of_another_kind_and_size_answers_from_disk(teacher, tmp_path)
     name = f"resnet10t:{tmp_path / 'net.safetensors'}"
     assert load_teacher(name, 10).recipe.preprocess.size == 176
     short = {"batch_size": 32, "epochs": 1}
-    assert distilled(teacher, some, teacher=name, train=short).history
+    assert distillation_result(teacher, some, teacher=name, train=short).history
     with pytest.raises(InputError, match="has another preprocessing.*train.views of 1 or more"):
         distilled(teacher, some, teacher=name, train={**short, "views": 0})
     with pytest.raises(InputError, match="'resnet10t' could not be made"):
@@ -268,6 +273,6 @@ def test_teachers_that_do_not_fit(few, teacher, tmp_path):
     other = artifact.save(large, tmp_path / "large")
     with pytest.raises(InputError, match="the student has 16 and the teacher 64 of them"):
         distilled(teacher, few, teacher=str(other), train={"feature_weight": 1.0})
-    reduced = compress(teacher, make_config("pruning", {"neurons": 0.0, "heads": 0.0, "tokens": 0.3}), few)
+    reduced = compress(teacher, make_config("pruning", {"neurons": 0.0, "heads": 0.0, "tokens": 0.3}), few).model
     with pytest.raises(InputError, match="one class token"):
         distilled(reduced, few, student="", depth=0, token=True)

@@ -28,37 +28,53 @@ class Coder(nn.Module, ABC):
         return 0.0
 
 
-class RowCoder(Coder):
-    """Codes of one weight with a learned step for each output row, or for each `group` of a row's weights (LSQ).
+class CodedMatrix(nn.Module):
+    """A tensor as trainable codes with a learned step for each row, or for each `group` of a row (LSQ); it returns the decoded one.
 
-    The weight is trained in units of the root mean square of the weights that share a step, so one learning rate suits all.
-    Steps start from `step`, or from the least rounding error.
+    It is trained in units of the root mean square of the values that share a step, so one learning rate suits all. Steps
+    start from `step`, or from the least rounding error.
     """
 
-    def __init__(self, name: str, module: nn.Module, bits: int, group: int | None = None, step: Tensor | None = None):
+    def __init__(self, matrix: Tensor, bits: float, group: int | None = None, step: Tensor | None = None):
         super().__init__()
-        self.names, self.bits, self.group, self.shape = [name], bits, group, module.weight.shape
-        weight = module.weight.detach().flatten(1)
-        weight = weight.reshape(-1, group or weight.shape[1])
-        self.register_buffer("scale", weight.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8))
-        self.value = nn.Parameter(weight / self.scale)
-        self.steps = LearnedStep(len(weight), bits, dim=1)
+        self.bits, self.group, self.shape = bits, group, matrix.shape
+        rows = matrix.detach().flatten(1)
+        rows = rows.reshape(-1, group or rows.shape[1])
+        self.register_buffer("scale", rows.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8))
+        self.value = nn.Parameter(rows / self.scale)
+        self.steps = LearnedStep(len(rows), bits, dim=1)
         if step is None:
             self.steps.init_from(self.value.detach())
         else:
             self.steps.step.data = step.reshape(-1, 1) / self.scale
 
+    def forward(self) -> Tensor:
+        return (self.steps(self.value) * self.scale).view(self.shape)
+
+    def codes_and_steps(self) -> tuple[Tensor, Tensor]:
+        """The present codes, integers (rows, group), and the steps, (rows,)."""
+        codes, step, _ = self.steps.codes_and_steps(self.value)
+        return codes, step * self.scale.flatten()
+
+
+class RowCoder(CodedMatrix, Coder):
+    """The coder of one weight: a `CodedMatrix`."""
+
+    def __init__(self, name: str, module: nn.Module, bits: float, group: int | None = None, step: Tensor | None = None):
+        super().__init__(module.weight, bits, group, step)
+        self.names = [name]
+
     def decode(self) -> dict[str, Tensor]:
-        return {self.names[0]: (self.steps(self.value) * self.scale).view(self.shape)}
+        return {self.names[0]: self()}
 
     def install_packed(self, model: nn.Module) -> None:
-        codes, step, _ = self.steps.codes_and_steps(self.value)
         old = model.get_submodule(self.names[0])
-        new = _packed_like(old, self.bits, self.group).set_codes(codes, step * self.scale.flatten(), old.bias)
+        codes, step = self.codes_and_steps()
+        new = _packed_like(old, self.bits, self.group).set_codes(codes, step, old.bias)
         vit.replace_module(model, self.names[0], new)
 
 
-def _packed_like(module: nn.Module, bits: int, group: int | None) -> PackedLinear | PackedConv2d:
+def _packed_like(module: nn.Module, bits: float, group: int | None) -> PackedLinear | PackedConv2d:
     """An empty packed layer with the shape of `module`; it quantizes its inputs if `module` does."""
     bias = module.bias is not None
     if not isinstance(module, nn.Linear):

@@ -9,7 +9,7 @@ with a step s for each group g of a row's weights. Columns are rounded one by on
 each. Then steps and codes are refined alternately, each to its exact minimum.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ ROWS = 32  # rows whose steps are solved for in one call
 
 @torch.no_grad()
 def gptq_codes(
-    weight: Tensor, covariance: Tensor, bits: int, group: int, damping: float = 0.01, refinements: int = 3
+    weight: Tensor, covariance: Tensor, bits: float, group: int, damping: float = 0.01, refinements: int = 3
 ) -> tuple[Tensor, Tensor]:
     """Round a weight with the least change of its outputs.
 
@@ -53,7 +53,7 @@ def gptq_layers(
     model: nn.Module,
     original: nn.Module,
     layers: Mapping[str, nn.Linear],
-    bits: Mapping[str, int],
+    bits: Mapping[str, float],
     split: Split,
     *,
     group: int | None = None,
@@ -72,20 +72,44 @@ def gptq_layers(
         Layer name -> its steps, as from `gptq_codes`.
     """
     steps = {}
-    all_error_moments = compensation.layer_error_moments(model, original, list(layers), split)
-    for name, error_moments in progress.progress_bar(all_error_moments, "rounding", total=len(layers), unit="layer"):
-        layer, size = layers[name], group or layers[name].in_features
-        weight = layer.weight.detach().double()
-        target_weight = weight + error_moments.correction(ridge)
-        codes, step = gptq_codes(target_weight, error_moments.covariance, bits[name], size, damping)
-        rounded = codes * step.repeat_interleave(size, 1)
-        if layer.bias is not None:
-            layer.bias.data += error_moments.bias_change(rounded - weight).float()
-        layer.weight.data, steps[name] = rounded, step
+
+    def round_weight(name: str, target_weight: Tensor, covariance: Tensor) -> Tensor:
+        size = group or target_weight.shape[1]
+        codes, steps[name] = gptq_codes(target_weight, covariance, bits[name], size, damping)
+        return codes * steps[name].repeat_interleave(size, 1)
+
+    replace_weights(model, original, layers, split, round_weight, ridge)
     return steps
 
 
-def _round_columns(w: Tensor, h: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def replace_weights(
+    model: nn.Module,
+    original: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    split: Split,
+    approximate: Callable[[str, Tensor, Tensor], Tensor],
+    ridge: float = 1.0,
+    title: str = "rounding",
+) -> None:
+    """Replace `model`'s weights in place, first layer to last, each for the inputs that the replaced layers produce.
+
+    Args:
+        original: the model whose outputs the layers should keep.
+        approximate: maps a layer's name, the weight that corrects the error of earlier layers (out, in) and the inputs'
+            covariance (in, in) to the weight to store (out, in).
+        ridge: of the correction (`compensation`).
+    """
+    all_error_moments = compensation.layer_error_moments(model, original, list(layers), split)
+    for name, error_moments in progress.progress_bar(all_error_moments, title, total=len(layers), unit="layer"):
+        layer = layers[name]
+        weight = layer.weight.detach().double()
+        new_weight = approximate(name, weight + error_moments.correction(ridge), error_moments.covariance)
+        if layer.bias is not None:
+            layer.bias.data += error_moments.bias_change(new_weight - weight).float()
+        layer.weight.data = new_weight.float()
+
+
+def _round_columns(w: Tensor, h: Tensor, bits: float, group: int) -> tuple[Tensor, Tensor]:
     """Round column by column: with H^-1 = U^T U, the error e of column j changes each later column k by -e U_jk / U_jj."""
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     w, codes, steps = w.clone(), torch.empty_like(w), []
@@ -120,7 +144,7 @@ def _refine_steps(w: Tensor, h: Tensor, codes: Tensor, steps: Tensor, group: int
     return torch.cat(refined)
 
 
-def _refine_codes(w: Tensor, h: Tensor, codes: Tensor, steps: Tensor, bits: int) -> Tensor:
+def _refine_codes(w: Tensor, h: Tensor, codes: Tensor, steps: Tensor, bits: float) -> Tensor:
     """Set each column, one after the other, to its best codes while the others are fixed."""
     codes, (low, high) = codes.clone(), code_range(bits)
     residual = (w - codes * steps) @ h  # of all columns; updated with each column

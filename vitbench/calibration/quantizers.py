@@ -14,22 +14,23 @@ from vitbench.base import progress
 from vitbench.calibration.moments import CALIBRATION_BATCH, forward_hooks
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import Split
+from vitbench.model.layers.packed import TERNARY
 
 CANDIDATES = 64  # steps that `min_error_step` tries for each slice
 
 
-def code_range(bits: int) -> tuple[int, int]:
-    """The lowest and the highest signed code."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+def code_range(bits: float) -> tuple[int, int]:
+    """The lowest and the highest signed code; -1 and 1 for ternary codes, which are called 1.58 bits."""
+    return (-1, 1) if bits == TERNARY else (-(2 ** (int(bits) - 1)), 2 ** (int(bits) - 1) - 1)
 
 
-def quantize(x: Tensor, step: Tensor, bits: int) -> Tensor:
+def quantize(x: Tensor, step: Tensor, bits: float) -> Tensor:
     """The nearest codes, integers in x's type; `step` is broadcast to x."""
     return (x / step).round().clamp(*code_range(bits))
 
 
 def min_error_step(
-    x: Tensor, bits: int, dim: int, importance: Tensor | None = None, signs: tuple[int, ...] = (1,)
+    x: Tensor, bits: float, dim: int, importance: Tensor | None = None, signs: tuple[int, ...] = (1,)
 ) -> Tensor:
     """The step with the least squared rounding error of each slice, among `CANDIDATES` fractions of its largest value.
 
@@ -64,7 +65,7 @@ class LearnedStep(nn.Module):
         zero_point: whether zero points are learned too.
     """
 
-    def __init__(self, size: int, bits: int, dim: int, zero_point: bool = False):
+    def __init__(self, size: int, bits: float, dim: int, zero_point: bool = False):
         super().__init__()
         self.bits, self.dim = bits, dim
         shape = (size, 1) if dim == 1 else (1, size)

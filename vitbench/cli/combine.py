@@ -56,7 +56,7 @@ def _combine(options: argparse.Namespace) -> int:
             "give a larger --budget, more --trials or other structures and codes"
         )
     assert best.val_top1 is not None  # the best trial is within the limit, so it was scored
-    path = artifact.save(registry.compress(model, list(best.configs), data), options.out)
+    path = artifact.save(registry.compress(model, list(best.configs), data).model, options.out)
     print(f"{path}: {best.name}, {artifact.size_on_disk(path):,} bytes, {100 * best.val_top1:.2f} % on val")
     return 0
 

@@ -88,7 +88,7 @@ def _compress(options: argparse.Namespace) -> int:
     if options.budget:
         ((name, values),) = settings.items()
         configs = [_config_for_budget(options.budget, model, name, values, data)]
-    small = registry.compress(model, configs, data)
+    small = registry.compress(model, configs, data).model
     seconds = time.monotonic() - start
     path = artifact.save(small, options.out)
     if record is not None:

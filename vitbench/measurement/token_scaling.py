@@ -155,6 +155,6 @@ def time_scaling(
 def _variant(base: nn.Module, step: dict[str, Any] | None) -> nn.Module | str:
     """`base` compressed by a step, or the reason why the step does not suit it."""
     try:
-        return compress(base, make_config(step["method"], step["config"]) if step else [])
+        return compress(base, make_config(step["method"], step["config"]) if step else []).model
     except InputError as error:
         return str(error)

@@ -28,6 +28,7 @@ from vitbench.methods.method import register
 from vitbench.model import vit
 from vitbench.model.vit import LINEAR_TYPES
 from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
@@ -50,7 +51,7 @@ class DiffQ(CodedTrainingConfig):
 
 
 @register(DiffQ, identity=DiffQ(layers=(), ends_bits=None, rest="float32"))
-def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> nn.Module:
+def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> Compressed:
     """Learn the bits of each layer under noise, then round the weights."""
     vit.dense_layers_by_type(model, config.layers)
     layers, teacher = vit.linear_layers(model, config.layers), find_teacher(model, config, data)
@@ -60,7 +61,7 @@ def diffq(model: nn.Module, config: DiffQ, data: ImageData | None) -> nn.Module:
     noisy = {name: NoiseCoder(name, layer, config.bits) for name, layer in layers.items()}
     coders = [*noisy.values(), *embedding_and_head_coders(model, config.ends_bits)]
     if not coders:
-        return model
+        return Compressed(model)
     target = config.bits * sum(coder.value.numel() for coder in noisy.values())
 
     def pressure(used: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from vitbench.base.errors import InputError
 from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import artifact, blocks, vit
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tuned
 
 
 class Distillation(FineTuneConfig):
@@ -52,13 +53,11 @@ class Distillation(FineTuneConfig):
     identity=Distillation(depth=0, train=TrainConfig(epochs=0)),
     operating_points=lambda model: [{"depth": n} for n in range(len(model.blocks), 0, -1)],
 )
-def distillation(model: nn.Module, config: Distillation, data: ImageData | None) -> nn.Module:
+def distillation(model: nn.Module, config: Distillation, data: ImageData | None) -> Compressed:
     """Make the student and train it. The teacher is not kept, nor are layers that only compare the two."""
     student = _student(model, config)
     teacher = find_teacher(student, config, data, original=model)
-    student.requires_grad_(bool(config.train.epochs))
-    fine_tune(student, config, data, teacher, title="distilling" if teacher else "training alone")
-    return student.cpu()
+    return fine_tuned(student, config, data, teacher, title="distilling" if teacher else "training alone")
 
 
 def _student(model: nn.Module, config: Distillation) -> nn.Module:

@@ -10,8 +10,9 @@ from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import blocks
 from vitbench.model.layers import LinearAttention as Layer
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tuned
 
 TRAIN = TrainConfig(epochs=5, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 
@@ -24,10 +25,8 @@ class LinearAttention(FineTuneConfig):
 
 
 @register(LinearAttention, identity=LinearAttention(blocks=(), train=TRAIN.replace(epochs=0)), reduces="macs")
-def linear_attention(model: nn.Module, config: LinearAttention, data: ImageData | None) -> nn.Module:
+def linear_attention(model: nn.Module, config: LinearAttention, data: ImageData | None) -> Compressed:
     """Replace the blocks' softmax attention by linear attention, then train."""
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     blocks.replace_attention(model, config.blocks, Layer.from_attention)
-    model = model.requires_grad_(bool(config.train.epochs))
-    fine_tune(model, config, data, teacher, title="training linear attention")
-    return model.cpu()
+    return fine_tuned(model, config, data, teacher, title="training linear attention")

@@ -24,6 +24,7 @@ from vitbench.methods.method import register
 from vitbench.model import vit
 from vitbench.model.vit import LINEAR_TYPES
 from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
@@ -45,7 +46,7 @@ class LSQ(CodedTrainingConfig):
     identity=LSQ(layers=(), ends_bits=None, rest="float32"),
     operating_points=lambda model: [{"weight_bits": n} for n in range(8, 1, -1)],
 )
-def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
+def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> Compressed:
     """Round weights and activations of the blocks' linear layers, and train with rounding in the forward pass."""
     vit.dense_layers_by_type(model, config.layers)
     layers, teacher = vit.linear_layers(model, config.layers), find_teacher(model, config, data)
@@ -61,5 +62,5 @@ def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> nn.Module:
     coders = [RowCoder(name, layer, config.weight_bits) for name, layer in layers.items()]
     coders += embedding_and_head_coders(model, config.ends_bits)
     if not coders:
-        return model
+        return Compressed(model)
     return train_codes(CodedModel(model, coders), config, data, teacher)

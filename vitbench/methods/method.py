@@ -1,5 +1,7 @@
 """What a method is: a config class and a handler `(model, config, data) -> model`, which `register` joins under one name.
 
+A handler whose training or search has a history returns `Compressed`, the model with that history.
+
 `METHODS` is complete once `vitbench.methods.registry` is imported, because that imports every file of the folder.
 """
 
@@ -11,11 +13,13 @@ from torch import nn
 
 from vitbench.base.configs import Config
 from vitbench.data.splits import ImageData
+from vitbench.training.compressed import Compressed
 
 Reduces = Literal["bytes", "macs"]
 
 
-Handler = Callable[[nn.Module, Any, ImageData | None], nn.Module]  # each handler takes its own config class
+# each handler takes its own config class
+Handler = Callable[[nn.Module, Any, ImageData | None], nn.Module | Compressed]
 
 
 OperatingPoints = Callable[[nn.Module], list[dict[str, Any]]]

@@ -34,8 +34,9 @@ from vitbench.methods.method import register
 from vitbench.model import blocks, vit
 from vitbench.model.layers import LowRankLinear
 from vitbench.model.vit import LINEAR_TYPES
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tuned
 
 TOKENS_PER_INPUT = 10  # calibration tokens for each input feature; with fewer, a covariance counts as unstable
 
@@ -93,11 +94,11 @@ def _operating_points(model: nn.Module) -> list[dict[str, float]]:
 
 
 @register(MixedRank, identity=MixedRank(keep=1.0), operating_points=_operating_points)
-def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> nn.Module:
+def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> Compressed:
     """Factor the linear layers at allocated ranks, compensate the error, and fine-tune if `train.epochs` is above 0."""
     vit.dense_layers_by_type(model, config.layers)
     if config.keep == 1 or not config.layers:
-        return model
+        return Compressed(model)
     if data is None:
         raise InputError("mixed_rank needs calibration images and no data set was given; give one")
     teacher = find_teacher(model, config, data) if config.train.epochs else None
@@ -114,9 +115,7 @@ def mixed_rank(model: nn.Module, config: MixedRank, data: ImageData | None) -> n
         layer_errors = ((name, _zero_error_moments(layers[name], moments[name])) for name in names)
     for name, mismatch in progress.progress_bar(layer_errors, "factoring", total=len(names), unit="layer"):
         _replace(model, config, name, layers[name], ranks.get(name, 0), moments[name], mismatch)
-    small = model.requires_grad_(bool(config.train.epochs))
-    fine_tune(small, config, data, teacher, title="distilling")
-    return small.cpu()
+    return fine_tuned(model, config, data, teacher, title="distilling")
 
 
 def _moments(model: nn.Module, config: MixedRank, data: ImageData) -> dict[str, Moments]:

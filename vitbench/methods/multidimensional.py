@@ -8,6 +8,7 @@ scored on the val split (a part of train) with their units removed, and the test
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -38,8 +39,9 @@ from vitbench.removal.pruner import Pruner, RemovalConfig
 from vitbench.removal.scores import Scores, top_units
 from vitbench.removal.search import LatencyTable, SearchConfig, SearchResult, search
 from vitbench.training import loop
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import find_teacher, fine_tune
+from vitbench.training.tuning import find_teacher, fine_tuned
 
 
 class MultiDimensional(RemovalConfig):
@@ -71,20 +73,18 @@ class MultiDimensional(RemovalConfig):
 
 
 @register(MultiDimensional, identity=MultiDimensional(keep=1.0))
-def multidimensional(model: nn.Module, config: MultiDimensional, data: ImageData | None) -> nn.Module:
+def multidimensional(model: nn.Module, config: MultiDimensional, data: ImageData | None) -> Compressed:
     """Search for a policy, prune the model by it, compensate, and fine-tune if `train.epochs` is above 0."""
     if config.keep == 1:
-        return model
+        return Compressed(model)
     if data is None:
         raise InputError("multidimensional scores policies on images and no data set was given; give one")
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     policy_search = PolicySearch(model, config, data)
     search_result = policy_search.search()
     counts = policy_search.space.counts(search_result.best)
-    small = policy_search.pruner.prune(counts).requires_grad_(bool(config.train.epochs))
-    fine_tune(small, config, data, teacher, title="recovering")
-    small.search = policy_search.history(search_result)
-    return small.cpu()
+    small = fine_tuned(policy_search.pruner.prune(counts), config, data, teacher, title="recovering")
+    return dataclasses.replace(small, search=policy_search.history(search_result))
 
 
 class PolicySearch:

@@ -15,8 +15,9 @@ from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import blocks, vit
 from vitbench.model.layers import ExactNystroemAttention, NystroemAttention
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tuned
 
 DEFAULT_LANDMARKS, MIN_TOKENS_PER_LANDMARK = 32, 4
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
@@ -55,7 +56,7 @@ class Nystroem(FineTuneConfig):
     reduces="macs",
     operating_points=lambda model: [{"landmarks": n} for n in range(vit.token_count(model), 1, -1)],
 )
-def nystroem(model: nn.Module, config: Nystroem, data: ImageData | None) -> nn.Module:
+def nystroem(model: nn.Module, config: Nystroem, data: ImageData | None) -> Compressed:
     """Replace the blocks' softmax attention by Nystroem attention, and fine-tune if `train.epochs` is above 0."""
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     tokens, prefix = vit.token_count(model), model.num_prefix_tokens if config.class_token == "apart" else 0
@@ -69,6 +70,4 @@ def nystroem(model: nn.Module, config: Nystroem, data: ImageData | None) -> nn.M
     layer_class = NystroemAttention if config.iterations else ExactNystroemAttention
     options |= {"iterations": config.iterations} if config.iterations else {}
     blocks.replace_attention(model, config.blocks, lambda attn: layer_class.from_attention(attn, **options))
-    model = model.requires_grad_(bool(config.train.epochs))
-    fine_tune(model, config, data, teacher, title="training Nystroem attention")
-    return model.cpu()
+    return fine_tuned(model, config, data, teacher, title="training Nystroem attention")

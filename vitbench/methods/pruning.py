@@ -18,7 +18,8 @@ from vitbench.methods.method import register
 from vitbench.removal.policy import DIMENSIONS, PolicySpace
 from vitbench.removal.pruner import Pruner, RemovalConfig
 from vitbench.removal.scores import Scores
-from vitbench.training.tuning import find_teacher, fine_tune
+from vitbench.training.compressed import Compressed
+from vitbench.training.tuning import find_teacher, fine_tuned
 
 
 class Pruning(RemovalConfig):
@@ -45,14 +46,12 @@ def _operating_points(model: nn.Module) -> list[dict[str, float]]:
 
 
 @register(Pruning, identity=Pruning(neurons=0.0, heads=0.0), operating_points=_operating_points)
-def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:
+def pruning(model: nn.Module, config: Pruning, data: ImageData | None) -> Compressed:
     """Remove the units and tokens of least score, compensate, and fine-tune if `train.epochs` is above 0."""
     ratios = [getattr(config, name) for name in DIMENSIONS]
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     small = _prune(model, config, data) if any(ratios) else model
-    small = small.requires_grad_(bool(config.train.epochs))
-    fine_tune(small, config, data, teacher, title="recovering")
-    return small.cpu()
+    return fine_tuned(small, config, data, teacher, title="recovering")
 
 
 def _prune(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Module:

@@ -14,6 +14,7 @@ from vitbench.base.errors import InputError, one_of
 from vitbench.data.splits import ImageData, WatchedData
 from vitbench.methods.method import METHODS, Method
 from vitbench.model.recipe import Step
+from vitbench.training.compressed import Compressed
 
 
 def method_of(config: Config) -> Method:
@@ -35,7 +36,7 @@ def make_config(name: str, values: dict[str, Any] | None = None) -> Config:
     return config(**values)
 
 
-def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageData | None = None) -> nn.Module:
+def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageData | None = None) -> Compressed:
     """Apply one method, or several in order, to a copy of `model`.
 
     Args:
@@ -44,17 +45,22 @@ def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageDa
         data: images for the methods that calibrate or train. The test split is never used.
 
     Returns:
-        The compressed model. If a method trained it, it has a `history`, as `vitbench.training.train` returns it.
+        The compressed model with the history of its trainings and its search.
     """
     model = copy.deepcopy(model)
+    history: list[dict[str, float]] = []
+    searched: list[dict[str, Any]] = []
     for config in [configs] if isinstance(configs, Config) else configs:
         method = method_of(config)
         watched = WatchedData(data) if data else None
-        model = method.handler(model, config, watched)
+        result = method.handler(model, config, watched)
+        if isinstance(result, nn.Module):
+            result = Compressed(result)
+        model, history, searched = result.model, history + result.history, searched + result.search
         images = watched.identity() if watched and watched.was_used else {}
         steps = (*model.recipe.methods, Step(method=method.name, config=config.to_dict(), images=images))
         model.recipe = model.recipe.replace(methods=steps)
-    return model.requires_grad_(False).eval()
+    return Compressed(model.requires_grad_(False).eval(), history, searched)
 
 
 for _module in pkgutil.iter_modules([str(Path(__file__).parent)]):

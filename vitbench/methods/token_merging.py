@@ -17,8 +17,9 @@ from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import blocks, vit
 from vitbench.model.tokens import TokenBlocks, max_merged
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tune
+from vitbench.training.tuning import FineTuneConfig, find_teacher, fine_tuned
 
 TRAIN = TrainConfig(epochs=0, lr=1e-3, warmup_epochs=0, kd_weight=0.75, mixup=0.0)
 Pairs = Annotated[int, Field(ge=0)]
@@ -68,7 +69,7 @@ def tokens_after(pairs: Sequence[int], tokens: int, prefix: int) -> list[int]:
     reduces="macs",
     operating_points=lambda model: [{"r": n} for n in range(model.patch_embed.num_patches // 2)],
 )
-def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None) -> nn.Module:
+def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None) -> Compressed:
     """Merge tokens in every block, and fine-tune if `train.epochs` is above 0."""
     teacher = find_teacher(model, config, data) if config.train.epochs else None
     pairs, tokens = _pairs(model, config), vit.token_count(model)
@@ -78,9 +79,7 @@ def token_merging(model: nn.Module, config: TokenMerging, data: ImageData | None
         tokens_before = [tokens, *after]
         blocks.reduce_tokens(model, "merge", [m if m < n else None for n, m in zip(tokens_before, after)])
         blocks.record_block_shapes(model)
-    model = model.requires_grad_(bool(config.train.epochs))
-    fine_tune(model, config, data, teacher, title="training merged tokens")
-    return model.cpu()
+    return fine_tuned(model, config, data, teacher, title="training merged tokens")
 
 
 def _pairs(model: nn.Module, config: TokenMerging) -> list[int]:

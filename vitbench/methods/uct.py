@@ -10,11 +10,17 @@ with a step and a zero point for each column of Z, and a step for each column of
     lambda ||Z D - M||^2 / (L in out) + (1 - k) CE + k KL(teacher || student)
 
 over Z, D, the steps, and all other parameters of the ViT. In the paper an encoder computes Z from M ("encoder"). Since M is
-constant and the encoder is linear in it, Z can also be a parameter itself ("direct"), which starts at a closed-form solution.
+constant and the encoder is linear in it, Z can also be a parameter itself ("direct").
+
+What training can win back depends on where it starts. "second_order" starts near the answer: the blocks are aligned, so that
+one D suits all (`vitbench.calibration.alignment`), and the codes are fitted to the outputs of the layers, block by block
+(`vitbench.calibration.shared`). Its codes have no zero points, and each Z_l has steps of its own. "activations" and "weights"
+truncate M at once and round to the nearest codes.
 """
 
 import copy
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +28,8 @@ from torch import nn
 
 from vitbench.base import progress
 from vitbench.base.errors import InputError
-from vitbench.calibration.coders import embedding_and_head_coders
+from vitbench.calibration.alignment import align_blocks
+from vitbench.calibration.coders import Coder, embedding_and_head_coders
 from vitbench.calibration.factors import (
     DirectFactor,
     Encoder,
@@ -31,15 +38,21 @@ from vitbench.calibration.factors import (
     output_grams,
     stack_weights,
 )
+from vitbench.calibration.moments import collect_moments
+from vitbench.calibration.shared import FactorShape, choose_forms, shared_codes
 from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import vit
 from vitbench.model.layers.factored import Order, factored_layers
+from vitbench.model.layers.packed import Bits
 from vitbench.model.vit import LINEAR_TYPES, dense_layers_by_type
-from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
+from vitbench.training.coded import CodedModel, CodedTrainingConfig, bytes_without, train_codes
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
+LayerType = Literal["qkv", "proj", "fc1", "fc2"]
+Rank = Annotated[int, Field(ge=1)]
 ENCODER_WIDTHS = {"qkv": 2, "proj": 1, "fc1": 2, "fc2": 1}  # by layer type; in units of the ViT's width
 
 
@@ -48,13 +61,21 @@ class UCT(CodedTrainingConfig):
 
     Attributes:
         layers: the types of linear layers to factor.
+        dense_bits: bits of the codes of the other types, in second order; None leaves them in floating point.
+        target_bytes: the bytes of all tensors of the compressed model. Each layer type then gets factors or codes of its own,
+            with ranks and bits chosen by `vitbench.calibration.shared.choose_forms`; `layers`, `dense_bits`, `rank`, `ranks`, `bits`
+            and `latent_bits` are not used. With `start` "second_order" alone.
         rank: r, the same for all types; None takes `rank_ratio` of the ViT's width.
+        ranks: the ranks of single types, in place of `rank`.
         rank_ratio: 0.72 is the paper's value for DeiT-S (277 of 384). Below 0.75, re-ordered decoding needs fewer MACs than
             the dense layers.
-        bits: bits of the codes of Z and of D.
+        bits: bits of the codes of D, and of Z without `latent_bits`.
+        latent_bits: bits of the codes of Z.
+        group: values of a row that share a step in "second_order" codes; None: all.
         form: "direct" trains Z itself; "encoder" trains the paper's encoder.
-        start: the error that the direct form's closed-form start minimises: that of the layers' outputs on calibration
-            images ("activations"), with the same weight for each block, or that of the weights ("weights").
+        start: of the direct form. "second_order" fits aligned factors and their codes to the layers' outputs on calibration
+            images; "activations" truncates for these outputs, with the same weight for each block; "weights" for the weights.
+        align: whether "second_order" aligns the blocks before.
         mse_weight: lambda.
         order: the order of multiplication in the compressed layers, see `FactoredLinear`.
         warm_steps: steps on the weights' error alone, before the joint training of the encoder form (Adam, 1e-3 to 1e-6).
@@ -63,12 +84,18 @@ class UCT(CodedTrainingConfig):
         head_bits: bits of the head; None: `ends_bits`.
     """
 
-    layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
+    layers: tuple[LayerType, ...] = LINEAR_TYPES
+    dense_bits: Bits | None = None
+    target_bytes: int | None = Field(default=None, ge=1)
     rank: int | None = Field(default=None, ge=1)
+    ranks: dict[LayerType, Rank] = {}
     rank_ratio: float = Field(default=0.72, gt=0, le=1)
     bits: int = Field(default=4, ge=2, le=8)
+    latent_bits: Bits | None = None
+    group: int | None = Field(default=None, ge=2)
     form: Literal["direct", "encoder"] = "direct"
-    start: Literal["activations", "weights"] = "activations"
+    start: Literal["second_order", "activations", "weights"] = "second_order"
+    align: bool = True
     mse_weight: float = Field(default=0.25, ge=0)
     order: Order = "reordered"
     warm_steps: int = Field(default=1000, ge=0)
@@ -101,28 +128,31 @@ OFFICIAL_UCT = UCT(
 )
 
 
-def rank_of(model: nn.Module, config: UCT) -> int:
-    """The rank for this model: `rank`, or `rank_ratio` of its width.
+def ranks_of(model: nn.Module, config: UCT) -> dict[str, int]:
+    """Layer type -> its rank in this model: `rank`, or `rank_ratio` of the model's width.
 
     Raises:
-        InputError: layers of a type are missing or differ in shape, or the rank is above the smaller dimension of a type.
+        InputError: layers of a type are missing or differ in shape, or a rank is above what the type allows: its outputs, and
+            without `start` "second_order" also its inputs.
     """
-    max_ranks = {}
+    stacked = config.form == "direct" and config.start == "second_order"  # Z may have more rows than a layer has inputs
+    ranks, limits = {}, {}
     for kind, layers in dense_layers_by_type(model, config.layers).items():
         shapes = {tuple(layer.weight.shape) for layer in layers.values()}
         if len(shapes) > 1:
             raise InputError(
                 f"the {kind} layers differ in shape between blocks ({sorted(shapes)}); leave {kind} out of layers"
             )
-        max_ranks[kind] = min(shapes.pop())
-    rank = config.rank or max(1, round(config.rank_ratio * model.embed_dim))
-    too_small = [kind for kind, limit in max_ranks.items() if rank > limit]
-    if too_small:
+        outputs, inputs = shapes.pop()
+        limits[kind] = outputs if stacked else min(outputs, inputs)
+        own_rank = next((rank for name, rank in config.ranks.items() if name == kind), None)
+        ranks[kind] = own_rank or config.rank or max(1, round(config.rank_ratio * model.embed_dim))
+    if too_small := {kind: limit for kind, limit in limits.items() if ranks[kind] > limit}:
+        limit = min(too_small.values())
         raise InputError(
-            f"rank = {rank} is more than {', '.join(too_small)} allow ({min(max_ranks.values())}); give 1 to "
-            f"{min(max_ranks.values())}"
+            f"rank = {max(ranks[kind] for kind in too_small)} is more than {', '.join(too_small)} allow ({limit}); give 1 to {limit}"
         )
-    return rank
+    return ranks
 
 
 def _operating_points(model: nn.Module) -> list[dict[str, int]]:
@@ -135,16 +165,20 @@ def _operating_points(model: nn.Module) -> list[dict[str, int]]:
     identity=UCT(layers=(), ends_bits=None, rest="float32", train=TrainConfig(epochs=0)),
     operating_points=_operating_points,
 )
-def uct(model: nn.Module, config: UCT, data: ImageData | None) -> nn.Module:
+def uct(model: nn.Module, config: UCT, data: ImageData | None) -> Compressed:
     """Factor the blocks' linear layers with a shared factor, quantize both factors, and train the codes."""
     if not config.layers and config.ends_bits is None:
-        return model
-    rank, teacher = rank_of(model, config) if config.layers else 0, find_teacher(model, config, data)
+        return Compressed(model)
+    ranks, teacher = ranks_of(model, config), find_teacher(model, config, data)
     torch.manual_seed(config.train.seed)
-    coded = CodedModel(model, [*_coders(model, config, data, rank), *_end_coders(model, config)])
+    if config.form == "direct" and config.start == "second_order":
+        coders = _second_order_coders(model, config, data, ranks)
+    else:
+        coders = _coders(model, config, data, ranks)
+    coded = CodedModel(model, [*coders, *_end_coders(model, config)])
     _fit_encoders(coded, config)
     small = train_codes(coded, config, data, teacher, lambda mismatch: config.mse_weight * mismatch)
-    for layer in factored_layers(small).values():
+    for layer in factored_layers(small.model).values():
         layer.order = config.order
     return small
 
@@ -162,7 +196,39 @@ def with_order(model: nn.Module, order: Order) -> nn.Module:
     return model
 
 
-def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) -> list[FactorCoder]:
+def _second_order_coders(
+    model: nn.Module, config: UCT, data: ImageData | None, ranks: Mapping[str, int]
+) -> list[Coder]:
+    """Align the model, factor it and round it in second order, in place."""
+    kinds = config.layers if config.dense_bits is None and config.target_bytes is None else LINEAR_TYPES
+    if not kinds:
+        return []
+    if data is None:
+        raise InputError(
+            "start=second_order needs calibration images and no data set was given; give one, or start=weights"
+        )
+    split, layers = data.require_split("calibration"), dense_layers_by_type(model, kinds)
+    if config.align:
+        align_blocks(model, split)
+    names = vit.linear_layers(model, tuple(kinds))
+    moments = collect_moments(model, dict(names), data, gradients=config.target_bytes is not None)
+    latent_bits = config.latent_bits or config.bits
+    forms: dict[str, FactorShape | float] = {
+        kind: FactorShape(r, config.bits, latent_bits) for kind, r in ranks.items()
+    }
+    if config.dense_bits is not None:
+        forms |= dict.fromkeys([kind for kind in layers if kind not in forms], config.dense_bits)
+    if config.target_bytes is not None:
+        budget = config.target_bytes - bytes_without(model, config, names)
+        forms = choose_forms(layers, moments, budget, config.group, config.rest)
+    return shared_codes(model, copy.deepcopy(model), forms, moments, split, config.group)
+
+
+def _coders(model: nn.Module, config: UCT, data: ImageData | None, ranks: Mapping[str, int]) -> list[Coder]:
+    if config.dense_bits is not None or config.target_bytes is not None or config.group or config.latent_bits:
+        raise InputError(
+            "dense_bits, target_bytes, group and latent_bits are settings of start=second_order with form=direct"
+        )
     grams = {}
     if config.form == "direct" and config.start == "activations" and config.layers:
         if data is None:
@@ -170,9 +236,9 @@ def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) ->
                 "start=activations needs calibration images and no data set was given; give one, or start=weights"
             )
         grams = output_grams(model, vit.linear_layers(model, config.layers), data.require_split("calibration"))
-    coders = []
+    coders: list[Coder] = []
     for kind in config.layers:
-        layers = vit.linear_layers(model, (kind,))
+        layers, rank = vit.linear_layers(model, (kind,)), ranks[kind]
         if config.form == "encoder":
             width, out = ENCODER_WIDTHS[kind] * model.embed_dim, next(iter(layers.values())).out_features
             left = Encoder(stack_weights(layers), width, rank)
@@ -181,9 +247,10 @@ def _coders(model: nn.Module, config: UCT, data: ImageData | None, rank: int) ->
             gram = sum(grams[name] / grams[name].trace() for name in layers) if grams else None
             latent, right = closed_form_factors(stack_weights(layers), rank, gram)
             left = DirectFactor(latent)
-        coders.append(FactorCoder(kind, layers, left, right, config.bits))
+        coder = FactorCoder(kind, layers, left, right, config.bits)
         if config.form == "direct" or config.steps_first:
-            coders[-1].init_steps(config.steps_rule)
+            coder.init_steps(config.steps_rule)
+        coders.append(coder)
     return coders
 
 

@@ -1,6 +1,6 @@
 """Weight-only quantization: weights in codes of a few bits, with a step for each output row or each group of its weights.
 
-    W_ij ~ s_ig q_ij,    q_ij in [-2^(b-1), 2^(b-1) - 1]
+    W_ij ~ s_ig q_ij,    q_ij in [-2^(b-1), 2^(b-1) - 1], or in {-1, 0, 1}
 
 and x stays in floating point. Rounding is to the nearest code, with the steps of least squared error, or second-order
 (`vitbench.calibration.gptq`): it minimises the error of the layers' outputs on calibration images, and fits each layer to the
@@ -13,7 +13,6 @@ import copy
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -30,9 +29,10 @@ from vitbench.data.splits import ImageData, Split
 from vitbench.methods.method import register
 from vitbench.model import vit
 from vitbench.model.artifact import model_digest
-from vitbench.model.layers.packed import packed_bytes
+from vitbench.model.layers.packed import TERNARY, Bits, coded_bytes
 from vitbench.model.vit import LINEAR_TYPES
-from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
+from vitbench.training.coded import CodedModel, CodedTrainingConfig, bytes_without, train_codes
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import find_teacher
 
@@ -43,7 +43,7 @@ class WeightOnly(CodedTrainingConfig):
     """The linear layers of the blocks to quantize, and how; by default nothing is trained.
 
     Attributes:
-        bits: bits of each code.
+        bits: bits of each code, 2 to 8; 1.58 takes ternary codes (-1, 0, 1), five in a byte.
         target_bytes: the bytes of all tensors of the compressed model. Each layer then gets 2 to 8 bits, chosen so that the
             expected rise of the calibration loss is small for the bytes that it frees; `bits` is not used.
         group: the number of inputs that share a step; each step takes 16 bits. None: a step for each output row.
@@ -55,7 +55,7 @@ class WeightOnly(CodedTrainingConfig):
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
-    bits: int = Field(default=4, ge=2, le=8)
+    bits: Bits = 4
     target_bytes: int | None = Field(default=None, ge=1)
     group: int | None = Field(default=None, ge=2)
     rounding: Literal["nearest", "second_order"] = "nearest"
@@ -68,15 +68,15 @@ class WeightOnly(CodedTrainingConfig):
 @register(
     WeightOnly,
     identity=WeightOnly(layers=(), ends_bits=None, rest="float32"),
-    operating_points=lambda model: [{"bits": n} for n in range(8, 1, -1)],
+    operating_points=lambda model: [{"bits": n} for n in (*range(8, 1, -1), TERNARY)],
 )
-def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) -> nn.Module:
+def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) -> Compressed:
     """Round the blocks' linear layers to packed codes of a few bits, and train them if `train.epochs` is above 0."""
     vit.dense_layers_by_type(model, config.layers)
     layers = vit.linear_layers(model, config.layers)
     _check_group(layers, config.group)
     teacher = find_teacher(model, config, data)
-    bits = dict.fromkeys(layers, config.bits)
+    bits: Mapping[str, float] = dict.fromkeys(layers, config.bits)
     if config.target_bytes:
         bits = _bits_per_layer(model, layers, config, data)
     original = copy.deepcopy(model)
@@ -97,7 +97,7 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
         reconstruct(model, original, coders, split, config.reconstruction, block_file=block_files.__getitem__)
     all_coders = [*coders.values(), *embedding_and_head_coders(model, config.ends_bits)]
     if not all_coders:
-        return model
+        return Compressed(model)
     small = train_codes(CodedModel(model, all_coders), config, data, teacher)
     for file in block_files:
         file.remove()
@@ -154,18 +154,6 @@ def _bits_per_layer(
 
 def _bytes(model: nn.Module, layers: Mapping[str, nn.Linear], bits: int, config: WeightOnly) -> int:
     """The bytes of all tensors with `bits` bits in each of the layers, without the file's tensor names and recipe."""
-    width = getattr(torch, config.rest).itemsize
-    coded = {f"{name}.weight": (layer, bits, config.group) for name, layer in layers.items()}
-    if config.ends_bits:
-        coded |= {
-            f"{name}.weight": (layer, config.ends_bits, None) for name, layer in vit.embedding_and_heads(model).items()
-        }
-    total = 0
-    for key, tensor in model.state_dict().items():
-        if key not in coded:
-            total += tensor.numel() * width
-            continue
-        layer, layer_bits, group = coded[key]
-        steps = tensor.numel() // group if group else len(tensor)
-        total += packed_bytes(tensor.numel(), layer_bits) + steps * width
-    return total
+    return bytes_without(model, config, layers) + sum(
+        coded_bytes(layer.out_features, layer.in_features, bits, config.group, config.rest) for layer in layers.values()
+    )

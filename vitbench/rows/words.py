@@ -34,7 +34,7 @@ class MethodWords:
 
 METHODS = {
     "baseline": MethodWords("baseline", "baseline"),
-    "weight_only": MethodWords("quantization", "weight-only quantization", "{bits}-bit weights"),
+    "weight_only": MethodWords("quantization", "weight-only quantization", "{bits:codes} weights"),
     "uct": MethodWords("UCT", "UCT", "UCT, {bits} bits", ("rank", "rank_ratio")),
     "mixed_rank": MethodWords("low rank", "mixed rank", "mixed rank, {keep:percent} kept"),
     "pruning": MethodWords("pruning", "pruning", "", ("neurons", "heads", "head_dims", "tokens")),
@@ -249,7 +249,7 @@ def _spaced(name: str) -> str:
 
 
 class _Words(string.Formatter):
-    """`str.format` with the units of settings: percent, MB, plural NOUN and number."""
+    """`str.format` with the units of settings: percent, MB, codes, plural NOUN and number."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         unit, _, noun = format_spec.partition(" ")
@@ -257,6 +257,8 @@ class _Words(string.Formatter):
             return f"{100 * value:.3g} %"
         if unit == "MB":
             return f"{value / 1e6:.3g} MB"
+        if unit == "codes":
+            return "ternary" if value == 1.58 else f"{value}-bit"
         if unit == "number":
             return f"{value:g}"
         if unit == "plural":

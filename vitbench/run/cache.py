@@ -1,12 +1,10 @@
 """The cache of baselines and compressed models: each is made once and stored under the hash of all that decides it."""
 
-import dataclasses
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -20,6 +18,7 @@ from vitbench.methods.registry import compress, method_of
 from vitbench.model import artifact, vit
 from vitbench.model.unpacked import load_unpacked
 from vitbench.training import loop
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
 
 HISTORY = "history.json"  # written last: a folder that has it is finished
@@ -27,18 +26,10 @@ CHECKPOINT = "training.safetensors"
 
 
 @dataclass(frozen=True)
-class CachedModel:
-    """A `model` that was loaded from the folder `path`.
+class CachedModel(Compressed):
+    """A baseline or a compressed model that was loaded from the folder `path`."""
 
-    Attributes:
-        history: of its training, one entry an epoch; empty without one.
-        search: the policies that were scored for it; empty without a search.
-    """
-
-    model: nn.Module
-    path: Path
-    history: list[dict[str, float]]
-    search: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    path: Path = Path()
 
 
 def baseline(
@@ -73,13 +64,11 @@ def baseline(
         / f"{_safe_folder_name(model)}-{_safe_folder_name(data.name)}-{loop.training_key(initial_model, data, train, device=device)}"
     )
 
-    def make(folder: Path) -> nn.Module:
-        if train.epochs:
-            checkpoint, title = folder / CHECKPOINT, f"training {model}"
-            _, initial_model.history = loop.train(
-                initial_model, data, train, checkpoint=checkpoint, device=device, title=title
-            )
-        return initial_model
+    def make(folder: Path) -> Compressed:
+        if not train.epochs:
+            return Compressed(initial_model)
+        checkpoint, title = folder / CHECKPOINT, f"training {model}"
+        return Compressed(*loop.train(initial_model, data, train, checkpoint=checkpoint, device=device, title=title))
 
     return _load_or_make(folder, make)
 
@@ -104,7 +93,7 @@ def compress_cached(
     return _load_or_make(folder, lambda _: compress(base.model, configs, data))
 
 
-def _load_or_make(folder: Path, make: Callable[[Path], nn.Module]) -> CachedModel:
+def _load_or_make(folder: Path, make: Callable[[Path], Compressed]) -> CachedModel:
     """Load the model of `folder`, or make and save it; two processes that need it make it once."""
     if cached := _load_if_finished(folder):
         return cached
@@ -112,9 +101,9 @@ def _load_or_make(folder: Path, make: Callable[[Path], nn.Module]) -> CachedMode
     with locked(folder / "lock"):
         if cached := _load_if_finished(folder):
             return cached
-        model = make(folder)
-        artifact.save(model, folder / "model")
-        store.write_json(folder / HISTORY, {key: getattr(model, key, []) for key in ("history", "search")})
+        made = make(folder)
+        artifact.save(made.model, folder / "model")
+        store.write_json(folder / HISTORY, {"history": made.history, "search": made.search})
         (folder / CHECKPOINT).unlink(missing_ok=True)
     return _load_folder(folder)
 
@@ -133,7 +122,7 @@ def _load_if_finished(folder: Path) -> CachedModel | None:
 
 
 def _load_folder(folder: Path) -> CachedModel:
-    return CachedModel(artifact.load(folder / "model"), folder / "model", **store.read_json(folder / HISTORY))
+    return CachedModel(artifact.load(folder / "model"), path=folder / "model", **store.read_json(folder / HISTORY))
 
 
 def create_initial_model(

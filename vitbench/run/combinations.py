@@ -224,12 +224,12 @@ def _compress_within_limit(
 ) -> tuple[float, nn.Module | None]:
     """The cost, and the trained model (None if the cost is above the limit: nothing is trained then)."""
     untrained_configs = [type(config)(**without_training(type(config), config.to_dict())) for config in configs]
-    small = compress(model, untrained_configs, data)
+    small = compress(model, untrained_configs, data).model
     cost = cost_of(artifact.save(small, folder))
     shutil.rmtree(folder)
     if cost > limit:
         return cost, None
-    return cost, small if untrained_configs == configs else compress(model, configs, data)
+    return cost, small if untrained_configs == configs else compress(model, configs, data).model
 
 
 COSTS = ("bytes", "macs", "latency")
@@ -278,7 +278,7 @@ def fit_budget(
 
         def cost_at(index: int) -> float:
             values = without_training(method.config, settings | operating_points[index])
-            small = compress(model, make_config(name, values), data)
+            small = compress(model, make_config(name, values), data).model
             path = artifact.save(small, Path(folder, "small"))
             point_cost = cost_of(path)
             shutil.rmtree(path)

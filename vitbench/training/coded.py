@@ -4,7 +4,7 @@ The other parameters (norms, biases, embeddings) are trained with the coders (`v
 rate and a weight decay of their own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,9 @@ from vitbench.base.errors import InputError
 from vitbench.calibration.coders import Coder
 from vitbench.calibration.quantizers import LearnedRange
 from vitbench.data.splits import ImageData
+from vitbench.model import vit
+from vitbench.model.layers.packed import packed_bytes
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import FineTuneConfig, fine_tune
 
@@ -103,6 +106,19 @@ class CodedModel(nn.Module):
         return model
 
 
+def bytes_without(model: nn.Module, config: CodedTrainingConfig, layers: Collection[str]) -> int:
+    """The bytes of all tensors but the weights of `layers`, with codes of `config.ends_bits`; no tensor names, no recipe."""
+    width, total = getattr(torch, config.rest).itemsize, 0
+    ends = {f"{name}.weight" for name in vit.embedding_and_heads(model)} if config.ends_bits else set()
+    for key, tensor in model.state_dict().items():
+        if key in ends:
+            assert config.ends_bits is not None
+            total += packed_bytes(tensor.numel(), config.ends_bits) + len(tensor) * width
+        elif key.removesuffix(".weight") not in layers:
+            total += tensor.numel() * width
+    return total
+
+
 @torch.no_grad()
 def round_to_half(model: nn.Module) -> None:
     """Round all floating-point tensors to float16 values in place, subnormal numbers included; their type stays float32.
@@ -131,14 +147,14 @@ def train_codes(
     teacher: nn.Module | None,
     penalty: Callable[[Tensor], Tensor] | None = None,
     before_packing: Callable[[], None] | None = None,
-) -> nn.Module:
-    """Train coders and other parameters together, then pack the weights; the result has the training's `history`.
+) -> Compressed:
+    """Train coders and other parameters together, then pack the weights.
 
     Args:
         penalty: maps the coders' regularizer to a term of the loss.
         before_packing: called after the training, before the weights are packed.
     """
-    fine_tune(
+    history = fine_tune(
         coded,
         config,
         data,
@@ -149,6 +165,4 @@ def train_codes(
     )
     if before_packing:
         before_packing()
-    packed = coded.cpu().to_packed_model(config.rest)
-    packed.history = coded.history
-    return packed
+    return Compressed(coded.cpu().to_packed_model(config.rest), history)

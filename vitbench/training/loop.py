@@ -183,7 +183,10 @@ class _TrainingRun:
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True
         )
-        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        by_scale: dict[float, list[nn.Parameter]] = {}  # codes and other parameters have gradients of other sizes
+        for group in self.optimizer.param_groups:
+            by_scale.setdefault(group.get("lr_scale", 1.0), []).extend(group["params"])
+        self.clipped_together = list(by_scale.values())
         self.penalty = penalty
         self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
         self.mixup = None
@@ -224,7 +227,8 @@ class _TrainingRun:
                 )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(self.trained, config.clip_norm)
+            for params in self.clipped_together:
+                nn.utils.clip_grad_norm_(params, config.clip_norm)
             self.optimizer.step()
             if self.ema:
                 self.ema.update(self.model)

@@ -9,6 +9,7 @@ from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
 from vitbench.data.splits import ImageData
 from vitbench.training import loop
+from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
 from vitbench.training.distilling import caches_teacher_logits, load_teacher
 
@@ -28,19 +29,28 @@ class FineTuneConfig(Config):
 
 def fine_tune(
     model: nn.Module, config: FineTuneConfig, data: ImageData | None, teacher: nn.Module | None, **train_options: Any
-) -> None:
-    """Train `model` in place by `config.train`, and set `model.history` (see `loop.train`), which 0 epochs leave empty.
+) -> list[dict[str, float]]:
+    """Train `model` in place by `config.train`, and return the history (see `loop.train`), which is empty with 0 epochs.
 
     A killed run resumes from its last checkpoint. `train_options` are further arguments of `loop.train`: groups, penalty,
     title.
     """
     if not config.train.epochs:
-        model.history = []
-        return
+        return []
     assert data is not None, "`find_teacher` refuses a training without images"
     checkpoint = loop.checkpoint_path(model, data, config, teacher)
-    _, model.history = loop.train(model, data, config.train, teacher=teacher, checkpoint=checkpoint, **train_options)
+    _, history = loop.train(model, data, config.train, teacher=teacher, checkpoint=checkpoint, **train_options)
     checkpoint.unlink(missing_ok=True)
+    return history
+
+
+def fine_tuned(
+    model: nn.Module, config: FineTuneConfig, data: ImageData | None, teacher: nn.Module | None, title: str
+) -> Compressed:
+    """The model after `fine_tune` of all its parameters, on the CPU, with the history."""
+    model = model.requires_grad_(bool(config.train.epochs))
+    history = fine_tune(model, config, data, teacher, title=title)
+    return Compressed(model.cpu(), history)
 
 
 def find_teacher(

@@ -5,7 +5,7 @@ buffers, so they are saved without conversion.
 """
 
 from vitbench.model.layers.attention import ExactNystroemAttention, LinearAttention, NystroemAttention, RoundedAttention
-from vitbench.model.layers.factored import FactoredLinear, LowRankLinear, SharedFactor, SplitLinear
+from vitbench.model.layers.factored import FactoredLinear, LowRankLinear, SharedFactor, SharedFactorLinear, SplitLinear
 from vitbench.model.layers.int8 import DynamicInt8Linear, StaticInt8Linear, StaticInt8Rounding, flop_formulas
 from vitbench.model.layers.packed import PackedConv2d, PackedLinear, pack, unpack
 from vitbench.model.layers.registry import RUNTIME_LAYERS
@@ -26,6 +26,7 @@ __all__ = [
     "RoundedAttention",
     "RoundedNorm",
     "SharedFactor",
+    "SharedFactorLinear",
     "SplitLinear",
     "StaticInt8Linear",
     "StaticInt8Rounding",

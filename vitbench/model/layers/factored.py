@@ -3,13 +3,14 @@
 The first two consist of ordinary `nn.Linear` modules, so quantizers find these and backends need no new operator.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from vitbench.model.layers.packed import pack, packed_bytes, unpack
+from vitbench.model.layers.packed import PackedLinear, pack, packed_bytes, unpack
 from vitbench.model.layers.registry import dense_weight, runtime_layer
 
 Order = Literal["reordered", "decode_first", "cheapest"]
@@ -56,13 +57,35 @@ class SharedFactor(nn.Module):
         return codes.sub_(2 ** (self.bits - 1)).mul_(self.step)
 
 
-@runtime_layer
-class FactoredLinear(nn.Module):
-    """y = x W^T + b with W^T ~ Z D, where Z (in x rank) is this layer's and D (rank x out) is shared.
+class _Ordered(nn.Module):
+    """A layer of two factors with an order of their product.
 
-    `order` is the order of the products:
-    "reordered" is (x Z) D, which never builds W; "decode_first" is x (Z D) at every call; "cheapest" is the one with fewer
-    multiply-accumulates for the n tokens of the call, n rank (in + out) or in rank out + n in out.
+    `order` is "reordered", x first times one factor, then times the other, so W is never built; "decode_first", W at every
+    call; or "cheapest", the one with fewer multiply-accumulates for the n tokens of the call: n rank (in + out), or
+    in rank out + n in out.
+    """
+
+    in_features: int
+    out_features: int
+    rank: int
+
+    def __init__(self, order: str):
+        super().__init__()
+        if order not in get_args(Order):
+            raise ValueError(f"order = {order!r}; allowed: {', '.join(get_args(Order))}")
+        self.order = order
+
+    def is_reordered(self, tokens: int) -> bool:
+        """Whether a call with this many tokens computes x Z first."""
+        if self.order != "cheapest":
+            return self.order == "reordered"
+        n, i, o, r = tokens, self.in_features, self.out_features, self.rank
+        return n * r * (i + o) <= i * r * o + n * i * o
+
+
+@runtime_layer
+class FactoredLinear(_Ordered):
+    """y = x W^T + b with W^T ~ Z D, where Z (in x rank) is this layer's and D (rank x out) is shared.
 
     Shapes: x (..., in_features) -> (..., out_features).
     """
@@ -79,11 +102,9 @@ class FactoredLinear(nn.Module):
         bias: bool = True,
         order: str = "reordered",
     ):
-        super().__init__()
-        if order not in get_args(Order):
-            raise ValueError(f"order = {order!r}; allowed: {', '.join(get_args(Order))}")
+        super().__init__(order)
         self.in_features, self.out_features, self.rank, self.bits = in_features, out_features, rank, bits
-        self.shared, self.order = shared, order
+        self.shared = shared
         self.register_buffer("codes", torch.zeros(packed_bytes(in_features * rank, bits), dtype=torch.uint8))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
@@ -127,13 +148,6 @@ class FactoredLinear(nn.Module):
         """The decoded weight W (out, in), float32."""
         return self.decoded_weight().T
 
-    def is_reordered(self, tokens: int) -> bool:
-        """Whether a call with this many tokens computes x Z first."""
-        if self.order != "cheapest":
-            return self.order == "reordered"
-        n, i, o, r = tokens, self.in_features, self.out_features, self.rank
-        return n * r * (i + o) <= i * r * o + n * i * o
-
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
         if self.is_reordered(len(tokens)):
@@ -144,9 +158,74 @@ class FactoredLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
-    """The factored layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+@runtime_layer
+class SharedFactorLinear(_Ordered):
+    """y = D (Z x) + b with Z (rank x in), this layer's, and D (out x rank), which all blocks share, both in packed codes.
+
+    Each row of Z and of D has a step, or each `group` of a row, without zero points: both are products that kernels for
+    packed codes know. Z is the layer `down`; D is a `PackedLinear` among the model's shared modules.
+    Shapes: x (..., in_features) -> (..., out_features).
+    """
+
+    exportable = ("onnxruntime", "openvino")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bits: float,
+        shared: str,
+        bias: bool = True,
+        group: int | None = None,
+        order: str = "reordered",
+    ):
+        super().__init__(order)
+        self.in_features, self.out_features, self.rank, self.shared = in_features, out_features, rank, shared
+        self.down = PackedLinear(in_features, rank, bits, bias=False, group=group)
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    def spec(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "bits": self.down.bits,
+            "shared": self.shared,
+            "bias": self.bias is not None,
+            "group": self.down.group,
+            "order": self.order,
+        }
+
+    @property
+    def param_count(self) -> int:
+        """The biases; the layer `down` counts Z."""
+        return 0 if self.bias is None else self.out_features
+
+    def bind_shared(self, shared: nn.ModuleDict) -> None:
+        """Take D from the model's `shared` modules, without registering it, so it is not saved twice."""
+        self.__dict__["_up"] = shared[self.shared]
+
+    def dense(self) -> Tensor:
+        """The decoded weight W = D Z (out, in), float32."""
+        return self._up.dense() @ self.down.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_reordered(math.prod(x.shape[:-1])):
+            y = self._up(self.down(x))
+        else:
+            y = x @ self._up(self.down(torch.eye(self.in_features, dtype=x.dtype, device=x.device)))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLinear | SharedFactorLinear]:
+    """The layers with a shared factor of a model, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLinear | SharedFactorLinear)
+    }
 
 
 def reordered_share(width: int, rank: int) -> float:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
-from vitbench.model.layers.factored import FactoredLinear, SharedFactor
-from vitbench.model.layers.packed import PackedConv2d, PackedLinear, pack, unpack
+from vitbench.model.layers.factored import FactoredLinear, SharedFactor, SharedFactorLinear
+from vitbench.model.layers.packed import PackedConv2d, PackedLinear, middle_code, pack, unpack
 from vitbench.model.vit import replace_module
 
-OPERATOR_BITS = (2, 4, 8)  # code widths of the operator; other widths take the next larger one
+OPERATOR_BITS = (2, 4, 8)  # code widths of the operator; other widths, and ternary codes, take the next larger one
 OPERATOR_BLOCK_SIZES = (16, 32, 64, 128, 256)  # inputs that share a step
 
 
@@ -28,7 +28,7 @@ class MatMulNBits(nn.Module):
     Shapes: x (..., in) -> (..., out); codes uint8 (out, blocks, bytes of a block), step (out, blocks), bias (out,) or None.
     """
 
-    def __init__(self, codes: Tensor, step: Tensor, bits: int, bias: Tensor | None = None):
+    def __init__(self, codes: Tensor, step: Tensor, bits: float, bias: Tensor | None = None):
         """Pack codes (out, in) from 0 on, steps (out, groups) and the bias (out,)."""
         super().__init__()
         (self.out, inputs), groups = codes.shape, step.shape[1]
@@ -40,7 +40,7 @@ class MatMulNBits(nn.Module):
         self.block = min(OPERATOR_BLOCK_SIZES, key=lambda block: math.ceil(group / block) * (block * self.bits / 8 + 4))
         blocks_per_group, zero_code = math.ceil(group / self.block), 2 ** (self.bits - 1)
         self.padding = blocks_per_group * self.block - group
-        codes = (codes + (zero_code - 2 ** (bits - 1))).view(self.out, groups, group)
+        codes = (codes + (zero_code - middle_code(bits))).view(self.out, groups, group)
         octets = pack(F.pad(codes, (0, self.padding), value=zero_code), self.bits)
         self.register_buffer("codes", octets.view(self.out, groups * blocks_per_group, -1))
         self.register_buffer("step", step.repeat_interleave(blocks_per_group, dim=1))
@@ -118,7 +118,7 @@ def replace_for_onnx(model: nn.Module) -> nn.Module:
         if replacement is not module:
             replace_module(model, name, replacement)
     for module in model.modules():
-        if isinstance(module, FactoredMatMul):
+        if isinstance(module, FactoredMatMul | SharedFactorLinear):
             module.bind_shared(model.shared)
     return model
 
