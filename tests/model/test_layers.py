@@ -28,6 +28,26 @@ def test_what_is_packed_comes_back(bits, count):
     assert torch.equal(unpack(packed, bits, count).long(), codes)
 
 
+@pytest.mark.parametrize("count", [1, 4, 5, 6, 1000])
+def test_five_ternary_codes_take_a_byte_and_come_back(count):
+    codes = torch.randint(0, 3, (count,), generator=torch.Generator().manual_seed(count))
+    packed = pack(codes, 1.58)
+    assert packed.numel() == -(-count // 5)
+    assert torch.equal(unpack(packed, 1.58, count).long(), codes)
+    with pytest.raises(ValueError, match=r"codes of 1.58 bits must lie in \[0, 2\]"):
+        pack(torch.tensor([3]), 1.58)
+
+
+@pytest.mark.parametrize("bits", [1.58, 3, 5])
+def test_a_packed_layer_of_many_rows_is_unpacked_in_parts(bits):
+    layer, middle = PackedLinear(7, 1000, bits, bias=False), 1 if bits == 1.58 else 2 ** (bits - 1)
+    codes = torch.randint(-1, 2, (1000, 7)) if bits == 1.58 else torch.randint(-middle, middle, (1000, 7))
+    layer.set_codes(codes, torch.ones(1000), None)
+    assert torch.equal(layer.dense(), codes.float())
+    x = torch.randn(3, 7)
+    assert torch.allclose(layer(x), x @ codes.float().T, atol=1e-5)
+
+
 @pytest.mark.parametrize("wrong", [-1, 8])
 def test_codes_outside_the_range_are_refused(wrong):
     with pytest.raises(ValueError, match=r"lie in \[0, 7\]"):

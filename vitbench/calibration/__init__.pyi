@@ -1,3 +1,4 @@
+from .alignment import align_blocks as align_blocks
 from .coders import (
     Coder as Coder,
     RowCoder as RowCoder,
@@ -19,4 +20,8 @@ from .quantizers import (
     least_error_range as least_error_range,
     min_error_step as min_error_step,
     quantize as quantize,
+)
+from .shared import (
+    FactorShape as FactorShape,
+    output_directions as output_directions,
 )
