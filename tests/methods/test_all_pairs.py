@@ -6,39 +6,18 @@ import pytest
 import torch
 
 from vitbench.base.errors import InputError
-from vitbench.methods.registry import METHODS, compress, make_config
+from vitbench.methods.registry import METHODS, compress
+from vitbench.run.pairs import list_pairs, pairs_text, short_config
 
 pytestmark = pytest.mark.slow
 
-ONE_EPOCH = {"epochs": 1, "batch_size": 32, "warmup_epochs": 0, "mixup": 0.0}
-SMALL = {
-    "diffq": {"train": ONE_EPOCH},
-    "distillation": {"train": ONE_EPOCH | {"views": 1}},  # the teacher's answers are kept
-    "multidimensional": {
-        "search": {"evaluations": 3, "first": 2, "pool": 20},
-        "keep": 0.8,
-        "tolerance": 0.2,
-        "criterion": {"samples": 16},
-    },
-    "pruning": {"criterion": {"samples": 16}},
-    "token_merging": {"r": 2},
-    "weight_only": {"bits": 3, "rounding": "second_order"},
-}
 LIKE_BEFORE = ("token_merging", "nystroem", "linear_attention")  # they leave every tensor as it was
-
-
-def small_config(name):
-    """A method's config that takes a moment."""
-    values = SMALL.get(name, {})
-    if "train" in METHODS[name].config.model_fields:
-        values = {"train": {"epochs": 0}} | values
-    return make_config(name, values)
 
 
 def result(model, name, data):
     """The model that a method makes, or the line with which it refuses."""
     try:
-        return compress(model, small_config(name), data).model
+        return compress(model, short_config(name), data).model
     except InputError as error:
         return str(error)
 
@@ -82,3 +61,18 @@ def test_a_pair_gives_the_same_with_an_empty_and_with_a_warm_cache(micro, few_di
     assert not differ, "the weights depend on what the cache held"
     assert made > len(METHODS) * len(METHODS) / 3, "pairs that fit together"
     assert {name for name in LIKE_BEFORE if not isinstance(firsts[name], str)} == set(LIKE_BEFORE)
+
+
+def test_the_second_of_a_pair_does_what_it_says_or_says_why_not(few_digits, capsys):
+    pairs = list_pairs(few_digits)
+    assert len(pairs) == len(METHODS) ** 2
+    trained_again = [("distillation", "distillation")]  # a student of the same depth
+    for row in pairs.itertuples():
+        if not row.refused and (row.first, row.second) not in trained_again:
+            assert getattr(row, METHODS[row.second].reduces) < 1, f"{row.first}, then {row.second}: nothing is smaller"
+    refused = pairs.set_index(["first", "second"])["refused"]
+    assert "dynamic_int8 after uct changes nothing" in refused["uct", "dynamic_int8"]
+    assert not refused["token_merging", "dynamic_int8"]
+    text = pairs_text(pairs)
+    assert text.count("\n") >= len(pairs)
+    assert "uct, then" in text

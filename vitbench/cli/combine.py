@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitbench.base.errors import InputError
 from vitbench.cli.common import add_settings, add_splits, load_option_data, set_nested
@@ -30,7 +30,21 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     combine.add_argument(
         "--record", required=True, metavar="DIR", help="results folder: rows of the trials, and the journal"
     )
+    combine.add_argument("--list", action=_ListPairs, help="show which method may follow which, and end")
     combine.set_defaults(command=_combine)
+
+
+class _ListPairs(argparse.Action):
+    """An option that prints the pairs and ends, as `--help` does, so that it needs no other argument."""
+
+    def __init__(self, **options: Any):
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from vitbench.run.pairs import list_pairs, pairs_text
+
+        print(pairs_text(list_pairs()))
+        parser.exit()
 
 
 def _combine(options: argparse.Namespace) -> int:

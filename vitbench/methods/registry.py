@@ -13,6 +13,7 @@ from vitbench.base.configs import Config
 from vitbench.base.errors import InputError, one_of
 from vitbench.data.splits import ImageData, WatchedData
 from vitbench.methods.method import METHODS, Method
+from vitbench.model.artifact import model_digest
 from vitbench.model.recipe import Step
 from vitbench.training.compressed import Compressed
 
@@ -46,6 +47,9 @@ def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageDa
 
     Returns:
         The compressed model with the history of its trainings and its search.
+
+    Raises:
+        InputError: a method that does not fit the model, lacks images, or changes nothing after the ones before it.
     """
     model = copy.deepcopy(model)
     history: list[dict[str, float]] = []
@@ -53,10 +57,16 @@ def compress(model: nn.Module, configs: Config | Iterable[Config], data: ImageDa
     for config in [configs] if isinstance(configs, Config) else configs:
         method = method_of(config)
         watched = WatchedData(data) if data else None
+        before = model_digest(model) if model.recipe.methods and config != method.identity else ""
         result = method.handler(model, config, watched)
         if isinstance(result, nn.Module):
             result = Compressed(result)
         model, history, searched = result.model, history + result.history, searched + result.search
+        if before and model_digest(model) == before:
+            raise InputError(
+                f"{method.name} after {model.recipe.method} changes nothing, since it finds nothing left that it could change; "
+                "leave it out, or apply it first"
+            )
         images = watched.identity() if watched and watched.was_used else {}
         steps = (*model.recipe.methods, Step(method=method.name, config=config.to_dict(), images=images))
         model.recipe = model.recipe.replace(methods=steps)

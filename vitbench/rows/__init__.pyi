@@ -32,6 +32,7 @@ from .statistics import (
     mean_interval as mean_interval,
     pack_hits as pack_hits,
     quiet_latency_ratio as quiet_latency_ratio,
+    unpack_hits as unpack_hits,
     wilson as wilson,
 )
 from .verdicts import (

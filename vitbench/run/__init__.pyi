@@ -23,6 +23,7 @@ from .lessons import (
 )
 from .mined import Mined as Mined, findings as findings, parse_budget as parse_budget
 from .mining import load_images as load_images, mine as mine
+from .pairs import list_pairs as list_pairs
 from .suite import open_data as open_data
 from .sweep.drive import (
     latest_cell_rows as latest_cell_rows,

@@ -261,6 +261,11 @@ class LowRankLinear(nn.Module):
             "bias": self.up.bias is not None,
         }
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which `up` holds, and may hold in a factor of its own if it was factored again."""
+        return self.up.bias
+
     def set_factors(self, left: Tensor, right: Tensor, bias: Tensor | None) -> "LowRankLinear":
         """Set A (out, rank), B (rank, in) and the bias, of any floating-point type, in place."""
         self.up.weight.data, self.down.weight.data = left.float().contiguous(), right.float().contiguous()
