@@ -25,7 +25,9 @@ COMPARES = re.compile(r"\b(more|less|fewer|smaller|larger|faster|slower) (accura
 def contrary(rows: list[vb.Row]) -> list[vb.Row]:
     """The rows with the order of the models turned round in every metric."""
     largest = {
-        (row.metric, str(row.context.get("batch")), row.context.get("backend")): 0.0 for row in rows if row.status == "ok"
+        (row.metric, str(row.context.get("batch")), row.context.get("backend")): 0.0
+        for row in rows
+        if row.status == "ok"
     }
     for row in rows:
         if row.status == "ok":
@@ -34,7 +36,11 @@ def contrary(rows: list[vb.Row]) -> list[vb.Row]:
     turned = []
     for row in rows:
         if row.status == "ok" and row.metric in TURNED:
-            top = 1.0 if row.metric == "top1" else 1.1 * largest[row.metric, str(row.context.get("batch")), row.context.get("backend")]
+            top = (
+                1.0
+                if row.metric == "top1"
+                else 1.1 * largest[row.metric, str(row.context.get("batch")), row.context.get("backend")]
+            )
             low, high = (None if end is None else top - end for end in (row.high, row.low))
             hits = ""
             if row.hits:

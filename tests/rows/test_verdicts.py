@@ -26,7 +26,8 @@ def rows(hits, **costs):
             mean = sum(value) / 2 if isinstance(value, tuple) else value
             table.append({"label": label, "metric": metric, "value": mean, "low": low, "high": high, "batch": 1})
     table = pd.DataFrame(table).reindex(columns=["label", "metric", "value", "low", "high", "hits", "context", "batch"])
-    return table.assign(backend="eager", versus_backend=None, hits=table["hits"].fillna(""))
+    table["config"] = [{"methods": []}] * len(table)
+    return table.assign(method=table["label"], backend="eager", versus_backend=None, hits=table["hits"].fillna(""))
 
 
 def test_accuracy_is_more_or_less_by_the_rows():

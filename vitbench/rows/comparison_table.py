@@ -141,12 +141,14 @@ def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
     first: dict[str, str] = {}
     lines = []
     for label in (*experiment.timed_labels, *experiment.rows["label"]):
-        first.setdefault(label.partition(" (")[0], label)
-    for method, label in first.items():
+        if experiment.find(label, "bytes") is not None:  # a search has rows and no model
+            first.setdefault(label.partition(" (")[0], label)
+    display = display_labels(experiment, first.values())
+    for label in first.values():
         size, times = experiment.number(label, "bytes"), experiment.ratios(label)
         lines.append(
             {
-                "method": method,
+                "method": display[label],
                 "top-1 %": top1_text(experiment.rows, label),
                 "MB": size / MEGA,
                 "x smaller": experiment.number("baseline", "bytes") / size,

@@ -8,6 +8,7 @@ from vitbench.base.errors import InputError
 from vitbench.rows.budgets import SIGNIFICANCE_LEVEL
 from vitbench.rows.comparison_table import paired_rows
 from vitbench.rows.experiment import EAGER, MEGA, Experiment
+from vitbench.rows.words import display_labels
 
 COST_NAMES = {"bytes": ("file", "smaller", "larger"), "macs": ("multiply-accumulates", "fewer", "more")}
 
@@ -19,7 +20,7 @@ def accuracy_verdict(rows: pd.DataFrame, first: str, second: str, names: tuple[s
 
     Args:
         first, second: labels of the models.
-        names: what the sentence calls them; by default their labels.
+        names: what the sentence calls them; by default their display labels.
 
     Raises:
         InputError: a model without an accuracy image by image.
@@ -27,7 +28,7 @@ def accuracy_verdict(rows: pd.DataFrame, first: str, second: str, names: tuple[s
     experiment = Experiment.of(rows)
     pair = [experiment.by_image(label) for label in (first, second)]
     test, count = paired_rows(*pair), pair[0]["context"]["images"]
-    first_name, second_name = names or (first, second)
+    first_name, second_name = names or _display_names(experiment, first, second)
     points, interval = 100 * test.difference, f"[{100 * test.low:+.1f}, {100 * test.high:+.1f}]"
     if test.p >= SIGNIFICANCE_LEVEL:
         return (
@@ -53,7 +54,7 @@ def cost_verdict(
         raise InputError(f"cost = {cost!r} is not known here; allowed: {', '.join(COST_NAMES)}")
     experiment, (what, less, more) = Experiment.of(rows), COST_NAMES[cost]
     values = [float(experiment.require(label, cost)["value"]) for label in (first, second)]
-    first_name, second_name = names or (first, second)
+    first_name, second_name = names or _display_names(experiment, first, second)
     unit = "MB" if cost == "bytes" else "M"
     numbers = f"{values[0] / MEGA:.3g} {unit} against {values[1] / MEGA:.3g} {unit}"
     ratio = values[1] / values[0]
@@ -72,18 +73,20 @@ def time_verdict(rows: pd.DataFrame, label: str, batch: int = 1, backend: str = 
     Raises:
         InputError: a model without a latency ratio at that batch size in that backend.
     """
-    row = Experiment.of(rows).find(label, "latency_ratio", batch, backend)
+    experiment = Experiment.of(rows)
+    row = experiment.find(label, "latency_ratio", batch, backend)
     if row is None:
         raise InputError(
             f"the rows hold no latency ratio of {label!r} at batch {batch} in {backend}; measure its latency"
         )
+    name = name or _display_names(experiment, label)[0]
     where = f"at batch {batch}" + ("" if backend == EAGER else f" in {backend}")
     numbers = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] of the baseline's time {where}"
     if row["high"] < 1:
-        return f"**{name or label}** is faster: {numbers}."
+        return f"**{name}** is faster: {numbers}."
     if row["low"] > 1:
-        return f"**{name or label}** is slower: {numbers}."
-    return f"**{name or label}** is neither faster nor slower than this run can tell: {numbers}."
+        return f"**{name}** is slower: {numbers}."
+    return f"**{name}** is neither faster nor slower than this run can tell: {numbers}."
 
 
 def best_verdict(rows: pd.DataFrame, labels: Mapping[str, str]) -> str:
@@ -109,6 +112,12 @@ def best_verdict(rows: pd.DataFrame, labels: Mapping[str, str]) -> str:
         return f"{sentence}, but no difference to {_listed(tied)} is significant."
     sentence += f"; it is significantly better than {_listed(beaten)}"
     return sentence + (f", and not significantly better than {_listed(tied)}." if tied else ".")
+
+
+def _display_names(experiment: Experiment, *labels: str) -> tuple[str, ...]:
+    """The display labels of models that are named together."""
+    display = display_labels(experiment, labels)
+    return tuple(display[label] for label in labels)
 
 
 def _listed(names: list[str]) -> str:

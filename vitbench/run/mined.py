@@ -13,6 +13,7 @@ from vitbench.data.splits import ImageData
 from vitbench.methods.registry import make_config, method_of
 from vitbench.rows.budgets import is_indistinguishable
 from vitbench.rows.runs import Run
+from vitbench.rows.words import display_labels
 from vitbench.run.bench import Bench
 from vitbench.run.cache import CachedModel
 
@@ -138,9 +139,10 @@ def findings(mined: Mined, run: Run, data: ImageData) -> list[str]:
         lines.append(f"not tried, since the time was up: {', '.join(mined.left_out)}")
     if (best := mined.best) is None:
         return lines
+    chosen_name = display_labels(bench.rows, [best.label])[best.label]
     luck = f" (the best of {len(mined.within)}, so in part luck)" if len(mined.within) > 1 else ""
     lines.append(
-        f"chosen on {len(data.val)} val images: {best.label}, {cost_text(mined.cost, best.cost)} "
+        f"chosen on {len(data.val)} val images: {chosen_name}, {cost_text(mined.cost, best.cost)} "
         f"(yours {cost_text(mined.cost, mined.own)}), top-1 {100 * best.val_top1:.2f} % there{luck}"
     )
     names = ("the chosen model", "yours")
