@@ -102,7 +102,7 @@ def test_the_best_within_a_budget_is_saved_and_kept(base, tmp_path, few):
     assert artifact.size_on_disk(run.folder / "best") <= found.limit == 0.3 * found.own
     assert artifact.read_manifest(run.folder / "best").sha256 == artifact.read_manifest(found.best.path).sha256
     said = "\n".join(texts.findings(found, run, data))
-    assert f"chosen on {len(data.val)} val images: weight_only" in said
+    assert f"chosen on {len(data.val)} val images: 8-bit weights" in said
     assert "the chosen model" in said
     assert "yours" in said
     assert "**" not in said
