@@ -80,7 +80,8 @@ class LearnedStep(nn.Module):
         """
         low, high = code_range(self.bits)
         if rule == "mse":
-            self.step.copy_(min_error_step(x, self.bits, self.dim))
+            signs = (1, -1) if self.zero is None else (1,)  # a zero point moves the codes already
+            self.step.copy_(min_error_step(x, self.bits, self.dim, signs=signs))
             return
         self.step.copy_((2 * x.abs().mean(dim=self.dim, keepdim=True) / high**0.5).clamp(min=1e-8))
         if self.zero is not None:

@@ -1,3 +1,4 @@
+from .deflate import Deflate as Deflate
 from .diffq import DiffQ as DiffQ
 from .distillation import Distillation as Distillation
 from .dynamic_int8 import (

@@ -138,7 +138,7 @@ def _bits_per_layer(
         weight, covariance = layer.weight.detach(), moments[name].output_error_covariance(layer)
         groups, choices[name] = weight.reshape(-1, config.group or layer.in_features), []
         for bits in range(MAX_BITS, MIN_BITS - 1, -1):
-            step = min_error_step(groups, bits, dim=1)
+            step = min_error_step(groups, bits, dim=1, signs=(1, -1))
             change = ((quantize(groups, step, bits) * step).view_as(weight) - weight).double()
             output_error = float(((change @ covariance) * change).sum())
             choices[name].append(((MAX_BITS - bits) * weight.numel(), moments[name].sensitivity * output_error, bits))

@@ -15,6 +15,7 @@ from vitbench.base.configs import Config, digest
 from vitbench.base.errors import InputError, one_of
 from vitbench.base.files import FolderKind, atomic_folder, write_tensors, write_text
 from vitbench.model import vit
+from vitbench.model.deflate import deflate, inflate
 from vitbench.model.layers import RUNTIME_LAYERS
 from vitbench.model.recipe import Recipe
 
@@ -66,6 +67,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
         key: (value.to(storage_dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in model.state_dict().items()
     }
+    if recipe.deflate:
+        tensors = {key: deflate(value, recipe.deflate) for key, value in tensors.items()}
     try:
         with atomic_folder(path, MODEL_FOLDER) as folder:
             write_tensors(folder / WEIGHTS, tensors)
@@ -95,15 +98,32 @@ def load(path: str | Path) -> nn.Module:
     model = _build_model(path, recipe)
     try:
         tensors = load_file(path / WEIGHTS)
+        if recipe.deflate:
+            tensors = _inflated(tensors, model, getattr(torch, recipe.storage))
         model.load_state_dict(
             {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()},
             assign=True,
         )
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the tensors in {str(path)!r} do not fit its recipe: {reason}") from None
     model.recipe = recipe
     return model.requires_grad_(False).eval()
+
+
+def _inflated(
+    tensors: dict[str, torch.Tensor], model: nn.Module, storage_dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The decoded tensors, of the shapes and types of `model`'s; tensors that it does not know stay as they are."""
+    expected = model.state_dict()
+    return {
+        key: inflate(
+            value, expected[key].shape, storage_dtype if expected[key].is_floating_point() else expected[key].dtype
+        )
+        if key in expected
+        else value
+        for key, value in tensors.items()
+    }
 
 
 def _build_model(path: Path, recipe: Recipe) -> nn.Module:

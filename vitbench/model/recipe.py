@@ -73,6 +73,7 @@ class Recipe(Config):
 
     `layers` maps a module's name to the runtime layer that replaces it (see `vitbench.model.layers`). `shared` holds the
     modules that several layers share. `storage` is the type of floating-point tensors on disk; in memory they are float32.
+    `deflate` is the level at which the file's tensors are coded (`vitbench.model.deflate`); 0, which files leave out: they are not.
     `origin` says how the weights were made: training config, data, seed, starting weights. A student whose architecture
     differs from its teacher's keeps the teacher's origin, and the teacher's name as `original`.
     """
@@ -86,6 +87,11 @@ class Recipe(Config):
     layers: dict[str, dict[str, Any]] = {}
     shared: dict[str, dict[str, Any]] = {}
     storage: Literal["float32", "float16"] = "float32"
+    deflate: int = Field(default=0, ge=0, le=9)
+
+    @model_serializer(mode="wrap")
+    def _without_default_coding(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if key != "deflate" or value}
 
     @property
     def method(self) -> str:

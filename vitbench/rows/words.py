@@ -46,6 +46,7 @@ METHODS = {
     ),
     "nystroem": MethodWords("tokens and attention", "Nystroem attention", "", ("landmarks",)),
     "static_int8": MethodWords("quantization", "static int8"),
+    "deflate": MethodWords("quantization", "entropy coding"),
     "linear_attention": MethodWords("tokens and attention", "linear attention"),
     "lsq": MethodWords("quantization", "LSQ", "LSQ, W{weight_bits}A{activation_bits}"),
     "diffq": MethodWords("quantization", "DiffQ", "DiffQ, {bits:number} bits"),
