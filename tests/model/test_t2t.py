@@ -1,5 +1,6 @@
 """T2T-ViT: the published size, and that what exists for ViTs applies to it."""
 
+import copy
 import math
 
 import pytest
@@ -92,6 +93,18 @@ def test_fused_and_written_out_attention_agree(tiny, images):
         assert all(module.fused_attn == fused for module in modules)
         answers.append(tiny(images))
     assert torch.allclose(*answers, atol=1e-5)
+
+
+def test_scale_and_norms_are_the_official_ones_but_in_files_of_early_versions(tiny, tmp_path):
+    assert [layer.attn.scale for layer in tiny.patch_embed.layers] == [147**-0.5, 576**-0.5]
+    assert {module.eps for module in tiny.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-5}
+    loaded = artifact.load(artifact.save(tiny, tmp_path / "new"))
+    assert [layer.attn.scale for layer in loaded.patch_embed.layers] == [147**-0.5, 576**-0.5]
+    early = copy.deepcopy(tiny)
+    early.recipe = early.recipe.replace(architecture=early.recipe.architecture.replace(token_attention=None))
+    assert "token_attention" not in early.recipe.to_dict()["architecture"]
+    loaded = artifact.load(artifact.save(early, tmp_path / "early"))
+    assert [layer.attn.scale for layer in loaded.patch_embed.layers] == [64**-0.5, 64**-0.5]
 
 
 def test_preprocessing():

@@ -27,6 +27,8 @@ class Architecture(Config):
     `blocks` holds the sizes of the blocks if something was removed; otherwise it is empty. `reduction` is how tokens are
     chosen. `distillation_token` is whether a second class token with its own head was added (DeiT). `global_pool` is set
     if the head does not read the name's default ("avg": the mean of the patch tokens, as in a fine-tuned MAE).
+    `token_attention` is "official" in a T2T-ViT with the official scale and norms; files of early versions have neither, nor
+    this key.
     """
 
     name: str
@@ -37,6 +39,11 @@ class Architecture(Config):
     reduction: Reduction | None = None
     distillation_token: bool = False
     global_pool: Literal["avg"] | None = None
+    token_attention: Literal["official"] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_form(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if key != "token_attention" or value}
 
 
 class Preprocess(Config):

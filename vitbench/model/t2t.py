@@ -142,6 +142,19 @@ class TokensToToken(nn.Module):
         return inner + tokens[-1] * self.proj.in_features * self.proj.out_features
 
 
+def use_official_form(model: nn.Module) -> None:
+    """Give a T2T-ViT the scale and the norms of the official code, in place.
+
+    There the attention between two splits divides by the square root of its *input's* dimensions (147 and 576), not of its
+    width, 64, and all norms add 1e-5 to the variance, where timm's add 1e-6.
+    """
+    for layer in model.patch_embed.layers:
+        layer.attn.scale = layer.norm1.normalized_shape[0] ** -0.5
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-5
+
+
 def sinusoids(positions: int, width: int) -> Tensor:
     """Position embeddings (positions, width): sines in even columns, cosines in odd (Vaswani et al. 2017, section 3.5).
 

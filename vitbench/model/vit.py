@@ -15,7 +15,7 @@ from vitbench.base.errors import InputError
 from vitbench.model import blocks, checkpoints, names
 from vitbench.model.macs import analytic_macs as analytic_macs
 from vitbench.model.recipe import Architecture, Preprocess, Recipe
-from vitbench.model.t2t import T2T_VITS
+from vitbench.model.t2t import T2T_VITS, TokensToToken, use_official_form
 
 LINEAR_TYPES: Final = ("qkv", "proj", "fc1", "fc2")
 EMBEDDING_AND_HEADS = ("patch_embed.proj", "head", "head_dist")
@@ -73,8 +73,17 @@ def create_model(
         )
     names.check_img_size(model, name)
     size = model.patch_embed.img_size[0]
+    token_attention: Literal["official"] | None = None
+    if isinstance(model.patch_embed, TokensToToken):
+        use_official_form(model)
+        token_attention = "official"
     architecture = Architecture(
-        name=name, num_classes=model.num_classes, img_size=size, depth=depth, global_pool=global_pool
+        name=name,
+        num_classes=model.num_classes,
+        img_size=size,
+        depth=depth,
+        global_pool=global_pool,
+        token_attention=token_attention,
     )
     origin, head_problem = {"start": "random", "head": "random"}, ""
     conversions: tuple[str, ...] = ()
@@ -111,6 +120,8 @@ def meta_model(architecture: Architecture) -> VisionTransformer:
     with torch.device("meta"):
         changes = {key: getattr(architecture, key) for key in ("num_classes", "img_size", "depth", "global_pool")}
         model = names.construct(architecture.name, False, weight_init="skip", **changes)
+        if architecture.token_attention:
+            use_official_form(model)
         if architecture.distillation_token:
             add_distillation_token(model)
         blocks.resize_blocks(model, architecture)
