@@ -121,9 +121,7 @@ def test_second_order_keeps_more_of_the_answers_than_nearest(base, digits):
         small = compress(base.model, config, digits).model
         with torch.inference_mode():
             apart[rounding] = float((small(x) - base.model(x)).square().mean())
-        assert any(bool((layer.step < 0).any()) for layer in small.modules() if isinstance(layer, PackedLinear)) == (
-            rounding == "second_order"
-        )
+        assert any(bool((layer.step < 0).any()) for layer in small.modules() if isinstance(layer, PackedLinear))
     assert apart["second_order"] < 0.5 * apart["nearest"]
     assert evaluate(small, digits.test).top1.mean() > wanted - 0.05
 
