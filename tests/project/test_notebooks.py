@@ -207,7 +207,9 @@ def test_the_quick_numbers(killed_then_finished):
     assert value["baseline", "top1"] >= 0.9
     assert value["dynamic_int8", "bytes"] <= 0.35 * value["baseline", "bytes"]
     assert abs(value["dynamic_int8", "top1"] - value["baseline", "top1"]) <= 0.015
-    assert 8 * value["uct", "bytes"] <= value["baseline", "bytes"]
+    uct = [each for (label, metric), each in value.items() if metric == "bytes" and label.startswith("uct (")]
+    assert uct, "lesson 07 left no rows"
+    assert 8 * max(uct) <= value["baseline", "bytes"]
 
 
 @pytest.mark.slow
