@@ -179,7 +179,10 @@ def killed_then_finished(home):
 def test_the_suite_finishes_after_a_kill(killed_then_finished):
     out, done = killed_then_finished
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in (out / "notebooks").iterdir()} == {path.name for path in NOTEBOOKS}
+    done_notebooks = {
+        path.name for path in (out / "notebooks").iterdir() if not path.name.startswith(".")
+    }  # a kill in a write leaves its part
+    assert done_notebooks == {path.name for path in NOTEBOOKS}
     assert (out / "report.html").is_file()
     for name in ("13_accuracy_size", "13_accuracy_latency"):
         assert all((out / "figures" / f"{name}.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
