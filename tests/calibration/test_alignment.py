@@ -8,7 +8,12 @@ from torch import nn
 
 from vitbench.calibration.alignment import align_blocks
 from vitbench.data.splits import load_data
+from vitbench.methods.linear_attention import LinearAttention
+from vitbench.methods.nystroem import Nystroem
+from vitbench.methods.registry import compress
+from vitbench.methods.token_merging import TokenMerging
 from vitbench.model import vit
+from vitbench.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +89,23 @@ def test_what_depends_on_its_coordinates_is_left_alone_and_named(images):
     assert torch.equal(model.blocks[0].attn.qkv.weight[rows], before.blocks[0].attn.qkv.weight[rows])
     assert not torch.equal(model.blocks[0].attn.qkv.weight[384:], before.blocks[0].attn.qkv.weight[384:])
     assert torch.equal(model.blocks[2].attn.qkv.weight, before.blocks[2].attn.qkv.weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "skipped", "reason"),
+    [
+        (TokenMerging(r=1), "attn: q, k", "tokens are matched by their keys"),
+        (LinearAttention(train=TrainConfig(epochs=0)), "attn", "it is a LinearAttention, whose output depends"),
+        (Nystroem(landmarks=2), "", ""),
+    ],
+)
+def test_other_attention_keeps_its_outputs_too(images, config, skipped, reason):
+    model = compress(model_of("vit_mini_patch4_32"), config).model
+    before = copy.deepcopy(model)
+    found = align_blocks(model, images)
+    assert set(found) == ({f"blocks.{index}.{skipped}" for index in range(len(model.blocks))} if skipped else set())
+    assert all(each.startswith(reason) for each in found.values())
+    x = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), before(x), atol=1e-4)
+    assert not torch.equal(model.blocks[0].mlp.fc1.weight, before.blocks[0].mlp.fc1.weight)

@@ -76,6 +76,12 @@ def test_types_of_layers_have_forms_of_their_own(base, digits, tmp_path):
     assert set(block.mlp.fc2.dense().sign().unique().tolist()) <= {-1.0, 0.0, 1.0}
 
 
+def test_codes_without_any_factor_are_a_form_too(base, digits):
+    small = compress(base.model, ROUNDED.replace(layers=(), ends_bits=None, dense_bits=2), digits).model
+    assert {layer.bits for layer in small.modules() if isinstance(layer, PackedLinear)} == {2}
+    assert not hasattr(small, "shared")
+
+
 @pytest.mark.parametrize("target", [37_000, 50_000])
 def test_a_budget_of_bytes_is_met_and_used(base, digits, tmp_path, target):
     small = compress(base.model, ROUNDED.replace(target_bytes=target), digits).model

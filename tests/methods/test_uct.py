@@ -225,6 +225,8 @@ def test_a_compressed_model_is_made_once(base, digits, monkeypatch):
             {"start": "weights", "dense_bits": 2},
             "dense_bits, target_bytes, group and latent_bits are settings of start=second_order",
         ),
+        ({"group": 8}, r"group = 8 does not divide the 46 inputs of D of qkv"),
+        ({"layers": ["qkv"], "ranks": {"fc1": 8}}, "unknown layer type in ranks 'fc1'; allowed: qkv"),
         ({"dense_bits": 1.5}, "dense_bits = 1.5: .* or 1.58 for ternary codes"),
         (
             {"target_bytes": 9000},

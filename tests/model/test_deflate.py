@@ -64,3 +64,16 @@ def test_a_damaged_or_swollen_tensor_is_refused(base, tmp_path, change, message)
     path = artifact.save(compress(base.model, configs).model, tmp_path / "coded")
     with pytest.raises(InputError, match=message):
         artifact.load(rewritten(path, change))
+
+
+def test_a_small_file_cannot_claim_a_large_model(base, tmp_path):
+    model = compress(base.model, make_config("deflate")).model
+    for parameter in model.parameters():
+        parameter.zero_()
+    path = artifact.save(model, tmp_path / "zeros")
+    content = json.loads((path / "recipe.json").read_text())
+    content.pop("check")
+    content["recipe"]["architecture"]["depth"] = 500
+    (path / "recipe.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="the recipe claims [0-9,]+ bytes of tensors, and the file holds"):
+        artifact.load(path)

@@ -107,6 +107,13 @@ def test_scale_and_norms_are_the_official_ones_but_in_files_of_early_versions(ti
     assert [layer.attn.scale for layer in loaded.patch_embed.layers] == [64**-0.5, 64**-0.5]
 
 
+def test_a_recipe_that_claims_this_form_for_another_model_is_refused(tmp_path):
+    model = vit.create_model("vit_micro_patch2_8", num_classes=4)
+    model.recipe = model.recipe.replace(architecture=model.recipe.architecture.replace(token_attention="official"))
+    with pytest.raises(InputError, match="token_attention is a form of T2T-ViT"):
+        artifact.load(artifact.save(model, tmp_path / "other"))
+
+
 def test_preprocessing():
     found = vit.create_model("t2t_vit_t_14", depth=1).recipe.preprocess
     assert (found.size, found.interpolation, found.crop_pct) == (224, "bicubic", 0.9)

@@ -13,12 +13,15 @@ coordinates inside a head and the order of the neurons are arbitrary, so each bl
 """
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from vitbench.calibration.moments import forward_hooks
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import Split
 from vitbench.model import blocks
+from vitbench.model.layers import ExactNystroemAttention, NystroemAttention
+from vitbench.model.tokens import TokenBlocks
 
 DAMPING = 1e-4  # added to the diagonals of moments, in units of their mean: T stays well conditioned
 
@@ -27,10 +30,10 @@ DAMPING = 1e-4  # added to the diagonals of moments, in units of their mean: T s
 def align_blocks(model: nn.Module, split: Split, batch_size: int = 32) -> dict[str, str]:
     """Align the blocks' heads and neurons in place, by the images of `split`. Returns what was left alone -> the reason.
 
-    Queries and keys that are normalised are left alone, as are attention and MLPs with a norm or a gate inside, and layers
-    that are no plain linear layers. Shapes, and outputs up to rounding, stay as they are.
+    Shapes, and outputs up to rounding, stay as they are. What depends on the coordinates, such as normalised keys, attention
+    without a softmax, and tokens that are matched by their keys, is left alone, as are layers that are not plain linear ones.
     """
-    skipped = {name: reason for index, block in enumerate(model.blocks) for name, reason in _obstacles(index, block)}
+    skipped = {name: reason for index in range(len(model.blocks)) for name, reason in _obstacles(model, index)}
     moments = _collect(model, split, batch_size)
     for index, block in enumerate(model.blocks):
         prefix = f"blocks.{index}"
@@ -44,17 +47,24 @@ def align_blocks(model: nn.Module, split: Split, batch_size: int = 32) -> dict[s
     return skipped
 
 
-def _obstacles(index: int, block: nn.Module) -> list[tuple[str, str]]:
+def _obstacles(model: nn.Module, index: int) -> list[tuple[str, str]]:
+    """(part, reason) of each part of block `index` that alignment would change."""
+    block = model.blocks[index]
     found, attn, mlp, prefix = [], block.attn, block.mlp, f"blocks.{index}"
 
     def inside(part: nn.Module, *names: str) -> list[str]:
         return [name for name in names if not isinstance(getattr(part, name, None), nn.Identity | None)]
 
-    dense = all(isinstance(layer, nn.Linear) for layer in (attn.qkv, attn.proj))
-    if mixing := inside(attn, "norm", "gate") or ([] if dense else ["qkv or proj that is no plain linear layer"]):
+    if not isinstance(attn, Attention | NystroemAttention | ExactNystroemAttention):
+        found.append((f"{prefix}.attn", f"it is a {type(attn).__name__}, whose output depends on the coordinates"))
+    elif mixing := inside(attn, "norm", "gate"):
         found.append((f"{prefix}.attn", f"it has a {mixing[0]}"))
+    elif not all(isinstance(layer, nn.Linear) for layer in (attn.qkv, attn.proj)):
+        found.append((f"{prefix}.attn", "qkv or proj is not a plain linear layer"))
     elif normed := inside(attn, "q_norm", "k_norm"):
         found.append((f"{prefix}.attn: q, k", f"it has a {normed[0]}, which depends on the coordinates"))
+    elif isinstance(model.blocks, TokenBlocks) and model.blocks.reduction == "merge":
+        found.append((f"{prefix}.attn: q, k", "tokens are matched by their keys"))
     dense = all(isinstance(layer, nn.Linear) for layer in (mlp.fc1, mlp.fc2))
     if not dense or blocks.fc1_rows_per_neuron(block) > 1 or inside(mlp, "norm"):
         found.append((f"{prefix}.mlp", "its neurons are not single outputs of a plain linear layer"))

@@ -1,10 +1,11 @@
 """Coders: trainable forms of weights. They are decoded for a forward pass, and packed into runtime layers at the end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from vitbench.base.errors import InputError
 from vitbench.calibration.quantizers import LearnedRange, LearnedStep
 from vitbench.model import vit
 from vitbench.model.layers import PackedConv2d, PackedLinear, Rounded
@@ -105,3 +106,14 @@ def embedding_and_head_coders(
         return []
     modules = vit.embedding_and_heads(model)
     return [RowCoder(name, module, bits) for name, module in modules.items() if name in names]
+
+
+def check_group(inputs: Mapping[str, int], group: int | None) -> None:
+    """Raise `InputError` if `group` does not divide the inputs of a matrix; `inputs` is matrix name -> inputs."""
+    for name, count in inputs.items():
+        if group and count % group:
+            suitable_sizes = [size for size in (16, 32, 64, 128) if not any(each % size for each in inputs.values())]
+            raise InputError(
+                f"group = {group} does not divide the {count} inputs of {name}; give one that divides the inputs "
+                f"of every layer{f', such as {suitable_sizes}' if suitable_sizes else ''}, or none for a step for each row"
+            )

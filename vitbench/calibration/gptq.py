@@ -10,6 +10,7 @@ each. Then steps and codes are refined alternately, each to its exact minimum.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,15 @@ def gptq_codes(
     return codes.float(), steps.float()
 
 
+def gptq_weight(
+    weight: Tensor, covariance: Tensor, bits: float, group: int | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The weight (out, in) that `gptq_codes` stand for, and their steps; without a group each row has a step."""
+    size = group or weight.shape[1]
+    codes, steps = gptq_codes(weight, covariance, bits, size, **options)
+    return codes * steps.repeat_interleave(size, 1), steps
+
+
 def gptq_layers(
     model: nn.Module,
     original: nn.Module,
@@ -74,9 +84,8 @@ def gptq_layers(
     steps = {}
 
     def round_weight(name: str, target_weight: Tensor, covariance: Tensor) -> Tensor:
-        size = group or target_weight.shape[1]
-        codes, steps[name] = gptq_codes(target_weight, covariance, bits[name], size, damping)
-        return codes * steps[name].repeat_interleave(size, 1)
+        rounded, steps[name] = gptq_weight(target_weight, covariance, bits[name], group, damping=damping)
+        return rounded
 
     replace_weights(model, original, layers, split, round_weight, ridge)
     return steps

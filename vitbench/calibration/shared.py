@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitbench.base.errors import InputError
 from vitbench.base.progress import progress_bar
 from vitbench.calibration.coders import CodedMatrix, Coder, RowCoder
-from vitbench.calibration.gptq import gptq_codes, replace_weights
+from vitbench.calibration.gptq import gptq_weight, replace_weights
 from vitbench.calibration.moments import Moments
 from vitbench.data.splits import Split
 from vitbench.model import vit
@@ -46,7 +46,7 @@ class SharedFactorCoder(Coder):
 
     Args:
         kind: the layer type, which is also the shared factor's name in the model.
-        layers: the dense layers by name, all of one shape.
+        targets: layer name -> the dense weight that D Z stands for (out, in).
         left: layer name -> Z (rank, in) and its steps.
         right: D (out, rank) and its steps.
         group: inputs of Z, and ranks of D, that share a step; None: a row.
@@ -55,17 +55,19 @@ class SharedFactorCoder(Coder):
     def __init__(
         self,
         kind: str,
-        layers: Mapping[str, nn.Linear],
+        targets: Mapping[str, Tensor],
         left: Mapping[str, tuple[Tensor, Tensor]],
         right: tuple[Tensor, Tensor],
         shape: FactorShape,
         group: int | None = None,
     ):
         super().__init__()
-        self.kind, self.names, self.shape, self.group = kind, list(layers), shape, group
-        self.left = nn.ModuleList(CodedMatrix(z, shape.latent_bits, group, step) for z, step in left.values())
+        self.kind, self.names, self.shape, self.group = kind, list(targets), shape, group
+        self.left = nn.ModuleList(
+            CodedMatrix(z, shape.latent_bits, group, step) for z, step in (left[name] for name in targets)
+        )
         self.right = CodedMatrix(right[0], shape.bits, group, right[1])
-        self.register_buffer("target", torch.stack([layer.weight.detach() for layer in layers.values()]))
+        self.register_buffer("target", torch.stack([*targets.values()]))
 
     def decode(self) -> dict[str, Tensor]:
         right = self.right()
@@ -100,7 +102,6 @@ def shared_codes(
     moments: Mapping[str, Moments],
     split: Split,
     group: int | None = None,
-    damping: float = 0.01,
 ) -> list[Coder]:
     """Factor and round `model`'s layers in place, first to last, and return their coders.
 
@@ -113,45 +114,39 @@ def shared_codes(
     shapes = {kind: form for kind, form in forms.items() if isinstance(form, FactorShape)}
     dense_bits = {kind: form for kind, form in forms.items() if not isinstance(form, FactorShape)}
     kinds = {name: kind for kind, layers in by_type.items() for name in layers}
-    targets = {name: layer.weight.detach().clone() for layers in by_type.values() for name, layer in layers.items()}
+    targets = {kind: {name: layer.weight.detach().clone() for name, layer in by_type[kind].items()} for kind in shapes}
     right, projections = {}, {}
     for kind, shape in shapes.items():
         directions = output_directions(by_type[kind], moments)
-        right[kind], projections[kind] = _rounded_factor(directions, shape, group, damping)
+        right[kind], projections[kind] = _rounded_factor(directions, shape, group)
     left: dict[str, tuple[Tensor, Tensor]] = {}
 
     def approximate(name: str, weight: Tensor, covariance: Tensor) -> Tensor:
-        kind, size = kinds[name], group or weight.shape[1]
-        if kind in shapes:
-            weight, bits = projections[kind] @ weight, shapes[kind].latent_bits
-        else:
-            bits = dense_bits[kind]
-        codes, step = gptq_codes(weight, covariance, bits, size, damping)
-        rounded = codes * step.repeat_interleave(size, 1)
-        left[name] = rounded, step
-        return right[kind][0] @ rounded if kind in shapes else rounded
+        kind = kinds[name]
+        if kind in dense_bits:
+            left[name] = gptq_weight(weight, covariance, dense_bits[kind], group)
+            return left[name][0]
+        left[name] = gptq_weight(projections[kind] @ weight, covariance, shapes[kind].latent_bits, group)
+        return right[kind][0] @ left[name][0]
 
     layers = vit.linear_layers(model, tuple(by_type))
     replace_weights(model, original, layers, split, approximate, title="factoring")
     coders: list[Coder] = []
     for kind, shape in shapes.items():
-        factors = {name: left[name] for name in by_type[kind]}
-        coders.append(SharedFactorCoder(kind, by_type[kind], factors, right[kind], shape, group))
-        coders[-1].target.copy_(torch.stack([targets[name] for name in by_type[kind]]))
+        coders.append(SharedFactorCoder(kind, targets[kind], left, right[kind], shape, group))
     for kind, bits in dense_bits.items():
         coders += [RowCoder(name, layer, bits, group, left[name][1]) for name, layer in by_type[kind].items()]
     return coders
 
 
 def _rounded_factor(
-    directions: tuple[Tensor, Tensor], shape: FactorShape, group: int | None, damping: float
+    directions: tuple[Tensor, Tensor], shape: FactorShape, group: int | None
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """D in codes with its steps, and P, the projection on it (rank, out)."""
     values, vectors = (each[..., : shape.rank] for each in directions)
-    size = group or shape.rank
-    codes, step = gptq_codes(vectors, torch.diag(values), shape.bits, size, damping)
-    rounded = (codes * step.repeat_interleave(size, 1)).double()
-    return (rounded.float(), step), torch.linalg.solve(rounded.T @ rounded, rounded.T)
+    right, step = gptq_weight(vectors, torch.diag(values), shape.bits, group)
+    gram = right.double().T @ right.double()
+    return (right, step), torch.linalg.solve(gram, right.double().T)
 
 
 def output_directions(layers: Mapping[str, nn.Linear], moments: Mapping[str, Moments]) -> tuple[Tensor, Tensor]:
@@ -211,18 +206,16 @@ def _choices(
     forms += [FactorShape(rank, 4, bits) for rank in ranks for bits in LATENT_BITS]
     choices: list[tuple[int, float, FactorShape | float]] = []
     for form in progress_bar(forms, "forms of one layer type", unit="form"):
-        factored = isinstance(form, FactorShape)
-        rows, bits = (form.rank, form.latent_bits) if isinstance(form, FactorShape) else (outputs, form)
-        size, error = len(layers) * coded_bytes(rows, inputs, bits, group, rest), 0.0
+        right, projection = torch.eye(outputs), torch.eye(outputs, dtype=torch.float64)
+        rows, bits, size, error = outputs, form, 0, 0.0
         if isinstance(form, FactorShape):
-            size += coded_bytes(outputs, form.rank, form.bits, group, rest)
-            (right, _), projection = _rounded_factor(directions, form, group, 0.01)
+            (right, _), projection = _rounded_factor(directions, form, group)
+            rows, bits, size = form.rank, form.latent_bits, coded_bytes(outputs, form.rank, form.bits, group, rest)
+        size += len(layers) * coded_bytes(rows, inputs, bits, group, rest)
         for name, layer in layers.items():
             weight, covariance = layer.weight.detach().double(), moments[name].output_error_covariance(layer)
-            target = projection @ weight if factored else weight
-            codes, step = gptq_codes(target, covariance, bits, group or inputs, refinements=0)
-            rounded = (codes * step.repeat_interleave(group or inputs, 1)).double()
-            change = (right.double() @ rounded if factored else rounded) - weight
+            rounded, _ = gptq_weight(projection @ weight, covariance, bits, group, refinements=0)
+            change = (right @ rounded).double() - weight
             error += moments[name].sensitivity * float(((change @ covariance) * change).sum())
         choices.append((size, error, form))
     choices.sort(key=lambda choice: choice[:2])

@@ -51,7 +51,7 @@ def model_row_fields(recipe: Recipe, data: ImageData | None) -> dict[str, Any]:
 
 
 def _step_fields(step: Step, data: ImageData | None) -> dict[str, Any]:
-    """A step in a row. Of the images that it used it says what differs from `data`; nothing if they are the same."""
+    """A step as a row holds it: of its images only what differs from `data`, on which the model was measured."""
     fields = step.to_dict()
     images = fields.pop("images", {})
     if data and images and images["fingerprint"] != data.fingerprint:

@@ -27,9 +27,9 @@ from pydantic import Field
 from torch import nn
 
 from vitbench.base import progress
-from vitbench.base.errors import InputError
+from vitbench.base.errors import InputError, one_of
 from vitbench.calibration.alignment import align_blocks
-from vitbench.calibration.coders import Coder, embedding_and_head_coders
+from vitbench.calibration.coders import Coder, check_group, embedding_and_head_coders
 from vitbench.calibration.factors import (
     DirectFactor,
     Encoder,
@@ -88,7 +88,7 @@ class UCT(CodedTrainingConfig):
     dense_bits: Bits | None = None
     target_bytes: int | None = Field(default=None, ge=1)
     rank: int | None = Field(default=None, ge=1)
-    ranks: dict[LayerType, Rank] = {}
+    ranks: dict[str, Rank] = {}
     rank_ratio: float = Field(default=0.72, gt=0, le=1)
     bits: int = Field(default=4, ge=2, le=8)
     latent_bits: Bits | None = None
@@ -137,6 +137,8 @@ def ranks_of(model: nn.Module, config: UCT) -> dict[str, int]:
     """
     stacked = config.form == "direct" and config.start == "second_order"  # Z may have more rows than a layer has inputs
     ranks, limits = {}, {}
+    for kind in config.ranks:
+        one_of("layer type in ranks", kind, config.layers)
     for kind, layers in dense_layers_by_type(model, config.layers).items():
         shapes = {tuple(layer.weight.shape) for layer in layers.values()}
         if len(shapes) > 1:
@@ -145,8 +147,7 @@ def ranks_of(model: nn.Module, config: UCT) -> dict[str, int]:
             )
         outputs, inputs = shapes.pop()
         limits[kind] = outputs if stacked else min(outputs, inputs)
-        own_rank = next((rank for name, rank in config.ranks.items() if name == kind), None)
-        ranks[kind] = own_rank or config.rank or max(1, round(config.rank_ratio * model.embed_dim))
+        ranks[kind] = config.ranks.get(kind) or config.rank or max(1, round(config.rank_ratio * model.embed_dim))
     if too_small := {kind: limit for kind, limit in limits.items() if ranks[kind] > limit}:
         limit = min(too_small.values())
         raise InputError(
@@ -167,7 +168,7 @@ def _operating_points(model: nn.Module) -> list[dict[str, int]]:
 )
 def uct(model: nn.Module, config: UCT, data: ImageData | None) -> Compressed:
     """Factor the blocks' linear layers with a shared factor, quantize both factors, and train the codes."""
-    if not config.layers and config.ends_bits is None:
+    if not (config.layers or config.dense_bits or config.target_bytes or config.ends_bits):
         return Compressed(model)
     ranks, teacher = ranks_of(model, config), find_teacher(model, config, data)
     torch.manual_seed(config.train.seed)
@@ -199,7 +200,7 @@ def with_order(model: nn.Module, order: Order) -> nn.Module:
 def _second_order_coders(
     model: nn.Module, config: UCT, data: ImageData | None, ranks: Mapping[str, int]
 ) -> list[Coder]:
-    """Align the model, factor it and round it in second order, in place."""
+    """Align the model, factor its layers, and round them in second order, in place."""
     kinds = config.layers if config.dense_bits is None and config.target_bytes is None else LINEAR_TYPES
     if not kinds:
         return []
@@ -212,15 +213,18 @@ def _second_order_coders(
         align_blocks(model, split)
     names = vit.linear_layers(model, tuple(kinds))
     moments = collect_moments(model, dict(names), data, gradients=config.target_bytes is not None)
-    latent_bits = config.latent_bits or config.bits
-    forms: dict[str, FactorShape | float] = {
-        kind: FactorShape(r, config.bits, latent_bits) for kind, r in ranks.items()
-    }
-    if config.dense_bits is not None:
-        forms |= dict.fromkeys([kind for kind in layers if kind not in forms], config.dense_bits)
+    inputs = {name: layer.in_features for name, layer in names.items()}
+    forms: dict[str, FactorShape | float]
     if config.target_bytes is not None:
+        check_group(inputs, config.group)
         budget = config.target_bytes - bytes_without(model, config, names)
         forms = choose_forms(layers, moments, budget, config.group, config.rest)
+    else:
+        check_group(inputs | {f"D of {kind}": rank for kind, rank in ranks.items()}, config.group)
+        latent_bits = config.latent_bits or config.bits
+        forms = {kind: FactorShape(rank, config.bits, latent_bits) for kind, rank in ranks.items()}
+        if config.dense_bits is not None:
+            forms |= {kind: config.dense_bits for kind in layers if kind not in ranks}
     return shared_codes(model, copy.deepcopy(model), forms, moments, split, config.group)
 
 

@@ -20,7 +20,7 @@ from vitbench.base import progress
 from vitbench.base.errors import InputError
 from vitbench.base.store import Store, StoredFile, work_key
 from vitbench.calibration.allocation import BudgetUnreachable, greedy_allocation
-from vitbench.calibration.coders import RowCoder, embedding_and_head_coders
+from vitbench.calibration.coders import RowCoder, check_group, embedding_and_head_coders
 from vitbench.calibration.gptq import gptq_layers
 from vitbench.calibration.moments import collect_moments
 from vitbench.calibration.quantizers import min_error_step, quantize
@@ -74,7 +74,7 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
     """Round the blocks' linear layers to packed codes of a few bits, and train them if `train.epochs` is above 0."""
     vit.dense_layers_by_type(model, config.layers)
     layers = vit.linear_layers(model, config.layers)
-    _check_group(layers, config.group)
+    check_group({name: layer.in_features for name, layer in layers.items()}, config.group)
     teacher = find_teacher(model, config, data)
     bits: Mapping[str, float] = dict.fromkeys(layers, config.bits)
     if config.target_bytes:
@@ -108,17 +108,6 @@ def _calibration(data: ImageData | None, setting: str, alternative: str) -> Spli
     if data is None:
         raise InputError(f"{setting} needs calibration images and no data set was given; give one, or {alternative}")
     return data.require_split("calibration")
-
-
-def _check_group(layers: Mapping[str, nn.Linear], group: int | None) -> None:
-    for name, layer in layers.items():
-        if group and layer.in_features % group:
-            inputs = {linear.in_features for linear in layers.values()}
-            suitable_sizes = [size for size in (16, 32, 64, 128) if not any(count % size for count in inputs)]
-            raise InputError(
-                f"group = {group} does not divide the {layer.in_features} inputs of {name}; give one that divides the inputs "
-                f"of every layer{f', such as {suitable_sizes}' if suitable_sizes else ''}, or none for a step for each row"
-            )
 
 
 def _bits_per_layer(

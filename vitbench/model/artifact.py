@@ -20,6 +20,7 @@ from vitbench.model.layers import RUNTIME_LAYERS
 from vitbench.model.recipe import Recipe
 
 WEIGHTS, RECIPE, SHARED = "model.safetensors", "recipe.json", "shared."
+MAX_EXPANSION = 200  # of a file's coded tensors; weights that were trained expand less than twofold
 MODEL_FOLDER = FolderKind("a saved model", RECIPE, frozenset({"recipe", "sha256"}), lambda _: [WEIGHTS])
 
 
@@ -114,8 +115,16 @@ def load(path: str | Path) -> nn.Module:
 def _inflated(
     tensors: dict[str, torch.Tensor], model: nn.Module, storage_dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The decoded tensors, of the shapes and types of `model`'s; tensors that it does not know stay as they are."""
+    """The decoded tensors, of the shapes and types of `model`'s; tensors that it does not know stay as they are.
+
+    Raises:
+        ValueError: a damaged tensor, or a recipe that claims far more bytes than such a file holds.
+    """
     expected = model.state_dict()
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if claimed > MAX_EXPANSION * stored:  # zeros take a thousandth, so a small file could fill the memory
+        raise ValueError(f"the recipe claims {claimed:,} bytes of tensors, and the file holds {stored:,} coded ones")
     return {
         key: inflate(
             value, expected[key].shape, storage_dtype if expected[key].is_floating_point() else expected[key].dtype

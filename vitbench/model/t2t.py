@@ -147,7 +147,14 @@ def use_official_form(model: nn.Module) -> None:
 
     There the attention between two splits divides by the square root of its *input's* dimensions (147 and 576), not of its
     width, 64, and all norms add 1e-5 to the variance, where timm's add 1e-6.
+
+    Raises:
+        InputError: the model is no T2T-ViT.
     """
+    if not isinstance(model.patch_embed, TokensToToken):
+        raise InputError(
+            f"token_attention is a form of T2T-ViT, and this is a {type(model).__name__} without its embedding"
+        )
     for layer in model.patch_embed.layers:
         layer.attn.scale = layer.norm1.normalized_shape[0] ** -0.5
     for module in model.modules():

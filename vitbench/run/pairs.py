@@ -3,12 +3,14 @@
 import contextlib
 import io
 import itertools
+import math
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from vitbench.base import progress
 from vitbench.base.configs import Config
@@ -52,31 +54,29 @@ def list_pairs(data: ImageData | None = None) -> pd.DataFrame:
         with contextlib.redirect_stdout(io.StringIO()):
             data = load_data("digits", train=64, test=32, val=32, calibration=32)
     model = vit.create_model("vit_micro_patch2_8", num_classes=len(data.classes), seed=0)
-    firsts = {name: compress(model, short_config(name), data).model for name in METHODS}
+    firsts = {name: _compressed(model, name, data) for name in METHODS}
     costs = {name: _cost(first) for name, first in firsts.items()}
     lines = []
     pairs = list(itertools.product(METHODS, METHODS))
     for first, second in progress.progress_bar(pairs, "pairs of methods", unit="pair"):
-        line: dict[str, Any] = {
-            "first": first,
-            "second": second,
-            "bytes": float("nan"),
-            "macs": float("nan"),
-            "refused": "",
-        }
+        shares, refused = (math.nan, math.nan), ""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of so few calibration images
-                both = compress(firsts[first], short_config(second), data).model
+            both = _compressed(firsts[first], second, data)
+            (size, macs), (first_size, first_macs) = _cost(both), costs[first]
+            shares = size / first_size, macs / first_macs
         except InputError as error:
-            line["refused"] = str(error)
-        else:
-            line |= {key: new / old for key, new, old in zip(("bytes", "macs"), _cost(both), costs[first], strict=True)}
-        lines.append(line)
-    return pd.DataFrame(lines)
+            refused = str(error)
+        lines.append((first, second, *shares, refused))
+    return pd.DataFrame(lines, columns=["first", "second", "bytes", "macs", "refused"])
 
 
-def _cost(model: Any) -> tuple[int, int]:
+def _compressed(model: nn.Module, name: str, data: ImageData) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # there are few calibration images
+        return compress(model, short_config(name), data).model
+
+
+def _cost(model: nn.Module) -> tuple[int, int]:
     """Bytes of the saved model, and multiply-accumulates of the loaded one."""
     with tempfile.TemporaryDirectory() as folder:
         path = artifact.save(model, Path(folder, "model"))
@@ -84,7 +84,7 @@ def _cost(model: Any) -> tuple[int, int]:
 
 
 def pairs_text(pairs: pd.DataFrame) -> str:
-    """The pairs as a table for a terminal: what the second method, in a column, leaves after the first, in a line."""
+    """The pairs as text for a terminal: under each first method a line for each second one."""
     names = list(dict.fromkeys(pairs["first"]))
     width = max(map(len, names))
     lines = ["bytes / MACs that the second method leaves of the first one's model, in per cent; - where it refuses", ""]

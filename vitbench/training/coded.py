@@ -16,7 +16,7 @@ from vitbench.calibration.coders import Coder
 from vitbench.calibration.quantizers import LearnedRange
 from vitbench.data.splits import ImageData
 from vitbench.model import vit
-from vitbench.model.layers.packed import packed_bytes
+from vitbench.model.layers.packed import coded_bytes
 from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
 from vitbench.training.tuning import FineTuneConfig, fine_tune
@@ -113,7 +113,7 @@ def bytes_without(model: nn.Module, config: CodedTrainingConfig, layers: Collect
     for key, tensor in model.state_dict().items():
         if key in ends:
             assert config.ends_bits is not None
-            total += packed_bytes(tensor.numel(), config.ends_bits) + len(tensor) * width
+            total += coded_bytes(len(tensor), tensor[0].numel(), config.ends_bits, None, config.rest)
         elif key.removesuffix(".weight") not in layers:
             total += tensor.numel() * width
     return total

@@ -20,8 +20,9 @@ class TrainConfig(Config):
     `views` is the number of augmented copies of each image: in epoch e the augmentation depends on seed, image and
     e mod views, whether there is a teacher or not. The teacher's logits for each view are cached on disk, so that it runs once
     for each. With 0 each epoch has a new augmentation, and the teacher runs at every step.
-    `beta2` is AdamW's second decay. `clip_norm` bounds the gradient's norm, of codes and of other parameters apart. `precision` "auto" is bf16 on a GPU, and on a CPU with bf16 instructions for widths of 192
-    or more; otherwise it is fp32.
+    `beta2` is AdamW's second decay. `clip_norm` bounds the norm of the gradient, that of codes and that of other parameters
+    separately. `precision` "auto" is bf16 on a GPU, and on a CPU with bf16 instructions for widths of 192 or more; otherwise it
+    is fp32.
     """
 
     epochs: int = Field(default=60, ge=0)

@@ -183,7 +183,7 @@ class _TrainingRun:
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True
         )
-        by_scale: dict[float, list[nn.Parameter]] = {}  # codes and other parameters have gradients of other sizes
+        by_scale = {}  # codes and other parameters have gradients of other sizes
         for group in self.optimizer.param_groups:
             by_scale.setdefault(group.get("lr_scale", 1.0), []).extend(group["params"])
         self.clipped_together = list(by_scale.values())

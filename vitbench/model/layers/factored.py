@@ -57,23 +57,36 @@ class SharedFactor(nn.Module):
         return codes.sub_(2 ** (self.bits - 1)).mul_(self.step)
 
 
-class _Ordered(nn.Module):
-    """A layer of two factors with an order of their product.
+class _SharedFactorLayer(nn.Module):
+    """A linear layer of two factors, one of them among the model's shared modules, under the name `shared`.
 
     `order` is "reordered", x first times one factor, then times the other, so W is never built; "decode_first", W at every
     call; or "cheapest", the one with fewer multiply-accumulates for the n tokens of the call: n rank (in + out), or
     in rank out + n in out.
     """
 
-    in_features: int
-    out_features: int
-    rank: int
-
-    def __init__(self, order: str):
+    def __init__(self, in_features: int, out_features: int, rank: int, shared: str, bias: bool, order: str):
         super().__init__()
         if order not in get_args(Order):
             raise ValueError(f"order = {order!r}; allowed: {', '.join(get_args(Order))}")
-        self.order = order
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.shared, self.order = shared, order
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    def spec(self) -> dict[str, Any]:
+        """The constructor's arguments that both layers have."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "shared": self.shared,
+            "bias": self.bias is not None,
+            "order": self.order,
+        }
+
+    def bind_shared(self, shared: nn.ModuleDict) -> None:
+        """Take D from the model's `shared` modules, without registering it, so that it is not saved twice."""
+        self.__dict__["_factor"] = shared[self.shared]
 
     def is_reordered(self, tokens: int) -> bool:
         """Whether a call with this many tokens computes x Z first."""
@@ -84,8 +97,10 @@ class _Ordered(nn.Module):
 
 
 @runtime_layer
-class FactoredLinear(_Ordered):
-    """y = x W^T + b with W^T ~ Z D, where Z (in x rank) is this layer's and D (rank x out) is shared.
+class FactoredLinear(_SharedFactorLayer):
+    """y = x W^T + b with W^T ~ Z D, where Z (in x rank) is this layer's and D (rank x out) is a `SharedFactor`.
+
+    The columns of Z have steps and zero points, the same in every block.
 
     Shapes: x (..., in_features) -> (..., out_features).
     """
@@ -102,23 +117,13 @@ class FactoredLinear(_Ordered):
         bias: bool = True,
         order: str = "reordered",
     ):
-        super().__init__(order)
-        self.in_features, self.out_features, self.rank, self.bits = in_features, out_features, rank, bits
-        self.shared = shared
+        super().__init__(in_features, out_features, rank, shared, bias, order)
+        self.bits = bits
         self.register_buffer("codes", torch.zeros(packed_bytes(in_features * rank, bits), dtype=torch.uint8))
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "rank": self.rank,
-            "bits": self.bits,
-            "shared": self.shared,
-            "bias": self.bias is not None,
-            "order": self.order,
-        }
+        return {**super().spec(), "bits": self.bits}
 
     @property
     def param_count(self) -> int:
@@ -130,10 +135,6 @@ class FactoredLinear(_Ordered):
         self.codes = pack(codes.detach(), self.bits)
         self.bias = None if bias is None else bias.detach().float().clone()
         return self
-
-    def bind_shared(self, shared: nn.ModuleDict) -> None:
-        """Take the shared factor from the model's `shared` modules, without registering it, so it is not saved twice."""
-        self.__dict__["_factor"] = shared[self.shared]
 
     def latent(self) -> Tensor:
         """Z (in, rank) in float32, decoded at each call."""
@@ -159,7 +160,7 @@ class FactoredLinear(_Ordered):
 
 
 @runtime_layer
-class SharedFactorLinear(_Ordered):
+class SharedFactorLinear(_SharedFactorLayer):
     """y = D (Z x) + b with Z (rank x in), this layer's, and D (out x rank), which all blocks share, both in packed codes.
 
     Each row of Z and of D has a step, or each `group` of a row, without zero points: both are products that kernels for
@@ -180,42 +181,27 @@ class SharedFactorLinear(_Ordered):
         group: int | None = None,
         order: str = "reordered",
     ):
-        super().__init__(order)
-        self.in_features, self.out_features, self.rank, self.shared = in_features, out_features, rank, shared
+        super().__init__(in_features, out_features, rank, shared, bias, order)
         self.down = PackedLinear(in_features, rank, bits, bias=False, group=group)
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "rank": self.rank,
-            "bits": self.down.bits,
-            "shared": self.shared,
-            "bias": self.bias is not None,
-            "group": self.down.group,
-            "order": self.order,
-        }
+        return {**super().spec(), "bits": self.down.bits, "group": self.down.group}
 
     @property
     def param_count(self) -> int:
         """The biases; the layer `down` counts Z."""
         return 0 if self.bias is None else self.out_features
 
-    def bind_shared(self, shared: nn.ModuleDict) -> None:
-        """Take D from the model's `shared` modules, without registering it, so it is not saved twice."""
-        self.__dict__["_up"] = shared[self.shared]
-
     def dense(self) -> Tensor:
         """The decoded weight W = D Z (out, in), float32."""
-        return self._up.dense() @ self.down.dense()
+        return self._factor.dense() @ self.down.dense()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_reordered(math.prod(x.shape[:-1])):
-            y = self._up(self.down(x))
+            y = self._factor(self.down(x))
         else:
-            y = x @ self._up(self.down(torch.eye(self.in_features, dtype=x.dtype, device=x.device)))
+            y = x @ self._factor(self.down(torch.eye(self.in_features, dtype=x.dtype, device=x.device)))
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
