@@ -192,11 +192,25 @@ def test_what_a_killed_process_left_in_a_folder_is_no_strangers(tmp_path):
     fill(target)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    left = target / f".vitbench.{ended.pid}.0123abcd.part"
-    left.mkdir()
-    write_text(left / "a", "half")
+    young = target / f".vitbench.{ended.pid}.0123abcd.part"
+    young.mkdir()
+    (young / "a").write_text("half")
     fill(target, text="two")
-    assert sorted(os.listdir(target)) == ["a", "box.json"]
+    assert sorted(os.listdir(target)) == [young.name, "a", "box.json"]
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path, is_folder):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = {f".vitbench.{pid}.0123abcd.part": pid for pid in (ended.pid, os.getpid())}
+    for name in names:
+        (tmp_path / name).mkdir() if is_folder else (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / ".vitbench.part").write_text("a user's")
+    write_text(tmp_path / "a", "whole")
+    running = f".vitbench.{os.getpid()}.0123abcd.part"
+    assert sorted(os.listdir(tmp_path)) == sorted([running, ".vitbench.part", "a"])
 
 
 def test_a_link_is_written_through_and_the_current_folder_stays(tmp_path, tiny, monkeypatch):

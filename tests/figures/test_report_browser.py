@@ -45,13 +45,13 @@ def shown(report, view):
 @pytest.mark.parametrize(
     ("view", "names"),
     [
-        ("", ["baseline", "uct", "dynamic_int8", "lsq"]),
-        ("sort=MB", ["uct", "lsq", "dynamic_int8", "baseline"]),
-        ("sort=MB&order=descending", ["baseline", "dynamic_int8", "lsq", "uct"]),
-        ("sort=method", ["baseline", "dynamic_int8", "lsq", "uct"]),
-        ("sort=M+MACs&order=descending", ["baseline", "uct", "dynamic_int8", "lsq"]),
-        ("filter=INT8", ["dynamic_int8"]),
-        ("sort=MB&filter=l", ["lsq", "baseline"]),
+        ("", ["baseline", "UCT, 8 bits", "dynamic int8", "LSQ"]),
+        ("sort=MB", ["UCT, 8 bits", "LSQ", "dynamic int8", "baseline"]),
+        ("sort=MB&order=descending", ["baseline", "dynamic int8", "LSQ", "UCT, 8 bits"]),
+        ("sort=method", ["baseline", "dynamic int8", "LSQ", "UCT, 8 bits"]),
+        ("sort=M+MACs&order=descending", ["baseline", "UCT, 8 bits", "dynamic int8", "LSQ"]),
+        ("filter=INT8", ["dynamic int8"]),
+        ("sort=MB&filter=l", ["LSQ", "baseline"]),
         ("filter=nothing+such", []),
     ],
 )
@@ -64,7 +64,7 @@ def test_it_sorts_and_filters(report, view, names):
 
 def test_what_was_not_measured_is_last_in_either_order(report):
     for order in ("", "&order=descending"):
-        assert shown(report, f"sort=M+MACs{order}")[0][-1] == "lsq"
+        assert shown(report, f"sort=M+MACs{order}")[0][-1] == "LSQ"
 
 
 def test_it_prints_and_is_a_picture(report, tmp_path):

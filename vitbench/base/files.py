@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,10 +31,29 @@ TEMPORARY_NAME = re.compile(
     r"\.vitbench\.(\d+)\.[0-9a-f]{8}\.part"
 )  # a temporary name, with the id of the process that writes it
 
+LEFTOVER_SECONDS = 3600  # a temporary file of this age, without its process, is what a killed process left
+
 
 def temporary_name() -> str:
     """A new temporary name. It is short, since it must also fit beside a file whose name has the greatest length."""
     return f".vitbench.{os.getpid()}.{uuid.uuid4().hex[:8]}.part"
+
+
+@functools.cache
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders that killed processes left in `folder`; a process looks once at each folder.
+
+    They are old and their process is gone: in a shared folder, a process of another machine may still write a young one.
+    """
+    with contextlib.suppress(OSError):  # the write that follows reports what is wrong
+        for name in os.listdir(folder):
+            match = TEMPORARY_NAME.fullmatch(name)
+            if not match or psutil.pid_exists(int(match[1])):
+                continue
+            leftover = folder / name
+            with contextlib.suppress(OSError):
+                if time.time() - leftover.lstat().st_mtime > LEFTOVER_SECONDS:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextlib.contextmanager
@@ -43,6 +64,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         OSError: the file cannot be written; its `filename` is `path`, and no temporary file is left.
     """
     path = Path(os.path.realpath(path))  # a link is kept, and its target replaced
+    remove_leftovers(path.parent)
     part = path.with_name(temporary_name())
     try:
         with report_final_path(path, part):
@@ -256,6 +278,7 @@ def atomic_folder(path: str | Path, kind: FolderKind) -> Iterator[Path]:
     target = check_target(path, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = (target if target.is_dir() else target.parent) / temporary_name()
+    remove_leftovers(part.parent)
     try:
         with report_final_path(target, part):
             part.mkdir()  # its mode follows the umask
@@ -275,8 +298,3 @@ def _replace_files(part: Path, target: Path, kind: FolderKind) -> None:
         os.replace(part / name, target / name)
     for name in old - set(new):
         (target / name).unlink(missing_ok=True)
-    for leftover in target.iterdir():  # temporary files of processes that were killed
-        if (temporary_match := TEMPORARY_NAME.fullmatch(leftover.name)) and not psutil.pid_exists(
-            int(temporary_match[1])
-        ):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
