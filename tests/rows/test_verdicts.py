@@ -44,6 +44,8 @@ def test_costs_are_smaller_or_larger_by_the_rows():
     assert "4 times smaller than that of **b**" in by_bytes[0]
     assert "4 times larger than that of **b**" in by_bytes[1]
     assert "take as much" in by_bytes[2]
+    assert "20 % smaller than that of **b**" in cost_verdict(rows([900, 900], bytes=(1.2e6, 1.5e6)), "a", "b")
+    assert "25 % larger than that of **b**" in cost_verdict(rows([900, 900], bytes=(1.5e6, 1.2e6)), "a", "b")
     assert "does 25 % fewer multiply-accumulates" in cost_verdict(rows([1, 1], macs=(3e8, 4e8)), "a", "b", "macs")
     assert "does 33 % more multiply-accumulates" in cost_verdict(rows([1, 1], macs=(4e8, 3e8)), "a", "b", "macs")
 

@@ -64,7 +64,8 @@ def cost_verdict(
         share = 100 * abs(1 - values[0] / values[1])
         return f"**{first_name}** does {share:.0f} % {less if ratio > 1 else more} {what} than **{second_name}**: {numbers}."
     factor = max(ratio, 1 / ratio)
-    return f"The {what} of **{first_name}** is {factor:.2g} times {less if ratio > 1 else more} than that of **{second_name}**: {numbers}."
+    by = f"{factor:.2g} times" if factor >= 1.5 else f"{100 * abs(1 - values[0] / values[1]):.2g} %"
+    return f"The {what} of **{first_name}** is {by} {less if ratio > 1 else more} than that of **{second_name}**: {numbers}."
 
 
 def time_verdict(rows: pd.DataFrame, label: str, batch: int = 1, backend: str = EAGER, name: str = "") -> str:
