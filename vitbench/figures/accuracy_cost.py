@@ -141,7 +141,7 @@ def _draw_budget(axes: Axes, limit: float) -> Segment:
 def _points(experiment: Experiment, cost: str, batch: int) -> tuple[list[Point], list[pd.Series]]:
     """The methods that have an accuracy and the cost, and the rows that they come from."""
     points, used, scale = [], [], COSTS[cost][2]
-    for label in experiment.timed_labels:
+    for label in experiment.model_labels:
         top1_row = experiment.find(label, "top1")
         cost_row = experiment.find(label, cost, batch if cost.startswith("latency") else None)
         if top1_row is None or (cost_row is None and not (cost == "latency_ratio" and label == "baseline")):

@@ -90,7 +90,7 @@ def paired_loss(rows: pd.DataFrame, first: str, second: str) -> PairedComparison
 
 
 def comparison(rows: pd.DataFrame) -> pd.DataFrame:
-    """The comparison table, with one line for each method.
+    """The comparison table, with one line for each model: first those that were timed, then those that were not.
 
     Columns: top1, low, high (per cent); bytes (MB) and `x smaller`; MACs (M); for each backend and batch size the median
     latency (ms) and the ratio to the baseline, which was timed alternately in the same backend; for each backend the
@@ -106,7 +106,7 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
         set(experiment.of_metrics("peak_rss")["backend"]), key=lambda backend: (backend != EAGER, backend)
     )
     table = []
-    for label in experiment.timed_labels:
+    for label in experiment.model_labels:
         number = functools.partial(experiment.number, label)
         line = {
             "method": label,
@@ -140,8 +140,8 @@ def progress_table(rows: pd.DataFrame) -> pd.DataFrame:
     experiment = Experiment.of(rows)
     first: dict[str, str] = {}
     lines = []
-    for label in (*experiment.timed_labels, *experiment.rows["label"]):
-        if experiment.find(label, "bytes") is not None:  # a search has rows and no model
+    for label in experiment.model_labels:
+        if experiment.find(label, "bytes") is not None:
             first.setdefault(label.partition(" (")[0], label)
     display = display_labels(experiment, first.values())
     for label in first.values():
@@ -163,8 +163,8 @@ def summary_sentences(rows: pd.DataFrame) -> list[str]:
     """One sentence for each compressed model: its size, its accuracy with the difference from the baseline, its latency."""
     experiment, sentences = Experiment.of(rows), []
     base_accuracy, base_bytes = (experiment.find("baseline", metric) for metric in ("top1", "bytes"))
-    display = display_labels(experiment, experiment.timed_labels)
-    for label in experiment.timed_labels:
+    display = display_labels(experiment, experiment.model_labels)
+    for label in experiment.model_labels:
         accuracy, size = (experiment.find(label, metric) for metric in ("top1", "bytes"))
         if label == "baseline" or accuracy is None or size is None or base_accuracy is None or base_bytes is None:
             continue

@@ -55,6 +55,11 @@ class Experiment:
         labels = dict.fromkeys((timed if len(timed) else self.rows)["label"])
         return sorted(labels, key=lambda label: label != "baseline")
 
+    @property
+    def model_labels(self) -> list[str]:
+        """`timed_labels`, then the labels of all other models with a file; a search has rows and no file."""
+        return list(dict.fromkeys((*self.timed_labels, *self.of_metrics("bytes")["label"])))
+
     def of_metrics(self, *metrics: str) -> pd.DataFrame:
         """The rows of these metrics."""
         return self.rows[self.rows["metric"].isin(metrics)]

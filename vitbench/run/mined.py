@@ -122,10 +122,10 @@ def cost_text(cost: str, value: float) -> str:
     return f"{value / scale:.3g} {letter}{unit}"
 
 
-def model_line(model: MinedModel, cost: str, limit: float) -> str:
-    """One line of progress: a model's cost, whether it is within the limit, and its accuracy on val."""
+def model_line(model: MinedModel, name: str, cost: str, limit: float) -> str:
+    """One line of progress: a model's cost, whether it is within the limit, its accuracy on val, and its name."""
     within = "within" if model.cost <= limit else "above"
-    return f"{cost_text(cost, model.cost):>14}  {within:8}  {100 * model.val_top1:6.2f} % on val  {model.label}"
+    return f"{cost_text(cost, model.cost):>14}  {within:8}  {100 * model.val_top1:6.2f} % on val  {name}"
 
 
 def findings(mined: Mined, run: Run, data: ImageData) -> list[str]:

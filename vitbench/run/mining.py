@@ -25,6 +25,7 @@ from vitbench.model import artifact
 from vitbench.rows.records import Row
 from vitbench.rows.runs import Run
 from vitbench.rows.statistics import wilson
+from vitbench.rows.words import display_labels
 from vitbench.run.bench import Bench
 from vitbench.run.cache import CachedModel, baseline, compress_cached
 from vitbench.run.candidates import Candidate, candidates
@@ -133,7 +134,8 @@ def mine(
                 bar.write(f"{'-':>14}  {'cannot':8}  {candidate.name}: {str(error)[:110]}")
             reasons[candidate.name] = str(error)
             continue
-        bar.write(model_line(models[-1], wanted.cost, miner.limit))
+        name = display_labels(miner.bench.rows, [models[-1].label])[models[-1].label]
+        bar.write(model_line(models[-1], name, wanted.cost, miner.limit))
     within = [one for one in models if one.cost <= miner.limit]
     best = max(within, key=lambda one: (one.val_top1, -one.val_loss), default=None)
     if best is not None:
