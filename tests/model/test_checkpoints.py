@@ -163,6 +163,15 @@ def test_two_models_in_a_file_are_not_guessed_between(state, loads):
         loads(under("a.", state) | under("b.", changed(state)))
 
 
+@pytest.mark.parametrize(
+    ("key", "chunks"), [("vit.encoder.layer.0.attention.q_proj.weight", 3), ("vit.blocks.0.attn.qkv.weight", 1)]
+)
+def test_a_tensor_given_twice_is_not_guessed_between(key, chunks, state, loads):
+    tensor = state["blocks.0.attn.qkv.weight"].chunk(chunks)[0].clone()
+    with pytest.raises(InputError, match=r"holds blocks\.0\.attn\.qkv\.weight twice"):
+        loads(named(state, V4) | {key: tensor})
+
+
 def test_a_fine_tuned_autoencoder_averages_its_tokens(state, loads, tmp_path):
     """MAE's classifier: the mean of the patch tokens, normed by `fc_norm`, in the place of the class token."""
     content = {

@@ -96,6 +96,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         ({"name": "vit_tiny_r_s16_p8_224", "img_size": 40}, "img_size=40|last 8 rows"),
         ({"name": "vit_mini_patch2_8", "img_size": (8, 4)}, r"img_size = \(8, 4\): give a whole number .*square"),
         ({"name": "vit_mini_patch2_8", "num_classes": 0}, "num_classes = 0: give a whole number"),
+        ({"name": "vit_mini_patch2_8", "num_classes": True}, "num_classes = True: give a whole number"),
         ({"name": "vit_small_patch14_dinov2", "img_size": 28}, "no default number of classes; give one"),
     ],
 )

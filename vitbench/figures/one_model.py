@@ -94,9 +94,10 @@ def layer_errors(
             if row is None:
                 continue
             layers, errors = _by_depth(row)
+            turns, marker = divmod(index, len(MARKERS))
             line_style: dict[str, Any] = {
-                "marker": MARKERS[index],
-                "color": COLOURS[(3, 1, 5, 4)[index % 4]],
+                "marker": MARKERS[marker],
+                "color": COLOURS[(3, 1, 5, 4)[(index + turns) % 4]],
                 "ls": ("-", "--", ":", "-.")[index % 4],
             }
             axes.plot([layer.removeprefix("blocks.") for layer in layers], 100 * errors, **line_style, ms=5, label=name)

@@ -196,14 +196,13 @@ def _to_timm_names(path: Path, tensors: dict[str, Tensor], prefix: str) -> tuple
             continue
         renamed |= name != short_key
         name, _, part = name.partition("#")
-        if part:
-            parts.setdefault(name, {})[int(part)] = tensors[key]
-        elif name in state:
+        slot: dict[Any, Tensor] = parts.setdefault(name, {}) if part else state
+        place = int(part) if part else name
+        if place in slot or name in (state if part else parts):
             raise InputError(
                 f"checkpoint {path.name!r} holds {name} twice (once as {key}); save one model's state_dict"
             )
-        else:
-            state[name] = tensors[key]
+        slot[place] = tensors[key]
     for name, tensor_parts in parts.items():
         ordered = [tensor_parts[index] for index in sorted(tensor_parts)]
         if len({(part.dim(), part.shape[1:], part.dtype) for part in ordered}) > 1 or len(tensor_parts) <= max(

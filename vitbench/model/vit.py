@@ -52,7 +52,7 @@ def create_model(
     """
     names.check_name(name)
     for option, value in (("num_classes", num_classes), ("img_size", img_size), ("depth", depth)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise InputError(f"{option} = {value!r}: give a whole number from 1 up (images are square)")
     if pretrained and (name in names.VITBENCH_MODELS or not timm.is_model_pretrained(name)):
         raise InputError(
