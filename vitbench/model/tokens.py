@@ -89,6 +89,7 @@ class TokenBlocks(nn.Sequential):
             return self.states(TokenState(x))[-1].x
         source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         last = self.states(TokenState(x, source=source))[-1]
+        assert last.source is not None, "it is tracked from the first state on"
         return last.x.gather(1, last.source[..., None].expand(-1, -1, x.shape[2]))
 
     def states(self, start: TokenState) -> list[TokenState]:
