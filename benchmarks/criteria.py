@@ -9,16 +9,14 @@ import argparse
 import itertools
 
 import vitbench as vb
-from vitbench.methods.pruning import Pruning
-from vitbench.removal.scores import OFFICIAL_CRITERION, Criterion
 
 CRITERIA = {
-    "magnitude": Criterion(name="magnitude"),
-    "activation": Criterion(name="activation"),
-    "taylor": Criterion(name="taylor"),
-    "hsic, cka": Criterion(name="hsic", normalise="cka"),
-    "hsic, official": OFFICIAL_CRITERION,
-    "hsic, corrected": Criterion(name="hsic", normalise="corrected"),
+    "magnitude": vb.removal.Criterion(name="magnitude"),
+    "activation": vb.removal.Criterion(name="activation"),
+    "taylor": vb.removal.Criterion(name="taylor"),
+    "hsic, cka": vb.removal.Criterion(name="hsic", normalise="cka"),
+    "hsic, official": vb.removal.OFFICIAL_CRITERION,
+    "hsic, corrected": vb.removal.Criterion(name="hsic", normalise="corrected"),
 }
 
 
@@ -39,7 +37,7 @@ def main() -> None:
     for name, compensation in itertools.product(args.criteria, args.compensation):
         cells = []
         for share in args.shares:
-            config = Pruning(neurons=share, heads=0.0, criterion=CRITERIA[name], compensation=compensation)
+            config = vb.methods.Pruning(neurons=share, heads=0.0, criterion=CRITERIA[name], compensation=compensation)
             row = bench.find_row(bench.measure(config, what=("accuracy",)), "top1")
             cells.append(f"{100 * row.value:.1f}")
         print(f"| {name} | {compensation} | {' | '.join(cells)} |", flush=True)
