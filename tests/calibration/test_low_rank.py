@@ -5,10 +5,11 @@ import torch
 
 from vitbench.base.errors import InputError
 from vitbench.calibration import moments as moments_module
-from vitbench.calibration.allocation import LayerErrors, greedy_ranks, uniform_ranks
+from vitbench.calibration.allocation import LayerErrors, floored_ranks, greedy_ranks, uniform_ranks
 from vitbench.calibration.compensation import layer_error_moments
 from vitbench.calibration.factors import DECOMPOSITIONS, factorise
 from vitbench.calibration.moments import Moments, collect_moments, forward_hooks
+from vitbench.methods.mixed_rank import MixedRank, _token_shares, _weights_to_remove
 from vitbench.model import blocks, vit
 from vitbench.model.layers import LowRankLinear
 
@@ -143,7 +144,7 @@ def test_inputs_that_are_not_finite(base, digits):
 def test_greedy_is_the_best_split_of_a_budget():
     steep, flat = [2.0 ** (-i / 4) for i in range(33)], [0.01 * 2.0 ** (-i / 4) for i in range(33)]
     layers = {"steep": LayerErrors((32, 32), tuple(steep)), "flat": LayerErrors((32, 32), tuple(flat))}
-    ranks = greedy_ranks(layers, 32 * 32 - 8 * 64, step=4)
+    ranks = greedy_ranks(layers, 32 * 32 - 8 * 64, step=4, spend=False)
     assert ranks == {"flat": 8}, "the layer that loses little pays for the other"
     saving = 2 * 32 * 32 * 6 // 10
     ranks = greedy_ranks(layers, saving, step=4)
@@ -160,7 +161,7 @@ def test_greedy_is_optimal_at_the_budgets_it_passes():
         values = torch.rand(16, generator=generator).sort(descending=True).values
         layers[str(i)] = LayerErrors((16, 16), (*values.flip(0).cumsum(0).flip(0).tolist(), 0.0))
     for saving in (40, 100, 200, 400):
-        ranks = greedy_ranks(layers, saving, step=2)
+        ranks = greedy_ranks(layers, saving, step=2, spend=False)
         saved = sum(layers[name].saving(rank) for name, rank in ranks.items())
         loss = sum(layers[name].error_by_rank[rank] for name, rank in ranks.items())
         choices = [layer.choices(2) for layer in layers.values()]
@@ -170,6 +171,65 @@ def test_greedy_is_optimal_at_the_budgets_it_passes():
             if sum(choice[0] for choice in pick) >= saved
         )
         assert loss == pytest.approx(best)
+
+
+def test_greedy_spends_what_its_last_step_saves_too_much():
+    """The hull has one step from dense to rank 8; the rank between is above the line, and still better than rank 8."""
+    errors = {0: 100.0, 4: 90.0, 8: 1.0, 12: 0.9}
+    layers = {"a": LayerErrors((32, 32), tuple(errors.get(rank, 0.5) for rank in range(33)))}
+    assert greedy_ranks(layers, 100, step=4, spend=False) == {"a": 8}
+    assert greedy_ranks(layers, 100, step=4) == {"a": 12}
+    assert greedy_ranks(layers, 0, step=4) == {}
+
+
+WIDTHS = {
+    "vit_mini_patch2_8": 1,
+    "deit_tiny_patch16_224": 8,
+    "deit_small_patch16_224": 8,
+}  # 64, 192, 384, and a rank step
+
+
+@pytest.mark.parametrize("budget", ["params", "macs", "bytes"])
+@pytest.mark.parametrize("name", WIDTHS)
+def test_uniform_and_greedy_spend_the_budget(name, budget):
+    model, step = vit.create_model(name, num_classes=10), WIDTHS[name]
+    blocks.reduce_tokens(model, "merge", [None, 12] + [None] * (len(model.blocks) - 2))
+    layers = vit.linear_layers(model)
+    shares = _token_shares(model, layers) if budget == "macs" else {}
+    errors = {}
+    for index, (layer_name, layer) in enumerate(layers.items()):
+        falls = 10 * (1 + index % 5)  # of layers of unequal sensitivity
+        curve = [2.0 ** (-rank / falls) for rank in range(layer.in_features + 1)]
+        errors[layer_name] = LayerErrors(tuple(layer.weight.shape), tuple(curve), shares.get(layer_name, 1.0))
+    allocations, reached = {"greedy": greedy_ranks, "uniform": uniform_ranks}, 0
+    for keep in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        saving = _weights_to_remove(model, MixedRank(keep=keep, budget=budget), layers)
+        asked, spent = saving * keep / (1 - keep), {}
+        for how, allocate in allocations.items():
+            try:
+                ranks = allocate(errors, saving, step)
+            except InputError:  # the embedding, the head or attention take more
+                continue
+            spent[how] = asked + saving - sum(errors[layer].saving(rank) for layer, rank in ranks.items())
+            assert all(rank % step == 0 for rank in ranks.values())
+        assert len(spent) in (0, 2)
+        if spent:
+            reached += 1
+            assert 0.99 * asked <= min(spent.values()) <= max(spent.values()) <= asked + 1
+            assert spent["uniform"] == pytest.approx(spent["greedy"], rel=0.01)
+    assert reached == 7 or (budget != "params" and reached >= 3)
+
+
+def test_uniform_ranks_keep_the_same_fraction_of_each_layer():
+    layers = {
+        f"{shape}:{i}": LayerErrors(shape, ()) for shape in ((576, 192), (192, 192), (768, 192)) for i in range(6)
+    }
+    for keep in (0.3, 0.5, 0.8):
+        ranks = uniform_ranks(layers, round((1 - keep) * sum(layer.dense for layer in layers.values())), step=8)
+        for name, layer in layers.items():
+            step_share = 8 * sum(layer.shape) / layer.dense
+            assert ranks[name] * sum(layer.shape) / layer.dense == pytest.approx(keep, abs=2 * step_share)
+    assert uniform_ranks(layers, 0) == {}
 
 
 def test_a_rank_that_saves_nothing_is_no_choice():
@@ -182,7 +242,9 @@ def test_budgets_that_cannot_be_met():
     with pytest.raises(InputError, match="smaller rank_step"):
         greedy_ranks(layers, 200, step=8)
     with pytest.raises(InputError, match="leaves a a rank below rank_step = 8"):
-        uniform_ranks(layers, 0.4, step=8)
+        floored_ranks(layers, 0.4, step=8)
+    with pytest.raises(InputError, match="smaller rank_step"):
+        uniform_ranks(layers, 200, step=8)
 
 
 def test_before_anything_is_compressed_there_is_no_mismatch(base, digits):

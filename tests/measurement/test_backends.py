@@ -14,7 +14,7 @@ from vitbench.base.errors import InputError
 from vitbench.measurement import backends
 from vitbench.measurement.measuring import measure
 from vitbench.methods.registry import compress, make_config
-from vitbench.model import artifact
+from vitbench.model import artifact, vit
 from vitbench.model.layers import (
     DynamicInt8Linear,
     FactoredLinear,
@@ -66,6 +66,16 @@ def test_onnxruntime_multiplies_in_integers(small, tmp_path, name):
     assert sum(found[kind] for kind in INTEGER_KERNELS) == layers == 16
     assert found["DequantizeLinear"] == 0
     backends.prepare("onnxruntime", small[name], x)
+
+
+@pytest.mark.slow
+@needs_onnx
+def test_onnxruntime_pools_merged_tokens_by_their_size():
+    made = vit.create_model("vit_medium_patch16_gap_240", img_size=64, num_classes=10, depth=2, seed=1)
+    merged = compress(made.requires_grad_(False), make_config("token_merging", {"r": 3})).model
+    assert merged.blocks.restores
+    x = torch.randn(2, 3, 64, 64)
+    assert backends.prepare_checked("onnxruntime", merged, x)[1] < 1e-4
 
 
 @pytest.mark.slow

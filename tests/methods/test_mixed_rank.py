@@ -58,10 +58,23 @@ def test_the_budget_of_weights_is_met_and_used(base, digits, tmp_path, keep):
 
 
 def test_the_budgets_of_multiply_accumulates_and_bytes(base, digits):
-    small = compress(base.model, STAGE2.replace(keep=0.8, budget="macs"), digits).model
-    assert 0.77 <= count_macs(small) / count_macs(base.model) <= 0.8
-    small = compress(base.model, STAGE2.replace(keep=0.8, budget="bytes"), digits).model
-    assert 0.77 <= count_params(small) / count_params(base.model) <= 0.8
+    for allocation in ("greedy", "uniform"):
+        config = STAGE2.replace(keep=0.8, allocation=allocation, rank_step=1)
+        small = compress(base.model, config.replace(budget="macs"), digits).model
+        assert 0.792 <= count_macs(small) / count_macs(base.model) <= 0.8
+        small = compress(base.model, config.replace(budget="bytes"), digits).model
+        assert 0.792 <= count_params(small) / count_params(base.model) <= 0.8
+
+
+def test_early_versions_left_a_part_of_the_budget(base, digits):
+    """Ranks are rounded down to 8 in every layer: 0.3 of the weights becomes 0.167."""
+    config = STAGE1.replace(keep=0.3)
+    early, now = (
+        block_weights(compress(base.model, each, digits).model) / block_weights(base.model)
+        for each in (config.replace(remainder="left"), config)
+    )
+    assert early == pytest.approx(0.167, abs=0.001)
+    assert 0.29 <= now <= 0.3
 
 
 def test_a_layer_stays_dense_where_a_rank_would_not_save(base, digits):
@@ -215,8 +228,9 @@ def test_too_few_calibration_images_warn_with_the_number_needed(base, digits):
         ({"keep": 1.2}, "keep = 1.2"),
         ({"layers": ["norm1"]}, "layers"),
         ({"keep": 0.01}, "give a larger keep"),
-        ({"keep": 0.02, "allocation": "uniform"}, "below rank_step = 8"),
-        ({"allocation": "uniform", "budget": "macs"}, "give allocation=greedy for budget=macs"),
+        ({"keep": 0.02, "allocation": "uniform"}, "weights below what rank 8 in every layer needs"),
+        ({"keep": 0.02, "allocation": "uniform", "remainder": "left"}, "below rank_step = 8"),
+        ({"allocation": "uniform", "budget": "macs", "remainder": "left"}, "give remainder=spent for budget=macs"),
         ({"decomposition": "qr"}, "decomposition"),
         ({"ridge": -1}, "ridge = -1"),
     ],

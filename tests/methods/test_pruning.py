@@ -1,5 +1,8 @@
 """Pruning and multi-dimensional pruning as methods: recovery, searches, latency tables, weight sharing, wrong settings."""
 
+import copy
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +129,26 @@ def test_ranking_across_blocks_keeps_as_many_units_and_one_in_each(base, digits)
     assert sum(shape.neurons for shape in across) == pytest.approx(sum(shape.neurons for shape in within), rel=0.01)
     assert len({shape.neurons for shape in across}) > 1
     assert min(shape.heads for shape in across) >= 1
+
+
+def test_across_blocks_the_scores_have_one_scale(base, digits):
+    assert make_config("pruning", {"scope": "global"}).criterion.name == "taylor"
+    assert make_config("pruning", {}).criterion.name == "hsic"
+    named = make_config("pruning", {"scope": "global", "heads": 0.0, "criterion": {"name": "hsic", "samples": 16}})
+    assert named.criterion.name == "hsic"
+    with pytest.warns(UserWarning, match="scores of hsic have another scale in each block; give scope=block"):
+        compress(base.model, named, digits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(base.model, named.replace(criterion={"name": "magnitude"}), digits)
+        compress(base.model, named.replace(scope="block"), digits)
+
+
+def test_the_block_whose_units_the_loss_feels_least_loses_most(base, digits):
+    model = copy.deepcopy(base.model)
+    model.blocks[2].mlp.fc2.weight.mul_(1e-3)
+    small = compress(model, Pruning(neurons=0.25, heads=0.0, scope="global", compensation="none"), digits).model
+    assert [shape.neurons for shape in blocks.block_shapes(small)] == [256, 256, 1, 256]
 
 
 @pytest.mark.parametrize(

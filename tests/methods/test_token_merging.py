@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 
 from vitbench.base.errors import InputError
@@ -111,6 +112,67 @@ def test_a_model_with_two_prefix_tokens_is_merged():
 def registers():
     """16 patches behind a class token and 4 registers."""
     return vit.create_model("vit_small_patch14_reg4_dinov2", img_size=56, num_classes=10, depth=3)
+
+
+POOLS = {  # of timm: the mean with a norm after it or before it, with a class token or without, and attention
+    "avg": {"global_pool": "avg"},
+    "avg, norm before": {"global_pool": "avg", "fc_norm": False},
+    "avg without class token": {"global_pool": "avg", "class_token": False},
+    "map": {"global_pool": "map"},
+    "map without class token": {"global_pool": "map", "class_token": False},
+}
+
+
+def twins(pool):
+    """A model that pools its tokens, without positions, and images whose patches come in equal pairs."""
+    torch.manual_seed(0)
+    made = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=3, **POOLS[pool])
+    made.recipe = vit.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=3).recipe
+    torch.nn.init.normal_(made.head.weight)
+    with torch.no_grad():
+        made.pos_embed[:, made.num_prefix_tokens :] = 0
+    patches = torch.randn(2, 3, 4, 2, 16, 16).repeat_interleave(2, dim=3)
+    return made.requires_grad_(False).eval(), patches.permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_pooling_weights_a_token_by_what_was_merged_into_it(pool):
+    made, x = twins(pool)
+    before = made(x)
+    small = compress(copy.deepcopy(made), TokenMerging(r=(3, 0, 0))).model
+    assert torch.allclose(small(x), before, atol=1e-4), "equal tokens are one token that counts twice"
+    assert small.recipe.architecture.pool_weights == "size"
+    assert vit.analytic_macs(small) == count_macs(small)
+    early = copy.deepcopy(small)
+    early.blocks.restores = False
+    assert not torch.allclose(early(x), before, atol=1e-2), "this test could not fail"
+
+
+@pytest.fixture(scope="module")
+def pooled():
+    return vit.create_model("vit_medium_patch16_gap_240", img_size=64, num_classes=10, depth=3, seed=1)
+
+
+def test_weighted_pooling_is_saved_and_early_files_keep_their_logits(pooled, tmp_path):
+    small, x = compress(pooled, TokenMerging(r=3)).model, torch.randn(2, 3, 64, 64)
+    loaded = artifact.load(artifact.save(small, tmp_path / "new"))
+    assert torch.equal(loaded(x), small(x))
+    assert loaded.blocks.restores
+    early = copy.deepcopy(small)
+    early.blocks.restores = False
+    blocks.record_block_shapes(early)
+    assert "pool_weights" not in early.recipe.to_dict()["architecture"]
+    read = artifact.load(artifact.save(early, tmp_path / "early"))
+    assert torch.equal(read(x), early(x))
+    assert not torch.allclose(read(x), small(x), atol=1e-4)
+    assert artifact.model_digest(early) != artifact.model_digest(small)
+
+
+def test_pruning_that_merges_pools_by_size_too_and_a_class_token_needs_no_weights(pooled, model):
+    config = Pruning(neurons=0, heads=0, tokens=0.25, **MERGED)
+    assert compress(pooled, config).model.blocks.restores
+    assert not compress(model, config).model.blocks.restores
+    assert compress(model, config).model.recipe.architecture.pool_weights is None
 
 
 def tokens_seen(model):

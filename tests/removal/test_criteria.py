@@ -6,17 +6,22 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from timm.layers import LayerScale
 
 from vitbench.base.errors import InputError
 from vitbench.calibration.moments import CALIBRATION_BATCH
 from vitbench.data.splits import load_data
 from vitbench.measurement.limits import LiveTensors
+from vitbench.methods.pruning import Pruning
+from vitbench.methods.registry import compress
 from vitbench.model import vit
 from vitbench.removal import criteria, dependence
 from vitbench.removal.dependence import position_scores
 from vitbench.removal.scores import OFFICIAL_CRITERION, Criterion, Scores, top_units
+from vitbench.training.loop import evaluate
 
 EVERY = ["magnitude", "activation", "taylor", pytest.param("gates", marks=pytest.mark.slow), "hsic"]
+PAPER = Criterion(normalise="corrected")
 GATES = {"gates": {"epochs": 2, "lr": 0.01, "warmup_epochs": 0, "mixup": 0.0}}
 
 
@@ -84,9 +89,10 @@ def lame(base):
     return model
 
 
-@pytest.mark.parametrize("name", ["magnitude", "activation", "taylor", "hsic"])
+@pytest.mark.parametrize("name", ["magnitude", "activation", "taylor", "hsic", "hsic corrected"])
 def test_units_that_do_nothing_go_first(name, lame, digits):
-    for found in criteria.score(lame, digits, Criterion(name=name)):
+    name, _, normalise = name.partition(" ")
+    for found in criteria.score(lame, digits, Criterion(name=name, normalise=normalise or "cka")):
         assert set(found.neurons.topk(10, largest=False).indices.tolist()) == set(range(10))
         assert int(found.qk[1].argmin()) == 3
         if name != "magnitude":  # the head's queries and keys still weigh something
@@ -119,7 +125,7 @@ def test_scores_are_kept_and_the_same_again(name, base, digits, monkeypatch):
 def test_the_official_blend_is_mostly_size(base, digits):
     size, pure, blend = (
         criteria.score(base.model, digits, criterion)[0].neurons
-        for criterion in (Criterion(name="activation"), Criterion(), Criterion(blend=0.1))
+        for criterion in (Criterion(name="activation"), PAPER, PAPER.replace(blend=0.1))
     )
 
     def alike(a, b):
@@ -128,16 +134,80 @@ def test_the_official_blend_is_mostly_size(base, digits):
     assert alike(blend, size) > 0.9 > alike(pure, size)
 
 
+def test_cka_is_scale_free_and_between_nothing_and_equality():
+    rng = np.random.default_rng(0)
+    x, noise = (torch.tensor(rng.standard_normal((60, 3))) for _ in range(2))
+    kernel, other = dependence.gaussian_median(x), dependence.gaussian_median(noise)
+    assert float(dependence.cka(kernel, kernel)) == pytest.approx(1)
+    assert float(dependence.cka(kernel, other)) < 0.5
+    assert torch.allclose(dependence.gaussian_median(1000 * x), kernel)
+    direct = dependence.hsic(kernel, other) / (dependence.hsic(kernel, kernel) * dependence.hsic(other, other)).sqrt()
+    assert float(dependence.cka(kernel, other)) == pytest.approx(float(direct))
+    assert float(dependence.cka(dependence.gaussian_median(torch.ones(9, 2)), torch.eye(9))) == 0
+    pairs = [float(((x[i] - x[j]) ** 2).sum()) for i in range(60) for j in range(i)]
+    width = sorted(pairs)[(len(pairs) - 1) // 2] ** 0.5
+    assert torch.allclose(kernel, dependence.gaussian_mixture(x, (width,)))
+
+
+@torch.no_grad()
+def test_the_energy_is_that_of_what_a_unit_adds(base):
+    """Against the change of the block's output, or of the logits, when the unit alone is there."""
+    torch.manual_seed(0)
+    block, x = copy.deepcopy(base.model.blocks[0]), torch.randn(6, 17, 64)
+    block.ls1, block.ls2 = LayerScale(64), LayerScale(64)
+    for layer_scale in (block.ls1, block.ls2):
+        layer_scale.gamma.data = torch.rand(64)
+    attn, values = block.attn, {}
+    hooks = [
+        layer.register_forward_hook(lambda _, x, y, name=name: values.update({name: (x[0], y)}))
+        for name, layer in (("qkv", attn.qkv), ("proj", attn.proj), ("fc2", block.mlp.fc2))
+    ]
+    block(x)
+    for hook in hooks:
+        hook.remove()
+    (q, k, _), inputs = values["qkv"][1].chunk(3, -1), {name: values[name][0] for name in ("proj", "fc2")}
+    by_unit = {name: value.movedim(-1, 0) for name, value in (("qkv", q), *inputs.items())}
+    found = dependence._energies(block, by_unit, k.square().sum((0, 1)))
+
+    def added(name, layer, scale, units):
+        alone = torch.zeros_like(inputs[name])
+        alone[..., units] = inputs[name][..., units]
+        return float(scale(alone @ layer.weight.T).square().sum())
+
+    assert found["fc2"][5] == pytest.approx(added("fc2", block.mlp.fc2, block.ls2, [5]), rel=1e-4)
+    assert found["proj"][7] == pytest.approx(added("proj", attn.proj, block.ls1, [7]), rel=1e-4)
+    assert found["heads"][1] == pytest.approx(added("proj", attn.proj, block.ls1, list(range(16, 32))), rel=1e-4)
+    logits = q[..., 3].flatten()[:, None] * k[..., 3].flatten()
+    assert found["qkv"][3] == pytest.approx(float(logits.square().sum()), rel=1e-4)
+
+
 @pytest.mark.slow
-def test_a_head_that_repeats_another_loses_for_it(base, digits):
+def test_pruning_by_hsic_is_as_accurate_as_by_taylor(base, digits):
+    """Of standardized values it is not: they do not tell a large contribution from a small one."""
+
+    def top1(**criterion):
+        config = Pruning(neurons=0.4, heads=0.0, compensation="none", criterion=criterion)
+        return float(evaluate(compress(base.model, config, digits).model, digits.val).top1.mean())
+
+    assert top1(name="hsic") >= top1(name="taylor") - 0.03
+    assert top1(name="hsic") > top1(name="hsic", normalise="corrected")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalise", ["cka", "corrected"])
+def test_a_head_that_repeats_another_loses_for_it(normalise, base, digits):
     model = copy.deepcopy(base.model)
     attn = model.blocks[1].attn
     d, width = attn.attn_dim, attn.head_dim
     for tensor in (attn.qkv.weight, attn.qkv.bias):
         for part in range(3):
             tensor[part * d : part * d + width] = tensor[part * d + width : part * d + 2 * width]
-    relevance, both = (criteria.score(model, digits, Criterion(redundancy=r))[1].heads for r in (0.0, 1.0))
+    relevance, both = (
+        criteria.score(model, digits, Criterion(redundancy=r, normalise=normalise))[1].heads for r in (0.0, 1.0)
+    )
     lost = relevance - both
+    if normalise == "cka":  # heads add unequal energies, so the lost shares are compared
+        lost = lost / relevance
     assert lost[0] == pytest.approx(float(lost[1]), rel=1e-3)
     assert min(lost[:2]) > max(lost[2:])
 

@@ -1,5 +1,6 @@
 """Allocation of ranks or bits to layers: the least expected loss for a given saving."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,8 +78,47 @@ def greedy_allocation(choices: Mapping[str, Sequence[tuple[float, float, int]]],
     return allocation
 
 
-def greedy_ranks(layers: Mapping[str, LayerErrors], saving: int, step: int = 8) -> dict[str, int]:
-    """Choose ranks that save at least `saving` weights (`greedy_allocation`).
+def spend_remainder(
+    choices: Mapping[str, Sequence[tuple[float, float, int]]], allocation: Mapping[str, int], saving: float
+) -> dict[str, int]:
+    """Raise the ranks or bits of an allocation that saves more than `saving`, until no raise fits.
+
+    A step of `greedy_allocation` may be as large as a layer, and its last one saves more than is asked. Each raise here goes
+    to the layer and the choice that lower the loss most for each weight; of equal ones, to the first layer.
+
+    Args:
+        choices, allocation: as in `greedy_allocation`.
+
+    Returns:
+        Layer name -> choice, for the layers that do not keep their first choice. What is left of the budget is less than any
+        raise takes.
+    """
+    places = {
+        name: next(i for i, (*_, choice) in enumerate(points) if choice == allocation.get(name, points[0][2]))
+        for name, points in choices.items()
+    }
+    remainder = sum(choices[name][place][0] for name, place in places.items()) - saving
+    while True:
+        raises = []
+        for order, (name, place) in enumerate(places.items()):
+            saved, loss, _ = choices[name][place]
+            for new_place, (new_saved, new_loss, _) in enumerate(choices[name][:place]):
+                if saved - new_saved <= remainder:
+                    raises.append(((new_loss - loss) / (saved - new_saved), order, name, new_place))
+        if not raises:
+            return {name: choices[name][place][2] for name, place in places.items() if place}
+        *_, name, new_place = min(raises)
+        remainder -= choices[name][places[name]][0] - choices[name][new_place][0]
+        places[name] = new_place
+
+
+def greedy_ranks(
+    layers: Mapping[str, LayerErrors], saving: int, step: int = 8, *, spend: bool = True
+) -> dict[str, int]:
+    """Choose ranks that save `saving` weights, or the least more that multiples of `step` allow.
+
+    Args:
+        spend: whether `spend_remainder` follows `greedy_allocation`.
 
     Returns:
         Layer name -> rank, for the layers that do not stay dense.
@@ -86,17 +126,45 @@ def greedy_ranks(layers: Mapping[str, LayerErrors], saving: int, step: int = 8) 
     Raises:
         InputError: the smallest ranks save less.
     """
+    choices = {name: layer.choices(step) for name, layer in layers.items()}
     try:
-        return greedy_allocation({name: layer.choices(step) for name, layer in layers.items()}, saving)
+        ranks = greedy_allocation(choices, saving)
     except BudgetUnreachable as error:
         raise InputError(
             f"the budget is {error.missing:,.0f} weights below what rank {step} in every layer needs; give a larger keep, a "
             "smaller rank_step, or more layers"
         ) from None
+    return spend_remainder(choices, ranks, saving) if spend else ranks
 
 
-def uniform_ranks(layers: Mapping[str, LayerErrors], keep: float, step: int = 8) -> dict[str, int]:
+def uniform_ranks(layers: Mapping[str, LayerErrors], saving: int, step: int = 8) -> dict[str, int]:
+    """Choose ranks that save as many weights as those of `greedy_ranks` do, with the same fraction kept of each layer.
+
+    Equal fractions f are the optimum of the loss (1 - f)^2 for each weight, so greedy steps of that loss find them, with
+    ranks that are multiples of `step`. Fractions then differ by a step, or by two where only the smallest
+    layers' steps fit into what is left of the budget.
+
+    Returns:
+        Layer name -> rank, for the layers that do not stay dense.
+
+    Raises:
+        InputError: the smallest ranks save less.
+    """
+    return greedy_ranks({name: _loss_of_fractions(layer) for name, layer in layers.items()}, saving, step)
+
+
+def _loss_of_fractions(layer: LayerErrors) -> LayerErrors:
+    """The layer with the loss `token_share` x dense x (1 - f)^2 of each rank, whose factors have the fraction f of its weights."""
+    removed = [max(0.0, 1 - rank * sum(layer.shape) / layer.dense) for rank in range(min(layer.shape) + 1)]
+    return dataclasses.replace(
+        layer, error_by_rank=tuple(layer.token_share * layer.dense * share**2 for share in removed)
+    )
+
+
+def floored_ranks(layers: Mapping[str, LayerErrors], keep: float, step: int = 8) -> dict[str, int]:
     """For each layer the largest rank, a multiple of `step`, whose factors have at most `keep` of the layer's weights.
+
+    All layers together may keep half of `keep`, because each rounds its rank down. `uniform_ranks` spends the rest.
 
     Returns:
         Layer name -> rank, for the layers where this saves weights.

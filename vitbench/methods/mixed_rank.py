@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vitbench.base import progress
 from vitbench.base.errors import InputError
 from vitbench.calibration import moments as moments_module
-from vitbench.calibration.allocation import LayerErrors, greedy_ranks, uniform_ranks
+from vitbench.calibration.allocation import LayerErrors, floored_ranks, greedy_ranks, uniform_ranks
 from vitbench.calibration.compensation import ErrorMoments, fit_compact_residual, layer_error_moments
 from vitbench.calibration.factors import factorise
 from vitbench.calibration.moments import Moments
@@ -55,7 +55,10 @@ class MixedRank(FineTuneConfig):
         allocation: "greedy" (stage 2), or the same fraction of each layer's weights ("uniform").
         scale: how greedy allocation compares layers: by "sensitivity" (to the loss), by their unscaled "error", or by "energy"
             (the error as a share of the layer's outputs).
-        rank_step: ranks are multiples of it.
+        rank_step: ranks are multiples of it. A small model may need 1 to come near its budget.
+        remainder: "spent": both allocations spend the budget up to less than a step of `rank_step`. "left", as in early versions:
+            greedy allocation stops below the budget by up to a layer, and "uniform" rounds each layer's rank down, for the
+            budget "params" alone.
         split_qkv: split q, k and v of every head into separate layers, each with its own rank.
         mean_correction: add the mean of the error to the bias. Covariances are then about the mean, except for layers
             without a bias.
@@ -75,6 +78,7 @@ class MixedRank(FineTuneConfig):
     allocation: Literal["greedy", "uniform"] = "greedy"
     scale: Literal["sensitivity", "error", "energy"] = "sensitivity"
     rank_step: int = Field(default=8, ge=1)
+    remainder: Literal["spent", "left"] = "spent"
     split_qkv: bool = False
     mean_correction: bool = True
     compensation: Literal["closed_form", "gradient", "none"] = "closed_form"
@@ -158,14 +162,20 @@ def _ranks(
     model: nn.Module, config: MixedRank, layers: dict[str, nn.Linear], moments: dict[str, Moments]
 ) -> dict[str, int]:
     """Layer name -> rank, for the layers to factor; the others stay dense."""
-    shapes = {name: LayerErrors(tuple(layer.weight.shape), ()) for name, layer in layers.items()}
+    token_shares = _token_shares(model, layers) if config.budget == "macs" else {}
+    shapes = {
+        name: LayerErrors(tuple(layer.weight.shape), (), token_shares.get(name, 1.0)) for name, layer in layers.items()
+    }
+    spend, saving = config.remainder == "spent", _weights_to_remove(model, config, layers)
+    if config.allocation == "uniform" and spend:
+        return uniform_ranks(shapes, saving, config.rank_step)
     if config.allocation == "uniform":
         if config.budget != "params":
             raise InputError(
-                f"allocation=uniform keeps a fraction of each layer's weights; give allocation=greedy for budget={config.budget}"
+                f"remainder=left keeps a fraction of each layer's weights; give remainder=spent for budget={config.budget}"
             )
-        return uniform_ranks(shapes, config.keep, config.rank_step)
-    layer_errors, token_shares = {}, _token_shares(model, layers) if config.budget == "macs" else {}
+        return floored_ranks(shapes, config.keep, config.rank_step)
+    layer_errors = {}
     for name, layer in progress.progress_bar(layers.items(), "error by rank", unit="layer"):
         covariance = _covariance(layer, moments[name], config)
         error_by_rank = factorise(
@@ -176,10 +186,8 @@ def _ranks(
             "error": 1.0,
             "energy": 1 / max(float(error_by_rank[0]), 1e-300),
         }[config.scale]
-        layer_errors[name] = LayerErrors(
-            shapes[name].shape, tuple((scale * error_by_rank).tolist()), token_shares.get(name, 1.0)
-        )
-    return greedy_ranks(layer_errors, _weights_to_remove(model, config, layers), config.rank_step)
+        layer_errors[name] = dataclasses.replace(shapes[name], error_by_rank=tuple((scale * error_by_rank).tolist()))
+    return greedy_ranks(layer_errors, saving, config.rank_step, spend=spend)
 
 
 def _token_shares(model: nn.Module, layers: Iterable[str]) -> dict[str, float]:

@@ -5,19 +5,21 @@ Here the same gates, or better criteria (`vitbench.removal.criteria`), choose th
 """
 
 import dataclasses
-from typing import Literal
+import warnings
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from vitbench.base.errors import InputError
 from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
+from vitbench.removal.criteria import COMPARABLE_ACROSS_BLOCKS
 from vitbench.removal.policy import DIMENSIONS, PolicySpace
 from vitbench.removal.pruner import Pruner, RemovalConfig
-from vitbench.removal.scores import Scores
+from vitbench.removal.scores import Criterion, Scores
 from vitbench.training.compressed import Compressed
 from vitbench.training.tuning import find_teacher, fine_tuned
 
@@ -28,8 +30,9 @@ class Pruning(RemovalConfig):
     Attributes:
         neurons, heads, head_dims: the fraction to remove in every block; the number of kept units is rounded down.
         tokens: the fraction to remove at each of `token_blocks`.
-        scope: rank units within each block ("block"), or across all blocks ("global"). "global" ranks neurons and heads by
-            their scores divided by the mean score of their kind in the model; each block keeps at least one.
+        scope: rank units within each block ("block"), or across all blocks ("global"). "global" ranks the neurons of all blocks by
+            their scores, and so the heads; each block keeps at least one. The scores of all blocks must have one scale, so
+            the default criterion is then "taylor", an estimate of the loss; HSIC warns.
     """
 
     neurons: float = Field(default=0.4, ge=0, lt=1)
@@ -37,6 +40,12 @@ class Pruning(RemovalConfig):
     head_dims: float = Field(default=0.0, ge=0, lt=1)
     tokens: float = Field(default=0.0, ge=0, lt=1)
     scope: Literal["block", "global"] = "block"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _criterion_of_the_scope(cls, values: dict[str, Any]) -> dict[str, Any]:
+        comparable: dict[str, Any] = {"criterion": Criterion(name="taylor")} if values.get("scope") == "global" else {}
+        return comparable | values
 
 
 def _operating_points(model: nn.Module) -> list[dict[str, float]]:
@@ -61,11 +70,21 @@ def _prune(model: nn.Module, config: Pruning, data: ImageData | None) -> nn.Modu
     _check(config, space)
     counts = space.counts(space.expand_dimensions(ratios))
     if config.scope == "global":
+        _warn_of_scales(config.criterion)
         global_counts = {
             name: _global_counts(pruner.scores, name, getattr(config, name)) for name in ("neurons", "heads")
         }
         counts = dataclasses.replace(counts, **global_counts)
     return pruner.prune(counts)
+
+
+def _warn_of_scales(criterion: Criterion) -> None:
+    if criterion.name not in COMPARABLE_ACROSS_BLOCKS:
+        warnings.warn(
+            f"scope=global compares units of different blocks, and scores of {criterion.name} have another scale in each block; "
+            f"give scope=block, or one of the criteria {', '.join(COMPARABLE_ACROSS_BLOCKS)}",
+            stacklevel=2,
+        )
 
 
 def _check(config: Pruning, space: PolicySpace) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,8 @@ def resize_blocks(model: nn.Module, architecture: Architecture) -> None:
         mlp.fc1 = nn.Linear(mlp.fc1.in_features, gated * shape.neurons, bias=mlp.fc1.bias is not None)
         mlp.fc2 = nn.Linear(shape.neurons, mlp.fc2.out_features, bias=mlp.fc2.bias is not None)
     if architecture.reduction:
-        reduce_tokens(model, architecture.reduction, [shape.tokens for shape in shapes])
+        counts = [shape.tokens for shape in shapes]
+        reduce_tokens(model, architecture.reduction, counts, pool_by_size=architecture.pool_weights == "size")
 
 
 def set_distilled_training(model: nn.Module, enabled: bool) -> None:
@@ -158,15 +160,23 @@ def set_attention_shape(attn: nn.Module, heads: int, head_dim: int) -> None:
     attn.scale = head_dim**-0.5  # the fused kernel's own scale
 
 
-def reduce_tokens(model: nn.Module, reduction: str, counts: Sequence[int | None]) -> None:
-    """Keep `counts` tokens after each block's attention (`vitbench.model.tokens`), in place."""
+def reduce_tokens(
+    model: nn.Module, reduction: str, counts: Sequence[int | None], *, pool_by_size: bool | None = None
+) -> None:
+    """Keep `counts` tokens after each block's attention (`vitbench.model.tokens`), in place.
+
+    With `pool_by_size` the head's pooling weights a merged token by the number of tokens that it stands for. None: if the
+    tokens are merged and the head reads more than the class token. Models of early versions weight all tokens equally.
+    """
     prefix, tokens = model.num_prefix_tokens, model.patch_embed.num_patches + model.num_prefix_tokens
     if min(count or tokens for count in counts) < prefix + 1:
         raise InputError(
             f"tokens left = {tuple(counts)}: give at least {prefix + 1}, for the {prefix} class and register tokens and one more"
         )
     counts = reachable_counts(counts, tokens, prefix) if reduction == "merge" else counts
-    model.blocks = TokenBlocks(model.blocks, reduction, counts, prefix, tokens)
+    if pool_by_size is None:
+        pool_by_size = reduction == "merge" and model.global_pool != "token"
+    model.blocks = TokenBlocks(model.blocks, reduction, counts, prefix, tokens, restores=pool_by_size)
 
 
 def replace_attention(
@@ -233,9 +243,10 @@ def check_standard_attention(model: nn.Module, index: int) -> None:
 
 def record_block_shapes(model: nn.Module) -> None:
     """Write the blocks' present sizes into the model's recipe, in place."""
-    reduction = model.blocks.reduction if isinstance(model.blocks, TokenBlocks) else None
-    architecture = model.recipe.architecture.replace(blocks=block_shapes(model), reduction=reduction)
-    model.recipe = model.recipe.replace(architecture=architecture)
+    changes: dict[str, Any] = {"blocks": block_shapes(model), "reduction": None, "pool_weights": None}
+    if isinstance(model.blocks, TokenBlocks):
+        changes |= {"reduction": model.blocks.reduction, "pool_weights": "size" if model.blocks.restores else None}
+    model.recipe = model.recipe.replace(architecture=model.recipe.architecture.replace(**changes))
 
 
 def tokens_per_block(shapes: Sequence[BlockShape], tokens: int) -> tuple[list[int], list[int]]:

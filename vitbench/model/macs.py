@@ -38,7 +38,8 @@ def analytic_macs(model: VisionTransformer) -> int:
         gates=np.array([blocks.fc1_rows_per_neuron(block) for block in model.blocks]),
         prefix=prefix,
     )
-    pooled = after[-1] if model.pool_include_prefix else after[-1] - prefix
+    pooled = before[0] if getattr(model.blocks, "restores", False) else after[-1]
+    pooled -= 0 if model.pool_include_prefix else prefix
     classifiers = 2 if hasattr(model, "head_dist") else 1
     return (
         _embedding_macs(model)

@@ -9,6 +9,9 @@ from vitbench.base.configs import Config
 Reduction = Literal["cls_attention", "hsic", "hsic_cls", "merge"]  # see `vitbench.model.tokens`
 
 
+LATER_KEYS = ("token_attention", "pool_weights")  # of an architecture: left out of files where they are None
+
+
 class BlockShape(Config):
     """The sizes of one block: heads, dimensions of each head, hidden neurons, and tokens left after its attention.
 
@@ -28,7 +31,8 @@ class Architecture(Config):
     chosen. `distillation_token` is whether a second class token with its own head was added (DeiT). `global_pool` is set
     if the head does not read the name's default ("avg": the mean of the patch tokens, as in a fine-tuned MAE).
     `token_attention` is "official" in a T2T-ViT with the official scale and norms; files of early versions have neither, nor
-    this key.
+    this key. `pool_weights` is "size" if the head's pooling weights a merged token by the number of tokens that it stands
+    for; files of early versions weight all tokens equally, and have no such key.
     """
 
     name: str
@@ -40,10 +44,11 @@ class Architecture(Config):
     distillation_token: bool = False
     global_pool: Literal["avg"] | None = None
     token_attention: Literal["official"] | None = None
+    pool_weights: Literal["size"] | None = None
 
     @model_serializer(mode="wrap")
     def _without_empty_form(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in serialize(self).items() if key != "token_attention" or value}
+        return {key: value for key, value in serialize(self).items() if key not in LATER_KEYS or value}
 
 
 class Preprocess(Config):

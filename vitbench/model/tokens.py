@@ -5,7 +5,7 @@
 - `hsic` keeps tokens by a fixed score of each position (`vitbench.removal.dependence.positions`), `hsic_cls` by the product of
   both.
 - `merge` averages the most similar pairs instead of removing tokens (token merging, Bolya et al. 2023). Attention counts
-  each token by its size, the number of tokens merged into it.
+  each token by its size, the number of tokens merged into it, and so does a head that pools the tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -59,23 +59,38 @@ class TokenBlocks(nn.Sequential):
         counts: tokens left after the attention of each block, with class and fused token; None keeps all.
         prefix: how many class and register tokens come first; they are always kept.
         tokens: how many tokens enter the first block.
+        restores: whether the output has all N_0 tokens again: in the place of each input token stands the token that it was
+            merged into. A mean over them weights a merged token by its size, and attention over them is the proportional
+            attention of Bolya et al. (2023, eq. 1), since a key that stands s times adds log(s) to its logit.
     """
 
     def __init__(
-        self, blocks: Iterable[nn.Module], reduction: str, counts: Sequence[int | None], prefix: int, tokens: int
+        self,
+        blocks: Iterable[nn.Module],
+        reduction: str,
+        counts: Sequence[int | None],
+        prefix: int,
+        tokens: int,
+        restores: bool = False,
     ):
         super().__init__(*blocks)
-        self.reduction, self.counts, self.prefix = reduction, tuple(counts), prefix
+        self.reduction, self.counts, self.prefix, self.restores = reduction, tuple(counts), prefix, restores
         if reduction.startswith("hsic"):
             self.register_buffer("scores", torch.zeros(tokens))
 
     def extra_repr(self) -> str:
         """The settings that decide the output beside the blocks."""
-        return f"reduction={self.reduction!r}, counts={self.counts}, prefix={self.prefix}"
+        settings = f"reduction={self.reduction!r}, counts={self.counts}, prefix={self.prefix}"
+        return f"{settings}, restores=True" if self.restores else settings
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, d) -> (B, N', d)."""
-        return self.states(TokenState(x))[-1].x
+        """(B, N, d) -> (B, N', d), or (B, N, d) if the tokens are restored."""
+        if not self.restores:
+            return self.states(TokenState(x))[-1].x
+        source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        last = self.states(TokenState(x, source=source))[-1]
+        assert last.source is not None, "it is tracked from the first state on"
+        return last.x.gather(1, last.source[..., None].expand(-1, -1, x.shape[2]))
 
     def states(self, start: TokenState) -> list[TokenState]:
         """The state before the first block and after every block. If `start.source` is set, it is tracked."""

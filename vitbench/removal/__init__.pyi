@@ -4,6 +4,8 @@ from .cut import (
     remove_units as remove_units,
 )
 from .dependence import (
+    cka as cka,
+    gaussian_median as gaussian_median,
     gaussian_mixture as gaussian_mixture,
     hsic as hsic,
 )

@@ -1,7 +1,7 @@
 """Criteria that score the units of a Vision Transformer: neurons, heads and dimensions of heads.
 
 Each is a function `(model, data, criterion) -> [Scores of each block]`, and pruning removes the units with the lowest scores.
-Scores are comparable within a block; those of `magnitude`, `taylor`, `gates` and `activation` also across blocks.
+Scores are comparable within a block, and those of `COMPARABLE_ACROSS_BLOCKS` also across blocks.
 """
 
 import copy
@@ -26,6 +26,7 @@ from vitbench.removal.cut import check_prunable
 from vitbench.removal.scores import Criterion, Scores, by_head, scoring_images
 from vitbench.training import loop
 
+COMPARABLE_ACROSS_BLOCKS = ("magnitude", "activation", "taylor", "gates")
 MIN_HSIC_SAMPLES = 8  # with fewer, HSIC does not measure dependence
 
 

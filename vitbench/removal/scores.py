@@ -19,16 +19,18 @@ class Criterion(Config):
     Attributes:
         name: the criterion, a function of `vitbench.removal.criteria`.
         samples: the number of calibration images; all of them if there are fewer.
-        normalise: normalization of a unit's values before HSIC: "corrected", "official" or "none" (`dependence.standardize`).
+        normalise: the form of HSIC. "cka" is its normalised form, with the median distance as the kernel's bandwidth, times the
+            energy of the unit's contribution. The others are HSIC of the unit's values, normalised as `dependence.standardize` says:
+            "corrected" (the paper's criterion), "official" or "none".
         blend: the share of HSIC in the score of a neuron; the rest is the sum of |activation|, and both are scaled to [0, 1].
-            1 is the paper's criterion; its public code has 0.1.
+            1 is the paper's; its public code has 0.1.
         redundancy: the weight of a head's mean HSIC with the block's other heads, which is subtracted from its score.
         gates: the training of the gates of the survey's method.
     """
 
     name: Literal["magnitude", "activation", "taylor", "gates", "hsic"] = "hsic"
     samples: int = Field(default=256, ge=2)
-    normalise: Literal["corrected", "official", "none"] = "corrected"
+    normalise: Literal["cka", "corrected", "official", "none"] = "cka"
     blend: float = Field(default=1.0, ge=0, le=1)
     redundancy: float = Field(default=0.1, ge=0)
     gates: TrainConfig = TrainConfig(epochs=1, lr=1e-3, warmup_epochs=0, mixup=0.0, label_smoothing=0.0)
