@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # as LayerNorm: squares of bf16 values would lose digits
             wide = x.float()
             normed = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-            return normed * self.weight + self.bias
+            return (normed * self.weight + self.bias).to(x.dtype)
 
 
 @runtime_layer
