@@ -18,18 +18,14 @@ matrix: it mixes all channels in equal parts. The inputs of fc2 are not rotated,
 import math
 
 import torch
-from timm.layers import Attention, LayerNorm, LayerScale
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from vitbench.base.errors import InputError
-from vitbench.model import vit
-from vitbench.model.layers import BiasedLinear, LinearAttention, NystroemAttention, RMSNorm
+from vitbench.model import coordinates, vit
+from vitbench.model.layers import BiasedLinear, LinearAttention, RMSNorm
 
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # parameters that are added to the tokens, or are tokens
-PLAIN_NORMS = (nn.LayerNorm, LayerNorm)
-LINEAR_POOLS = ("", "token", "avg")
 
 
 @torch.no_grad()
@@ -45,7 +41,7 @@ def rotate(model: nn.Module, seed: int = 0) -> dict[str, str]:
     Raises:
         InputError: something reads or writes the tokens that cannot absorb a rotation; the model is then unchanged.
     """
-    if problem := next(iter(_obstacles(model)), ""):
+    if problem := next(iter(coordinates.obstacles(model)), ""):
         raise InputError(
             f"{model.recipe.architecture.name} cannot be rotated: {problem}; give a plain ViT whose layers are dense and whose "
             "tokens pass a LayerNorm before each of them, or leave its coordinates as they are (rotate=False)"
@@ -67,7 +63,12 @@ def rotate(model: nn.Module, seed: int = 0) -> dict[str, str]:
         for norm, layer in (("norm1", "attn.qkv"), ("norm2", "mlp.fc1")):
             _fold_norm(model, f"{prefix}.{norm}", [f"{prefix}.{layer}"], centred)
         skipped |= {f"{prefix}.attn: {part}": reason for part, reason in _rotate_heads(block.attn, generator).items()}
-    _fold_norm(model, _last_norms(model)[0], [name for name in ("head", "head_dist") if hasattr(model, name)], centred)
+    _fold_norm(
+        model,
+        coordinates.last_norms(model)[0],
+        [name for name in ("head", "head_dist") if hasattr(model, name)],
+        centred,
+    )
     return skipped
 
 
@@ -117,61 +118,6 @@ def _paley(size: int) -> Tensor | None:
     matrix[0, 1:], matrix[1:, 0] = 1, -1
     matrix[1:, 1:] += symbol[(positions[:, None] - positions) % q]
     return matrix
-
-
-def _obstacles(model: nn.Module) -> list[str]:
-    """Why the tokens of `model` cannot be rotated; empty if they can."""
-    found = []
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        return [f"it is a {type(model).__name__}"]
-    if not isinstance(getattr(model.patch_embed, "proj", None), nn.Linear | nn.Conv2d):
-        found.append("patch_embed.proj is not a dense layer")
-    for name in ("patch_embed.norm", "norm_pre"):
-        parent, _, child = name.rpartition(".")
-        if not isinstance(getattr(model.get_submodule(parent), child, None), nn.Identity | None):
-            found.append(f"{name} writes the tokens, and its weight cannot absorb a rotation")
-    for index, block in enumerate(model.blocks):
-        found += [f"blocks.{index} {problem}" for problem in _block_obstacles(block)]
-    norms = _last_norms(model)
-    if len(norms) != 1:
-        found.append(f"there are {len(norms)} norms before the head, not one")
-    found += [
-        f"{name} is a {type(norm).__name__}" for name in norms if type(norm := getattr(model, name)) not in PLAIN_NORMS
-    ]
-    if model.attn_pool is not None:
-        found.append("attn_pool reads the tokens")
-    elif model.global_pool not in LINEAR_POOLS:
-        found.append(f"the pooling {model.global_pool!r} depends on the coordinates")
-    for name in ("head", "head_dist"):
-        if hasattr(model, name) and not isinstance(getattr(model, name), nn.Linear):
-            found.append(f"{name} is not a dense linear layer")
-    return found
-
-
-def _block_obstacles(block: nn.Module) -> list[str]:
-    """Why the tokens that enter and leave `block` cannot be rotated."""
-    if type(block) is not Block:
-        return [f"is a {type(block).__name__}"]
-    found = []
-    for name in ("norm1", "norm2"):
-        if type(getattr(block, name)) not in PLAIN_NORMS:
-            found.append(f"has a {type(getattr(block, name)).__name__} as {name}")
-    if not isinstance(block.attn, Attention | NystroemAttention | LinearAttention):
-        found.append(f"has a {type(block.attn).__name__}")
-    elif getattr(block.attn, "gate", None) is not None:
-        found.append("has a gate, which reads the tokens")
-    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-        parent, child = name.split(".")
-        if not isinstance(getattr(getattr(block, parent), child, None), nn.Linear):
-            found.append(f"has no dense linear layer {name}")
-    for name in ("ls1", "ls2"):
-        if not isinstance(getattr(block, name), nn.Identity | LayerScale):
-            found.append(f"has a {type(getattr(block, name)).__name__} as {name}")
-    return found
-
-
-def _last_norms(model: nn.Module) -> list[str]:
-    return [name for name in ("norm", "fc_norm") if not isinstance(getattr(model, name), nn.Identity)]
 
 
 def _fold_scale(layer: nn.Linear, scale: nn.Module) -> None:
