@@ -11,7 +11,15 @@ from vitbench.data.batches import eval_batches
 from vitbench.methods.registry import compress, make_config
 from vitbench.methods.simulated_integer import FQ_VIT, REPQ_VIT, SimulatedInteger, reparameterise
 from vitbench.model import artifact, blocks, vit
-from vitbench.model.layers import Log2Rounded, PackedLinear, Rounded, RoundedAttention, RoundedNorm, fake_quantize
+from vitbench.model.layers import (
+    Log2Rounded,
+    PackedLinear,
+    RMSNorm,
+    Rounded,
+    RoundedAttention,
+    RoundedNorm,
+    fake_quantize,
+)
 from vitbench.training.loop import evaluate
 
 
@@ -129,6 +137,67 @@ def test_second_order_weights_answer_better(base, digits, images):
         with torch.inference_mode():
             apart[rounding] = float((small(images) - base.model(images)).norm())
     assert apart["second_order"] < 0.9 * apart["nearest"]
+
+
+def with_a_large_channel(base):
+    """The base with one channel of the tokens, and what reads it, far from the others."""
+    model = copy.deepcopy(base.model)
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm in (block.norm1, block.norm2):
+                norm.weight[3] *= 8
+                norm.bias[3] *= 8
+            for layer in (block.attn.qkv, block.mlp.fc1):
+                layer.weight[:, 3] /= 8
+    return model
+
+
+@pytest.mark.slow
+def test_rotated_tokens_help_where_a_channel_is_large(base, digits, images):
+    model = with_a_large_channel(base)
+    with torch.inference_mode():
+        wanted, apart = base.model(images), {}
+        assert torch.allclose(model(images), wanted, atol=1e-3)
+        for rotate in (False, True):
+            config = REPQ_VIT.replace(norms="plain", rotate=rotate)
+            apart[rotate] = float((compress(model, config, digits).model(images) - wanted).norm())
+    assert apart[True] < 0.7 * apart[False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norms", ["power_of_two", "reparameterised", "plain"])
+def test_a_rotated_model_goes_through_the_file_with_all_norms(base, digits, images, norms, tmp_path):
+    config = FQ_VIT.replace(norms=norms, rotate=True, range="mse", attention_bits=8)
+    small = compress(base.model, config, digits).model
+    loaded = artifact.load(artifact.save(small, tmp_path / "small"))
+    with torch.inference_mode():
+        wanted = base.model(images)
+        assert (loaded(images) - wanted).norm() < 0.15 * wanted.norm()
+        assert torch.equal(loaded(images[:8]), small(images[:8]))
+    norm = loaded.blocks[1].norm2
+    assert isinstance(norm, RMSNorm)
+    assert isinstance(norm.input, Rounded) == (norms == "power_of_two")
+    assert torch.equal(norm.weight, torch.ones(64)) == (norms != "reparameterised")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norms", ["power_of_two", "reparameterised"])
+def test_reconstruction_moves_ranges_with_the_weights_and_answers_better(base, digits, images, norms, tmp_path):
+    few = {"weight_bits": 3, "activation_bits": 3, "attention_bits": 3, "norms": norms, "rotate": True}
+    apart, made = {}, {}
+    for steps in (0, 60):
+        small = compress(base.model, REPQ_VIT.replace(**few, reconstruction=steps), digits).model
+        made[steps] = artifact.load(artifact.save(small, tmp_path / str(steps)))
+        with torch.inference_mode():
+            assert torch.equal(made[steps](images[:8]), small(images[:8]))
+            apart[steps] = float((small(images) - base.model(images)).norm())
+    assert apart[60] < 0.9 * apart[0]
+    for name in ("attn.q", "attn.qkv.input", "mlp.fc2.input"):
+        old, new = (model.blocks[1].get_submodule(name) for model in made.values())
+        assert old.bits == new.bits == 3
+        assert not torch.equal(old.step, new.step), name
+    specs = [artifact.recipe_of(model).layers for model in made.values()]
+    assert specs[0] == specs[1]
 
 
 def test_the_file_is_small_and_loads_as_it_was(base, digits, images, tmp_path):

@@ -127,6 +127,8 @@ def test_every_layer_is_built_again_from_its_spec(name):
         "Rounded": lambda: layers.Rounded(4, 6),
         "Log2Rounded": lambda: layers.Log2Rounded(3, 2**0.5),
         "RoundedNorm": lambda: layers.RoundedNorm(6, bias=False),
+        "RMSNorm": lambda: layers.RMSNorm(6, eps=1e-5),
+        "BiasedLinear": lambda: layers.BiasedLinear(4, 3),
         "RoundedAttention": lambda: layers.RoundedAttention(6, 2, 5, False),
         "LinearAttention": lambda: layers.LinearAttention(6, 2, 5, False),
         "NystroemAttention": lambda: layers.NystroemAttention(6, 2, 5, landmarks=4, iterations=2, prefix=1, residual=3),

@@ -21,6 +21,10 @@ from .quantizers import (
     min_error_step as min_error_step,
     quantize as quantize,
 )
+from .rotation import (
+    hadamard as hadamard,
+    rotate as rotate,
+)
 from .shared import (
     FactorShape as FactorShape,
     output_directions as output_directions,

@@ -14,6 +14,7 @@ from vitbench.base import progress
 from vitbench.calibration.moments import CALIBRATION_BATCH, forward_hooks
 from vitbench.data.batches import eval_batches
 from vitbench.data.splits import Split
+from vitbench.model.layers import Rounded
 from vitbench.model.layers.packed import TERNARY
 
 CANDIDATES = 64  # steps that `min_error_step` tries for each slice
@@ -133,6 +134,31 @@ class LearnedRange(nn.Module):
         """The lowest and the highest value that codes stand for."""
         step, zero = self.start * self.factor.clamp(min=1e-4), self.zero.round()
         return -zero * step, (2**self.bits - 1 - zero) * step
+
+
+class StraightThrough(nn.Module):
+    """A quantizer whose rounding has the gradient 1 (Bengio et al. 2013); its own tensors are fixed."""
+
+    def __init__(self, quantizer: nn.Module):
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.quantizer(x) - x).detach()
+
+
+def trainable(quantizer: nn.Module) -> nn.Module:
+    """A form of a runtime quantizer that has gradients: a `LearnedRange` of a `Rounded` for whole tensors, else `StraightThrough`."""
+    if isinstance(quantizer, Rounded) and quantizer.channels is None:
+        return LearnedRange(quantizer.bits, *map(float, quantizer.bounds()))
+    return StraightThrough(quantizer)
+
+
+def runtime(quantizer: nn.Module) -> nn.Module:
+    """The runtime quantizer of what `trainable` made, with its present range."""
+    if isinstance(quantizer, LearnedRange):
+        return Rounded(quantizer.bits).set_range(*quantizer.bounds())
+    return quantizer.quantizer
 
 
 def _round_straight_through(x: Tensor) -> Tensor:

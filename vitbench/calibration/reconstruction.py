@@ -6,7 +6,8 @@ Li et al. 2021, arXiv 2102.05426). Blocks follow one another, each with the inpu
 
     min E||block(x'; decoded weights) - original_block(x)||^2,
 
-where rounding has the straight-through gradient (LSQ).
+where rounding has the straight-through gradient (LSQ). If the block rounds its activations too (`learn_ranges`), it does so in the
+loop, and the ranges of these codes are moved with the weights (QDrop, Wei et al. 2022, arXiv 2203.05740, section 3, without its drops).
 """
 
 from collections.abc import Callable, Mapping
@@ -16,14 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from vitbench.base import progress
-from vitbench.base.store import StoredFile
+from vitbench.base.store import Store, StoredFile, work_key
 from vitbench.calibration.coders import RowCoder
 from vitbench.calibration.moments import CALIBRATION_BATCH
+from vitbench.calibration.quantizers import LearnedRange
 from vitbench.data.batches import eval_batches
-from vitbench.data.splits import Split
+from vitbench.data.splits import ImageData, Split
 from vitbench.model import vit
+from vitbench.model.artifact import model_digest
 
-CODES_LR, VECTORS_LR = 2e-3, 2e-4  # of codes and steps, in units of the weights' root mean square; of biases and norms
+# of codes and steps, in units of the weights' root mean square; of biases and norms; of ranges, as multiples of their start
+CODES_LR, VECTORS_LR, RANGES_LR = 2e-3, 2e-4, 1e-3
 
 
 def reconstruct(
@@ -35,7 +39,7 @@ def reconstruct(
     seed: int = 0,
     block_file: Callable[[int], StoredFile] | None = None,
 ) -> None:
-    """Fit the coders of `model`'s blocks, and its biases and norms, in place.
+    """Fit the coders of `model`'s blocks, its biases and norms, and its learned ranges, in place.
 
     Args:
         model: the model to fit. Its dense layers get the decoded weights.
@@ -75,6 +79,13 @@ def reconstruct(
     vit.set_fused_attention(model, True)
 
 
+def block_files(original: nn.Module, data: ImageData, settings: dict[str, Any]) -> list[StoredFile]:
+    """A file for each fitted block of a reconstruction, under the key of all that decides it: model, images, `settings`."""
+    key_inputs = {"model": model_digest(original), "data": data.fingerprint, "settings": settings}
+    key = work_key("methods", key_inputs)
+    return [Store("reconstructions").file(f"{key}-{index}") for index in range(len(original.blocks))]
+
+
 def _fit(
     block: nn.Module,
     coders: Mapping[str, RowCoder],
@@ -85,12 +96,15 @@ def _fit(
     bar,
 ) -> None:
     codes = [parameter for coder in coders.values() for parameter in coder.parameters()]
-    vectors = [parameter for parameter in block.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.Adam([{"params": codes, "lr": CODES_LR}, {"params": vectors, "lr": VECTORS_LR}])
+    ranges = [p for module in block.modules() if isinstance(module, LearnedRange) for p in module.parameters()]
+    range_ids = {id(parameter) for parameter in ranges}
+    vectors = [parameter for parameter in block.parameters() if parameter.ndim == 1 and id(parameter) not in range_ids]
+    groups = [(codes, CODES_LR), (vectors, VECTORS_LR), (ranges, RANGES_LR)]
+    optimizer = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in groups if parameters])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     target_variance = target.var()
     with torch.enable_grad():
-        for parameter in vectors:
+        for parameter in vectors + ranges:
             parameter.requires_grad_(True)
         for _ in range(steps):
             batch_idx = torch.randint(len(inputs), (CALIBRATION_BATCH,), generator=generator)
@@ -101,13 +115,13 @@ def _fit(
             optimizer.step()
             schedule.step()
             bar.update(1)
-    for parameter in vectors:
+    for parameter in vectors + ranges:
         parameter.requires_grad_(False)
     _write_weights(block, coders)
 
 
 def _state(block: nn.Module, coders: Mapping[str, RowCoder], generator: torch.Generator) -> dict[str, Any]:
-    """All that a fit changes: codes and steps, biases and norms, and the state of the random generator."""
+    """All that a fit changes: codes and steps, biases, norms and ranges, and the state of the random generator."""
     return {
         "coders": {name: coder.state_dict() for name, coder in coders.items()},
         "vectors": {name: parameter for name, parameter in block.named_parameters() if parameter.ndim == 1},

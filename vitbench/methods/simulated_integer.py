@@ -15,6 +15,7 @@ pixels stay in floating point.
 """
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -24,13 +25,15 @@ from torch import Tensor, nn
 
 from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
-from vitbench.calibration import quantizers
-from vitbench.calibration.coders import RowCoder, embedding_and_head_coders
+from vitbench.base.store import StoredFile
+from vitbench.calibration import quantizers, rotation
+from vitbench.calibration.coders import FakeQuantLinear, RowCoder, embedding_and_head_coders
 from vitbench.calibration.gptq import gptq_layers
+from vitbench.calibration.reconstruction import block_files, reconstruct
 from vitbench.data.splits import ImageData, Split
 from vitbench.methods.method import register
 from vitbench.model import blocks, vit
-from vitbench.model.layers import Log2Rounded, Rounded, RoundedNorm
+from vitbench.model.layers import Log2Rounded, RMSNorm, Rounded, RoundedNorm
 from vitbench.model.vit import LINEAR_TYPES, replace_module
 from vitbench.training.coded import CodedModel
 
@@ -50,11 +53,16 @@ class SimulatedInteger(Config):
         softmax: codes of the attention probabilities: powers of 2 ("log2") or of sqrt(2) ("log_sqrt2"), or "uniform".
         norms: "power_of_two" rounds LayerNorm's inputs (FQ-ViT); "reparameterised" rounds its outputs and leaves its inputs in
             floating point (RepQ-ViT); "plain" does neither.
+        rotate: whether tokens, queries, keys and values are rotated before anything is calibrated, so that no channel is much
+            larger than the others (`vitbench.calibration.rotation`). Outputs of the unquantized model stay. The inputs of fc2 are
+            not rotated: GELU, before them, is not linear.
         range: "mse", the range of least squared rounding error, or "minmax", the range of all calibration values.
         rounding: rounding of the weights: "nearest", or "second_order", which also fits each layer to the inputs that the
             rounded earlier layers produce, after its own rounding (`vitbench.calibration.gptq`,
             `vitbench.calibration.compensation`).
         ridge: the ridge penalty of that fit, in units of the inputs' mean variance.
+        reconstruction: steps that fit each block's codes, biases, norms and ranges to the block's outputs after that, with all
+            rounding in the loop (`vitbench.calibration.reconstruction`); 0: none.
         ends_bits: bits of the weights of the patch embedding and the head, and of the head's inputs; None leaves them dense.
         rest: how all tensors without codes are stored.
     """
@@ -65,9 +73,11 @@ class SimulatedInteger(Config):
     attention_bits: int = Field(default=4, ge=2, le=8)
     softmax: Literal["log2", "log_sqrt2", "uniform"] = "log2"
     norms: Literal["power_of_two", "reparameterised", "plain"] = "power_of_two"
+    rotate: bool = False
     range: Literal["mse", "minmax"] = "mse"
     rounding: Literal["nearest", "second_order"] = "nearest"
     ridge: float = Field(default=1.0, gt=0)
+    reconstruction: int = Field(default=0, ge=0)
     ends_bits: int | None = Field(default=8, ge=2, le=8)
     rest: Literal["float16", "float32"] = "float16"
 
@@ -81,6 +91,8 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
     """Round weights and activations of the blocks, the patch embedding and the head."""
     if config.layers:
         _check(model, config)
+    if config.rotate:
+        _rotate(model)
     layers, end_coders = vit.linear_layers(model, config.layers), embedding_and_head_coders(model, config.ends_bits)
     if not layers and not end_coders:
         return model
@@ -104,11 +116,17 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
         if config.rounding == "second_order"
         else {}
     )
-    coders = [RowCoder(name, layer, config.weight_bits, None, steps.get(name)) for name, layer in layers.items()]
-    for coder in [*coders, *end_coders]:
+    coders = {name: RowCoder(name, layer, config.weight_bits, None, steps.get(name)) for name, layer in layers.items()}
+    files: list[StoredFile] = []  # finished blocks of an interrupted reconstruction
+    if config.reconstruction and layers:
+        files = block_files(original, data, config.to_dict())
+        _reconstruct(model, original, coders, input_quantizers, list(block_quantizers), split, config, files)
+    for coder in [*coders.values(), *end_coders]:
         coder.install_packed(model)
     for name, module in input_quantizers.items():
         model.get_submodule(name).input = module
+    for file in files:
+        file.remove()
     return CodedModel(model, []).to_packed_model(config.rest)
 
 
@@ -121,6 +139,14 @@ def _check(model: nn.Module, config: SimulatedInteger) -> None:
                 f"blocks.{index} of {model.recipe.architecture.name} has no LayerNorm for norms={config.norms}; give "
                 "norms=plain"
             )
+
+
+def _rotate(model: nn.Module) -> None:
+    """Rotate the model in place, and warn of the parts that keep their coordinates."""
+    skipped = rotation.rotate(model)
+    if skipped:
+        name, reason = next(iter(skipped.items()))
+        warnings.warn(f"{len(skipped)} parts keep their coordinates, such as {name}: {reason}", stacklevel=2)
 
 
 def _uniform_quantizers(
@@ -174,9 +200,11 @@ def _power_of_two_quantizers(model: nn.Module, split: Split, bits: int) -> dict[
     least squared error. All channels get the zero point round(-low / 8 s).
     """
     names = [f"blocks.{i}.{norm}" for i in range(len(model.blocks)) for norm in ("norm1", "norm2")]
-    names += [name for name in ("norm", "fc_norm") if isinstance(model.get_submodule(name), nn.LayerNorm)]
+    names += [name for name in ("norm", "fc_norm") if isinstance(model.get_submodule(name), nn.LayerNorm | RMSNorm)]
     for name in names:
-        replace_module(model, name, RoundedNorm.from_norm(model.get_submodule(name)))
+        norm = model.get_submodule(name)
+        if not isinstance(norm, RMSNorm):  # which has a place for a quantizer
+            replace_module(model, name, RoundedNorm.from_norm(norm))
     channel_ranges = quantizers.channel_ranges(model, {name: model.get_submodule(name) for name in names}, split)
     tensor_range = {
         name: (min(0.0, float(ranges.low.min())), max(1e-6, float(ranges.high.max())))
@@ -217,7 +245,7 @@ def _reparameterised(
 
 
 @torch.no_grad()
-def reparameterise(norm: nn.LayerNorm, layer: nn.Linear, per_channel: Rounded) -> Rounded:
+def reparameterise(norm: nn.LayerNorm | RMSNorm, layer: nn.Linear, per_channel: Rounded) -> Rounded:
     """Change a LayerNorm and the layer after it, in place, so that one step and zero point replace `per_channel` (RepQ-ViT).
 
     With steps s_c and zero points z_c, s and z their means (z an integer in the range of the codes), r_c = s_c / s and
@@ -289,3 +317,27 @@ def _round_weights(
     for handle in handles:
         handle.remove()
     return steps
+
+
+def _reconstruct(
+    model: nn.Module,
+    original: nn.Module,
+    coders: Mapping[str, RowCoder],
+    input_quantizers: dict[str, Rounded],
+    block_quantizers: Sequence[str],
+    split: Split,
+    config: SimulatedInteger,
+    files: Sequence[StoredFile],
+) -> None:
+    """Fit coders and the blocks' quantizers, in place, to the outputs of `original`'s blocks."""
+    for name in coders:
+        layer, quantizer = model.get_submodule(name), input_quantizers[name]
+        replace_module(model, name, FakeQuantLinear(layer, quantizer.bits, *map(float, quantizer.bounds())))
+    inside = [name for name in block_quantizers if name.startswith("blocks.")]
+    for name in inside:
+        replace_module(model, name, quantizers.trainable(model.get_submodule(name)))
+    reconstruct(model, original, coders, split, config.reconstruction, block_file=files.__getitem__)
+    for name in inside:
+        replace_module(model, name, quantizers.runtime(model.get_submodule(name)))
+    for name in coders:
+        input_quantizers[name] = quantizers.runtime(model.get_submodule(f"{name}.input"))

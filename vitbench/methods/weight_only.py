@@ -18,17 +18,16 @@ from torch import nn
 
 from vitbench.base import progress
 from vitbench.base.errors import InputError
-from vitbench.base.store import Store, StoredFile, work_key
+from vitbench.base.store import StoredFile
 from vitbench.calibration.allocation import BudgetUnreachable, greedy_allocation
 from vitbench.calibration.coders import RowCoder, check_group, embedding_and_head_coders
 from vitbench.calibration.gptq import gptq_layers
 from vitbench.calibration.moments import collect_moments
 from vitbench.calibration.quantizers import min_error_step, quantize
-from vitbench.calibration.reconstruction import reconstruct
+from vitbench.calibration.reconstruction import block_files, reconstruct
 from vitbench.data.splits import ImageData, Split
 from vitbench.methods.method import register
 from vitbench.model import vit
-from vitbench.model.artifact import model_digest
 from vitbench.model.layers.packed import TERNARY, Bits, coded_bytes
 from vitbench.model.vit import LINEAR_TYPES
 from vitbench.training.coded import CodedModel, CodedTrainingConfig, bytes_without, train_codes
@@ -87,19 +86,17 @@ def weight_only(model: nn.Module, config: WeightOnly, data: ImageData | None) ->
             model, original, layers, bits, split, group=config.group, damping=config.damping, ridge=config.ridge
         )
     coders = {name: RowCoder(name, layer, bits[name], config.group, steps.get(name)) for name, layer in layers.items()}
-    block_files: list[StoredFile] = []  # finished blocks of an interrupted reconstruction
+    files: list[StoredFile] = []  # finished blocks of an interrupted reconstruction
     if config.reconstruction and coders:
         split = _calibration(data, "reconstruction", "0")
         assert data is not None
-        key_inputs = {"model": model_digest(original), "data": data.fingerprint, "settings": config.to_dict()}
-        key = work_key("methods", key_inputs)
-        block_files = [Store("reconstructions").file(f"{key}-{index}") for index in range(len(model.blocks))]
-        reconstruct(model, original, coders, split, config.reconstruction, block_file=block_files.__getitem__)
+        files = block_files(original, data, config.to_dict())
+        reconstruct(model, original, coders, split, config.reconstruction, block_file=files.__getitem__)
     all_coders = [*coders.values(), *embedding_and_head_coders(model, config.ends_bits)]
     if not all_coders:
         return Compressed(model)
     small = train_codes(CodedModel(model, all_coders), config, data, teacher)
-    for file in block_files:
+    for file in files:
         file.remove()
     return small
 

@@ -10,7 +10,7 @@ from timm.layers import Attention
 from torch import nn
 
 from vitbench.base.errors import InputError
-from vitbench.model.layers import RoundedAttention, SplitLinear
+from vitbench.model.layers import RMSNorm, RoundedAttention, SplitLinear
 from vitbench.model.recipe import Architecture, BlockShape
 from vitbench.model.tokens import TokenBlocks, reachable_counts
 
@@ -88,7 +88,7 @@ def keep_blocks(model: nn.Module, indices: Sequence[int]) -> None:
 
 
 def preceding_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Dense linear layer -> the LayerNorm whose output only this layer takes as its input.
+    """Dense linear layer -> the LayerNorm, or `RMSNorm`, whose output only this layer takes as its input.
 
     It is found by what the block computes, because names do not tell: post-norm blocks have the same names, and none of
     their norms precedes a layer.
@@ -99,8 +99,9 @@ def preceding_norms(model: nn.Module) -> dict[str, nn.Module]:
         modules = dict(block.named_modules())
         for name, norm_name in pairs.items():
             layer, norm = modules.get(name), modules.get(norm_name)
-            is_standard = isinstance(layer, nn.Linear) and isinstance(norm, nn.LayerNorm) and norm.weight is not None
-            if is_standard and _scaling_cancels(block, norm_name, name):
+            if not isinstance(layer, nn.Linear) or not isinstance(norm, nn.LayerNorm | RMSNorm):
+                continue
+            if norm.weight is not None and _scaling_cancels(block, norm_name, name):
                 norms[f"blocks.{index}.{name}"] = norm
     return norms
 

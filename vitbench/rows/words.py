@@ -78,6 +78,7 @@ PHRASES = {  # setting -> its phrase; a phrase of a value that is off (`_is_off`
     "token": "distillation token",
     "target_bytes": "bits by sensitivity for {:MB}",
     "reconstruction": "reconstruction",
+    "rotate": "rotated",
     "head_bits": "{}-bit head",
     "dense_bits": "{:codes} weights elsewhere",
     "criterion.name": "by {}",

@@ -6,6 +6,7 @@ buffers, so they are saved without conversion.
 
 from vitbench.model.layers.attention import ExactNystroemAttention, LinearAttention, NystroemAttention, RoundedAttention
 from vitbench.model.layers.factored import FactoredLinear, LowRankLinear, SharedFactor, SharedFactorLinear, SplitLinear
+from vitbench.model.layers.folded import BiasedLinear, RMSNorm
 from vitbench.model.layers.int8 import DynamicInt8Linear, StaticInt8Linear, StaticInt8Rounding, flop_formulas
 from vitbench.model.layers.packed import PackedConv2d, PackedLinear, pack, unpack
 from vitbench.model.layers.registry import RUNTIME_LAYERS
@@ -13,6 +14,7 @@ from vitbench.model.layers.rounded import Log2Rounded, Rounded, RoundedNorm, fak
 
 __all__ = [
     "RUNTIME_LAYERS",
+    "BiasedLinear",
     "DynamicInt8Linear",
     "ExactNystroemAttention",
     "FactoredLinear",
@@ -22,6 +24,7 @@ __all__ = [
     "NystroemAttention",
     "PackedConv2d",
     "PackedLinear",
+    "RMSNorm",
     "Rounded",
     "RoundedAttention",
     "RoundedNorm",

@@ -51,6 +51,10 @@ class Rounded(nn.Module):
         self.zero = (-low.reshape(self.step.shape) / self.step).round()
         return self
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest value that codes stand for, like `step`."""
+        return -self.zero * self.step, (2**self.bits - 1 - self.zero) * self.step
+
     def fit_range(self, counts: Tensor, low: Tensor, high: Tensor) -> "Rounded":
         """Set each channel's range to the part of [low, high] with the least squared error, in place.
 
