@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from vitbench.base.errors import InputError
 from vitbench.calibration.moments import Moments, forward_hooks
@@ -133,6 +134,8 @@ def test_ranking_across_blocks_keeps_as_many_units_and_one_in_each(base, digits)
 
 def test_across_blocks_the_scores_have_one_scale(base, digits):
     assert make_config("pruning", {"scope": "global"}).criterion.name == "taylor"
+    with pytest.raises(ValidationError):
+        Pruning.model_validate(["scope", "global"])
     assert make_config("pruning", {}).criterion.name == "hsic"
     named = make_config("pruning", {"scope": "global", "heads": 0.0, "criterion": {"name": "hsic", "samples": 16}})
     assert named.criterion.name == "hsic"

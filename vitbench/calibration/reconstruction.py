@@ -6,8 +6,8 @@ Li et al. 2021, arXiv 2102.05426). Blocks follow one another, each with the inpu
 
     min E||block(x'; decoded weights) - original_block(x)||^2,
 
-where rounding has the straight-through gradient (LSQ). If the block rounds its activations too (`learn_ranges`), it does so in the
-loop, and the ranges of these codes are moved with the weights (QDrop, Wei et al. 2022, arXiv 2203.05740, section 3, without its drops).
+where rounding has the straight-through gradient (LSQ). A block that rounds its activations does so during the fit, and each
+`LearnedRange` in it is fitted with the weights (QDrop, Wei et al. 2022, arXiv 2203.05740, section 3, without its drops).
 """
 
 from collections.abc import Callable, Mapping
@@ -96,9 +96,11 @@ def _fit(
     bar,
 ) -> None:
     codes = [parameter for coder in coders.values() for parameter in coder.parameters()]
-    ranges = [p for module in block.modules() if isinstance(module, LearnedRange) for p in module.parameters()]
-    range_ids = {id(parameter) for parameter in ranges}
-    vectors = [parameter for parameter in block.parameters() if parameter.ndim == 1 and id(parameter) not in range_ids]
+    vectors: list[nn.Parameter] = []
+    ranges: list[nn.Parameter] = []
+    for module in block.modules():
+        parameters = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 1]
+        (ranges if isinstance(module, LearnedRange) else vectors).extend(parameters)
     groups = [(codes, CODES_LR), (vectors, VECTORS_LR), (ranges, RANGES_LR)]
     optimizer = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in groups if parameters])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))

@@ -1,4 +1,4 @@
-"""Rotation: a change of the weights that leaves every output as it was, and spreads what few large channels hold over all.
+"""Rotation: an exact change of the weights that spreads a few large channels over all channels.
 
 One step for a tensor suits values that are alike in all channels. In a ViT a few channels of the tokens are much larger than the
 others. Rotated by an orthogonal matrix R, tokens x' = x R have no such channels, and all that reads or writes tokens can absorb R
@@ -18,7 +18,6 @@ matrix: it mixes all channels in equal parts. The inputs of fc2 are not rotated,
 import math
 
 import torch
-from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from vitbench.base.errors import InputError
@@ -122,7 +121,7 @@ def _paley(size: int) -> Tensor | None:
 
 def _fold_scale(layer: nn.Linear, scale: nn.Module) -> None:
     """Multiply the outputs of `layer` by the factors of a LayerScale after it, which become 1, in place."""
-    if isinstance(scale, LayerScale):
+    if hasattr(scale, "gamma"):
         layer.weight.mul_(scale.gamma[:, None])
         if layer.bias is not None:
             layer.bias.mul_(scale.gamma)

@@ -30,9 +30,9 @@ class Pruning(RemovalConfig):
     Attributes:
         neurons, heads, head_dims: the fraction to remove in every block; the number of kept units is rounded down.
         tokens: the fraction to remove at each of `token_blocks`.
-        scope: rank units within each block ("block"), or across all blocks ("global"). "global" ranks the neurons of all blocks by
-            their scores, and so the heads; each block keeps at least one. The scores of all blocks must have one scale, so
-            the default criterion is then "taylor", an estimate of the loss; HSIC warns.
+        scope: rank units within each block ("block"), or across all blocks ("global"). "global" ranks the neurons of all blocks
+            together, and likewise the heads; each block keeps at least one. Scores must be comparable across blocks, so the
+            default criterion is then "taylor", an estimate of the loss. Other criteria give a warning if theirs are not.
     """
 
     neurons: float = Field(default=0.4, ge=0, lt=1)
@@ -43,9 +43,10 @@ class Pruning(RemovalConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _criterion_of_the_scope(cls, values: dict[str, Any]) -> dict[str, Any]:
-        comparable: dict[str, Any] = {"criterion": Criterion(name="taylor")} if values.get("scope") == "global" else {}
-        return comparable | values
+    def _criterion_of_the_scope(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("scope") == "global":
+            return {"criterion": Criterion(name="taylor"), **values}
+        return values
 
 
 def _operating_points(model: nn.Module) -> list[dict[str, float]]:

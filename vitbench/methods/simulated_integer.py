@@ -54,8 +54,8 @@ class SimulatedInteger(Config):
         norms: "power_of_two" rounds LayerNorm's inputs (FQ-ViT); "reparameterised" rounds its outputs and leaves its inputs in
             floating point (RepQ-ViT); "plain" does neither.
         rotate: whether tokens, queries, keys and values are rotated before anything is calibrated, so that no channel is much
-            larger than the others (`vitbench.calibration.rotation`). Outputs of the unquantized model stay. The inputs of fc2 are
-            not rotated: GELU, before them, is not linear.
+            larger than the others (`vitbench.calibration.rotation`). The unquantized model's outputs do not change. The inputs
+            of fc2 are not rotated, since GELU is not linear.
         range: "mse", the range of least squared rounding error, or "minmax", the range of all calibration values.
         rounding: rounding of the weights: "nearest", or "second_order", which also fits each layer to the inputs that the
             rounded earlier layers produce, after its own rounding (`vitbench.calibration.gptq`,

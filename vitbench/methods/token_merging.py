@@ -2,8 +2,8 @@
 
 Between attention and MLP the tokens are split alternately into two sets. Each token of one set is matched with the most
 similar token of the other, by the cosine of the mean keys, and the r most similar pairs are averaged, weighted by size.
-Later attention weights each token by the number of tokens merged into it (`vitbench.model.tokens`), and so does a head that
-pools the tokens, which the paper's models with a class token do not need. No training is needed.
+Later attention weights each token by the number of tokens merged into it (`vitbench.model.tokens`). A head that pools the
+tokens does the same; the paper's models read a class token and need no such weights. No training is needed.
 It reduces time and multiply-accumulates, but not bytes.
 """
 

@@ -59,8 +59,8 @@ class TokenBlocks(nn.Sequential):
         counts: tokens left after the attention of each block, with class and fused token; None keeps all.
         prefix: how many class and register tokens come first; they are always kept.
         tokens: how many tokens enter the first block.
-        restores: whether the output has all N_0 tokens again: in the place of each input token stands the token that it was
-            merged into. A mean over them weights a merged token by its size, and attention over them is the proportional
+        restores: whether the output has as many tokens as the input: each input token becomes the token that it was merged
+            into. A mean over them weights a merged token by its size, and attention over them is the proportional
             attention of Bolya et al. (2023, eq. 1), since a key that stands s times adds log(s) to its logit.
     """
 

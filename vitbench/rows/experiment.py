@@ -49,7 +49,7 @@ class Experiment:
     def timed_labels(self) -> list[str]:
         """The labels with a latency (all labels, if none has one), the baseline first, the others in the order of their rows.
 
-        Models without a latency, such as the operating points of a sweep, are shown in other figures.
+        Figures of time show these; tables and figures of size show `model_labels`.
         """
         timed = self.of_metrics("latency_p50")
         labels = dict.fromkeys((timed if len(timed) else self.rows)["label"])

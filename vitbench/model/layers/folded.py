@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitbench.model.layers.registry import runtime_layer
@@ -31,9 +32,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
         with torch.autocast(x.device.type, enabled=False):  # as LayerNorm: squares of bf16 values would lose digits
-            wide = x.float()
-            normed = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-            return (normed * self.weight + self.bias).to(x.dtype)
+            return (F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps) + self.bias).to(x.dtype)
 
 
 @runtime_layer
