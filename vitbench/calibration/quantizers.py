@@ -88,23 +88,23 @@ class LearnedStep(nn.Module):
         if self.zero is not None:
             self.zero.copy_(0.1 * (x.amin(dim=self.dim, keepdim=True) - self.step * low))
 
-    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        low, high = code_range(self.bits)
-        scale = (x.numel() * high) ** -0.5
+    def _step_and_zero(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Step and zero point, with the scale of the gradients for a matrix of `count` values."""
+        scale = (count * code_range(self.bits)[1]) ** -0.5
         step = _scale_gradient(torch.where(self.step < 0, -1, 1) * self.step.abs().clamp(min=1e-8), scale)
-        zero = 0.0 if self.zero is None else _round_straight_through(_scale_gradient(self.zero, scale))
-        return _round_straight_through((x / step + zero).clamp(low, high)), step, zero
+        zero = None if self.zero is None else _round_straight_through(_scale_gradient(self.zero, scale))
+        return step, zero
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, step, zero = self._quantize(x)
-        return (codes - zero) * step
+        return straight_through(x, *self._step_and_zero(x.numel()), *code_range(self.bits))
 
     @torch.no_grad()
     def codes_and_steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (integers, x's shape), steps and zero points (flat), with x ~ step (codes - zero)."""
-        codes, step, zero = self._quantize(x)
-        zero = zero if isinstance(zero, Tensor) else torch.zeros_like(step)
-        return codes.round().to(torch.int64), step.flatten().clone(), zero.flatten().round().to(torch.int64)
+        step, zero = self._step_and_zero(x.numel())
+        zero = torch.zeros_like(step) if zero is None else zero.round()
+        codes = (x / step).add_(zero).round_().clamp_(*code_range(self.bits))
+        return codes.to(torch.int64), step.flatten().clone(), zero.flatten().to(torch.int64)
 
 
 class LearnedRange(nn.Module):
@@ -127,7 +127,7 @@ class LearnedRange(nn.Module):
         scale = (x[0].numel() * max_code) ** -0.5
         step = self.start * _scale_gradient(self.factor.clamp(min=1e-4), scale)
         zero = _round_straight_through(_scale_gradient(self.zero, scale))
-        return (_round_straight_through((x / step + zero).clamp(0, max_code)) - zero) * step
+        return straight_through(x, step, zero, 0, max_code)
 
     @torch.no_grad()
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -159,6 +159,46 @@ def runtime(quantizer: nn.Module) -> nn.Module:
     if isinstance(quantizer, LearnedRange):
         return Rounded(quantizer.bits).set_range(*quantizer.bounds())
     return quantizer.quantizer
+
+
+def straight_through(x: Tensor, step: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+    """s (q - z) with q = round(clamp(x / s + z, low, high)), whose rounding has the straight-through gradient (Bengio et al. 2013).
+
+    So the gradient of x passes inside of the codes' range; those of s and z are LSQ+'s. Step and zero point are broadcast
+    to x; None is a zero point of 0.
+    """
+    return _StraightThrough.apply(x, step, zero, low, high)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`straight_through` in a quarter of the passes over x that its single operations take.
+
+    With v = x / s + z: dy/dx = 1 inside of [low, high], else 0; dy/ds = q - v inside, else q - z; dy/dz = 0 inside, else -s.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+        v = x / step if zero is None else (x / step).add_(zero)
+        codes = v.clamp(low, high)
+        inside = codes == v
+        codes.round_()
+        shifted = codes if zero is None else codes - zero
+        if any(ctx.needs_input_grad):
+            # inside: q - v; outside: q - z
+            slope = torch.where(inside, codes - v, shifted) if ctx.needs_input_grad[1] else None
+            ctx.save_for_backward(inside, slope, step)
+            ctx.zero_shape = None if zero is None else zero.shape
+        return shifted * step
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        inside, slope, step = ctx.saved_tensors
+        x_grad = grad * inside if ctx.needs_input_grad[0] else None
+        step_grad = (grad * slope).sum_to_size(step.shape) if ctx.needs_input_grad[1] else None
+        zero_grad = None
+        if ctx.needs_input_grad[2]:
+            zero_grad = -((grad * ~inside) * step).sum_to_size(ctx.zero_shape)
+        return x_grad, step_grad, zero_grad, None, None
 
 
 def _round_straight_through(x: Tensor) -> Tensor:

@@ -93,6 +93,11 @@ class ImageData:
             )
         return selected
 
+    def train_on(self, split: str) -> "ImageData":
+        """The same set with the images of `split` in place of the training images."""
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(ImageData)}
+        return ImageData(**fields | {"train": self.require_split(split)})
+
     def reload(self, **amounts: Any) -> "ImageData":
         """The same images in other splits: `load_data` with `amounts` in place of its `test`, `val`, `calibration`, `train`, `seed`."""
         return load_data(self.source, name=self.name, **self._options, **{**self.amounts, **amounts})

@@ -27,7 +27,7 @@ from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
 from vitbench.base.store import StoredFile
 from vitbench.calibration import quantizers, rotation
-from vitbench.calibration.coders import FakeQuantLinear, RowCoder, embedding_and_head_coders
+from vitbench.calibration.coders import Coder, FakeQuantLinear, RowCoder, embedding_and_head_coders
 from vitbench.calibration.gptq import gptq_layers
 from vitbench.calibration.reconstruction import block_files, reconstruct
 from vitbench.data.splits import ImageData, Split
@@ -36,6 +36,9 @@ from vitbench.model import blocks, vit
 from vitbench.model.layers import Log2Rounded, RMSNorm, Rounded, RoundedNorm
 from vitbench.model.vit import LINEAR_TYPES, replace_module
 from vitbench.training.coded import CodedModel
+from vitbench.training.compressed import Compressed
+from vitbench.training.config import TrainConfig
+from vitbench.training.tuning import FineTuneConfig, fine_tune
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)  # the fractions of the range of LayerNorm's inputs that a channel's codes may span
 OCTAVES, BINS = 24, 960  # the range and bins of the histogram of attention probabilities, on a logarithmic axis
@@ -78,6 +81,8 @@ class SimulatedInteger(Config):
     rounding: Literal["nearest", "second_order"] = "nearest"
     ridge: float = Field(default=1.0, gt=0)
     reconstruction: int = Field(default=0, ge=0)
+    train: TrainConfig = TrainConfig(epochs=0, batch_size=32, lr=5e-4, warmup_epochs=0, kd_weight=1.0, mixup=0.0)
+    rest_lr: float = Field(default=0.1, ge=0)
     ends_bits: int | None = Field(default=8, ge=2, le=8)
     rest: Literal["float16", "float32"] = "float16"
 
@@ -118,16 +123,25 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
     )
     coders = {name: RowCoder(name, layer, config.weight_bits, None, steps.get(name)) for name, layer in layers.items()}
     files: list[StoredFile] = []  # finished blocks of an interrupted reconstruction
+    trained = layers and (config.reconstruction or config.train.epochs)
+    if trained:
+        _make_trainable(model, input_quantizers, block_quantizers)
     if config.reconstruction and layers:
         files = block_files(original, data, config.to_dict())
-        _reconstruct(model, original, coders, input_quantizers, list(block_quantizers), split, config, files)
+        reconstruct(model, original, coders, split, config.reconstruction, block_file=files.__getitem__)
+    history = []
+    if config.train.epochs and layers:
+        original.recipe = model.recipe
+        history = _distil(model, original, [*coders.values(), *end_coders], data, config)
+    if trained:
+        input_quantizers = _make_runtime(model, input_quantizers, block_quantizers)
     for coder in [*coders.values(), *end_coders]:
         coder.install_packed(model)
     for name, module in input_quantizers.items():
         model.get_submodule(name).input = module
     for file in files:
         file.remove()
-    return CodedModel(model, []).to_packed_model(config.rest)
+    return Compressed(CodedModel(model, []).to_packed_model(config.rest), history)
 
 
 def _check(model: nn.Module, config: SimulatedInteger) -> None:
@@ -319,25 +333,34 @@ def _round_weights(
     return steps
 
 
-def _reconstruct(
-    model: nn.Module,
-    original: nn.Module,
-    coders: Mapping[str, RowCoder],
-    input_quantizers: dict[str, Rounded],
-    block_quantizers: Sequence[str],
-    split: Split,
-    config: SimulatedInteger,
-    files: Sequence[StoredFile],
+def _make_trainable(
+    model: nn.Module, input_quantizers: Mapping[str, Rounded], block_quantizers: Mapping[str, nn.Module]
 ) -> None:
-    """Fit coders and the blocks' quantizers, in place, to the outputs of `original`'s blocks."""
-    for name in coders:
-        layer, quantizer = model.get_submodule(name), input_quantizers[name]
+    """Put quantizers that have gradients into the model, in place."""
+    for name, quantizer in input_quantizers.items():
+        layer = model.get_submodule(name)
         replace_module(model, name, FakeQuantLinear(layer, quantizer.bits, *map(float, quantizer.bounds())))
-    inside = [name for name in block_quantizers if name.startswith("blocks.")]
-    for name in inside:
+    for name in block_quantizers:
         replace_module(model, name, quantizers.trainable(model.get_submodule(name)))
-    reconstruct(model, original, coders, split, config.reconstruction, block_file=files.__getitem__)
-    for name in inside:
+
+
+def _make_runtime(
+    model: nn.Module, input_quantizers: Mapping[str, Rounded], block_quantizers: Mapping[str, nn.Module]
+) -> dict[str, Rounded]:
+    """Put runtime quantizers with the trained ranges into the blocks, in place; returns those of the linear layers' inputs."""
+    for name in block_quantizers:
         replace_module(model, name, quantizers.runtime(model.get_submodule(name)))
-    for name in coders:
-        input_quantizers[name] = quantizers.runtime(model.get_submodule(f"{name}.input"))
+    return {name: quantizers.runtime(model.get_submodule(f"{name}.input")) for name in input_quantizers}
+
+
+def _distil(
+    model: nn.Module, original: nn.Module, coders: Sequence[Coder], data: ImageData, config: SimulatedInteger
+) -> list[dict[str, float]]:
+    """Train codes, ranges, biases and norms of all blocks together on the calibration images, with `original` as the teacher."""
+    coded = CodedModel(model, coders)
+    tuning = FineTuneConfig(train=config.train)
+    history = fine_tune(
+        coded, tuning, data.train_on("calibration"), original, groups=coded.param_groups(config.train, config.rest_lr), title="training the codes"
+    )
+    coded.cpu().requires_grad_(False)
+    return history
