@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitbench.calibration.quantizers import LearnedStep, code_range, min_error_step
+from vitbench.calibration.quantizers import LearnedStep, code_range, min_error_step, straight_through
 
 
 def error(x, step, bits):
@@ -34,6 +34,26 @@ def test_gradients_are_those_of_lsq():
     assert x.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]  # 5 and -5 are outside [-4, 3]
     inside = (round(0.3) - 0.3) + (-2.0 + 2.0)
     assert quantizer.step.grad.item() == pytest.approx((inside + 3 - 4) / (4 * 3) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [(6, 1), (1, 9), (1,)])
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_straight_through_has_the_gradients_of_its_single_operations(steps, zero_point):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(4, 6, 9, generator=generator) for _ in range(2))
+    step = 0.1 + 0.3 * torch.rand(steps, generator=generator)
+    zero = torch.randint(0, 3, steps, generator=generator).float() if zero_point else None
+    inputs = [tensor.requires_grad_() for tensor in (x, step, zero) if tensor is not None]
+
+    def single_operations():
+        shift = 0 if zero is None else zero
+        v = (x / step + shift).clamp(-4, 3)
+        return (v + (v.round() - v).detach() - shift) * step
+
+    results = [single_operations(), straight_through(x, step, zero, -4, 3)]
+    torch.testing.assert_close(*results)
+    for one, other in zip(*(torch.autograd.grad(result, inputs, grad) for result in results), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["mse", "lsq"])

@@ -40,7 +40,7 @@ def test_the_file_answers_as_the_trained_model_did(base, digits, tmp_path):
     seen = quantizers.channel_ranges(model, layers, digits.calibration)
     found = quantizers.input_ranges(model, layers, seen, digits.calibration, bits=4)
     for name, layer in layers.items():
-        vit.replace_module(model, name, FakeQuantLinear(layer, 4, *found[name]))
+        vit.replace_module(model, name, FakeQuantLinear(layer, quantizers.LearnedRange(4, *found[name])))
     coded = CodedModel(model, [RowCoder(name, layer, 4) for name, layer in layers.items()]).eval()
     with torch.no_grad():
         wanted = coded(x)

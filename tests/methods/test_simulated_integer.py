@@ -1,6 +1,7 @@
 """Simulated integers: powers of two, factors and reparameterised norms, and what becomes of the answers."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -198,6 +199,33 @@ def test_reconstruction_moves_ranges_with_the_weights_and_answers_better(base, d
         assert not torch.equal(old.step, new.step), name
     specs = [artifact.recipe_of(model).layers for model in made.values()]
     assert specs[0] == specs[1]
+
+
+def test_a_joint_fit_answers_better_without_labels(base, digits, images, tmp_path):
+    few = {"weight_bits": 3, "activation_bits": 3, "rotate": True, "norms": "plain", "softmax": "log2"}
+    fit = {"epochs": 4, "batch_size": 32, "lr": 2e-3, "warmup_epochs": 0, "kd_weight": 1.0, "mixup": 0.0}
+    rounded, fitted = (
+        compress(base.model, REPQ_VIT.replace(**few, train=train), digits) for train in (fit | {"epochs": 0}, fit)
+    )
+    assert len(fitted.history) == 4
+    wrong = dataclasses.replace(digits.calibration, labels=(digits.calibration.labels + 1) % 10)
+    unlabelled = compress(
+        base.model, REPQ_VIT.replace(**few, train=fit), dataclasses.replace(digits, calibration=wrong)
+    )
+    loaded = artifact.load(artifact.save(fitted.model, tmp_path / "fitted"))
+    with torch.no_grad():
+        target = base.model(images).log_softmax(-1)
+        errors = {}
+        for name, model in {"rounded": rounded.model, "fitted": fitted.model}.items():
+            errors[name] = nn.functional.kl_div(
+                model(images).log_softmax(-1), target, log_target=True, reduction="batchmean"
+            )
+        assert errors["fitted"] < 0.7 * errors["rounded"]
+        assert torch.equal(unlabelled.model(images), fitted.model(images))
+        assert torch.equal(loaded(images), fitted.model(images))
+    steps = [module.step for name, module in fitted.model.named_modules() if name.endswith("qkv.input")]
+    starts = [module.step for name, module in rounded.model.named_modules() if name.endswith("qkv.input")]
+    assert not any(torch.equal(step, start) for step, start in zip(steps, starts, strict=True))
 
 
 def test_the_file_is_small_and_loads_as_it_was(base, digits, images, tmp_path):

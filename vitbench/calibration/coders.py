@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from vitbench.base.errors import InputError
-from vitbench.calibration.quantizers import LearnedRange, LearnedStep
+from vitbench.calibration.quantizers import LearnedStep, runtime
 from vitbench.model import vit
-from vitbench.model.layers import PackedConv2d, PackedLinear, Rounded
+from vitbench.model.layers import PackedConv2d, PackedLinear
 
 
 class Coder(nn.Module, ABC):
@@ -82,17 +82,16 @@ def _packed_like(module: nn.Module, bits: float, group: int | None) -> PackedLin
         return PackedConv2d(module.in_channels, module.out_channels, module.kernel_size[0], bits, bias)
     packed = PackedLinear(module.in_features, module.out_features, bits, bias, group)
     if isinstance(module, FakeQuantLinear):
-        packed.input = Rounded(module.input.bits).set_range(*module.input.bounds())
+        packed.input = runtime(module.input)
     return packed
 
 
 class FakeQuantLinear(nn.Linear):
-    """A linear layer with the weight and bias of `linear`, shared, that quantizes its inputs over a learned range."""
+    """A linear layer with the weight and bias of `linear`, shared, whose inputs pass `quantizer` first."""
 
-    def __init__(self, linear: nn.Linear, bits: int, low: float, high: float):
+    def __init__(self, linear: nn.Linear, quantizer: nn.Module):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.input = LearnedRange(bits, low, high)
+        self.weight, self.bias, self.input = linear.weight, linear.bias, quantizer
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.input(x))

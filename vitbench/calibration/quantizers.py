@@ -155,10 +155,10 @@ def trainable(quantizer: nn.Module) -> nn.Module:
 
 
 def runtime(quantizer: nn.Module) -> nn.Module:
-    """The runtime quantizer of what `trainable` made, with its present range."""
+    """The runtime form of a quantizer that `trainable` may have made, with its present range."""
     if isinstance(quantizer, LearnedRange):
         return Rounded(quantizer.bits).set_range(*quantizer.bounds())
-    return quantizer.quantizer
+    return quantizer.quantizer if isinstance(quantizer, StraightThrough) else quantizer
 
 
 def straight_through(x: Tensor, step: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:

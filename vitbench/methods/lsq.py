@@ -58,7 +58,8 @@ def lsq(model: nn.Module, config: LSQ, data: ImageData | None) -> Compressed:
         channel_ranges = quantizers.channel_ranges(model, layers, split)
         input_ranges = quantizers.input_ranges(model, layers, channel_ranges, split, bits=config.activation_bits)
         for name, layer in layers.items():
-            vit.replace_module(model, name, FakeQuantLinear(layer, config.activation_bits, *input_ranges[name]))
+            quantizer = quantizers.LearnedRange(config.activation_bits, *input_ranges[name])
+            vit.replace_module(model, name, FakeQuantLinear(layer, quantizer))
     coders = [RowCoder(name, layer, config.weight_bits) for name, layer in layers.items()]
     coders += embedding_and_head_coders(model, config.ends_bits)
     if not coders:

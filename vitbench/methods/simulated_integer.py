@@ -16,18 +16,17 @@ pixels stay in floating point.
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitbench.base.configs import Config
 from vitbench.base.errors import InputError
 from vitbench.base.store import StoredFile
 from vitbench.calibration import quantizers, rotation
-from vitbench.calibration.coders import Coder, FakeQuantLinear, RowCoder, embedding_and_head_coders
+from vitbench.calibration.coders import FakeQuantLinear, RowCoder, embedding_and_head_coders
 from vitbench.calibration.gptq import gptq_layers
 from vitbench.calibration.reconstruction import block_files, reconstruct
 from vitbench.data.splits import ImageData, Split
@@ -35,16 +34,16 @@ from vitbench.methods.method import register
 from vitbench.model import blocks, vit
 from vitbench.model.layers import Log2Rounded, RMSNorm, Rounded, RoundedNorm
 from vitbench.model.vit import LINEAR_TYPES, replace_module
-from vitbench.training.coded import CodedModel
+from vitbench.training.coded import CodedModel, CodedTrainingConfig, train_codes
 from vitbench.training.compressed import Compressed
 from vitbench.training.config import TrainConfig
-from vitbench.training.tuning import FineTuneConfig, fine_tune
+from vitbench.training.tuning import find_teacher
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)  # the fractions of the range of LayerNorm's inputs that a channel's codes may span
 OCTAVES, BINS = 24, 960  # the range and bins of the histogram of attention probabilities, on a logarithmic axis
 
 
-class SimulatedInteger(Config):
+class SimulatedInteger(CodedTrainingConfig):
     """The bits of all tensors, and how LayerNorm and softmax are quantized.
 
     Attributes:
@@ -66,8 +65,9 @@ class SimulatedInteger(Config):
         ridge: the ridge penalty of that fit, in units of the inputs' mean variance.
         reconstruction: steps that fit each block's codes, biases, norms and ranges to the block's outputs after that, with all
             rounding in the loop (`vitbench.calibration.reconstruction`); 0: none.
+        train: a fit of all codes, ranges, biases and norms together, after that, on the calibration images. The unquantized
+            model is the teacher, and with `kd_weight` 1 no label is used. 0 epochs: none.
         ends_bits: bits of the weights of the patch embedding and the head, and of the head's inputs; None leaves them dense.
-        rest: how all tensors without codes are stored.
     """
 
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = LINEAR_TYPES
@@ -81,10 +81,7 @@ class SimulatedInteger(Config):
     rounding: Literal["nearest", "second_order"] = "nearest"
     ridge: float = Field(default=1.0, gt=0)
     reconstruction: int = Field(default=0, ge=0)
-    train: TrainConfig = TrainConfig(epochs=0, batch_size=32, lr=5e-4, warmup_epochs=0, kd_weight=1.0, mixup=0.0)
-    rest_lr: float = Field(default=0.1, ge=0)
-    ends_bits: int | None = Field(default=8, ge=2, le=8)
-    rest: Literal["float16", "float32"] = "float16"
+    train: TrainConfig = TrainConfig(epochs=0, batch_size=32, lr=1e-3, warmup_epochs=0, kd_weight=1.0, mixup=0.0)
 
 
 FQ_VIT = SimulatedInteger(range="minmax")
@@ -92,15 +89,16 @@ REPQ_VIT = SimulatedInteger(weight_bits=4, activation_bits=4, softmax="log_sqrt2
 
 
 @register(SimulatedInteger, identity=SimulatedInteger(layers=(), ends_bits=None, rest="float32"))
-def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageData | None) -> nn.Module:
+def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageData | None) -> Compressed:
     """Round weights and activations of the blocks, the patch embedding and the head."""
     if config.layers:
         _check(model, config)
+    teacher = find_teacher(model, config, data) if config.train.epochs else None
     if config.rotate:
         _rotate(model)
     layers, end_coders = vit.linear_layers(model, config.layers), embedding_and_head_coders(model, config.ends_bits)
     if not layers and not end_coders:
-        return model
+        return Compressed(model)
     if data is None:
         raise InputError("simulated_integer fixes ranges on calibration images and no data set was given; give one")
     split, input_quantizers, block_quantizers = data.require_split("calibration"), {}, {}
@@ -122,26 +120,28 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
         else {}
     )
     coders = {name: RowCoder(name, layer, config.weight_bits, None, steps.get(name)) for name, layer in layers.items()}
+    fitted = bool(config.reconstruction or config.train.epochs)
+    for name, quantizer in input_quantizers.items():
+        replace_module(model, name, FakeQuantLinear(model.get_submodule(name), quantizer))
+    quantizer_names = [*block_quantizers, *(f"{name}.input" for name in input_quantizers)]
+    if fitted:
+        _replace_each(model, quantizer_names, quantizers.trainable)
     files: list[StoredFile] = []  # finished blocks of an interrupted reconstruction
-    trained = layers and (config.reconstruction or config.train.epochs)
-    if trained:
-        _make_trainable(model, input_quantizers, block_quantizers)
     if config.reconstruction and layers:
         files = block_files(original, data, config.to_dict())
         reconstruct(model, original, coders, split, config.reconstruction, block_file=files.__getitem__)
-    history = []
-    if config.train.epochs and layers:
-        original.recipe = model.recipe
-        history = _distil(model, original, [*coders.values(), *end_coders], data, config)
-    if trained:
-        input_quantizers = _make_runtime(model, input_quantizers, block_quantizers)
-    for coder in [*coders.values(), *end_coders]:
-        coder.install_packed(model)
-    for name, module in input_quantizers.items():
-        model.get_submodule(name).input = module
+    coded = CodedModel(model, [*coders.values(), *end_coders])
+    images = data.train_on("calibration")
+    compressed = train_codes(
+        coded,
+        config,
+        images,
+        teacher,
+        before_packing=lambda: _replace_each(model, quantizer_names, quantizers.runtime),
+    )
     for file in files:
         file.remove()
-    return Compressed(CodedModel(model, []).to_packed_model(config.rest), history)
+    return compressed
 
 
 def _check(model: nn.Module, config: SimulatedInteger) -> None:
@@ -153,6 +153,12 @@ def _check(model: nn.Module, config: SimulatedInteger) -> None:
                 f"blocks.{index} of {model.recipe.architecture.name} has no LayerNorm for norms={config.norms}; give "
                 "norms=plain"
             )
+
+
+def _replace_each(model: nn.Module, names: Sequence[str], change: Callable[[nn.Module], nn.Module]) -> None:
+    """Replace each of the named modules by what `change` makes of it, in place."""
+    for name in names:
+        replace_module(model, name, change(model.get_submodule(name)))
 
 
 def _rotate(model: nn.Module) -> None:
@@ -331,36 +337,3 @@ def _round_weights(
     for handle in handles:
         handle.remove()
     return steps
-
-
-def _make_trainable(
-    model: nn.Module, input_quantizers: Mapping[str, Rounded], block_quantizers: Mapping[str, nn.Module]
-) -> None:
-    """Put quantizers that have gradients into the model, in place."""
-    for name, quantizer in input_quantizers.items():
-        layer = model.get_submodule(name)
-        replace_module(model, name, FakeQuantLinear(layer, quantizer.bits, *map(float, quantizer.bounds())))
-    for name in block_quantizers:
-        replace_module(model, name, quantizers.trainable(model.get_submodule(name)))
-
-
-def _make_runtime(
-    model: nn.Module, input_quantizers: Mapping[str, Rounded], block_quantizers: Mapping[str, nn.Module]
-) -> dict[str, Rounded]:
-    """Put runtime quantizers with the trained ranges into the blocks, in place; returns those of the linear layers' inputs."""
-    for name in block_quantizers:
-        replace_module(model, name, quantizers.runtime(model.get_submodule(name)))
-    return {name: quantizers.runtime(model.get_submodule(f"{name}.input")) for name in input_quantizers}
-
-
-def _distil(
-    model: nn.Module, original: nn.Module, coders: Sequence[Coder], data: ImageData, config: SimulatedInteger
-) -> list[dict[str, float]]:
-    """Train codes, ranges, biases and norms of all blocks together on the calibration images, with `original` as the teacher."""
-    coded = CodedModel(model, coders)
-    tuning = FineTuneConfig(train=config.train)
-    history = fine_tune(
-        coded, tuning, data.train_on("calibration"), original, groups=coded.param_groups(config.train, config.rest_lr), title="training the codes"
-    )
-    coded.cpu().requires_grad_(False)
-    return history
