@@ -2,12 +2,12 @@
 
 HALP (Shen et al., arXiv 2110.10811) prunes to a latency as a knapsack problem: it keeps the filters of the highest summed importance
 whose times, from a table of the target, fit the budget. MDP (Sun et al. 2025, arXiv 2504.02168) chooses one option for each block of
-a transformer by a mixed-integer program. Here the importance is measured. Attention and MLP of each block are pruned alone to each
+a transformer by a mixed-integer nonlinear program. Here the importance is measured. Attention and MLP of each block are pruned alone to each
 option, and the loss of the option is the Kullback-Leibler divergence of the model's outputs from the dense model's. Losses and
 costs of the parts are added up, and the choice is exact for these sums.
 
-The number of tokens enters the cost of all blocks, so it is no option of one block. There is one choice for each of a few
-numbers of tokens, and those with the least sums are scored on val.
+The number of tokens enters the cost of all blocks, so it is no option of one block. There is one choice for each of a few numbers
+of tokens, and the one with the least sum, the tokens' own loss included, is taken.
 """
 
 import copy
@@ -30,43 +30,44 @@ from vitbench.removal.pruner import Pruner
 from vitbench.removal.search import LatencyTable, SearchResult
 from vitbench.training import loop
 
-LEVELS = 8  # ratios of neurons, of dimensions of heads and of tokens, beside 0
+LEVELS = 4  # ratios of neurons, of dimensions of heads and of tokens, beside 0
 IMAGES = 64  # calibration images on which losses are measured
-SCORED = 3  # choices, each with another number of tokens, that are scored
 MICROSECONDS = 1e6  # in a second
 
 
 def search(
     pruner: Pruner, space: PolicySpace, cost: Cost, budget: float, evaluate: Callable[[np.ndarray], float]
 ) -> SearchResult:
-    """The policies of the least summed loss whose cost is at most `budget`, one for each number of tokens, best sums first, scored.
+    """The policy (3 L + 1,) of the least summed loss whose cost is at most `budget`, and its score.
 
     Args:
         cost: a sum over the blocks, in multiply-accumulates or, of a `LatencyTable`, in seconds.
-        evaluate: policy (3 L + 1,) -> score, higher is better; it decides among at most `SCORED` policies.
+        evaluate: policy -> score. It decides nothing.
 
     Raises:
         InputError: no policy is cheap enough, or the tokens of the model are reduced already.
     """
-    parts = part_options(space)
-    token_policies = _removal_ratios(space, "tokens")[:, None] * space.expand_dimensions(np.isin(DIMENSIONS, ["tokens"]))
+    parts, tokens_alone = part_options(space), space.expand_dimensions(np.isin(DIMENSIONS, ["tokens"]))
+    token_policies = _removal_ratios(space, "tokens")[:, None] * tokens_alone
     token_losses, losses = measured_losses(pruner, space, token_policies, parts)
-    found: list[tuple[float, np.ndarray]] = []
-    part_policies = [one for options in parts for one in _policies_of_blocks(space, options)]
-    for token_policy, token_loss in zip(token_policies, token_losses, strict=True):
+    part_policies = [policies for options in parts for policies in _policies_of_blocks(space, options)]
+    best_loss, best = math.inf, None
+    for token_policy, loss in zip(token_policies, token_losses, strict=True):
         costs, budget_left = _whole_costs(space, cost, budget, token_policy, part_policies)
-        if sum(int(values.min()) for values in costs) <= budget_left:
-            chosen = choose(losses, costs, budget_left)
-            policy = token_policy + sum(one[index] for one, index in zip(part_policies, chosen, strict=True))
-            found.append((token_loss + sum(values[i] for values, i in zip(losses, chosen, strict=True)), policy))
-    if not found:
+        if sum(int(values.min()) for values in costs) > budget_left:
+            continue
+        chosen = choose(losses, costs, budget_left)
+        loss += sum(float(values[index]) for values, index in zip(losses, chosen, strict=True))
+        if loss < best_loss:
+            chosen_policies = [policies[index] for policies, index in zip(part_policies, chosen, strict=True)]
+            best_loss, best = loss, token_policy + sum(chosen_policies)
+    if best is None:
+        min_cost = float(cost(space.counts(space.max_ratio * space.prunable))[0])
         raise InputError(
-            f"no policy costs at most {budget:.4g}: with all that may go removed it is {_least_cost(space, cost):.4g}; give a "
-            "larger keep, a larger ratio (most) or more dimensions"
+            f"no policy costs at most {budget:.4g}: with {space.max_ratio:g} of all {', '.join(space.dimensions)} removed it is "
+            f"{min_cost:.4g}; give a larger keep, a larger ratio (most), or more dimensions"
         )
-    policies = np.array([policy for _, policy in sorted(found, key=lambda pair: pair[0])[:SCORED]])
-    bar = progress.progress_bar(policies, "search (knapsack)", unit="policy")
-    return SearchResult(policies, np.array([evaluate(policy) for policy in bar]))
+    return SearchResult(best[None], np.array([evaluate(best)]))
 
 
 def choose(losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], budget: int) -> list[int]:
@@ -86,7 +87,9 @@ def choose(losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], budget: in
     _check_table(losses, costs)
     least = sum(int(values.min()) for values in costs)
     if least > budget:
-        raise InputError(f"the cheapest options cost {least} and the budget is {budget}; give a budget of at least {least}")
+        raise InputError(
+            f"the cheapest options cost {least} and the budget is {budget}; give a budget of at least {least}"
+        )
     sizes = [len(values) for values in losses]
     all_losses, all_costs = np.concatenate(losses).astype(float), np.concatenate(costs).astype(np.int64)
     unit = math.gcd(*(int(value) for value in all_costs)) or 1  # small whole numbers stay exact in the solver
@@ -121,13 +124,17 @@ def _check_table(losses: Sequence[np.ndarray], costs: Sequence[np.ndarray]) -> N
             if not len(values) or wrong.any():
                 given = f"is {values[wrong.argmax()]}" if len(values) else "has no option"
                 allowed = "a finite number" if name == "loss" else "a whole number"
-                raise InputError(f"the {name} of an option of part {index} {given}; give {allowed} for each of its options")
+                raise InputError(
+                    f"the {name} of an option of part {index} {given}; give {allowed} for each of its options"
+                )
 
 
 def part_options(space: PolicySpace) -> tuple[np.ndarray, np.ndarray]:
     """The options of a block's attention and of its MLP, (J, 4) each: a ratio for each of `DIMENSIONS`. The first removes nothing."""
     ratios = {name: _removal_ratios(space, name) for name in DIMENSIONS}
-    attention = [(0.0, heads, head_dims, 0.0) for heads, head_dims in itertools.product(ratios["heads"], ratios["head_dims"])]
+    attention = [
+        (0.0, heads, head_dims, 0.0) for heads, head_dims in itertools.product(ratios["heads"], ratios["head_dims"])
+    ]
     return np.array(attention), np.array([(neurons, 0.0, 0.0, 0.0) for neurons in ratios["neurons"]])
 
 
@@ -160,11 +167,9 @@ def _whole_costs(
     dense_cost = float(cost(space.counts(token_policy))[0])
     costs = cost(space.counts(token_policy + np.concatenate(part_policies))) - dense_cost
     whole = np.ceil(scale * costs - 1e-6).astype(np.int64)
-    return np.split(whole, np.cumsum([len(one) for one in part_policies])[:-1]), math.floor(scale * (budget - dense_cost))
-
-
-def _least_cost(space: PolicySpace, cost: Cost) -> float:
-    return float(cost(space.counts(space.max_ratio * space.prunable))[0])
+    return np.split(whole, np.cumsum([len(one) for one in part_policies])[:-1]), math.floor(
+        scale * (budget - dense_cost)
+    )
 
 
 @torch.inference_mode()
