@@ -1,6 +1,7 @@
 """The knapsack: exact against every choice, budgets and tables that are refused, losses of options, policies within a budget."""
 
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -12,6 +13,7 @@ from vitbench.base.errors import InputError
 from vitbench.data.batches import eval_batches
 from vitbench.methods.multidimensional import MultiDimensional, PolicySearch
 from vitbench.methods.registry import compress
+from vitbench.methods.token_merging import TokenMerging
 from vitbench.removal import knapsack
 from vitbench.removal.policy import DIMENSIONS, PolicySpace, mac_cost
 from vitbench.removal.scores import Criterion
@@ -63,39 +65,40 @@ def test_what_is_no_table_and_no_budget_is_refused():
 
 def test_options_are_all_heads_and_some_numbers_of_neurons():
     space = PolicySpace(np.full(2, 768), np.full(2, 3), np.full(2, 64), 37, 1, (1,), max_ratio=0.5)
-    attention, mlp = knapsack.part_options(space)
+    tokens, attention, mlp = knapsack.removal_options(space)
+    assert tokens[[0, -1], -1].tolist() == [0, 0.5]
     assert attention[:, DIMENSIONS.index("heads")].tolist() == pytest.approx([0, 1 / 3, 0.5])
-    policies = space.expand_dimensions(attention)
-    assert space.counts(policies).heads[:, 0].tolist() == [3, 2, 1]
+    assert space.counts(space.expand_dimensions(attention)).heads[:, 0].tolist() == [3, 2, 1]
     assert len(mlp) == knapsack.LEVELS + 1
     assert mlp[[0, -1], 0].tolist() == [0, 0.5]
     assert not mlp[:, 1:].any()
+    wide = dataclasses.replace(space, max_ratio=0.95)
+    heads = wide.counts(wide.expand_dimensions(knapsack.removal_options(wide)[1])).heads[:, 0]
+    assert heads.tolist() == [3, 2, 1]  # each number of heads once, and never none
 
 
 def test_the_loss_of_an_option_is_that_of_the_model_pruned_there_alone(base, few_digits):
     search = PolicySearch(base.model, BY_KNAPSACK, few_digits)
-    space, parts = search.space, knapsack.part_options(search.space)
-    tokens = np.zeros((2, space.size))
-    tokens[1, -1] = 0.4
-    token_losses, losses = knapsack.measured_losses(search.pruner, space, tokens, parts)
-    assert len(losses) == 2 * space.depth
-    assert all(values[0] == 0 for values in losses)
+    space = search.space
+    tokens, attention, mlp = map(space.expand_dimensions, knapsack.removal_options(space))
+    losses = knapsack.option_losses(search.pruner, space)
+    assert not losses.tokens[0]
+    assert not losses.attention[:, 0].any()
+    assert not losses.mlp[:, 0].any()
+    x, _ = next(iter(eval_batches(few_digits.calibration, base.model.recipe.preprocess, 32)))
 
     def divergence(policy):
-        pruned = search.pruner.prune(space.counts(policy))
-        x, _ = next(iter(eval_batches(few_digits.calibration, base.model.recipe.preprocess, 32)))
         with torch.inference_mode():
-            logits = [model(x).log_softmax(1) for model in (pruned, base.model)]
+            logits = [model(x).log_softmax(1) for model in (search.pruner.prune(space.counts(policy)), base.model)]
         return float(F.kl_div(*logits, reduction="batchmean", log_target=True))
 
-    assert token_losses == [0, pytest.approx(divergence(tokens[1]), rel=1e-3)]
-    for part, options in enumerate(parts):
+    assert losses.tokens[-1] == pytest.approx(divergence(tokens[-1]), rel=1e-3)
+    for table, policies in ((losses.attention, attention), (losses.mlp, mlp)):
         for block in range(space.depth):
-            policy = np.zeros(space.size)
-            dimension = np.flatnonzero(options[-1])[0]
-            policy[dimension * space.depth + block] = options[-1][dimension]
-            expected = divergence(policy)
-            assert losses[part * space.depth + block][-1] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+            expected = divergence(knapsack._by_block(space, policies)[block, -1])
+            assert table[block, -1] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    again = knapsack.option_losses(search.pruner, space)  # from the cache
+    assert np.array_equal(again.mlp, losses.mlp)
 
 
 @pytest.mark.parametrize("dimensions", [("neurons", "heads"), ("neurons", "heads", "tokens"), ("neurons", "head_dims")])
@@ -109,6 +112,11 @@ def test_the_method_stays_within_the_budget(base, few_digits, dimensions):
     assert 0.5 < step["cost"] / dense <= 0.6
     assert small.search == compress(base.model, config, few_digits).search
     assert all(torch.equal(value, base.model.state_dict()[name]) for name, value in before.items())
+
+
+def test_scores_that_need_gradients_are_made_within_the_search(base, few_digits):
+    config = BY_KNAPSACK.replace(criterion=Criterion(name="taylor", samples=17))
+    assert len(compress(base.model, config, few_digits).search) == 1
 
 
 def test_a_latency_budget_is_kept_by_its_table(base, few_digits):
@@ -126,10 +134,17 @@ def test_a_budget_below_the_cheapest_policy_is_refused(base, few_digits):
         knapsack.search(search.pruner, search.space, search.cost, 1000.0, search.evaluate)
 
 
+def test_a_model_with_fewer_tokens_is_refused(base, few_digits):
+    merged = compress(base.model, TokenMerging(r=1), few_digits).model
+    with pytest.raises(InputError, match="give the model before the reduction, or how = gp"):
+        compress(merged, BY_KNAPSACK.replace(dimensions=("neurons", "heads")), few_digits)
+
+
 def test_macs_of_parts_add_up():
     space = PolicySpace(np.full(4, 96), np.full(4, 4), np.full(4, 16), 17, 1, (1, 2, 3), max_ratio=0.6)
     cost, rng = mac_cost(64, "cls_attention", 1), np.random.default_rng(0)
-    parts = [one for options in knapsack.part_options(space) for one in knapsack._policies_of_blocks(space, options)]
+    _, attention, mlp = map(space.expand_dimensions, knapsack.removal_options(space))
+    parts = [*knapsack._by_block(space, attention), *knapsack._by_block(space, mlp)]
     token_policy = np.zeros(space.size)
     token_policy[-1] = 0.3
     costs, left = knapsack._whole_costs(space, cost, 10**6, token_policy, parts)

@@ -2,8 +2,8 @@
 
 HALP (Shen et al., arXiv 2110.10811) prunes to a latency as a knapsack problem: it keeps the filters of the highest summed importance
 whose times, from a table of the target, fit the budget. MDP (Sun et al. 2025, arXiv 2504.02168) chooses one option for each block of
-a transformer by a mixed-integer nonlinear program. Here the importance is measured. Attention and MLP of each block are pruned alone to each
-option, and the loss of the option is the Kullback-Leibler divergence of the model's outputs from the dense model's. Losses and
+a transformer by a mixed-integer nonlinear program. Here the importance is measured: attention and MLP of each block are pruned alone
+to each option, and the option's loss is the Kullback-Leibler divergence of the model's outputs from the dense model's. Losses and
 costs of the parts are added up, and the choice is exact for these sums.
 
 The number of tokens enters the cost of all blocks, so it is no option of one block. There is one choice for each of a few numbers
@@ -14,6 +14,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,8 +23,11 @@ from torch import Tensor, nn
 
 from vitbench.base import progress
 from vitbench.base.errors import InputError
+from vitbench.base.store import Store, work_key
 from vitbench.data.batches import eval_batches
+from vitbench.data.splits import ImageData
 from vitbench.model import vit
+from vitbench.model.artifact import model_digest
 from vitbench.model.tokens import TokenBlocks
 from vitbench.removal.policy import DIMENSIONS, Cost, PolicySpace
 from vitbench.removal.pruner import Pruner
@@ -33,6 +37,20 @@ from vitbench.training import loop
 LEVELS = 4  # ratios of neurons, of dimensions of heads and of tokens, beside 0
 IMAGES = 64  # calibration images on which losses are measured
 MICROSECONDS = 1e6  # in a second
+
+
+@dataclass(frozen=True)
+class OptionLosses:
+    """What the model loses if one thing alone is pruned to one of its options, in nats; the first option removes nothing.
+
+    Attributes:
+        tokens: of all blocks together, (T,).
+        attention, mlp: of each block, (L, J) each.
+    """
+
+    tokens: np.ndarray
+    attention: np.ndarray
+    mlp: np.ndarray
 
 
 def search(
@@ -47,17 +65,17 @@ def search(
     Raises:
         InputError: no policy is cheap enough, or the tokens of the model are reduced already.
     """
-    parts, tokens_alone = part_options(space), space.expand_dimensions(np.isin(DIMENSIONS, ["tokens"]))
-    token_policies = _removal_ratios(space, "tokens")[:, None] * tokens_alone
-    token_losses, losses = measured_losses(pruner, space, token_policies, parts)
-    part_policies = [policies for options in parts for policies in _policies_of_blocks(space, options)]
+    tokens, attention, mlp = (space.expand_dimensions(ratios) for ratios in removal_options(space))
+    part_policies = [*_by_block(space, attention), *_by_block(space, mlp)]
+    option_loss = option_losses(pruner, space)
+    part_losses = [*option_loss.attention, *option_loss.mlp]
     best_loss, best = math.inf, None
-    for token_policy, loss in zip(token_policies, token_losses, strict=True):
+    for token_policy, loss in zip(tokens, option_loss.tokens, strict=True):
         costs, budget_left = _whole_costs(space, cost, budget, token_policy, part_policies)
         if sum(int(values.min()) for values in costs) > budget_left:
             continue
-        chosen = choose(losses, costs, budget_left)
-        loss += sum(float(values[index]) for values, index in zip(losses, chosen, strict=True))
+        chosen = choose(part_losses, costs, budget_left)
+        loss = loss + sum(values[index] for values, index in zip(part_losses, chosen, strict=True))
         if loss < best_loss:
             chosen_policies = [policies[index] for policies, index in zip(part_policies, chosen, strict=True)]
             best_loss, best = loss, token_policy + sum(chosen_policies)
@@ -129,31 +147,33 @@ def _check_table(losses: Sequence[np.ndarray], costs: Sequence[np.ndarray]) -> N
                 )
 
 
-def part_options(space: PolicySpace) -> tuple[np.ndarray, np.ndarray]:
-    """The options of a block's attention and of its MLP, (J, 4) each: a ratio for each of `DIMENSIONS`. The first removes nothing."""
-    ratios = {name: _removal_ratios(space, name) for name in DIMENSIONS}
-    attention = [
-        (0.0, heads, head_dims, 0.0) for heads, head_dims in itertools.product(ratios["heads"], ratios["head_dims"])
-    ]
-    return np.array(attention), np.array([(neurons, 0.0, 0.0, 0.0) for neurons in ratios["neurons"]])
+def removal_options(space: PolicySpace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The options of the tokens, of a block's attention and of its MLP, (J, 4) each: a ratio for each of `DIMENSIONS`."""
+    ratios = [_removal_ratios(space, name) for name in DIMENSIONS]
+    neurons, attention, tokens = ratios[0], itertools.product(*ratios[1:3]), ratios[3]
+    return (
+        np.array([(0.0, 0.0, 0.0, ratio) for ratio in tokens]),
+        np.array([(0.0, *heads_and_dims, 0.0) for heads_and_dims in attention]),
+        np.array([(ratio, 0.0, 0.0, 0.0) for ratio in neurons]),
+    )
 
 
 def _removal_ratios(space: PolicySpace, dimension: str) -> np.ndarray:
-    """The ratios of one dimension: every number of units where there are few, else `LEVELS` beside 0."""
+    """The ratios of one dimension, 0 first: every number of units where there are few, else `LEVELS` beside 0."""
     if dimension not in space.dimensions:
         return np.zeros(1)
     total = int(np.max(getattr(space, dimension)))
-    removable = math.ceil(total * space.max_ratio)
+    removable = min(total - 1, math.ceil(total * space.max_ratio))
     if removable <= LEVELS:
         return np.minimum(np.arange(removable + 1) / total, space.max_ratio)
     return np.linspace(0, space.max_ratio, LEVELS + 1)
 
 
-def _policies_of_blocks(space: PolicySpace, options: np.ndarray) -> np.ndarray:
-    """Policies with one option in one block alone, (L, J, 3 L + 1)."""
+def _by_block(space: PolicySpace, policies: np.ndarray) -> np.ndarray:
+    """Policies (J, 3 L + 1) without tokens, each in one block alone: (L, J, 3 L + 1)."""
     block_of_ratio = np.append(np.tile(np.arange(space.depth), 3), -1)
     in_block = block_of_ratio == np.arange(space.depth)[:, None]
-    return space.expand_dimensions(options) * in_block[:, None]
+    return policies * in_block[:, None]
 
 
 def _whole_costs(
@@ -172,56 +192,71 @@ def _whole_costs(
     )
 
 
-@torch.inference_mode()
-def measured_losses(
-    pruner: Pruner, space: PolicySpace, token_policies: np.ndarray, parts: Sequence[np.ndarray]
-) -> tuple[list[float], list[np.ndarray]]:
-    """What each policy of tokens alone, and each option of each part of each block alone, loses on calibration images.
+def option_losses(pruner: Pruner, space: PolicySpace) -> OptionLosses:
+    """Measure the losses of all `removal_options` on calibration images, or load them from the cache; no budget changes them.
 
-    The loss is the mean KL(dense || pruned) of the softmax outputs, in nats. The pruned model is compensated as the pruner's are.
+    The loss is the mean KL(dense || pruned) of the softmax outputs. The pruned models are compensated as the pruner's are.
 
-    Args:
-        parts: options (J, 4) of each part of a block.
-
-    Returns:
-        The losses of `token_policies`; and those of the options, (J,) each: of the first part in all blocks, then the next.
+    Raises:
+        InputError: no calibration images, or a model whose tokens are reduced already.
     """
     if isinstance(pruner.model.blocks, TokenBlocks):
         raise InputError(
-            "how = knapsack measures each block with all tokens, and the tokens of this model are reduced already; give the "
-            "model before the reduction, or how = gp"
+            "search.how = knapsack measures each block with all tokens, and the tokens of this model are reduced already; give "
+            "the model before the reduction, or how = gp"
         )
-    assert pruner.data is not None, "the method has checked it"
+    data = pruner.data
+    if data is None:
+        raise InputError(
+            "search.how = knapsack measures losses on calibration images and no data set was given; give one"
+        )
+    settings = pruner.config.to_dict()
+    key_inputs = {
+        "model": model_digest(pruner.model),
+        "data": data.fingerprint,
+        "settings": {name: settings[name] for name in ("criterion", "reduction", "compensation", "ridge")},
+        "token_blocks": list(pruner.token_blocks),
+        "options": [ratios.tolist() for ratios in removal_options(space)],
+    }
+    key = work_key("removal", key_inputs, loop.pick_device())
+    tensors = Store("option_losses").tensors(key, lambda: _measure(pruner, space, data))
+    return OptionLosses(**{name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def _measure(pruner: Pruner, space: PolicySpace, data: ImageData) -> dict[str, Tensor]:
+    """The fields of `OptionLosses`."""
     device = loop.pick_device()
     model = copy.deepcopy(pruner.model).to(device).eval()
-    split = pruner.data.require_split("calibration").subset(IMAGES)
+    split = data.require_split("calibration").subset(IMAGES)
     images, _ = next(iter(eval_batches(split, model.recipe.preprocess, len(split), device=device)))
-    states = [vit.embed_patches(model, images)]
-    for block in model.blocks:
-        states.append(block(states[-1]))
-    dense = model(images).log_softmax(1)
+    blocks = list(model.blocks)
+    with torch.inference_mode():
+        states = [vit.embed_patches(model, images)]
+        for block in blocks:
+            states.append(block(states[-1]))
+        dense_log_probabilities = model(images).log_softmax(1)
 
-    def divergence(logits: Tensor) -> float:
-        return float(F.kl_div(logits.log_softmax(1), dense, reduction="batchmean", log_target=True))
+    @torch.inference_mode()
+    def loss(model: nn.Module, x: Tensor) -> float:
+        log_probabilities = model(x).log_softmax(1)
+        return float(F.kl_div(log_probabilities, dense_log_probabilities, reduction="batchmean", log_target=True))
 
-    token_losses = [
-        divergence(pruner.prune(space.counts(policy)).to(device)(images)) if policy.any() else 0.0
-        for policy in token_policies
-    ]
-    blocks, losses = list(model.blocks), []
-    bar = progress.progress_bar(range(sum(len(options) for options in parts)), "losses of options", unit="option")
-    for options in parts:
-        table = np.zeros((len(blocks), len(options)))
-        for j, policy in enumerate(space.expand_dimensions(options)):
-            # a block does not see how others are pruned or compensated, so one model pruned everywhere gives all of them
-            pruned = pruner.prune(space.counts(policy)).to(device).blocks if policy.any() else ()
-            for index, block in enumerate(pruned):
-                model.blocks = nn.Sequential(_Replay(states[index]), block, *blocks[index + 1 :])
-                table[index, j] = divergence(model(images[:1]))
-            bar.update()
-        losses += list(table)
-    bar.close()
-    return token_losses, losses
+    policies = dict(
+        zip(("tokens", "attention", "mlp"), map(space.expand_dimensions, removal_options(space)), strict=True)
+    )
+    tables = {name: np.zeros((len(blocks), len(values))) for name, values in policies.items()}
+    removals = [(name, j) for name, values in policies.items() for j in range(1, len(values))]
+    for name, j in progress.progress_bar(removals, "losses of options", unit="option"):
+        pruned = pruner.prune(space.counts(policies[name][j])).to(device)
+        if name == "tokens":
+            tables[name][:, j] = loss(pruned, images)
+            continue
+        # a block is pruned and compensated alike whatever the others are, so one model that is pruned everywhere gives all
+        for index, block in enumerate(pruned.blocks):
+            model.blocks = nn.Sequential(_Replay(states[index]), block, *blocks[index + 1 :])
+            tables[name][index, j] = loss(model, images[:1])
+    tables["tokens"] = tables["tokens"][0]
+    return {name: torch.from_numpy(table) for name, table in tables.items()}
 
 
 class _Replay(nn.Module):
