@@ -65,3 +65,30 @@ def search_gain(results: Results) -> SearchGain:
         best.setdefault(str(sorted(settings.items())), {}).setdefault(config["search"]["how"], {})[row.seed] = row.value
     (scores,) = [by_search for by_search in best.values() if "random" in by_search]
     return SearchGain([scores["gp"][seed] for seed in scores["random"]], list(scores["random"].values()))
+
+
+SEARCHES = {"one_ratio": "one ratio", "knapsack": "knapsack", "gp": "Gaussian process"}
+
+
+@known
+def searched_within(results: Results) -> dict[tuple[str, float], dict[str, str]]:
+    """(cost, share) -> way to find the policy -> label of the model, in the order of the rows."""
+    labels: dict[tuple[str, float], dict[str, str]] = {}
+    for label, method, steps in results.models():
+        if method == "multidimensional":
+            config = steps[0]["config"]
+            way = SEARCHES[config["search"]["how"]]
+            way += f", {config['search']['evaluations']} policies" if config["search"]["how"] == "gp" else ""
+            labels.setdefault((config["budget"], config["keep"]), {})[way] = label
+    return labels
+
+
+@table
+def search_by_search(results: Results) -> Iterator[Cells]:
+    """A line for each budget and way: seconds, top-1, the knapsack's points over it, shares of multiply-accumulates and time."""
+    for (cost, keep), labels in searched_within(results).items():
+        for way, label in labels.items():
+            over = "" if way == "knapsack" else results.points(labels["knapsack"], label)
+            seconds, time = results.value(label, "compress_seconds"), results.time(label, 1)
+            shares = f"{results.share(label, 'macs'):.3f}", f"{time:.2f}"
+            yield f"{keep:g} of {cost}", way, f"{seconds:.0f}", results.accuracy(label), over, *shares
