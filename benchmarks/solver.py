@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--test", type=int, default=3000, help="number of test images")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8, help="images of a latency budget, and of its timing")
     parser.add_argument("--rounds", type=int, default=200, help="timed calls of each model")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -42,13 +43,14 @@ def main() -> None:
     together = vb.methods.MultiDimensional(objective="cross_entropy")
     shared = vb.removal.Pruner(base.model, together, data, tokens=True)
     _ = shared.scores, shared.moments  # both are in the cache from here on
-    header = ("budget", "way", "seconds", "top-1 %", "versus knapsack, points", "MACs", "time, batch 1")
+    header = ("budget", "way", "seconds", "top-1 %", "versus knapsack, points", "MACs", "time")
     print(f"| {' | '.join(header)} |", flush=True)
     for budget in args.budgets:
         cost, keep = budget.split("=")
         labels = {}
         for way in args.ways:
-            config = together.replace(budget=cost, keep=float(keep), search=WAYS[way])
+            batch = args.batch if cost == "latency" else 1
+            config = together.replace(budget=cost, keep=float(keep), batch=batch, search=WAYS[way])
             labels[way] = compressed(bench, config)
         for way, label in labels.items():
             versus = bench.top1_difference_text(label, labels.get("knapsack", label)) if way != "knapsack" else ""
@@ -73,7 +75,7 @@ def compressed(bench: vb.Bench, config: vb.methods.MultiDimensional) -> str:
     cached = vb.compress_cached(bench.base, config, bench.data)
     seconds = vb.run.seconds_row(cached.path, bench.data, time.monotonic() - start)
     bench.run.append([seconds])  # the first row of a model stays
-    return bench.measure(config, what=("accuracy", "size", "latency"), batches=(1,))
+    return bench.measure(config, what=("accuracy", "size", "latency"), batches=(config.batch,))
 
 
 if __name__ == "__main__":

@@ -83,12 +83,24 @@ def searched_within(results: Results) -> dict[tuple[str, float], dict[str, str]]
     return labels
 
 
+@known
+def predicted_milliseconds(results: Results, label: str) -> float:
+    """What the table of latencies predicts for a model whose budget was latency."""
+    rows, config = results.rows[results.rows["metric"] == "search_cost"], results.config(label)
+    (seconds,) = [row.value for row in rows.itertuples() if row.config["methods"][0]["config"] == config]
+    return 1e3 * seconds
+
+
 @table
 def search_by_search(results: Results) -> Iterator[Cells]:
-    """A line for each budget and way: seconds, top-1, the knapsack's points over it, shares of multiply-accumulates and time."""
+    """A line for each budget and way: seconds, top-1, the knapsack's points over it, share of multiply-accumulates, time."""
     for (cost, keep), labels in searched_within(results).items():
         for way, label in labels.items():
             over = "" if way == "knapsack" else results.points(labels["knapsack"], label)
-            seconds, time = results.value(label, "compress_seconds"), results.time(label, 1)
-            shares = f"{results.share(label, 'macs'):.3f}", f"{time:.2f}"
-            yield f"{keep:g} of {cost}", way, f"{seconds:.0f}", results.accuracy(label), over, *shares
+            batch = results.config(label)["batch"]
+            seconds, time = results.value(label, "compress_seconds"), f"{results.time(label, batch):.2f}"
+            if cost == "latency":
+                measured = results.value(label, "latency_p50", batch)
+                time += f" ({measured:.1f} ms, predicted {predicted_milliseconds(results, label):.1f})"
+            share = f"{results.share(label, 'macs'):.3f}"
+            yield f"{keep:g} of {cost}", way, f"{seconds:.0f}", results.accuracy(label), over, share, time
