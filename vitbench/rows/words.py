@@ -117,6 +117,7 @@ VALUE_PHRASES = {  # (setting, value) -> its phrase
     ("range", "minmax"): "ranges of minimum and maximum",
     ("search.how", "random"): "random search",
     ("search.how", "one_ratio"): "one ratio",
+    ("search.how", "knapsack"): "knapsack",
     ("search.how", "gp"): "",
 }
 REPLACED_BY = {"rank_ratio": "rank"}  # a setting -> the one that decides in its place, if it is given
