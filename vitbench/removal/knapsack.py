@@ -260,7 +260,7 @@ def _measure(pruner: Pruner, space: PolicySpace, data: ImageData) -> dict[str, T
 
 
 class _Replay(nn.Module):
-    """Gives a stored state in the place of the blocks that computed it."""
+    """Gives a stored state instead of running the blocks that computed it."""
 
     def __init__(self, state: Tensor):
         super().__init__()
