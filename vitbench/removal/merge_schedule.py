@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from vitbench.base.errors import InputError
@@ -73,27 +74,28 @@ class MergeBudget:
         self.depth, self.tokens, self.prefix = len(model.blocks), vit.token_count(model), model.num_prefix_tokens
         self.name, self._reduction = model.recipe.architecture.name, reduction
         self._shapes, self._width = blocks.block_shapes(model), model.embed_dim
-        attended = blocks.reads_class_token(model)
-        self._options = [{"gates": blocks.fc1_rows_per_neuron(block), "attended": attended} for block in model.blocks]
+        self._gates = [blocks.fc1_rows_per_neuron(block) for block in model.blocks]
+        self._attended = blocks.reads_class_token(model)
         self.dense = vit.analytic_macs(model)
         self._others = self.dense - self._block_macs([self.tokens] * self.depth)
 
     def _block_macs(self, after: Sequence[int]) -> int:
         return int(sum(self.of_block(index, *n) for index, n in enumerate(zip([self.tokens, *after], after))))
 
-    def of_block(self, index: int, tokens_in, tokens_out) -> np.ndarray:
+    def of_block(self, index: int, tokens_in: ArrayLike, tokens_out: ArrayLike) -> np.ndarray:
         """Multiply-accumulates of a block, for numbers or arrays of tokens before and after its attention."""
         shape = self._shapes[index]
         sizes = shape.heads, shape.head_dim, shape.neurons
-        tokens_in, tokens_out = np.broadcast_arrays(tokens_in, tokens_out)
+        before, after = np.broadcast_arrays(tokens_in, tokens_out)
         return blocks.block_macs(
             *sizes,
-            tokens_in[..., None],
-            tokens_out[..., None],
+            before[..., None],
+            after[..., None],
             self._width,
             self._reduction,
             prefix=self.prefix,
-            **self._options[index],
+            gates=self._gates[index],
+            attended=self._attended,
         )
 
     def macs(self, pairs: Sequence[int]) -> int:
