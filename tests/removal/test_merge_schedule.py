@@ -129,6 +129,7 @@ def test_ward_of_a_model_that_pools_its_tokens_is_counted_as_it_runs(tmp_path):
     ("values", "message"),
     [
         ({"keep": 0.2}, r"keep = 0.2 is below 0\.\d+, the share of the multiply-accumulates that .* give 0\.\d+ to 1"),
+        ({"keep": 0.2, "schedule": "decreasing"}, "keep = 0.2 is below 0"),
         ({"keep": 1.5}, "less than or equal to 1"),
         ({"keep": 0}, "greater than 0"),
         ({"keep": 0.7, "r": 2}, "r = 2 and keep = 0.7 are both given"),

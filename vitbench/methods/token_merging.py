@@ -102,7 +102,7 @@ def _pairs(model: nn.Module, config: TokenMerging, data: ImageData | None) -> li
     reduction = REDUCTIONS[config.matching]
     budget = merge_schedule.MergeBudget(model, reduction)
     macs = budget.macs(uniform(r, depth)) if config.keep is None else config.keep * budget.dense
-    budget.check(macs)
+    budget.check(macs, uniform)
     if config.schedule != "calibrated":
         return budget.uniform(macs, uniform)
     if data is None:

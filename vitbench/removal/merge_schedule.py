@@ -32,7 +32,9 @@ GROWTHS = (0.0, 1.0)  # powers of N / n by which a merge among n of N tokens cos
 TEMPERATURE = 4.0  # softens both logits, as a model is sure of images that it was trained on, and few of them tell much
 STEPS = 40  # halvings of an interval
 BATCH = 32
-LEAST_COST = 1e-9
+LEAST_COST = 1e-9  # nats; below it, a cost is the noise of float32
+
+Schedule = Callable[[float, int], list[int]]  # mean pairs of a block and depth -> pairs of each block
 
 
 def constant(r: float, depth: int) -> list[int]:
@@ -102,16 +104,16 @@ class MergeBudget:
         """Of the model that merges `pairs`."""
         return self._others + self._block_macs(tokens_after(pairs, self.tokens, self.prefix))
 
-    def check(self, macs: float) -> None:
-        """Raise `InputError` if no schedule keeps as few multiply-accumulates as `macs`."""
-        least = self.macs([self.tokens] * self.depth)
-        if macs < least:
+    def check(self, macs: float, schedule: Schedule) -> None:
+        """Raise `InputError` if `schedule` keeps more than `macs` multiply-accumulates however many pairs it merges."""
+        least = self.macs(schedule(self.tokens, self.depth)) / self.dense
+        if macs / self.dense < least:
             raise InputError(
-                f"keep = {macs / self.dense:.3g} is below {least / self.dense:.3f}, the share of the multiply-accumulates that "
-                f"{self.name} keeps with half of its tokens merged in every block; give {least / self.dense + 5e-4:.3f} to 1"
+                f"keep = {macs / self.dense:.3g} is below {least:.3f}, the share of the multiply-accumulates that {self.name} keeps "
+                f"where each block merges as many of its tokens as it can (at most half, and by the schedule); give {least + 5e-4:.3f} to 1"
             )
 
-    def uniform(self, macs: float, schedule: Callable[[float, int], list[int]]) -> list[int]:
+    def uniform(self, macs: float, schedule: Schedule) -> list[int]:
         """The pairs of `constant` or `decreasing` that keep `macs` multiply-accumulates, or as little less as possible."""
         low, high = 0.0, float(self.tokens)
         for _ in range(STEPS):
@@ -191,6 +193,9 @@ def calibrated(
     for power, growth in itertools.product(POWERS, GROWTHS):
         costs = np.exp(np.log(measured / (np.array(counts) / mergeable) ** power).mean(1))
         found[f"power {power:g}, growth {growth:g}"] = budget.cheapest(costs, macs, power, growth)
+    found = {
+        name: pairs for name, pairs in found.items() if budget.macs(pairs) <= macs
+    }  # "decreasing" may not get there
     losses = _divergences(merging, budget, split, list(found.values()), "measuring schedules")
     return list(found.values())[int(losses.argmin())], dict(zip(found, losses.tolist(), strict=True))
 
