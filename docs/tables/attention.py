@@ -19,6 +19,9 @@ def merging(results: Results) -> Iterator[Cells]:
             yield config["r"], config["schedule"], share, *cells
 
 
+SCHEDULES = ("constant", "decreasing", "calibrated")
+
+
 @known
 def merged_to(results: Results) -> dict[tuple[float, str, str], str]:
     """The share of the multiply-accumulates to keep, the schedule and the matching of pairs -> label."""
@@ -33,7 +36,8 @@ def merged_to(results: Results) -> dict[tuple[float, str, str], str]:
 def merging_forms(results: Results) -> Iterator[Cells]:
     """A line for each share to keep, schedule and matching: share left, top-1, points from the baseline and from ToMe's."""
     labels = merged_to(results)
-    for (keep, schedule, matching), label in sorted(labels.items(), key=lambda item: -item[0][0]):
+    for keep, schedule, matching in sorted(labels, key=lambda form: (-form[0], form[2], SCHEDULES.index(form[1]))):
+        label = labels[keep, schedule, matching]
         paper = labels[keep, "constant", "cosine"]
         versus = "-" if label == paper else results.points(label, paper)
         share = f"{results.share(label, 'macs'):.3f}"
