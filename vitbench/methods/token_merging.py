@@ -42,7 +42,7 @@ class TokenMerging(FineTuneConfig):
             the same total. "decreasing" reduces more multiply-accumulates and loses more accuracy. "calibrated": the numbers
             that change the outputs least on calibration images, with no more multiply-accumulates than `keep` or, without
             it, than r in each block.
-        keep: the share of the model's multiply-accumulates to keep, in (0, 1], in the place of r; blocks then merge r pairs
+        keep: the share of the model's multiply-accumulates to keep, in (0, 1], instead of r; blocks then merge r pairs
             in the mean, where r need not be a whole number.
         matching: how pairs are chosen: by the "cosine" of their keys (the paper), or by "ward": the least error of a pair's
             mean, weighted by the class token's attention.
