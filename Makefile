@@ -5,7 +5,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 BIN := .venv/bin
 
-.PHONY: run lint check test notebooks setup api format audit reference figures pages
+.PHONY: run lint check test notebooks setup api format audit reference figures diagrams pages
 
 run: setup
 	$(BIN)/vitbench run $(PROFILE) $(ARGS)
@@ -67,6 +67,10 @@ reference:
 # make figures  draws the pages' figures again, from committed rows alone
 figures: setup
 	$(BIN)/python -m docs.figures
+
+# make diagrams  draws the lessons' diagrams of ideas again, and puts them into the lessons (ARGS=--check shows what would change)
+diagrams: setup
+	$(BIN)/python -m docs.diagrams $(ARGS)
 
 # make pages  makes README, REVIEWING and the pages of results from the templates in docs/pages and committed rows (ARGS=--check shows what would change)
 pages: setup

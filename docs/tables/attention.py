@@ -19,6 +19,31 @@ def merging(results: Results) -> Iterator[Cells]:
             yield config["r"], config["schedule"], share, *cells
 
 
+SCHEDULES = ("constant", "decreasing", "calibrated")
+
+
+@known
+def merged_to(results: Results) -> dict[tuple[float, str, str], str]:
+    """The share of the multiply-accumulates to keep, the schedule and the matching of pairs -> label."""
+    return {
+        (config["keep"], config["schedule"], config["matching"]): label
+        for label, method, steps in results.models()
+        if method == "token_merging" and (config := steps[0]["config"]).get("keep")
+    }
+
+
+@table
+def merging_forms(results: Results) -> Iterator[Cells]:
+    """A line for each share to keep, schedule and matching: share left, top-1, points from the baseline and from ToMe's."""
+    labels = merged_to(results)
+    for keep, schedule, matching in sorted(labels, key=lambda form: (-form[0], form[2], SCHEDULES.index(form[1]))):
+        label = labels[keep, schedule, matching]
+        paper = labels[keep, "constant", "cosine"]
+        versus = "-" if label == paper else results.points(label, paper)
+        share = f"{results.share(label, 'macs'):.3f}"
+        yield f"{keep:g}", schedule, matching, share, results.accuracy(label), results.points(label), versus
+
+
 CONTROL = "full attention, trained as much longer"
 
 

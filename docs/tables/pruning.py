@@ -65,3 +65,42 @@ def search_gain(results: Results) -> SearchGain:
         best.setdefault(str(sorted(settings.items())), {}).setdefault(config["search"]["how"], {})[row.seed] = row.value
     (scores,) = [by_search for by_search in best.values() if "random" in by_search]
     return SearchGain([scores["gp"][seed] for seed in scores["random"]], list(scores["random"].values()))
+
+
+SEARCHES = {"one_ratio": "one ratio", "knapsack": "knapsack", "gp": "Gaussian process"}
+
+
+@known
+def searched_within(results: Results) -> dict[tuple[str, float], dict[str, str]]:
+    """(cost, share) -> way to find the policy -> label of the model, in the order of the rows."""
+    labels: dict[tuple[str, float], dict[str, str]] = {}
+    for label, method, steps in results.models():
+        if method == "multidimensional":
+            config = steps[0]["config"]
+            way = SEARCHES[config["search"]["how"]]
+            way += f", {config['search']['evaluations']} policies" if config["search"]["how"] == "gp" else ""
+            labels.setdefault((config["budget"], config["keep"]), {})[way] = label
+    return labels
+
+
+@known
+def predicted_milliseconds(results: Results, label: str) -> float:
+    """What the table of latencies predicts for a model whose budget was latency."""
+    rows, config = results.rows[results.rows["metric"] == "search_cost"], results.config(label)
+    (seconds,) = [row.value for row in rows.itertuples() if row.config["methods"][0]["config"] == config]
+    return 1e3 * seconds
+
+
+@table
+def search_by_search(results: Results) -> Iterator[Cells]:
+    """A line for each budget and way: seconds, top-1, the knapsack's points over it, share of multiply-accumulates, time."""
+    for (cost, keep), labels in searched_within(results).items():
+        for way, label in labels.items():
+            over = "" if way == "knapsack" else results.points(labels["knapsack"], label)
+            batch = results.config(label)["batch"]
+            seconds, time = results.value(label, "compress_seconds"), f"{results.time(label, batch):.2f}"
+            if cost == "latency":
+                measured = results.value(label, "latency_p50", batch)
+                time += f" ({measured:.1f} ms, predicted {predicted_milliseconds(results, label):.1f})"
+            share = f"{results.share(label, 'macs'):.3f}"
+            yield f"{keep:g} of {cost}", way, f"{seconds:.0f}", results.accuracy(label), over, share, time

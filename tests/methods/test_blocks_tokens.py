@@ -15,7 +15,7 @@ from vitbench.removal import cut
 from vitbench.removal.cut import KeptUnits
 from vitbench.removal.policy import PolicySpace, mac_cost
 
-REDUCTIONS = ("cls_attention", "hsic", "hsic_cls", "merge")
+REDUCTIONS = ("cls_attention", "hsic", "hsic_cls", "merge", "ward")
 
 
 def random_kept(model, seed, head_dims=True):

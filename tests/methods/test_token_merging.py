@@ -11,8 +11,9 @@ from vitbench.measurement.cost import count_macs
 from vitbench.methods.nystroem import Nystroem
 from vitbench.methods.pruning import Pruning
 from vitbench.methods.registry import compress, make_config
-from vitbench.methods.token_merging import TokenMerging, merge_schedule, tokens_after
+from vitbench.methods.token_merging import TokenMerging
 from vitbench.model import artifact, blocks, tokens, vit
+from vitbench.removal.merge_schedule import constant, decreasing, tokens_after
 
 # of pruning's settings: tokens alone, merged after every block, and no images
 MERGED = {
@@ -31,13 +32,14 @@ def model():
 
 def test_the_schedules_merge_as_many_in_all():
     for r in (1, 4, 8, 13, 16):
-        constant, decreasing = merge_schedule(r, 12, "constant"), merge_schedule(r, 12, "decreasing")
-        assert constant == [r] * 12
-        assert sum(decreasing) == 12 * r
-        assert decreasing[0] == 2 * r
-        assert decreasing[-1] == 0
-        assert decreasing == sorted(decreasing, reverse=True)
-    assert merge_schedule(3, 1, "decreasing") == [3]
+        falling = decreasing(r, 12)
+        assert constant(r, 12) == [r] * 12
+        assert sum(falling) == 12 * r
+        assert falling[0] == 2 * r
+        assert falling[-1] == 0
+        assert falling == sorted(falling, reverse=True)
+    assert decreasing(3, 1) == [3]
+    assert constant(2.5, 4) == [3, 2, 3, 2]
 
 
 def test_at_most_half_of_the_tokens_go_and_two_stay():

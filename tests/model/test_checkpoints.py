@@ -173,7 +173,7 @@ def test_a_tensor_given_twice_is_not_guessed_between(key, chunks, state, loads):
 
 
 def test_a_fine_tuned_autoencoder_averages_its_tokens(state, loads, tmp_path):
-    """MAE's classifier: the mean of the patch tokens, normed by `fc_norm`, in the place of the class token."""
+    """MAE's classifier: the mean of the patch tokens, normed by `fc_norm`, instead of the class token."""
     content = {
         key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: value for key, value in state.items()
     }

@@ -94,7 +94,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         action="extend",
         metavar="OLD=NEW",
         dest="names",
-        help="what to write in the place of a method's name or of a label",
+        help="what to write instead of a method's name or of a label",
     )
     figure.add_argument("--no-title", action="store_true", help="leave out the title, for a figure with a caption")
     figure.add_argument("--batch", type=int, default=1, help="batch size of the times (default: 1)")

@@ -24,8 +24,8 @@ class Page:
     Attributes:
         width: in inches; None means each figure's own.
         title: whether figures have a title.
-        labels: label -> what to write in the place of its display label.
-        methods: method -> what to write in the place of its name.
+        labels: label -> what to write instead of its display label.
+        methods: method -> what to write instead of its name.
     """
 
     width: float | None = None

@@ -25,7 +25,7 @@ from vitbench.data.splits import ImageData
 from vitbench.methods.method import register
 from vitbench.model import artifact, vit
 from vitbench.model.tokens import TokenBlocks
-from vitbench.removal import cut
+from vitbench.removal import cut, knapsack
 from vitbench.removal.policy import (
     PAPER_DIMENSIONS,
     Cost,
@@ -118,6 +118,8 @@ class PolicySearch:
         if config.how == "one_ratio":
             best = single_ratio_policy(self.space, self.cost, *self.limits)
             return SearchResult(best[None], np.array([self.evaluate(best)]))
+        if config.how == "knapsack":
+            return knapsack.search(self.pruner, self.space, self.cost, sum(self.limits) / 2, self.evaluate)
         search_settings = self.config.replace(
             search=config, train=TrainConfig(), teacher="none"
         ).to_dict()  # training comes later

@@ -12,7 +12,7 @@ from torch import nn
 from vitbench.base.errors import InputError
 from vitbench.model.layers import RMSNorm, RoundedAttention, SplitLinear
 from vitbench.model.recipe import Architecture, BlockShape
-from vitbench.model.tokens import TokenBlocks, reachable_counts
+from vitbench.model.tokens import MERGING, TokenBlocks, reachable_counts
 
 
 def block_shapes(model: nn.Module) -> tuple[BlockShape, ...]:
@@ -161,6 +161,11 @@ def set_attention_shape(attn: nn.Module, heads: int, head_dim: int) -> None:
     attn.scale = head_dim**-0.5  # the fused kernel's own scale
 
 
+def reads_class_token(model: nn.Module) -> bool:
+    """Whether the head reads the class token alone, and not a pool of the tokens."""
+    return model.global_pool == "token"
+
+
 def reduce_tokens(
     model: nn.Module, reduction: str, counts: Sequence[int | None], *, pool_by_size: bool | None = None
 ) -> None:
@@ -174,9 +179,9 @@ def reduce_tokens(
         raise InputError(
             f"tokens left = {tuple(counts)}: give at least {prefix + 1}, for the {prefix} class and register tokens and one more"
         )
-    counts = reachable_counts(counts, tokens, prefix) if reduction == "merge" else counts
+    counts = reachable_counts(counts, tokens, prefix) if reduction in MERGING else counts
     if pool_by_size is None:
-        pool_by_size = reduction == "merge" and model.global_pool != "token"
+        pool_by_size = reduction in MERGING and not reads_class_token(model)
     model.blocks = TokenBlocks(model.blocks, reduction, counts, prefix, tokens, restores=pool_by_size)
 
 
@@ -271,12 +276,14 @@ def block_macs(
     *,
     gates=1,
     prefix: int = 1,
+    attended: bool = True,
 ) -> np.ndarray:
     """Multiply-accumulates of blocks for one image, summed over the last axis of the arguments (numbers or arrays).
 
     With a = heads x head_dim, h neurons of g `gates`, N tokens before and M after the attention, and tokens of `width` d:
     4 N d a + 2 N^2 a + (1 + g) M d h. A block that chooses tokens by the class token's attention adds N a; one that merges
-    tokens adds (n / 2)^2 head_dim for the similarities of the n tokens after the `prefix`.
+    tokens adds (n / 2)^2 head_dim for the similarities of the n tokens after the `prefix`, and one that merges them by
+    Ward's error (n / 2)^2 d, and N a if `attended`, where the class token's attention weights it.
     """
     n, m, a = (
         np.asarray(tokens_in, dtype=np.int64),
@@ -286,7 +293,9 @@ def block_macs(
     total = 4 * n * width * a + 2 * n * n * a + (1 + np.asarray(gates)) * m * width * np.asarray(neurons)
     if reduction in ("cls_attention", "hsic_cls"):
         total = total + np.where(m < n, n * a, 0)
-    if reduction == "merge":
-        mergeable = n - prefix
-        total = total + np.where(m < n, (mergeable - mergeable // 2) * (mergeable // 2) * head_dim, 0)
+    if reduction in MERGING:
+        mergeable, compared = n - prefix, head_dim if reduction == "merge" else width
+        total = total + np.where(m < n, (mergeable - mergeable // 2) * (mergeable // 2) * compared, 0)
+    if reduction == "ward" and attended:
+        total = total + np.where(m < n, n * a, 0)
     return total.sum(-1)

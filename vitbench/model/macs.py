@@ -37,6 +37,7 @@ def analytic_macs(model: VisionTransformer) -> int:
         getattr(model.blocks, "reduction", None),
         gates=np.array([blocks.fc1_rows_per_neuron(block) for block in model.blocks]),
         prefix=prefix,
+        attended=not getattr(model.blocks, "restores", False),
     )
     pooled = before[0] if getattr(model.blocks, "restores", False) else after[-1]
     pooled -= 0 if model.pool_include_prefix else prefix

@@ -6,7 +6,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from vitbench.base.configs import Config
 
-Reduction = Literal["cls_attention", "hsic", "hsic_cls", "merge"]  # see `vitbench.model.tokens`
+Reduction = Literal["cls_attention", "hsic", "hsic_cls", "merge", "ward"]  # see `vitbench.model.tokens`
 
 
 LATER_KEYS = ("token_attention", "pool_weights")  # of an architecture: left out of files where they are None

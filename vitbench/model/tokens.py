@@ -6,6 +6,7 @@
   both.
 - `merge` averages the most similar pairs instead of removing tokens (token merging, Bolya et al. 2023). Attention counts
   each token by its size, the number of tokens merged into it, and so does a head that pools the tokens.
+- `ward` merges in the same way, and takes the pairs whose mean loses least of the tokens themselves (`ward_matching`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitbench.model.layers.attention import softmax_attention
+
+MERGING = ("merge", "ward")  # the reductions that average pairs of tokens
+ATTENTION_POWER = 0.5  # of the class token's attention in Ward's error; chosen on calibration images
 
 
 def max_merged(tokens: int, prefix: int) -> int:
@@ -55,7 +59,7 @@ class TokenBlocks(nn.Sequential):
 
     Args:
         blocks: timm's blocks.
-        reduction: "cls_attention", "hsic", "hsic_cls" or "merge".
+        reduction: "cls_attention", "hsic", "hsic_cls", "merge" or "ward".
         counts: tokens left after the attention of each block, with class and fused token; None keeps all.
         prefix: how many class and register tokens come first; they are always kept.
         tokens: how many tokens enter the first block.
@@ -85,18 +89,23 @@ class TokenBlocks(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N', d), or (B, N, d) if the tokens are restored."""
+        return self.resume(x)
+
+    def resume(self, x: Tensor, first: int = 0, counts: Sequence[int | None] | None = None) -> Tensor:
+        """As `forward`, from the input of block `first` on, where no tokens are merged yet; with other `counts` if given."""
         if not self.restores:
-            return self.states(TokenState(x))[-1].x
+            return self.states(TokenState(x), first, counts)[-1].x
         source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        last = self.states(TokenState(x, source=source))[-1]
+        last = self.states(TokenState(x, source=source), first, counts)[-1]
         assert last.source is not None, "it is tracked from the first state on"
         return last.x.gather(1, last.source[..., None].expand(-1, -1, x.shape[2]))
 
-    def states(self, start: TokenState) -> list[TokenState]:
-        """The state before the first block and after every block. If `start.source` is set, it is tracked."""
+    def states(self, start: TokenState, first: int = 0, counts: Sequence[int | None] | None = None) -> list[TokenState]:
+        """The state before block `first` and after it and every later block. If `start.source` is set, it is tracked."""
         scores = self.scores.expand(len(start.x), -1) if self.reduction.startswith("hsic") else None
         states = [TokenState(start.x, start.sizes, scores, start.source)]
-        for block, count in zip(self, self.counts, strict=True):
+        counts = self.counts if counts is None else counts
+        for block, count in list(zip(self, counts, strict=True))[first:]:
             states.append(self._run_block(block, count, states[-1]))
         return states
 
@@ -112,6 +121,10 @@ class TokenBlocks(nn.Sequential):
         )
         if reduces_tokens and self.reduction == "merge":
             state = bipartite_soft_matching(state, k, tokens - count, self.prefix)
+        elif reduces_tokens and self.reduction == "ward":
+            # a head that pools the tokens does not read the class token, whose attention then says nothing about them
+            attention = None if self.restores else cls_attention(q, k, block.attn.scale)
+            state = ward_matching(state, attention, tokens - count, self.prefix)
         elif reduces_tokens:
             state = keep_and_fuse(state, self._scores(state, q, k, block.attn.scale), count, self.prefix)
         x = state.x + block.drop_path2(block.ls2(block.mlp(block.norm2(state.x))))
@@ -169,14 +182,45 @@ def keep_and_fuse(state: TokenState, scores: Tensor, count: int, prefix: int) ->
 def bipartite_soft_matching(state: TokenState, keys: Tensor, r: int, prefix: int) -> TokenState:
     """Average the `r` most similar pairs of tokens (token merging, Bolya et al. 2023, section 3).
 
+    The similarity of a pair is the cosine of the `keys` (B, heads, N, head_dim), mean over heads; see `merge_pairs`.
+    """
+    metric = F.normalize(keys.mean(1)[:, prefix:], dim=-1)
+    return merge_pairs(state, metric[:, 1::2] @ metric[:, ::2].transpose(-2, -1), r, prefix)
+
+
+def ward_matching(state: TokenState, attention: Tensor | None, r: int, prefix: int) -> TokenState:
+    """Average the `r` pairs of tokens that lose least (see `merge_pairs`).
+
+    A pair x_i, x_j of sizes n_i, n_j that becomes its mean adds n_i n_j / (n_i + n_j) |x_i - x_j|^2 to the squared error of
+    the tokens that it stands for (Ward 1963, doi 10.1080/01621459.1963.10500845), so that large tokens are merged late. The
+    error is weighted by the root of the pair's mean share of the class token's `attention` (B, N), if it is given: a part
+    of the image that the class token looks at is merged late, too.
+    """
+    src, dst = state.x[:, prefix + 1 :: 2], state.x[:, prefix::2]
+    squares = [part.square().sum(-1) for part in (src, dst)]
+    errors = _pairwise_sum(*squares) - 2 * src @ dst.transpose(-2, -1)
+    if state.sizes is not None:
+        errors = errors / _pairwise_sum(1 / state.sizes[:, prefix + 1 :: 2], 1 / state.sizes[:, prefix::2])
+    if attention is not None:
+        errors = errors * _pairwise_sum(attention[:, prefix + 1 :: 2], attention[:, prefix::2]) ** ATTENTION_POWER
+    return merge_pairs(state, -errors, r, prefix)
+
+
+def _pairwise_sum(src: Tensor, dst: Tensor) -> Tensor:
+    """(B, S), (B, D) -> (B, S, D)."""
+    return src[:, :, None] + dst[:, None]
+
+
+def merge_pairs(state: TokenState, similarity: Tensor, r: int, prefix: int) -> TokenState:
+    """Average the `r` most similar pairs of tokens (Bolya et al. 2023, section 3).
+
     Tokens after the prefix alternate between two sets: dst has the first, third, ..., src the second, fourth, ... A pair
-    is one src token and its most similar dst token, by the cosine of the `keys` (B, heads, N, head_dim), mean over heads.
+    is one src token and its most similar dst token, by `similarity` (B, src, dst). Means are weighted by the tokens' sizes.
     The result has the prefix, the unmerged src tokens in their order, and all dst tokens.
     """
     x = state.x
     sizes = torch.ones_like(x[..., 0]) if state.sizes is None else state.sizes
-    metric = F.normalize(keys.mean(1)[:, prefix:], dim=-1)
-    node_max, node_idx = (metric[:, 1::2] @ metric[:, ::2].transpose(-2, -1)).max(-1)
+    node_max, node_idx = similarity.max(-1)
     edge_idx = node_max.argsort(dim=1, descending=True)
     src_idx, unm_idx = edge_idx[:, :r], edge_idx[:, r:].sort(dim=1).values
     dst_idx = node_idx.gather(1, src_idx)

@@ -9,6 +9,11 @@ from .dependence import (
     gaussian_mixture as gaussian_mixture,
     hsic as hsic,
 )
+from .knapsack import (
+    OptionLosses as OptionLosses,
+    option_losses as option_losses,
+    removal_options as removal_options,
+)
 from .pruner import (
     TRAIN as TRAIN,
     Pruner as Pruner,

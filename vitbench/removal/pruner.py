@@ -15,7 +15,7 @@ from vitbench.calibration.moments import Moments
 from vitbench.data.splits import ImageData
 from vitbench.model import blocks, vit
 from vitbench.model.recipe import Reduction
-from vitbench.model.tokens import TokenBlocks, max_merged
+from vitbench.model.tokens import MERGING, TokenBlocks, max_merged
 from vitbench.removal import criteria, cut, policy
 from vitbench.removal.dependence import position_scores
 from vitbench.removal.policy import PolicySpace, UnitCounts
@@ -96,7 +96,7 @@ class Pruner:
             tokens=vit.token_count(self.model),
             prefix=self.model.num_prefix_tokens,
             token_blocks=self.token_blocks,
-            has_fused_token=self.config.reduction != "merge",
+            has_fused_token=self.config.reduction not in MERGING,
             dimensions=tuple(dimensions),
             max_ratio=max_ratio,
         )
@@ -144,7 +144,7 @@ class Pruner:
         if (tokens_out == tokens_in[0]).all() or isinstance(model.blocks, TokenBlocks):
             return
         reduction = self.config.reduction
-        if reduction == "merge" and any(
+        if reduction in MERGING and any(
             n - m > max_merged(n, model.num_prefix_tokens) for n, m in zip(tokens_in, tokens_out, strict=True)
         ):
             raise InputError(

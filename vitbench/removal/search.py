@@ -28,7 +28,8 @@ class SearchConfig(Config):
     """Settings of a search.
 
     Attributes:
-        how: "gp" (Gaussian process), "random" (its control), or "one_ratio" (no search: the same ratio everywhere).
+        how: "gp" (Gaussian process), "random" (its control), "one_ratio" (no search: the same ratio everywhere), or "knapsack"
+            (an exact choice by measured losses, `vitbench.removal.knapsack`, which does not use the other settings).
         evaluations: the number of policies that are scored, the first ones included.
         first: the number of policies before the process proposes any: those with a single ratio
             (`policy.single_ratio_policies`), then random ones.
@@ -36,7 +37,7 @@ class SearchConfig(Config):
         seed: the seed of all random draws.
     """
 
-    how: Literal["gp", "random", "one_ratio"] = "gp"
+    how: Literal["gp", "random", "one_ratio", "knapsack"] = "gp"
     evaluations: int = Field(default=40, ge=1)
     first: int = Field(default=10, ge=2)
     pool: int = Field(default=4000, ge=10)

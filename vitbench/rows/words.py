@@ -39,7 +39,9 @@ METHODS = {
     "mixed_rank": MethodWords("low rank", "mixed rank", "mixed rank, {keep:percent} kept"),
     "pruning": MethodWords("pruning", "pruning", "", ("neurons", "heads", "head_dims", "tokens")),
     "distillation": MethodWords("distillation", "distillation", "", ("depth", "student")),
-    "token_merging": MethodWords("tokens and attention", "token merging", "", ("r",)),
+    "token_merging": MethodWords(
+        "tokens and attention", "token merging", "token merging, {keep:percent} of MACs kept", ("r",)
+    ),
     "dynamic_int8": MethodWords("quantization", "dynamic int8"),
     "multidimensional": MethodWords(
         "pruning", "multi-dimensional pruning", "multi-dimensional pruning, {keep:percent} kept"
@@ -115,8 +117,14 @@ VALUE_PHRASES = {  # (setting, value) -> its phrase
     ("softmax", "log2"): "softmax in codes of log2",
     ("range", "mse"): "ranges of least error",
     ("range", "minmax"): "ranges of minimum and maximum",
+    ("schedule", "calibrated"): "calibrated schedule",
+    ("schedule", "decreasing"): "decreasing schedule",
+    ("schedule", "constant"): "",
+    ("matching", "ward"): "Ward's pairs",
+    ("matching", "cosine"): "",
     ("search.how", "random"): "random search",
     ("search.how", "one_ratio"): "one ratio",
+    ("search.how", "knapsack"): "knapsack",
     ("search.how", "gp"): "",
 }
 REPLACED_BY = {"rank_ratio": "rank"}  # a setting -> the one that decides in its place, if it is given

@@ -13,6 +13,7 @@ from .combinations import (
 )
 from .history import (
     search_rows as search_rows,
+    seconds_row as seconds_row,
     training_rows as training_rows,
 )
 from .lessons import (
