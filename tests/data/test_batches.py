@@ -54,3 +54,10 @@ def test_images_are_enlarged_to_the_models_input(digits):
     x, _ = next(eval_batches(digits.test, PLAIN.replace(size=32, interpolation="bicubic"), batch_size=2))
     assert x.shape == (2, 3, 32, 32)
     assert np.abs(x.numpy()).max() <= 1.0
+
+
+def test_no_draw_of_timms_augmentation_fails(digits):
+    one = digits.train.subset(64)
+    for seed in range(12):  # 768 images, two operations each: posterize at its strongest comes up
+        for x, _ in train_batches(one, PLAIN, 64, "timm", seed):
+            assert torch.isfinite(x).all()

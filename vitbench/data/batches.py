@@ -171,7 +171,8 @@ def _timm_train_transform(preprocess: Preprocess):
     return create_transform(
         input_size=preprocess.size,
         is_training=True,
-        auto_augment="rand-m9-mstd0.5-inc1",
+        # mmax9: at magnitude 10 posterize would keep 0 bits, which Pillow 13 refuses
+        auto_augment="rand-m9-mstd0.5-mmax9-inc1",
         re_prob=0.25,
         interpolation=preprocess.interpolation,
         mean=preprocess.mean,

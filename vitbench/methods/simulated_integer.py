@@ -93,9 +93,10 @@ def simulated_integer(model: nn.Module, config: SimulatedInteger, data: ImageDat
     """Round weights and activations of the blocks, the patch embedding and the head."""
     if config.layers:
         _check(model, config)
-    teacher = find_teacher(model, config, data) if config.train.epochs else None
     if config.rotate:
         _rotate(model)
+    # a copy with the same coordinates, so that losses on the blocks' tokens can compare them
+    teacher = find_teacher(model, config, data) if config.train.epochs else None
     layers, end_coders = vit.linear_layers(model, config.layers), embedding_and_head_coders(model, config.ends_bits)
     if not layers and not end_coders:
         return Compressed(model)
