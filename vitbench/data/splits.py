@@ -94,9 +94,9 @@ class ImageData:
         return selected
 
     def train_on(self, split: str) -> "ImageData":
-        """The same set with the images of `split` in place of the training images."""
+        """The same set with the images of `split` as the training images, and none to score between epochs."""
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(ImageData)}
-        return ImageData(**fields | {"train": self.require_split(split)})
+        return ImageData(**fields | {"train": self.require_split(split), "val": self.val.subset(0)})
 
     def reload(self, **amounts: Any) -> "ImageData":
         """The same images in other splits: `load_data` with `amounts` in place of its `test`, `val`, `calibration`, `train`, `seed`."""
