@@ -63,6 +63,29 @@ def rounded_and_timed(results: Results) -> Iterator[Cells]:
 
 
 @known
+def calibrated(results: Results) -> dict[tuple[int, str], str]:
+    """Bits, and what was done, of simulated integers by calibration alone -> label."""
+    labels = {}
+    for label, method, steps in results.models():
+        if method == "simulated_integer":
+            config = steps[0]["config"]
+            what = "rotated" if config["rotate"] else "reparameterised"
+            what += ", fitted together" if config["train"]["epochs"] else ", nearest"
+            labels[config["weight_bits"], what] = label
+    return labels
+
+
+@table
+def calibrated_alone(results: Results) -> Iterator[Cells]:
+    """A line for each model of `calibrated`: bits, what was done, MB, top-1, points from fp32, seconds of the cell."""
+    labels = calibrated(results)
+    for bits, what in sorted(labels, key=lambda key: (-key[0], results.top1(labels[key]))):
+        label = labels[bits, what]
+        cells = f"{results.mb(label):.2f}", results.accuracy(label), results.points(label)
+        yield f"W{bits}A{bits}", what, *cells, f"{results.value(label, 'cell_seconds'):.0f}"
+
+
+@known
 def not_of_one_origin(results: Results, method: str, metric: str) -> Any:
     """The row of a metric in eager mode of a method, whatever baseline the model is made of."""
     rows = results.every
