@@ -123,7 +123,8 @@ def test_preprocessing():
 def test_saved_and_loaded_it_answers_the_same(tiny, images, tmp_path):
     loaded = artifact.load(artifact.save(tiny, tmp_path / "t2t"))
     assert loaded.recipe.architecture == tiny.recipe.architecture
-    assert torch.equal(loaded(images), tiny(images))
+    with torch.inference_mode():  # with gradients some processors take another kernel, whose last bits differ
+        assert torch.equal(loaded(images), tiny(images))
 
 
 def test_checkpoints(tiny, images, tmp_path):
