@@ -123,8 +123,10 @@ def test_preprocessing():
 def test_saved_and_loaded_it_answers_the_same(tiny, images, tmp_path):
     loaded = artifact.load(artifact.save(tiny, tmp_path / "t2t"))
     assert loaded.recipe.architecture == tiny.recipe.architecture
-    with torch.inference_mode():  # with gradients some processors take another kernel, whose last bits differ
-        assert torch.equal(loaded(images), tiny(images))
+    for (name, tensor), (_, original) in zip(loaded.state_dict().items(), tiny.state_dict().items(), strict=True):
+        assert torch.equal(tensor, original), name
+    # not bit for bit: kernels of some processors depend on where in memory a tensor starts
+    torch.testing.assert_close(loaded(images), tiny(images), rtol=1e-5, atol=1e-5)
 
 
 def test_checkpoints(tiny, images, tmp_path):
