@@ -22,7 +22,9 @@ import vitbench as vb
 TURNED = ("bytes", "latency_ratio", "top1")
 NUMBER = re.compile(r"[-+]?\d[\d.,e-]*")
 # "neither faster nor slower" says that an interval holds 1, and a turned interval still does
-COMPARES = re.compile(r"(?<!nor )\b(more|less|fewer|smaller|larger|faster|slower) (accurate|than)\b|\btimes (smaller|larger)\b")
+COMPARES = re.compile(
+    r"(?<!nor )\b(more|less|fewer|smaller|larger|faster|slower) (accurate|than)\b|\btimes (smaller|larger)\b"
+)
 
 
 def contrary(rows: list[vb.Row]) -> list[vb.Row]:
