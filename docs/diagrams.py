@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -42,11 +41,9 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, 
     axes.text(x, y, text, ha="center", va="center", color="black" if face == "white" else "white", fontsize=9)
 
 
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **properties: Any) -> None:
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
     """An arrow from start to end."""
-    axes.annotate(
-        "", end, start, arrowprops={"arrowstyle": "->", "color": NEUTRAL, "shrinkA": 0, "shrinkB": 0} | properties
-    )
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": NEUTRAL, "shrinkA": 0, "shrinkB": 0})
 
 
 def block() -> Figure:
@@ -141,7 +138,7 @@ def drawn(name: str) -> bytes:
     return data
 
 
-def files() -> Iterator[tuple[Path, bytes]]:
+def outdated_files() -> Iterator[tuple[Path, bytes]]:
     """The files whose diagrams are outdated, with the content that they should have: the diagrams' own, and the lessons."""
     svgs = {f"{name}.svg": drawn(name) for name in DIAGRAMS}
     for name, data in svgs.items():
@@ -165,7 +162,7 @@ def main() -> int:
         "--check", action="store_true", help="write nothing; the exit status says whether a file is outdated"
     )
     check, outdated = parser.parse_args().check, 0
-    for path, data in files():
+    for path, data in outdated_files():
         outdated += 1
         print(path.relative_to(ROOT), "is outdated" if check else "written")
         if not check:

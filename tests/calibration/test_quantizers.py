@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitbench.calibration.quantizers import LearnedStep, code_range, min_error_step, straight_through
+from vitbench.calibration.quantizers import LearnedStep, code_range, learnable_fake_quantize, min_error_step
 
 
 def error(x, step, bits):
@@ -38,7 +38,7 @@ def test_gradients_are_those_of_lsq():
 
 @pytest.mark.parametrize("steps", [(6, 1), (1, 9), (1,)])
 @pytest.mark.parametrize("zero_point", [True, False])
-def test_straight_through_has_the_gradients_of_its_single_operations(steps, zero_point):
+def test_learnable_fake_quantize_has_the_gradients_of_its_single_operations(steps, zero_point):
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(4, 6, 9, generator=generator) for _ in range(2))
     step = 0.1 + 0.3 * torch.rand(steps, generator=generator)
@@ -50,7 +50,7 @@ def test_straight_through_has_the_gradients_of_its_single_operations(steps, zero
         v = (x / step + shift).clamp(-4, 3)
         return (v + (v.round() - v).detach() - shift) * step
 
-    results = [single_operations(), straight_through(x, step, zero, -4, 3)]
+    results = [single_operations(), learnable_fake_quantize(x, step, zero, -4, 3)]
     torch.testing.assert_close(*results)
     for one, other in zip(*(torch.autograd.grad(result, inputs, grad) for result in results), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -123,10 +123,10 @@ def test_preprocessing():
 def test_saved_and_loaded_it_answers_the_same(tiny, images, tmp_path):
     loaded = artifact.load(artifact.save(tiny, tmp_path / "t2t"))
     assert loaded.recipe.architecture == tiny.recipe.architecture
-    for (name, tensor), (_, original) in zip(loaded.state_dict().items(), tiny.state_dict().items(), strict=True):
-        assert torch.equal(tensor, original), name
-    # not bit for bit: kernels of some processors depend on where in memory a tensor starts
-    torch.testing.assert_close(loaded(images), tiny(images), rtol=1e-5, atol=1e-5)
+    original = copy.deepcopy(tiny).requires_grad_(
+        False
+    )  # as a loaded model; weights with gradients take another kernel
+    assert torch.equal(loaded(images), original(images))
 
 
 def test_checkpoints(tiny, images, tmp_path):

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 
 def test_drawing_again_changes_nothing():
-    assert [path.name for path, _ in diagrams.files()] == []
+    assert [path.name for path, _ in diagrams.outdated_files()] == []
 
 
 def test_every_diagram_is_shown_in_a_lesson():

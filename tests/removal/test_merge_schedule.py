@@ -49,7 +49,7 @@ def test_a_calibrated_schedule_keeps_the_budget_and_is_saved(base, digits, tmp_p
 def test_calibration_never_ends_behind_the_uniform_schedules(base, digits):
     for reduction, keep in itertools.product(tokens.MERGING, (0.9, 0.7)):
         budget = MergeBudget(base.model, reduction)
-        pairs, losses = calibrated(base.model, budget, reduction, keep * budget.dense, digits, 32)
+        pairs, losses = calibrated(base.model, budget, keep * budget.dense, digits, 32)
         assert budget.macs(pairs) <= keep * budget.dense
         assert min(losses.values()) <= min(losses["constant"], losses["decreasing"])
         assert not isinstance(base.model.blocks, tokens.TokenBlocks), "the model is as it was"

@@ -96,7 +96,7 @@ class LearnedStep(nn.Module):
         return step, zero
 
     def forward(self, x: Tensor) -> Tensor:
-        return straight_through(x, *self._step_and_zero(x.numel()), *code_range(self.bits))
+        return learnable_fake_quantize(x, *self._step_and_zero(x.numel()), *code_range(self.bits))
 
     @torch.no_grad()
     def codes_and_steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +127,7 @@ class LearnedRange(nn.Module):
         scale = (x[0].numel() * max_code) ** -0.5
         step = self.start * _scale_gradient(self.factor.clamp(min=1e-4), scale)
         zero = _round_straight_through(_scale_gradient(self.zero, scale))
-        return straight_through(x, step, zero, 0, max_code)
+        return learnable_fake_quantize(x, step, zero, 0, max_code)
 
     @torch.no_grad()
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -161,19 +161,19 @@ def runtime(quantizer: nn.Module) -> nn.Module:
     return quantizer.quantizer if isinstance(quantizer, StraightThrough) else quantizer
 
 
-def straight_through(x: Tensor, step: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
-    """s (q - z) with q = round(clamp(x / s + z, low, high)), whose rounding has the straight-through gradient (Bengio et al. 2013).
+def learnable_fake_quantize(x: Tensor, step: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+    """s (q - z) with q = round(clamp(x / s + z, low, high)); rounding has the gradient 1 (Bengio et al. 2013).
 
-    So the gradient of x passes inside of the codes' range; those of s and z are LSQ+'s. Step and zero point are broadcast
-    to x; None is a zero point of 0.
+    The gradient of x is 0 where the clamp cuts, and those of s and z are LSQ+'s. Step and zero point are broadcast to x;
+    None is a zero point of 0.
     """
-    return _StraightThrough.apply(x, step, zero, low, high)
+    return _LearnableFakeQuantize.apply(x, step, zero, low, high)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """`straight_through` in a quarter of the passes over x that its single operations take.
+class _LearnableFakeQuantize(torch.autograd.Function):
+    """`learnable_fake_quantize` as one operation, which takes fewer passes over x than its single ones.
 
-    With v = x / s + z: dy/dx = 1 inside of [low, high], else 0; dy/ds = q - v inside, else q - z; dy/dz = 0 inside, else -s.
+    With v = x / s + z: dy/dx = 1 inside [low, high], else 0; dy/ds = q - v inside, else q - z; dy/dz = 0 inside, else -s.
     """
 
     @staticmethod

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vitbench.base import paths
+from vitbench.base.configs import digest
 from vitbench.base.errors import InputError, one_of
 from vitbench.data.sources import ArrayImages, Images, ImageSet, open_images, read_digits
 
@@ -94,9 +95,13 @@ class ImageData:
         return selected
 
     def train_on(self, split: str) -> "ImageData":
-        """The same set with the images of `split` as the training images, and none to score between epochs."""
+        """The same set with the images of `split` as the training images, and none to score between epochs.
+
+        Its fingerprint is another one, so that nothing kept of a training on all training images is taken for its own.
+        """
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(ImageData)}
-        return ImageData(**fields | {"train": self.require_split(split), "val": self.val.subset(0)})
+        fields |= {"train": self.require_split(split), "val": self.val.subset(0)}
+        return ImageData(**fields | {"fingerprint": digest([self.fingerprint, split])})
 
     def reload(self, **amounts: Any) -> "ImageData":
         """The same images in other splits: `load_data` with `amounts` in place of its `test`, `val`, `calibration`, `train`, `seed`."""

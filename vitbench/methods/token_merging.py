@@ -6,7 +6,7 @@ Later attention weights each token by the number of tokens merged into it (`vitb
 tokens does the same; the paper's models read a class token and need no such weights. No training is needed.
 It reduces time and multiply-accumulates, but not bytes.
 
-Two settings, which are not in the paper, lose less. A calibrated schedule chooses the pairs of each block on calibration images
+Two settings are not in the paper. A calibrated schedule chooses the pairs of each block on calibration images
 (`vitbench.removal.merge_schedule`), and the matching "ward" merges the pairs whose mean loses least of the tokens
 (`vitbench.model.tokens.ward_matching`).
 """
@@ -99,15 +99,14 @@ def _pairs(model: nn.Module, config: TokenMerging, data: ImageData | None) -> li
     if config.keep == 1:
         return [0] * depth
     _check(model)
-    reduction = REDUCTIONS[config.matching]
-    budget = merge_schedule.MergeBudget(model, reduction)
+    budget = merge_schedule.MergeBudget(model, REDUCTIONS[config.matching])
     macs = budget.macs(uniform(r, depth)) if config.keep is None else config.keep * budget.dense
     budget.check(macs, uniform)
     if config.schedule != "calibrated":
         return budget.uniform(macs, uniform)
     if data is None:
         raise InputError("schedule = calibrated needs calibration images and no data set was given; give one")
-    return merge_schedule.calibrated(model, budget, reduction, macs, data, config.samples)[0]
+    return merge_schedule.calibrated(model, budget, macs, data, config.samples)[0]
 
 
 def _check(model: nn.Module) -> None:

@@ -74,7 +74,7 @@ class MergeBudget:
 
     def __init__(self, model: nn.Module, reduction: str):
         self.depth, self.tokens, self.prefix = len(model.blocks), vit.token_count(model), model.num_prefix_tokens
-        self.name, self._reduction = model.recipe.architecture.name, reduction
+        self.name, self.reduction = model.recipe.architecture.name, reduction
         self._shapes, self._width = blocks.block_shapes(model), model.embed_dim
         self._gates = [blocks.fc1_rows_per_neuron(block) for block in model.blocks]
         self._attended = blocks.reads_class_token(model)
@@ -94,7 +94,7 @@ class MergeBudget:
             before[..., None],
             after[..., None],
             self._width,
-            self._reduction,
+            self.reduction,
             prefix=self.prefix,
             gates=self._gates[index],
             attended=self._attended,
@@ -160,7 +160,7 @@ class MergeBudget:
 
 @torch.inference_mode()
 def calibrated(
-    model: nn.Module, budget: MergeBudget, reduction: str, macs: float, data: ImageData, samples: int
+    model: nn.Module, budget: MergeBudget, macs: float, data: ImageData, samples: int
 ) -> tuple[list[int], dict[str, float]]:
     """The pairs for each block with the least KL divergence from the dense logits that was found.
 
@@ -175,12 +175,12 @@ def calibrated(
         The pairs, and the KL divergence in nats of each schedule that competed, by its name.
     """
     merging = copy.deepcopy(model).eval()
-    blocks.reduce_tokens(merging, reduction, [None] * budget.depth)
+    blocks.reduce_tokens(merging, budget.reduction, [None] * budget.depth)
     mergeable, depth = budget.tokens - budget.prefix, budget.depth
     counts = sorted({max(1, int(share * mergeable)) for share in SHARES})
     alone = [[k if index == block else 0 for index in range(depth)] for block in range(depth) for k in counts]
     split = data.calibration.subset(samples)
-    inputs = {"model": model_digest(model), "data": data.fingerprint, "reduction": reduction, "samples": samples}
+    inputs = {"model": model_digest(model), "data": data.fingerprint, "reduction": budget.reduction, "samples": samples}
 
     def measure_blocks() -> dict[str, Tensor]:
         return {"costs": torch.from_numpy(_divergences(merging, budget, split, alone, "measuring blocks"))}
