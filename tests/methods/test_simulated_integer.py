@@ -235,9 +235,7 @@ def test_a_joint_fit_takes_no_answers_of_a_training_on_other_images(base, few_di
     monkeypatch.setenv("VITBENCH_HOME", str(tmp_path / "empty"))
     expected = compress(base.model, config, data)
     monkeypatch.setenv("VITBENCH_HOME", str(tmp_path / "warm"))
-    compress(
-        base.model, make_config("weight_only", {"bits": 4, "train": fit}), few_digits
-    )  # keeps its teacher's logits
+    compress(base.model, make_config("weight_only", {"bits": 4, "train": fit}), data)  # keeps its teacher's logits
     found = compress(base.model, config, data)
     assert [epoch["loss"] for epoch in found.history] == [epoch["loss"] for epoch in expected.history]
 
